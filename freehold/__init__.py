@@ -1,0 +1,22 @@
+"""Freehold: own a Trinity-class language model outright, from licensed text to a served, explained model.
+
+Importing the package never imports torch; `freehold.load(path)` does, when it is called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from freehold.api import Loaded
+
+__version__ = "0.1.0"
+
+
+def load(path: str | Path, *, dtype: str = "float32") -> Loaded:
+    """Open a Freehold checkpoint or an HF AFMoE folder; see `freehold.api.load`."""
+    from freehold import api
+
+    return api.load(path, dtype=dtype)

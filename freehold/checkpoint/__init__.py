@@ -1,0 +1,1 @@
+"""Checkpoints: native (PyTorch DCP) and Hugging Face form."""

@@ -1,0 +1,1 @@
+"""What every room needs: errors, log, config, artifacts, documents. Never imports torch."""

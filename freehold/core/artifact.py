@@ -1,0 +1,225 @@
+"""Artifact folders: a folder is an artifact only when its `manifest.json` is there, and that is written last.
+
+Layout of a run: `runs/<name>/<stage>/{resolved.yaml, log/, metrics.jsonl, <files>, manifest.json}`.
+Formats are described in `docs/formats.md`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from freehold import __version__
+from freehold.core.errors import ArtifactError
+from freehold.core.log import Log
+
+MANIFEST = "manifest.json"
+# What a stage writes for people, or about time: never part of what it made.
+NOT_CONTENT = {MANIFEST, "metrics.jsonl", "resolved.yaml", "timing.json"}
+# The packages whose version can change bytes; those not installed are left out of the record.
+VERSIONED = (
+    "torch numpy tokenizers tiktoken pyarrow rensa safetensors gguf transformers xllamacpp reasoning-gym".split()
+)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Return the hex SHA-256 of a JSON-able value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a whole file or nothing: to a temporary neighbour, flushed to disk, then renamed.
+
+    Raises ArtifactError when the disk is full; what was at `path` before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, indented, with sorted keys."""
+    write_atomic(path, json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
+
+
+def disk_error(error: OSError, path: Path) -> ArtifactError:
+    """Turn an OSError while writing into an error that names the place and the free space."""
+    parent = next(p for p in [path, *path.parents] if p.exists())
+    free_bytes = shutil.disk_usage(parent).free
+    return ArtifactError(
+        f"could not write: {error.strerror or error}",
+        where=path,
+        found=f"{free_bytes / 1e6:,.0f} MB free",
+        todo="free some space or choose another `runs_dir`; nothing written before was touched, run again to go on",
+    )
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a fresh `<path>.tmp` to fill; renamed to `path` on success, removed on failure."""
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise disk_error(error, path) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def package_versions() -> dict[str, str]:
+    """Return python's version and that of each installed package that can change bytes."""
+    versions = {"python": platform.python_version()}
+    for name in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return `{relative path: {sha256, bytes}}` of every content file below `folder` (manifests of inner
+    artifacts are content of the outer one only through the files they list)."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        relative = path.relative_to(folder)
+        if relative.parts[0] != "log" and path.name not in NOT_CONTENT:
+            files[relative.as_posix()] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    return files
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    kind: str,
+    version: int = 1,
+    counts: dict[str, Any] | None = None,
+    files: dict[str, dict[str, Any]] | None = None,
+    **record: Any,
+) -> dict[str, Any]:
+    """Hash the folder's files and write its manifest: the last thing done to an artifact.
+
+    `counts` are facts that follow from the content (documents, tokens, drops); `record` is anything
+    else worth keeping (seconds, config, inputs). Returns the manifest.
+    """
+    files = hash_files(folder) if files is None else files
+    manifest = {
+        "kind": kind,
+        "format_version": version,
+        "content_sha256": sha256_json({"kind": kind, "files": {k: v["sha256"] for k, v in files.items()}}),
+        "freehold_version": __version__,
+        "versions": package_versions(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "counts": counts or {},
+        "files": files,
+        **record,
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path, *, kind: str | None = None, version: int = 1, verify: bool = False) -> dict[str, Any]:
+    """Read and check the manifest of an artifact folder.
+
+    Raises ArtifactError when it is missing (the artifact was never finished), unreadable, of another
+    kind or format version, or, with `verify`, when a file is absent, truncated or changed.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise ArtifactError(
+            "not a finished artifact: it has no manifest",
+            where=folder,
+            expected=MANIFEST,
+            todo="run the stage that writes it (`freehold run RECIPE` runs all that is missing)",
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError("the manifest is not JSON", where=path, found=error, todo="make the stage again") from error
+    if kind is not None and manifest.get("kind") != kind:
+        raise ArtifactError("an artifact of another kind", where=folder, found=manifest.get("kind"), expected=kind)
+    if manifest.get("format_version") != version:
+        raise ArtifactError(
+            "an artifact of another format version",
+            where=folder,
+            found=manifest.get("format_version"),
+            expected=version,
+            todo="use the Freehold version named in the manifest, or make the stage again",
+        )
+    if verify:
+        verify_files(folder, manifest)
+    return manifest
+
+
+def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare each file with its recorded size and hash; raise ArtifactError naming the first that differs."""
+    for name, record in manifest["files"].items():
+        path = folder / name
+        if not path.exists():
+            raise ArtifactError("a file of the artifact is missing", where=path, expected=f"{record['bytes']:,} bytes")
+        if path.stat().st_size != record["bytes"]:
+            raise ArtifactError(
+                "a file of the artifact is truncated or has grown",
+                where=path,
+                found=f"{path.stat().st_size:,} bytes",
+                expected=f"{record['bytes']:,} bytes",
+                todo="make the stage again with --clean",
+            )
+        found = sha256_file(path)
+        if found != record["sha256"]:
+            raise ArtifactError(
+                "a file of the artifact was changed: its hash differs",
+                where=path,
+                found=found[:16],
+                expected=record["sha256"][:16],
+                todo="make the stage again with --clean",
+            )
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What a stage is given besides its config: where to write, what to read, whom to tell.
+
+    `inputs` maps a stage's name to its finished folder. A stage writes only below `folder`; the walk
+    writes the manifest from what `run` returns (counts).
+    """
+
+    folder: Path
+    stage: str
+    run_name: str
+    seed: int
+    log: Log
+    inputs: dict[str, Path] = field(default_factory=dict)
+
+    def input(self, stage: str) -> Path:
+        """Return the folder of an input stage; its manifest has been checked by the walk."""
+        return self.inputs[stage]

@@ -1,0 +1,161 @@
+"""Recipes: YAML plus dotted overrides, filled into frozen pydantic models; errors name the key and its neighbour."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from freehold.core.errors import ConfigError
+
+C = TypeVar("C", bound="Config")
+
+# Keys that had another name once: the error names the successor.
+RENAMED: dict[str, str] = {}
+
+
+class Config(pydantic.BaseModel):
+    """The base of every declaration: frozen, unknown keys refused, defaults checked too."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML file whose top level is a mapping; ConfigError otherwise."""
+    if not path.exists():
+        known = sorted(p.as_posix() for p in Path("recipes").glob("*.yaml"))
+        near = difflib.get_close_matches(path.as_posix(), known, n=1, cutoff=0.3)
+        todo = f"did you mean {near[0]}?" if near else "recipes lie in recipes/"
+        raise ConfigError("no such recipe", where=path, todo=todo)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("the recipe is not YAML", where=path, found=error) from error
+    if not isinstance(data, dict):
+        raise ConfigError("the recipe is not a mapping", where=path, found=type(data).__name__, expected="key: value")
+    return data
+
+
+def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, Any]:
+    """Return defaults-free recipe data: one `base:` recipe, then this one, then `a.b=value` overrides."""
+    data = load_yaml(path)
+    if "base" in data:
+        base = path.parent / str(data.pop("base"))
+        base_data = load_yaml(base)
+        if "base" in base_data:
+            raise ConfigError("a base recipe may not have a base of its own", where=base, found=base_data["base"])
+        data = merge(base_data, data)
+    for item in overrides:
+        data = merge(data, parse_override(item))
+    return data
+
+
+def parse_override(item: str) -> dict[str, Any]:
+    """Turn `optim.lr=3e-4` into `{"optim": {"lr": 0.0003}}`; the value is read as YAML."""
+    key, equals, text = item.partition("=")
+    key = key.strip().removeprefix("--")
+    if not equals or not key or any(not part for part in key.split(".")):
+        raise ConfigError("an override must look like key.subkey=value", found=item, expected="e.g. optim.lr=3e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("the value of an override is not YAML", where=key, found=text) from error
+    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as a string, everyone else as a number
+        try:
+            value = float(value)
+        except ValueError:
+            value = text
+    result: Any = value
+    for part in reversed(key.split(".")):
+        result = {part: result}
+    return result
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return `below` with `above` laid over it; mappings merge, everything else is replaced."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def fill(cls: type[C], data: dict[str, Any], where: str) -> C:
+    """Validate `data` as `cls`; the first problem becomes one ConfigError naming key, found and expected."""
+    try:
+        return cls.model_validate(numbers(data))
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        raise _explain(cls, problem, where) from None
+
+
+def numbers(data: Any) -> Any:
+    """Read `3e-4` as a number inside YAML data too (YAML 1.1 wants `3.0e-4`)."""
+    if isinstance(data, dict):
+        return {k: numbers(v) for k, v in data.items()}
+    if isinstance(data, list):
+        return [numbers(v) for v in data]
+    if isinstance(data, str) and data[:1] in "0123456789+-." and "e" in data.lower():
+        try:
+            return float(data)
+        except ValueError:
+            return data
+    return data
+
+
+def to_yaml(config: pydantic.BaseModel | dict[str, Any]) -> str:
+    """Return a filled config as YAML text: the form kept with the result."""
+    data = config if isinstance(config, dict) else config.model_dump(mode="json")
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def difference(old: Any, new: Any, at: str = "") -> list[str]:
+    """Return one line for each key whose value differs: `optim.lr: 0.001 -> 0.0003`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            lines += difference(old.get(key, "(absent)"), new.get(key, "(absent)"), f"{at}.{key}" if at else str(key))
+        return lines
+    return [] if old == new else [f"{at}: {old} -> {new}"]
+
+
+def _explain(cls: type[pydantic.BaseModel], problem: Any, where: str) -> ConfigError:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join([where, *location]) if where else ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(cls, location[:-1])
+        name = location[-1]
+        if name in RENAMED:
+            return ConfigError("this key was renamed", where=key, expected=RENAMED[name])
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        todo = f"did you mean `{near[0]}`?" if near else f"known keys here: {', '.join(sorted(known))}"
+        return ConfigError("unknown key", where=key, found=name, todo=todo)
+    if problem["type"] == "missing":
+        return ConfigError("a key is missing", where=key, expected="a value")
+    return ConfigError("not a valid value", where=key, found=repr(problem.get("input")), expected=problem["msg"])
+
+
+def _fields_at(cls: Any, location: list[str]) -> list[str]:
+    """Return the field names of the model(s) reached from `cls` along a pydantic error location."""
+    models = [cls]
+    for part in location:
+        following: list[Any] = []
+        for model in models:
+            if part in model.model_fields:
+                following += _models_in(model.model_fields[part].annotation)
+        # A tag of a union or a key of a mapping is a step in the location that names no field.
+        models = following or models
+        tagged = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part]
+        models = tagged or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, pydantic.BaseModel) else []
+    return [model for inner in typing.get_args(annotation) for model in _models_in(inner)]

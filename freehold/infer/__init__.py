@@ -1,0 +1,1 @@
+"""Ids in, ids out: cache, sampler and engine. Knows no text."""

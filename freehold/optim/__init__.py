@@ -1,0 +1,1 @@
+"""Muon and AdamW, the schedule, and expert balancing."""
