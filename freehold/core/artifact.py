@@ -27,9 +27,19 @@ MANIFEST = "manifest.json"
 # What a stage writes for people, or about time: never part of what it made.
 NOT_CONTENT = {MANIFEST, "metrics.jsonl", "resolved.yaml", "timing.json"}
 # The packages whose version can change bytes; those not installed are left out of the record.
-VERSIONED = (
-    "torch numpy tokenizers tiktoken pyarrow rensa safetensors gguf transformers xllamacpp reasoning-gym".split()
-)
+VERSIONED = [
+    "torch",
+    "numpy",
+    "tokenizers",
+    "tiktoken",
+    "pyarrow",
+    "rensa",
+    "safetensors",
+    "gguf",
+    "transformers",
+    "xllamacpp",
+    "reasoning-gym",
+]
 
 
 def sha256_file(path: Path) -> str:

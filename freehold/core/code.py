@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -19,10 +19,10 @@ def module_path(module: str) -> Path | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def imports(path: Path) -> frozenset[str]:
     """Return every `freehold...` module that a file imports anywhere, also inside functions."""
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found.update(a.name for a in node.names if a.name.split(".")[0] == PACKAGE.name)
@@ -33,7 +33,7 @@ def imports(path: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-@lru_cache(maxsize=None)
+@cache
 def reachable(module: str) -> tuple[Path, ...]:
     """Return the files of `module` and of everything of ours it can import, in path order."""
     seen: dict[Path, None] = {}

@@ -1,0 +1,77 @@
+"""Who steps which parameter, and the state of all of it by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from freehold.optim.config import OptimConfig
+from freehold.optim.muon import Muon
+
+
+def is_hidden_matrix(name: str, tensor: Tensor) -> bool:
+    """Tell whether Muon steps a parameter: hidden matrices and expert stacks, not embedding, head or router."""
+    return tensor.ndim >= 2 and not any(part in name for part in ("embed_tokens", "lm_head", "router"))
+
+
+def decays(name: str, tensor: Tensor) -> bool:
+    """Tell whether weight decay may touch a parameter: never gains, embedding or bias."""
+    return tensor.ndim >= 2 and "embed_tokens" not in name
+
+
+class Optimizers:
+    """Muon and AdamW side by side; `step(factor)` sets both rates to factor x peak and steps both."""
+
+    def __init__(self, named: Mapping[str, Tensor], config: OptimConfig) -> None:
+        self.config, self.named = config, dict(named)
+        matrices = {n: p for n, p in named.items() if config.matrices == "muon" and is_hidden_matrix(n, p)}
+        others = {n: p for n, p in named.items() if n not in matrices}
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = []
+        if matrices:
+            muon = Muon(
+                matrices.items(),
+                config.muon_lr,
+                config.muon_momentum,
+                config.nesterov,
+                config.newton_schulz_steps,
+                config.muon_weight_decay,
+            )
+            self.optimizers.append((muon, config.muon_lr))
+        groups = [
+            {"params": [p for n, p in others.items() if decays(n, p)], "weight_decay": config.weight_decay},
+            {"params": [p for n, p in others.items() if not decays(n, p)], "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        self.optimizers.append((adamw, config.lr))
+
+    def step(self, factor: float) -> None:
+        """Step every parameter at `factor` times its peak rate."""
+        for optimizer, peak in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return every state tensor as `<parameter>.<slot>` (momentum, exp_avg, exp_avg_sq, step)."""
+        names = {id(parameter): name for name, parameter in self.named.items()}
+        return {
+            f"{names[id(parameter)]}.{slot}": value
+            for optimizer, _ in self.optimizers
+            for parameter, state in optimizer.state.items()
+            for slot, value in state.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned; the rates are not state (they follow from the step)."""
+        owner = {
+            id(parameter): optimizer
+            for optimizer, _ in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for key, value in state.items():
+            name, _, slot = key.rpartition(".")
+            parameter = self.named[name]
+            owner[id(parameter)].state[parameter][slot] = value.clone()

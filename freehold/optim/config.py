@@ -1,0 +1,67 @@
+"""What a recipe can say about the optimizer, the schedule and the balancing rule."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from freehold.core.config import Config
+
+
+class OptimConfig(Config):
+    """Muon for the hidden matrices, AdamW for embedding, head, router and gains (trinity report, section 3.4)."""
+
+    matrices: Literal["muon", "adamw"] = Field("muon", description="who steps the hidden matrices")
+    muon_lr: float = Field(0.02, gt=0, description="peak Muon learning rate, before sqrt(max(1, fan_out/fan_in))")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="mu of the momentum buffer")
+    nesterov: bool = Field(True, description="look ahead by one momentum step")
+    newton_schulz_steps: int = Field(5, ge=1, le=5, description="iterations of the orthogonalisation")
+    muon_weight_decay: float = Field(0.0, ge=0, description="decoupled decay of the hidden matrices")
+    lr: float = Field(3e-3, gt=0, description="peak AdamW learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(
+        0.0, ge=0, description="AdamW's decay of head, router and, with matrices: adamw, of the hidden matrices"
+    )
+    clip_norm: float = Field(1.0, gt=0, description="global gradient norm above which gradients are scaled down")
+
+
+class PhaseConfig(Config):
+    """One named stretch of the schedule: its length, its learning rate, and what its end is called."""
+
+    steps: int = Field(gt=0, description="optimizer steps")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up from zero to the phase's first rate")
+    shape: Literal["constant", "linear", "cosine"] = Field("constant", description="course of the rate")
+    start: float = Field(1.0, ge=0, description="first rate, as a fraction of the peak")
+    end: float = Field(1.0, ge=0, description="last rate, as a fraction of the peak (constant: same as start)")
+    checkpoint: str = Field("", description="name of the checkpoint kept at the end, e.g. truebase")
+    stage_type: str = Field("", description="what that checkpoint is called: TrueBase, Base, Preview ...")
+    mixture: dict[str, float] = Field(
+        default_factory=dict, description="weight per source of this phase; empty: in proportion to tokens"
+    )
+
+
+class SmebuConfig(Config):
+    """Soft-clamped Momentum Expert Bias Updates (trinity report, section 2.2)."""
+
+    kind: Literal["smebu"] = "smebu"
+    rate: float = Field(5e-4, gt=0, description="lambda: largest step before centring")
+    momentum: float = Field(0.5, ge=0, lt=1, description="beta of the momentum")
+    kappa: float = Field(2.0, gt=0, description="steepness of the tanh clamp")
+
+
+class SignConfig(Config):
+    """Auxiliary-loss-free balancing by the sign of the violation (Wang et al. 2024), re-centred."""
+
+    kind: Literal["sign"] = "sign"
+    rate: float = Field(1e-3, gt=0, description="gamma: the step")
+
+
+class NoBalanceConfig(Config):
+    """No balancing: the bias stays as it is."""
+
+    kind: Literal["none"] = "none"
+
+
+BalanceConfig = Annotated[SmebuConfig | SignConfig | NoBalanceConfig, Field(discriminator="kind")]

@@ -1,0 +1,111 @@
+"""Muon: momentum, then orthogonalisation of each matrix by Newton-Schulz (Jordan et al. 2024).
+
+Learning rate per matrix: lr * sqrt(max(1, fan_out / fan_in)) (trinity report, section 3.4). Stacked experts are
+orthogonalised as a batch of matrices, never flattened into one.
+
+Shapes: E experts, i expert width, d hidden width, n matrices of one shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# One (a, b, c) per iteration, from the defaults of the public dion repository (trinity.md, section 4).
+COEFFICIENTS = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
+def as_matrices(name: str, tensor: Tensor) -> Tensor:
+    """View a parameter as a batch of the matrices it holds, [n, fan_out, fan_in].
+
+    A stack [E, 2i, d] of gate and up projections holds 2E matrices, not E: gate and up are two maps.
+    """
+    if name.endswith("gate_up_proj"):
+        experts, rows, columns = tensor.shape
+        return tensor.view(experts * 2, rows // 2, columns)
+    return tensor.view(-1, *tensor.shape[-2:])
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Return matrices near the orthogonal factor of each [n, r, c] input (singular values drawn towards 1).
+
+    Computed in bfloat16 on the smaller side, as the published recipe does; float64 stays float64 for tests.
+    """
+    x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.transpose(-2, -1)
+    x = x / (x.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7).to(x.dtype)
+    for a, b, c in COEFFICIENTS[-steps:] if steps < len(COEFFICIENTS) else COEFFICIENTS:
+        gram = torch.bmm(x, x.transpose(-2, -1))
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
+    return x.transpose(-2, -1) if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon over named parameters; matrices of one shape are orthogonalised in one batch.
+
+    The learning rate is set from outside each step through `param_groups[0]["lr"]`.
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, Tensor]],
+        lr: float,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        steps: int = 5,
+        weight_decay: float = 0.0,
+    ) -> None:
+        named = list(named)
+        for name, parameter in named:
+            if parameter.ndim < 2:
+                raise ValueError(f"Muon steps matrices; {name} has shape {tuple(parameter.shape)}")
+        self.names = [name for name, _ in named]
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "steps": steps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__([parameter for _, parameter in named], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step with the gradients in `.grad`; parameters without one are left alone."""
+        for group in self.param_groups:
+            batches: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+            for name, parameter in zip(self.names, group["params"], strict=True):
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"]
+                momentum.mul_(group["momentum"]).add_(parameter.grad)
+                update = parameter.grad.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
+                weight = as_matrices(name, parameter)
+                shape = (weight.shape[1], weight.shape[2])
+                batches.setdefault(shape, []).append((weight, as_matrices(name, update)))
+            for (fan_out, fan_in), items in batches.items():
+                lr = group["lr"] * math.sqrt(max(1.0, fan_out / fan_in))
+                stacked = torch.cat(
+                    [update.to(torch.bfloat16) if update.dtype != torch.float64 else update for _, update in items]
+                )
+                whole = orthogonalize(stacked, group["steps"])
+                for (weight, _), part in zip(items, whole.split([len(u) for _, u in items]), strict=True):
+                    if group["weight_decay"]:
+                        weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(part, alpha=-lr)
