@@ -1,0 +1,149 @@
+"""AFMoE, the architecture of Arcee's Trinity models, in plain single-device PyTorch.
+
+Parameter names are those of `transformers.AfmoeForCausalLM` in memory (5.23).
+Shapes: B sequences, T tokens, d model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from freehold.model.attention import Attention, Cache, Context, build_masks
+from freehold.model.config import ModelConfig
+from freehold.model.layers import Embedding, Linear, RMSNorm, SwiGLU, rotary
+from freehold.model.moe import MoE
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each between a norm before and a norm after, added to the stream."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, index)
+        self.input_layernorm = RMSNorm(width, eps)
+        self.post_attention_layernorm = RMSNorm(width, eps)
+        self.pre_mlp_layernorm = RMSNorm(width, eps)
+        self.post_mlp_layernorm = RMSNorm(width, eps)
+        dense = index < config.num_dense_layers
+        self.mlp: SwiGLU | MoE = SwiGLU(width, config.intermediate_size) if dense else MoE(config)
+
+    def forward(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the stream after this layer, and from a MoE its assignment counts and largest router logit.
+
+        The counts are returned rather than kept, so that a layer run again for its gradient counts nothing.
+        """
+        h = h + self.post_attention_layernorm(self.self_attn(self.input_layernorm(h), context))
+        x, counts, logit_max = self.pre_mlp_layernorm(h), None, None
+        if isinstance(self.mlp, MoE):
+            f, counts, logit_max = self.mlp(x, context.token_mask)
+        else:
+            f = self.mlp(x)
+        return h + self.post_mlp_layernorm(f), counts, logit_max
+
+
+class Trunk(nn.Module):
+    """Embedding, layers (keyed by absolute index) and final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.num_hidden_layers)})
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Afmoe(nn.Module):
+    """The language model. Set `recompute` to trade time for memory: layers are run again for their gradient."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        self.model = Trunk(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        token_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return logits [B, T, V] for ids [B, T]; arguments as in `hidden`."""
+        return self.lm_head(
+            self.hidden(input_ids, positions=positions, document_ids=document_ids, cache=cache, token_mask=token_mask)
+        )
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        token_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the head is applied to, [B, T, d].
+
+        positions [T] or [B, T]: 0, 1, 2, ... when None; required with a cache. document_ids [B, T]: tokens see
+        only tokens of the same id; -1 is padding. token_mask [B, T] bool: False tokens (and padding) are
+        computed but not counted in expert loads.
+        """
+        config, trunk = self.config, self.model
+        if cache is not None and (positions is None or document_ids is not None):
+            raise ValueError("with a cache, positions are required and document_ids cannot be given")
+        tokens, device = input_ids.shape[1], input_ids.device
+        if document_ids is not None:
+            real = document_ids != -1
+            token_mask = real if token_mask is None else token_mask & real
+        h = trunk.embed_tokens(input_ids)
+        if config.mup_enabled:
+            h = h * config.hidden_size**0.5
+        masks = {} if cache is not None else build_masks(config, tokens, device, positions, document_ids)
+        where = torch.arange(tokens, device=device) if positions is None else positions
+        cos, sin = rotary(where, config.head_dim, config.rope_theta, h.dtype)
+        context = Context(cos, sin, masks, where, cache, token_mask)
+        for block in trunk.layers.values():
+            if self.recompute and self.training and torch.is_grad_enabled():
+                h, counts, logit_max = checkpoint(block, h, context, use_reentrant=False)
+            else:
+                h, counts, logit_max = block(h, context)
+            if isinstance(block.mlp, MoE):
+                block.mlp.last_router_logit_max = logit_max
+                if self.training:
+                    block.mlp.load_counts += counts
+        return trunk.norm(h)
+
+    def moe_layers(self) -> dict[str, MoE]:
+        """Return the MoE of each layer that has one, by name (`model.layers.1.mlp`)."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, MoE)}
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter and buffer for a first step.
+
+        Matrices: normal, sigma = initializer_range, cut at 3 sigma. Gains: 1, but 1/sqrt(layers) for the norms
+        after attention and feed-forward. The numbers depend on the generator alone, not on the dtype.
+        """
+        sigma = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                values = torch.empty_like(parameter, dtype=torch.float32)
+                parameter.copy_(nn.init.trunc_normal_(values, 0.0, sigma, -3 * sigma, 3 * sigma, generator))
+            else:
+                post = name.endswith(("post_attention_layernorm.weight", "post_mlp_layernorm.weight"))
+                parameter.fill_(self.config.num_hidden_layers**-0.5 if post else 1.0)
+        for moe in self.moe_layers().values():
+            moe.expert_bias.zero_()
+            moe.load_counts.zero_()
+
+    def to_compute(self, dtype: torch.dtype) -> Afmoe:
+        """Cast the matrices to the dtype to compute in; gains and `expert_bias` stay fp32. Returns the model."""
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                parameter.data = parameter.data.to(dtype)
+        return self

@@ -1,0 +1,113 @@
+"""Grouped-query attention with per-head norms, an output gate, and RoPE on sliding layers only.
+
+Shapes: B sequences, T queries, S keys, H query heads, K key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from freehold.model.config import ModelConfig
+from freehold.model.layers import Linear, RMSNorm, rotate
+
+
+class Mask(NamedTuple):
+    """Who sees whom: `allowed` (bool, broadcastable to [B, 1, T, S]), or None for plain causal order if `causal`."""
+
+    allowed: Tensor | None
+    causal: bool
+    window: int | None
+
+
+class Cache(Protocol):
+    """What attention needs of a key-value cache; the cache decides what to keep and who may see it."""
+
+    def update(self, layer_index: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add k, v [B, K, T, D] (already rotated); return all keys, values [B, K, S, D], and who sees whom."""
+        ...
+
+
+class Context(NamedTuple):
+    """What all layers of one forward pass share."""
+
+    cos: Tensor
+    sin: Tensor
+    masks: dict[str, Mask]
+    positions: Tensor
+    cache: Cache | None
+    token_mask: Tensor | None
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attend: q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D]."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask.allowed, is_causal=mask.causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def build_masks(
+    config: ModelConfig, tokens: int, device: torch.device, positions: Tensor | None, document_ids: Tensor | None
+) -> dict[str, Mask]:
+    """Return the mask of each kind of layer for `tokens` tokens that see each other only.
+
+    A token sees itself, and earlier ones of the same document within the window. `positions` None means
+    0, 1, 2, ...; where causal order alone says it all, no matrix is built.
+    """
+    masks: dict[str, Mask] = {}
+    order = torch.arange(tokens, device=device) if positions is None else positions
+    allowed = None
+    for kind in sorted(set(config.layer_types)):  # full before sliding, which narrows it
+        window = config.sliding_window if kind == "sliding_attention" else None
+        narrow = window is not None and window < tokens
+        if positions is None and document_ids is None and not narrow:
+            masks[kind] = Mask(None, True, window)
+            continue
+        if allowed is None:
+            allowed = order[..., :, None] >= order[..., None, :]
+            allowed = allowed if allowed.ndim == 3 else allowed[None]
+            if document_ids is not None:
+                allowed = allowed & (document_ids[:, :, None] == document_ids[:, None, :])
+        seen = allowed
+        if window is not None and (narrow or positions is not None):
+            seen = seen & (order[..., :, None] - order[..., None, :] < window)
+        masks[kind] = Mask(seen[:, None], False, window)
+    return masks
+
+
+class Attention(nn.Module):
+    """One attention layer. `core` is the part that mixes tokens: the seam for context parallelism."""
+
+    def __init__(self, config: ModelConfig, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.head_dim = config.head_dim
+        self.kind = config.layer_types[layer_index]
+        self.q_proj = Linear(config.hidden_size, config.query_width)
+        self.k_proj = Linear(config.hidden_size, config.key_width)
+        self.v_proj = Linear(config.hidden_size, config.key_width)
+        self.gate_proj = Linear(config.hidden_size, config.query_width)
+        self.o_proj = Linear(config.query_width, config.hidden_size)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.core: Callable[[Tensor, Tensor, Tensor, Mask], Tensor] = sdpa
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Map [B, T, d] to [B, T, d]."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        if self.kind == "sliding_attention":  # full layers have no positional encoding at all
+            q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        if context.cache is None:
+            mask = context.masks[self.kind]
+        else:
+            k, v, allowed = context.cache.update(self.layer_index, k, v, context.positions)
+            mask = Mask(allowed, False, None)
+        out = self.core(q, k, v, mask).transpose(1, 2).flatten(2)
+        return self.o_proj(out * torch.sigmoid(self.gate_proj(x)))

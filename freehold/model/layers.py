@@ -1,0 +1,68 @@
+"""The small parts: linear maps without bias, RMSNorm, the gated feed-forward, rotary embedding.
+
+Shapes: B sequences, T tokens, d model width, f feed-forward width, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """A linear map without bias; its weight is empty until `Afmoe.init_weights` or a checkpoint fills it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as it is: initialising here would cost seconds and be overwritten."""
+
+
+class Embedding(nn.Embedding):
+    """The token table; filled later, like `Linear`."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as it is."""
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * gain over the last dimension; inside in fp32, out in the dtype of x."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): the dense feed-forward and the shared expert."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(width, inner)
+        self.up_proj = Linear(width, inner)
+        self.down_proj = Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., d] to [..., d]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the rotation angles, [B or 1, 1, T, D/2], for positions [T] or [B, T]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[..., None].float() * theta**-exponents
+    angles = angles[:, None] if positions.ndim == 2 else angles[None, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [B, heads, T, D] by position; dimension j is paired with j + D/2 (the layout of Llama and NeoX)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,119 @@
+"""The mixture of experts: router, dispatcher and experts as three objects with a seam each.
+
+Shapes: N tokens, k experts per token, E experts, d model width, i expert width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from freehold.model import ops
+from freehold.model.config import ModelConfig
+from freehold.model.layers import Linear, SwiGLU
+
+
+class Dispatcher(Protocol):
+    """Takes rows sorted by expert to where the experts are, and their results back."""
+
+    def dispatch(self, x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Return the rows of the experts held here, their counts, and what `combine` needs."""
+        ...
+
+    def combine(self, y: Tensor, context: Any) -> Tensor:
+        """Return the rows in the order `dispatch` received them."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts are here: nothing moves."""
+
+    def dispatch(self, x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the rows as they are."""
+        return x, counts, None
+
+    def combine(self, y: Tensor, context: None) -> Tensor:
+        """Return the rows as they are."""
+        return y
+
+
+class Router(nn.Module):
+    """Sigmoid scores, in fp32 whatever the weights are; the bias decides who is chosen, not how much it weighs."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.top_k, self.route_scale = config.num_experts_per_tok, config.route_scale
+        self.gate = Linear(config.hidden_size, config.num_experts)
+
+    def forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits [N, E], weights [N, k] (both fp32) and the chosen experts [N, k] for tokens [N, d]."""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        logits = torch.nn.functional.linear(x.to(precise), self.gate.weight.to(precise))
+        scores = logits.sigmoid()
+        chosen = (scores.detach() + bias).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        weights = weights * (self.route_scale / (weights.sum(-1, keepdim=True) + 1e-20))
+        return logits, weights, chosen
+
+
+class Experts(nn.Module):
+    """All routed experts, stacked: gate and up in one matrix [E, 2i, d], down [E, d, i]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, width, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
+
+    def local_weights(self) -> tuple[Tensor, Tensor]:
+        """Return the stacked weights held on this device: the seam for expert parallelism."""
+        return self.gate_up_proj, self.down_proj
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Map rows sorted by expert, `counts` of each, [rows, d] -> [rows, d]."""
+        return ops.grouped_swiglu(x, counts, *self.local_weights())
+
+
+class MoE(nn.Module):
+    """A shared expert that is always on, plus the chosen experts weighted by the router.
+
+    `expert_bias` is fp32 whatever the model is cast to: its steps are too small for bf16. `load_counts` is
+    the number of (token, expert) assignments since it was last zeroed; `Afmoe` adds to it in training mode.
+    """
+
+    expert_bias: Tensor
+    load_counts: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = SwiGLU(config.hidden_size, config.moe_intermediate_size * config.num_shared_experts)
+        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
+        self.register_buffer("load_counts", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
+        self.last_router_logit_max: Tensor | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MoE:
+        """Follow the model to another device, but not to another precision."""
+        exact = self.expert_bias
+        super()._apply(fn, recurse)
+        if self.expert_bias.dtype != torch.float32:
+            self.expert_bias = exact.to(self.expert_bias.device)
+        return self
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return [B, T, d], the assignments per expert of tokens that count (int64 [E]), and the largest logit."""
+        flat = x.flatten(0, -2)
+        logits, weights, chosen = self.router(flat, self.expert_bias)
+        experts, counts = self.expert_bias.numel(), None
+        order = chosen.flatten().argsort(stable=True)
+        counts = chosen.flatten().bincount(minlength=experts)
+        rows, local_counts, context = self.dispatcher.dispatch(ops.gather(flat, order, self.router.top_k), counts)
+        results = self.dispatcher.combine(self.experts(rows, local_counts), context)
+        routed = ops.combine(results, order, weights)
+        counted = counts if token_mask is None else chosen[token_mask.flatten()].flatten().bincount(minlength=experts)
+        out = (self.shared_experts(flat) + routed).to(x.dtype).view_as(x)
+        return out, counted, logits.detach().amax()
