@@ -1,0 +1,169 @@
+"""From logits to the next token of each row: temperature, nucleus, penalties, one random stream a request.
+
+A row's token depends on its own logits, settings and seed only, never on which rows share its batch.
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from freehold.core.errors import RequestError
+
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens, in OpenAI's words. RequestError names the parameter that is out of range."""
+
+    temperature: float = 1.0
+    """0 = always the most probable token."""
+    top_p: float = 1.0
+    """Choose among the most probable tokens that together have this probability."""
+    top_k: int = 0
+    """Choose among this many most probable tokens; 0 = all."""
+    min_p: float = 0.0
+    """Choose among tokens at least this probable relative to the most probable one."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token generated before."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of each token for every time it was generated before."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    max_tokens: int | None = None
+    """Stop after this many tokens; None = when the context is full."""
+    stop_ids: tuple[int, ...] = ()
+    """Stop after one of these; it is the last token of the generation."""
+    seed: int | None = None
+    """The same seed gives the same tokens; None = another draw each time."""
+    logprobs: int = 0
+    """Also report this many most probable tokens at each position."""
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, 0, 2)
+        _check("top_p", self.top_p, 0, 1, above=True)
+        _check("top_k", self.top_k, 0, math.inf)
+        _check("min_p", self.min_p, 0, 1)
+        _check("presence_penalty", self.presence_penalty, -2, 2)
+        _check("frequency_penalty", self.frequency_penalty, -2, 2)
+        _check("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        if self.max_tokens is not None:
+            _check("max_tokens", self.max_tokens, 0, math.inf)
+        for bias in self.logit_bias.values():
+            _check("logit_bias", bias, -100, 100)
+
+    @property
+    def filters(self) -> bool:
+        """Whether tokens must be ranked before one is drawn."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what was generated before matters."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def _check(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+    if not (low < value <= high if above else low <= value <= high):
+        bounds = f"{'above' if above else 'at least'} {low}" + (f", at most {high}" if high < math.inf else "")
+        raise RequestError(f"{name} is out of range", where=name, found=value, expected=bounds)
+
+
+class Sampler:
+    """Draws the next token of each row of a batch; holds each row's random stream and its counts."""
+
+    def __init__(self, settings: Sequence[Sampling], vocab_size: int) -> None:
+        for s in settings:
+            beyond = [i for i in s.logit_bias if not 0 <= i < vocab_size]
+            if beyond:
+                raise RequestError(
+                    "logit_bias names no token", where="logit_bias", found=beyond[0], expected=f"0 to {vocab_size - 1}"
+                )
+        self.settings = list(settings)
+        self._random = [random.Random(s.seed) if s.seed is not None else random.Random() for s in settings]
+        self._counts = [torch.zeros(vocab_size) if s.penalises else None for s in settings]
+        self._prepare()
+
+    def remove(self, row: int) -> None:
+        """Forget a row; the last row takes its place."""
+        for rows in (self.settings, self._random, self._counts):
+            rows[row] = rows[-1]  # type: ignore[index]
+            rows.pop()  # type: ignore[attr-defined]
+        self._prepare()
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Return one token id a row [B] from float32 logits [B,V]; the logits are not changed."""
+        if self._adjusted:
+            logits = self._adjust(logits)
+        if self._greedy_all:
+            return logits.argmax(dim=-1)
+        # The largest becomes 0, so that a temperature next to 0 cannot overflow.
+        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / self._temperature.to(logits.device)
+        if self._filtered:
+            rows = torch.tensor(self._filtered, device=logits.device)
+            # A row alone is filtered as in company: every step works row by row.
+            scaled[rows] = _filter(scaled[rows], [self.settings[r] for r in self._filtered])
+        cumulative = scaled.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        # 32 bits, so that a draw times the total stays below the total: never past the last possible token.
+        draws = [r.getrandbits(32) / 2**32 if s.temperature > 0 else 0.0 for r, s in self._pairs]
+        points = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, points, right=True)[:, 0]
+        if self._greedy:
+            rows = torch.tensor(self._greedy, device=logits.device)
+            drawn[rows] = logits[rows].argmax(dim=-1)
+        return drawn
+
+    def count(self, ids: Sequence[int]) -> None:
+        """Take note of the token each row got."""
+        for counts, token in zip(self._counts, ids, strict=True):
+            if counts is not None:
+                counts[token] += 1
+
+    def _prepare(self) -> None:
+        """Work out, once for a set of rows, which steps they need."""
+        self._pairs = list(zip(self._random, self.settings, strict=True))
+        self._greedy = [r for r, s in enumerate(self.settings) if s.temperature == 0]
+        self._greedy_all = len(self._greedy) == len(self.settings)
+        self._filtered = [r for r, s in enumerate(self.settings) if s.filters]
+        self._adjusted = [r for r, s in enumerate(self.settings) if s.penalises or s.logit_bias]
+        self._temperature = torch.tensor([[s.temperature or 1.0] for s in self.settings])
+
+    def _adjust(self, logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        for row in self._adjusted:
+            s, counts = self.settings[row], self._counts[row]
+            if counts is not None:
+                penalty = s.presence_penalty * (counts > 0) + s.frequency_penalty * counts
+                logits[row] -= penalty.to(logits.device)
+            if s.logit_bias:
+                ids = torch.tensor(list(s.logit_bias), device=logits.device)
+                logits[row, ids] += torch.tensor(list(s.logit_bias.values()), device=logits.device)
+        return logits
+
+
+def _filter(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
+    """Return the logits [B,V] with those outside top-k, top-p and min-p at minus infinity.
+
+    Top-k first, then the nucleus and min-p of what is left, as vLLM and transformers do. At least one stays;
+    of equal logits the lower id counts as the more probable.
+    """
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    top_k = torch.tensor([[s.top_k or logits.shape[1]] for s in settings], device=logits.device)
+    top_p = torch.tensor([[s.top_p] for s in settings], dtype=torch.float64, device=logits.device)
+    min_p = torch.tensor([[s.min_p] for s in settings], device=logits.device)
+    ranked = ranked.masked_fill(rank >= top_k, -torch.inf)
+    chances = ranked.softmax(dim=-1)
+    before = chances.cumsum(dim=-1, dtype=torch.float64) - chances
+    # top_p = 1 keeps everything, whatever the rounding of the sum.
+    outside = ((before >= top_p) & (top_p < 1)) | (chances < min_p * chances[:, :1])
+    outside[:, 0] = False
+    ranked = ranked.masked_fill(outside, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter_(1, order, ranked)
