@@ -1,0 +1,205 @@
+"""The picture of a training run: loss and bits per byte, learning rate, expert load, balance."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+INK, MUTED, FAINT = "#1f2933", "#7b8794", "#d5dbe1"
+BLUE, ORANGE, GREEN = "#2563a8", "#d9772b", "#2f8f6b"
+PHASES = ("#eef3f8", "#fbf1e6", "#e9f4ee", "#f3eef8", "#f7f0f0")
+STYLE: Any = {
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+HEAT_COLUMNS = 100
+"""Most step bins of the heat map; more steps than that are summed."""
+
+
+def draw(rows: list[dict[str, Any]], results: dict[str, Any]) -> bytes:
+    """Return a PNG drawn from metrics rows (`step`, `phase`, slash names) and evaluate's results (may be empty)."""
+    with matplotlib.rc_context(STYLE):
+        # A Figure of its own, not pyplot: no window system is touched and no state is left behind.
+        figure = Figure(figsize=(13, 7.2), dpi=130, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+        grid = figure.add_gridspec(2, 2, height_ratios=(2.3, 1))
+        loss, heat, rate, balance = (figure.add_subplot(grid[r, c]) for r, c in ((0, 0), (0, 1), (1, 0), (1, 1)))
+        spans = phase_spans(rows)
+        _loss(loss, rows, results)
+        _heat(heat, balance, rows)
+        _rate(rate, rows)
+        _balance(balance, rows)
+        for axes in (loss, heat, rate, balance):
+            _shade(axes, spans, names=axes in (loss, heat))
+        for axes in (loss, heat, rate, balance):
+            axes.set_xlim(spans[0][1], spans[-1][2])
+        for axes in (rate, balance):
+            axes.set_xlabel("optimizer step")
+        out = io.BytesIO()
+        figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def phase_spans(rows: list[dict[str, Any]]) -> list[tuple[str, int, int]]:
+    """Return (phase, first step, last step) of each run of equal phases; neighbours touch.
+
+    A row that names no phase (validation alone) belongs to the phase before it.
+    """
+    spans: list[tuple[str, int, int]] = []
+    for row in rows:
+        phase = str(row.get("phase") or (spans[-1][0] if spans else ""))
+        if spans and spans[-1][0] == phase:
+            spans[-1] = (phase, spans[-1][1], row["step"])
+        else:
+            spans.append((phase, spans[-1][2] if spans else row["step"], row["step"]))
+    return spans
+
+
+def heat_map(rows: list[dict[str, Any]]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return layer names, bin edges in steps [bins + 1], and load relative to an equal share [bins, layers, E].
+
+    Steps are summed into at most `HEAT_COLUMNS` bins. 1 is an equal share, 0 a dead expert.
+    """
+    kept = [row for row in rows if any(key.startswith("moe/load/") for key in row)]
+    names = sorted({k.rpartition("/")[2] for row in kept for k in row if k.startswith("moe/load/")}, key=_number)
+    if not kept:
+        return [], np.zeros(0), np.zeros((0, 0, 0))
+    loads = np.array([[row[f"moe/load/{name}"] for name in names] for row in kept], dtype=np.float64)
+    starts = np.unique(np.linspace(0, len(kept), min(HEAT_COLUMNS, len(kept)) + 1).astype(int))[:-1]
+    binned = np.add.reduceat(loads, starts, axis=0)
+    steps = np.array([row["step"] for row in kept])
+    relative = binned / np.maximum(binned.mean(axis=2, keepdims=True), 1e-9)
+    # A row tells of the steps since the row before it.
+    return names, np.append(np.append(0, steps)[starts], steps[-1]), relative
+
+
+def _loss(axes: Axes, rows: list[dict[str, Any]], results: dict[str, Any]) -> None:
+    axes.set_title("Training loss and held-out bits per byte", pad=18)
+    steps, values = _series(rows, "loss/mean")
+    axes.plot(steps, values, color=FAINT, linewidth=0.7)
+    axes.plot(steps, _smooth(values), color=MUTED, linewidth=1.4, label="training loss, nats per token")
+    names = sorted({k for row in rows for k in row if k.startswith("val/bpb/")})
+    right = axes.twinx()
+    right.spines["right"].set(visible=True, color=BLUE)
+    right.tick_params(axis="y", colors=BLUE)
+    _many(right, rows, names, BLUE, "each source")
+    steps, values = _series(rows, "val/bpb")
+    right.plot(steps, values, color=BLUE, linewidth=2.2, marker="o", markersize=3, label="bits per byte, held-out text")
+    if len(values):
+        place: Any = {"xytext": (0, 6), "textcoords": "offset points", "ha": "right", "va": "bottom"}
+        right.annotate(f"{values[-1]:.2f}", (steps[-1], values[-1]), **place, color=BLUE, fontweight="bold")
+    xz = results.get("text", {}).get("overall", {}).get("xz")
+    if xz:
+        right.axhline(xz, color=ORANGE, linewidth=1.3, linestyle=(0, (5, 3)), label=f"xz -9 on held-out text: {xz:.2f}")
+    axes.set_ylabel("loss", color=MUTED)
+    right.set_ylabel("bits per byte", color=BLUE)
+    axes.set_ylim(bottom=0)
+    right.set_ylim(bottom=0)
+    handles = [h for a in (right, axes) for h in a.get_legend_handles_labels()[0]]
+    right.legend(handles=handles, loc="lower left")
+
+
+def _many(axes: Axes, rows: list[dict[str, Any]], names: list[str], colour: str, label: str) -> None:
+    """Draw one thin line a name, all under one entry of the legend."""
+    for name in names:
+        steps, values = _series(rows, name)
+        axes.plot(steps, _smooth(values), color=colour, linewidth=0.8, alpha=0.4, label=label)
+        label = "_"  # matplotlib leaves names that begin so out of the legend
+
+
+def _rate(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    axes.set_title("Learning rate")
+    steps, values = _series(rows, "optim/lr")
+    axes.plot(steps, values, color=GREEN, linewidth=1.8)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _heat(axes: Axes, below: Axes, rows: list[dict[str, Any]]) -> None:
+    axes.set_title("Load of every expert, 1 = an equal share", pad=18)
+    names, edges, relative = heat_map(rows)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    if not names:
+        _note(axes, "no expert loads in the metrics")
+        return
+    bins, layers, experts = relative.shape
+    image = relative.reshape(bins, layers * experts).T
+    lines = np.arange(layers * experts + 1)
+    mesh = axes.pcolormesh(edges, lines, image, cmap=_two_sided(), vmin=0, vmax=2, rasterized=True)
+    for layer in range(1, layers):
+        axes.axhline(layer * experts, color="white", linewidth=3)
+    axes.set_yticks([(i + 0.5) * experts for i in range(layers)], [f"layer {n}" for n in names])
+    axes.invert_yaxis()
+    # Beside both axes of the column, so that their steps stay one above the other.
+    place: Any = {"ax": [axes, below], "shrink": 0.45, "aspect": 24, "pad": 0.015, "anchor": (0, 0.93)}
+    bar = axes.figure.colorbar(mesh, **place, ticks=[0, 0.5, 1, 1.5, 2])
+    bar.ax.set_yticklabels(["0", "0.5", "1", "1.5", "≥ 2"])
+    bar.outline.set_visible(False)  # type: ignore[operator]
+
+
+def _balance(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    axes.set_title("MaxVio: how far the busiest expert is above its share")
+    _many(axes, rows, sorted({k for row in rows for k in row if k.startswith("moe/max_vio/")}), ORANGE, "each layer")
+    steps, values = _series(rows, "moe/max_vio")
+    if not len(values):
+        _note(axes, "no MaxVio in the metrics")
+        return
+    axes.plot(steps, _smooth(values), color=ORANGE, linewidth=2, label="mean over layers")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper right", ncols=2)
+
+
+def _shade(axes: Axes, spans: list[tuple[str, int, int]], *, names: bool) -> None:
+    for number, (phase, first, last) in enumerate(spans):
+        axes.axvspan(first, last, color=PHASES[number % len(PHASES)], zorder=-10, linewidth=0)
+        if names:
+            place: Any = {"xy": ((first + last) / 2, 1.01), "xycoords": axes.get_xaxis_transform()}
+            axes.annotate(phase, **place, ha="center", va="bottom", color=MUTED, fontsize=8.5)
+
+
+def _series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], dtype=np.float64)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Return a centred running mean over about a fiftieth of the run, shorter at the ends."""
+    half = len(values) // 100
+    if half == 0:
+        return values
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def _two_sided() -> Any:
+    """Return a colour map from blue (starved) over near-white (an equal share) to red-brown (overloaded)."""
+    colours = ["#12365f", "#5b8fc7", "#f6f5f2", "#e0935a", "#9c3d12"]
+    return matplotlib.colors.LinearSegmentedColormap.from_list("load", colours)
+
+
+def _note(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
+    axes.set_yticks([])
+
+
+def _number(name: str) -> tuple[int, str]:
+    return (int(name), "") if name.isdigit() else (-1, name)

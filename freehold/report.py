@@ -1,0 +1,203 @@
+"""What a run made, as a picture (report.png), a page (report.md) and a text for the terminal.
+
+Reads only what the stages left in the run folder; a part whose stage has not run is left out with a note.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from freehold.core.artifact import MANIFEST, write_atomic
+from freehold.core.log import read_metrics
+from freehold.core.table import Table
+from freehold.stages.evaluate.table import tables as evaluation_tables
+
+STAGES = ("gather", "curate", "tokenize", "pretrain", "align", "evaluate", "export", "serve")
+# Things inside a stage's folder that people look for by name.
+NAMED = ("pretrain/truebase", "pretrain/base", "align/preview", "export/hf")
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write report.png (when there are training metrics) and report.md; return the path of report.md."""
+    rows = training_rows(run_folder)
+    picture = run_folder / "report.png"
+    picture.unlink(missing_ok=True)
+    if rows:
+        from freehold.figure import draw
+
+        write_atomic(picture, draw(rows, _read_json(run_folder / "evaluate" / "results.json")))
+    parts = [f"# Run `{run_folder.name}`\n"]
+    parts.append("![Loss, learning rate, expert load and balance over training](report.png)\n" if rows else "")
+    parts += [table.markdown() for table in tables(run_folder)]
+    answer = _read_json(run_folder / "serve" / "answer.json")
+    if answer:
+        parts.append(f"## A question to the server\n\n> {answer['question']}\n\n{_quoted(answer['answer'])}\n")
+    missing = _missing(run_folder)
+    if missing:
+        parts.append(f"Not in this report, for the stage has not finished: {', '.join(missing)}.\n")
+    path = run_folder / "report.md"
+    write_atomic(path, "\n".join(part for part in parts if part))
+    return path
+
+
+def summary(run_folder: Path, width: int = 110) -> str:
+    """Return the same tables as plain text of at most `width` columns, for the end of `freehold run`."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=False)
+    for table in tables(run_folder):
+        shown = RichTable(title=Text(table.title), title_justify="left", title_style="bold")
+        for index, name in enumerate(table.header):
+            left = index in table.left
+            shown.add_column(Text(name), justify="left" if left else "right", overflow="fold", no_wrap=not left)
+        for row in table.rows:
+            shown.add_row(*(Text(cell) for cell in row))
+        console.print(shown)
+    answer = _read_json(run_folder / "serve" / "answer.json")
+    if answer:
+        console.print(Text(f"asked the server: {answer['question']}\nit answered:      {answer['answer']}"))
+    missing = _missing(run_folder)
+    if missing:
+        console.print(Text(f"not finished, so left out: {', '.join(missing)}"))
+    return out.getvalue()
+
+
+def training_rows(run_folder: Path) -> list[dict[str, Any]]:
+    """Return the metrics of pretraining, then those of alignment with steps counted on, as the phase SFT."""
+    rows = read_metrics(run_folder / "pretrain" / "metrics.jsonl")
+    last = max((row["step"] for row in rows), default=0)
+    for row in read_metrics(run_folder / "align" / "metrics.jsonl"):
+        rows.append({**row, "step": last + row["step"], "phase": "SFT"})
+    return rows
+
+
+def tables(run_folder: Path) -> list[Table]:
+    """Return every table there is something to fill with."""
+    found: list[Table | None] = [_made(run_folder), _training(run_folder)]
+    results = _read_json(run_folder / "evaluate" / "results.json")
+    if results:
+        found += evaluation_tables(results)
+    found += [_balance(run_folder), _parity(run_folder), _licences(run_folder)]
+    return [table for table in found if table is not None and table.rows]
+
+
+def _made(run_folder: Path) -> Table:
+    rows = []
+    for name in STAGES:
+        manifest = _read_json(run_folder / name / MANIFEST)
+        if manifest:
+            seconds = f"{manifest['seconds']:,.1f}" if "seconds" in manifest else ""
+            rows.append([name, name + "/", manifest["content_sha256"][:12], seconds])
+    for relative in NAMED:
+        manifest = _read_json(run_folder / relative / MANIFEST)
+        if manifest:
+            rows.append([relative.rpartition("/")[2], relative + "/", manifest["content_sha256"][:12], ""])
+    files = _read_json(run_folder / "export" / MANIFEST).get("files", {})
+    for name, record in sorted(files.items()):
+        if name.endswith((".gguf", ".safetensors")):
+            size = f"{name.rpartition('/')[2]} ({record['bytes'] / 1e6:,.1f} MB)"
+            rows.append([size, f"export/{name}", record["sha256"][:12], ""])
+    return Table("What was made", ["what", "where", "sha256", "seconds"], rows, left=(0, 1, 2))
+
+
+def _training(run_folder: Path) -> Table:
+    rows = []
+    for name in ("pretrain", "align"):
+        metrics = read_metrics(run_folder / name / "metrics.jsonl")
+        losses = [row["loss/mean"] for row in metrics if row.get("loss/mean") is not None]
+        if not losses:
+            continue
+        # The middle of all steps: start-up and machine noise do not move it.
+        speed, used = (_median(metrics, key) for key in ("perf/tokens_per_s", "perf/mfu"))
+        memory = max((row["perf/memory_bytes"] for row in metrics if row.get("perf/memory_bytes")), default=None)
+        rows.append(
+            [
+                name,
+                f"{max(row['step'] for row in metrics):,}",
+                f"{losses[0]:.3f}",
+                f"{losses[-1]:.3f}",
+                "" if speed is None else f"{speed:,.0f}",
+                "" if used is None else f"{100 * used:.1f} %",
+                "" if memory is None else f"{memory / 1e9:.2f}",
+            ]
+        )
+    header = ["stage", "steps", "first loss", "last loss", "tokens/s", "MFU", "peak memory GB"]
+    return Table("Training", header, rows, "Tokens/s and MFU: median over the steps.")
+
+
+def _balance(run_folder: Path) -> Table:
+    rows = []
+    metrics = read_metrics(run_folder / "pretrain" / "metrics.jsonl")
+    for key in sorted({k for row in metrics for k in row if k.startswith("moe/max_vio")}, key=_by_layer):
+        values = [row[key] for row in metrics if row.get(key) is not None]
+        tail = values[-max(1, len(values) // 10) :]
+        name = "all layers" if key == "moe/max_vio" else "layer " + key.rpartition("/")[2]
+        rows.append([name, f"{values[0]:.2f}", f"{max(values):.2f}", f"{sum(tail) / len(tail):.2f}"])
+    dead = [row["moe/dead"] for row in metrics if row.get("moe/dead") is not None]
+    note = "MaxVio: (load of the busiest expert - mean load) / mean load of a step; 0 is perfect balance."
+    if dead:
+        note += f" Experts without a token in the last step: {dead[-1]:g}."
+    return Table("Expert balance", ["MaxVio", "first step", "highest", "mean of last tenth"], rows, note)
+
+
+def _parity(run_folder: Path) -> Table | None:
+    formats = _read_json(run_folder / "export" / "parity.json")
+    formats = {name: figures for name, figures in formats.items() if isinstance(figures, dict)}
+    keys = [k for k in ("mean_kl", "top1") if any(k in figures for figures in formats.values())]
+    for figures in formats.values():
+        keys += [k for k, v in figures.items() if k not in keys and isinstance(v, int | float)]
+    rows = [[name, *(_figure(figures.get(key)) for key in keys)] for name, figures in formats.items()]
+    return Table("Parity of the exports with our model", ["export", *keys], rows) if keys else None
+
+
+def _licences(run_folder: Path) -> Table | None:
+    sources = _read_json(run_folder / "gather" / "sources.json")
+    rows = []
+    for name, record in sorted(sources.items()):
+        rows.append(
+            [
+                name,
+                str(record.get("version", "")),
+                str(record.get("licence", "")),
+                str(record.get("wrapper_licence", "")),
+                f"{record.get('documents', 0):,}",
+                f"{record.get('bytes', 0):,}",
+            ]
+        )
+    header = ["source", "version", "licence of the text", "of the package", "documents", "bytes"]
+    return Table("Sources and licences", header, rows, left=(0, 1, 2, 3))
+
+
+def _missing(run_folder: Path) -> list[str]:
+    return [name for name in STAGES if not (run_folder / name / MANIFEST).exists()]
+
+
+def _read_json(path: Path) -> Any:
+    """Return a JSON file's value, or an empty mapping when the stage has not written it."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _median(rows: list[dict[str, Any]], key: str) -> float | None:
+    values = sorted(row[key] for row in rows if row.get(key) is not None)
+    return values[len(values) // 2] if values else None
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _quoted(text: str) -> str:
+    return "\n".join("> " + line for line in ("**" + text.strip() + "**").splitlines())
+
+
+def _by_layer(key: str) -> tuple[int, str]:
+    number = key.rpartition("/")[2]
+    return (int(number), "") if number.isdigit() else (-1, key)
