@@ -25,7 +25,7 @@ from freehold.core.log import Log
 
 MANIFEST = "manifest.json"
 # What a stage writes for people, or about time: never part of what it made.
-NOT_CONTENT = {MANIFEST, "metrics.jsonl", "resolved.yaml", "timing.json"}
+NOT_CONTENT = {MANIFEST, "metrics.jsonl", "resolved.yaml", "timing.json", "key.json"}
 # The packages whose version can change bytes; those not installed are left out of the record.
 VERSIONED = [
     "torch",

@@ -1,0 +1,31 @@
+"""What a recipe can say about the shape of a batch."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from freehold.core.config import Config
+
+
+class BatchConfig(Config):
+    """Rows of tokens in one optimizer step, and how many go through the model at once."""
+
+    context_tokens: int = Field(512, ge=8, description="length of a row")
+    sequences: int = Field(8, ge=1, description="rows in one optimizer step")
+    micro_sequences: int = Field(0, ge=0, description="rows in one forward and backward (0: all at once)")
+
+    @property
+    def step_tokens(self) -> int:
+        """Return the tokens of one optimizer step."""
+        return self.context_tokens * self.sequences
+
+    @property
+    def micro(self) -> int:
+        """Return the rows of one micro-batch."""
+        return self.micro_sequences or self.sequences
+
+    @model_validator(mode="after")
+    def _divides(self) -> BatchConfig:
+        if self.sequences % self.micro:
+            raise ValueError(f"sequences ({self.sequences}) must be a multiple of micro_sequences ({self.micro})")
+        return self

@@ -1,0 +1,247 @@
+"""The order of the data as a pure function of (seed, mixture, step): nothing to save, nothing to lose.
+
+Each source is an endless stream of its documents, permuted anew each epoch, cut into rows of T tokens. A phase takes
+from each source the next rows in exact proportion to its weight, and shuffles them. So the rows of any step, and the
+documents in them, can be computed for any step at any time: resume needs the step alone, and `trace` needs no log.
+
+Shapes: B rows a step, T tokens a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from freehold.core.errors import DataError
+from freehold.data.packing import Batch, Example, conversation_batch, pack, text_batch
+
+
+def generator(*parts: object) -> np.random.Generator:
+    """Return a random generator that depends on nothing but the parts given (seed, names, numbers)."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document's share of a step: how many of its tokens were inputs."""
+
+    document_id: str
+    source: str
+    tokens: int
+
+
+class Order(Protocol):
+    """What the training loop and the ledger ask of a data order."""
+
+    def batch(self, step: int) -> Batch:
+        """Return the rows of one optimizer step."""
+
+    def documents(self, step: int) -> list[Piece]:
+        """Return the documents of one optimizer step."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source's train shard: all its tokens, and where each document lies in them."""
+
+    name: str
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    ids: Sequence[str]
+
+    @cached_property
+    def total_tokens(self) -> int:
+        """Return the tokens of one epoch."""
+        return int(self.lengths.sum())
+
+
+@dataclass(frozen=True)
+class PhaseRows:
+    """What one phase needs to know: its name, its steps, and the weight of each source (empty: by tokens)."""
+
+    name: str
+    steps: int
+    mixture: Mapping[str, float]
+
+
+class TextOrder:
+    """The order of pre-training: phases over weighted sources.
+
+    `consumed` are the rows each source had given when a parent checkpoint was made; a branch goes on from there.
+    Raises DataError for a mixture that names no known source.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        phases: Sequence[PhaseRows],
+        *,
+        context_tokens: int,
+        sequences: int,
+        seed: int,
+        separator: int,
+        first_step: int = 0,
+        consumed: Mapping[str, int] | None = None,
+    ) -> None:
+        self.sources = {n: s for n, s in sources.items() if s.total_tokens}
+        if not self.sources:
+            raise DataError("there is no text to train on", found="no source with tokens")
+        self.context_tokens, self.sequences, self.seed, self.separator = context_tokens, sequences, seed, separator
+        self.first_step = first_step
+        self.phases: list[tuple[int, int, str, np.ndarray]] = []
+        """(first step, end step, name, rows [steps * B, 2] of (source number, row number in its stream))"""
+        self.names = list(self.sources)
+        done = {name: int((consumed or {}).get(name, 0)) for name in self.names}
+        step = first_step
+        for phase in phases:
+            counts = apportion(self._weights(phase), phase.steps * sequences)
+            rows = np.concatenate(
+                [
+                    np.stack([np.full(n, number), np.arange(done[name], done[name] + n)], axis=1)
+                    for number, (name, n) in enumerate(counts.items())
+                ]
+            )
+            rows = rows[generator(seed, "rows", phase.name, step).permutation(len(rows))]
+            self.phases.append((step, step + phase.steps, phase.name, rows))
+            for name, n in counts.items():
+                done[name] += n
+            step += phase.steps
+        self.consumed = done
+        self.last_step = step
+
+    def consumed_at(self, step: int) -> dict[str, int]:
+        """Return the rows each source has given when a phase ends after `step` steps (or at the start)."""
+        taken = dict(self.consumed)
+        for first, _, _, rows in self.phases:
+            if first >= step:
+                for number, n in zip(*np.unique(rows[:, 0], return_counts=True), strict=True):
+                    taken[self.names[number]] -= int(n)
+        return taken
+
+    def epochs(self) -> dict[str, float]:
+        """Return how often each source has been read once all phases are done."""
+        return {n: self.consumed[n] * self.context_tokens / self.sources[n].total_tokens for n in self.names}
+
+    def rows(self, step: int) -> list[tuple[str, int]]:
+        """Return (source, row number in its stream) of each row of a step."""
+        for first, end, _, rows in self.phases:
+            if first <= step < end:
+                at = (step - first) * self.sequences
+                return [(self.names[number], int(row)) for number, row in rows[at : at + self.sequences]]
+        raise IndexError(f"step {step} is not in {self.first_step}..{self.last_step - 1}")
+
+    def batch(self, step: int) -> Batch:
+        """Return the rows of one optimizer step; targets are the next tokens."""
+        t = self.context_tokens
+        rows = [self._read(self.sources[name], row * t, t + 1) for name, row in self.rows(step)]
+        return text_batch(np.stack(rows), self.separator)
+
+    def documents(self, step: int) -> list[Piece]:
+        """Return the documents whose tokens were inputs of a step, in row order."""
+        t = self.context_tokens
+        pieces = []
+        for name, row in self.rows(step):
+            source = self.sources[name]
+            for document, _, tokens in self._spans(source, row * t, t):
+                pieces.append(Piece(source.ids[document], name, tokens))
+        return pieces
+
+    def _weights(self, phase: PhaseRows) -> dict[str, float]:
+        unknown = sorted(set(phase.mixture) - set(self.names))
+        if unknown:
+            raise DataError(
+                "the mixture names a source that has no tokens",
+                where=f"phases.{phase.name}.mixture.{unknown[0]}",
+                expected=", ".join(self.names),
+            )
+        if phase.mixture:
+            return {name: float(phase.mixture.get(name, 0.0)) for name in self.names}
+        return {name: float(self.sources[name].total_tokens) for name in self.names}
+
+    def _spans(self, source: Source, start: int, length: int) -> list[tuple[int, int, int]]:
+        """Return (document number, first token within it, tokens) along a stretch of a source's stream."""
+        spans = []
+        while length > 0:
+            epoch, offset = divmod(start, source.total_tokens)
+            order, ends = self._epoch(source.name, epoch)
+            at = int(np.searchsorted(ends, offset, side="right"))
+            document = int(order[at])
+            inside = offset - (int(ends[at - 1]) if at else 0)
+            taken = min(int(source.lengths[document]) - inside, length)
+            spans.append((document, inside, taken))
+            start += taken
+            length -= taken
+        return spans
+
+    def _read(self, source: Source, start: int, length: int) -> np.ndarray:
+        parts = []
+        for document, inside, taken in self._spans(source, start, length):
+            begin = int(source.starts[document]) + inside
+            parts.append(source.tokens[begin : begin + taken])
+        return np.concatenate(parts)
+
+    @lru_cache(maxsize=64)  # noqa: B019 - one order lives as long as its run
+    def _epoch(self, name: str, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        source = self.sources[name]
+        order = generator(self.seed, "documents", name, epoch).permutation(len(source.lengths))
+        return order, np.cumsum(source.lengths[order])
+
+
+class ConversationOrder:
+    """The order of supervised fine-tuning: whole conversations, packed into rows, permuted anew each epoch."""
+
+    def __init__(
+        self, examples: Sequence[Example], *, context_tokens: int, sequences: int, steps: int, seed: int, pad: int
+    ) -> None:
+        self.examples = [e for e in examples if len(e.ids) - 1 <= context_tokens]
+        self.too_long = len(examples) - len(self.examples)
+        if not self.examples:
+            raise DataError(
+                "no conversation fits a row",
+                found=f"{len(examples)} conversations",
+                expected=f"<= {context_tokens} tokens",
+            )
+        self.context_tokens, self.sequences, self.pad = context_tokens, sequences, pad
+        self.rows: list[list[int]] = []
+        self.epochs = 0
+        while len(self.rows) < steps * sequences:
+            order = generator(seed, "conversations", self.epochs).permutation(len(self.examples))
+            packed = pack([len(self.examples[i].ids) - 1 for i in order], context_tokens)
+            self.rows += [[int(order[i]) for i in row] for row in packed]
+            self.epochs += 1
+
+    def batch(self, step: int) -> Batch:
+        """Return the rows of one optimizer step."""
+        rows = [[self.examples[i] for i in row] for row in self._rows(step)]
+        return conversation_batch(rows, self.context_tokens, self.pad)
+
+    def documents(self, step: int) -> list[Piece]:
+        """Return the conversations of one optimizer step, in row order."""
+        examples = [self.examples[i] for row in self._rows(step) for i in row]
+        return [Piece(e.id, e.source, len(e.ids) - 1) for e in examples]
+
+    def _rows(self, step: int) -> list[list[int]]:
+        return self.rows[step * self.sequences : (step + 1) * self.sequences]
+
+
+def apportion(weights: Mapping[str, float], total: int) -> dict[str, int]:
+    """Split `total` rows in proportion to the weights, exactly: largest remainders get the rest.
+
+    Raises DataError when no weight is positive or one is negative.
+    """
+    whole = sum(weights.values())
+    if whole <= 0 or any(weight < 0 for weight in weights.values()):
+        raise DataError("a mixture needs weights >= 0 of which one is > 0", found=dict(weights))
+    shares = {name: weight / whole * total for name, weight in weights.items()}
+    counts = {name: int(share) for name, share in shares.items()}
+    rest = sorted(shares, key=lambda name: (counts[name] - shares[name], name))
+    for name in rest[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts

@@ -1,0 +1,94 @@
+"""Rows of a batch, and the packing of whole conversations into rows.
+
+Shapes: B rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+IGNORE = -100
+"""Target of a position that carries no loss."""
+PADDING = -1
+"""Document number of a position that is padding."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch or step: arrays of shape [B, T]."""
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+    document_ids: np.ndarray
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Return rows start..stop of the batch."""
+        return Batch(self.input_ids[start:stop], self.targets[start:stop], self.document_ids[start:stop])
+
+    @property
+    def target_tokens(self) -> int:
+        """Return how many positions carry loss."""
+        return int((self.targets != IGNORE).sum())
+
+
+def text_batch(rows: np.ndarray, separator: int) -> Batch:
+    """Make a batch from rows [B, T+1] of a token stream in which each document ends with `separator`.
+
+    The separator that ends a document opens the next one: as a target it belongs to the text before it, as an
+    input it is the first token of the document after it, so every document starts from a clean context.
+    """
+    inputs = rows[:, :-1].astype(np.int64)
+    return Batch(inputs, rows[:, 1:].astype(np.int64), np.cumsum(inputs == separator, axis=1).astype(np.int32))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation as ids with a mask of the positions whose token carries loss."""
+
+    id: str
+    source: str
+    ids: Sequence[int]
+    loss_mask: Sequence[bool]
+
+
+def pack(lengths: Sequence[int], capacity: int, open_rows: int = 64) -> list[list[int]]:
+    """Put items of the given lengths whole into rows of `capacity`, first fit over the newest open rows.
+
+    Returns the item numbers of each row. Raises ValueError for an item longer than a row.
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for item, length in enumerate(lengths):
+        if length > capacity:
+            raise ValueError(f"item {item} has {length} tokens, a row holds {capacity}")
+        for row in range(max(0, len(rows) - open_rows), len(rows)):
+            if free[row] >= length:
+                rows[row].append(item)
+                free[row] -= length
+                break
+        else:
+            rows.append([item])
+            free.append(capacity - length)
+    return rows
+
+
+def conversation_batch(rows: Sequence[Sequence[Example]], context_tokens: int, pad: int) -> Batch:
+    """Lay packed conversations out as a batch; loss only where an example's mask says so, never across examples."""
+    shape = (len(rows), context_tokens)
+    inputs = np.full(shape, pad, dtype=np.int64)
+    targets = np.full(shape, IGNORE, dtype=np.int64)
+    documents = np.full(shape, PADDING, dtype=np.int32)
+    for r, row in enumerate(rows):
+        at = 0
+        for number, example in enumerate(row):
+            ids = np.asarray(example.ids, dtype=np.int64)
+            mask = np.asarray(example.loss_mask, dtype=bool)
+            length = len(ids) - 1
+            inputs[r, at : at + length] = ids[:-1]
+            targets[r, at : at + length] = np.where(mask[1:], ids[1:], IGNORE)
+            documents[r, at : at + length] = number
+            at += length
+    return Batch(inputs, targets, documents)

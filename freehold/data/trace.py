@@ -1,0 +1,53 @@
+"""Which steps saw which document, as a table: computed from the order, never logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from freehold.core.artifact import disk_error
+from freehold.data.loader import Order
+
+
+def trace_rows(order: Order, steps: range, phase_of: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Return one row per (document, phase): the steps that saw it, and the tokens: `trace.parquet`."""
+    found: dict[tuple[str, str, str], dict[int, int]] = {}
+    for step in steps:
+        for piece in order.documents(step):
+            seen = found.setdefault((piece.document_id, piece.source, phase_of[step]), {})
+            seen[step] = seen.get(step, 0) + piece.tokens
+    return [
+        {
+            "document_id": document,
+            "source": source,
+            "phase": phase,
+            "first_step": min(seen),
+            "last_step": max(seen),
+            "steps": sorted(seen),
+            "tokens": sum(seen.values()),
+        }
+        for (document, source, phase), seen in sorted(found.items())
+    ]
+
+
+def write_trace(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write which steps saw which document, as parquet; the same run gives the same bytes."""
+    schema = pa.schema(
+        [
+            ("document_id", pa.string()),
+            ("source", pa.string()),
+            ("phase", pa.string()),
+            ("first_step", pa.int32()),
+            ("last_step", pa.int32()),
+            ("steps", pa.list_(pa.int32())),
+            ("tokens", pa.int64()),
+        ]
+    )
+    try:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+    except OSError as error:
+        raise disk_error(error, path) from error

@@ -1,0 +1,1 @@
+"""Alignment: Base and conversations to Preview."""

@@ -1,0 +1,39 @@
+"""What alignment can be told."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from freehold.core.config import Config
+from freehold.data.config import BatchConfig
+from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig
+from freehold.trainer.config import TrainerConfig
+
+
+class StageConfig(Config):
+    """Supervised fine-tuning on conversations, loss on assistant tokens only."""
+
+    checkpoint: str = Field("base", description="named checkpoint of pretrain to start from")
+    batch: BatchConfig = Field(default_factory=BatchConfig, description="rows and tokens of a step")
+    optim: OptimConfig = Field(
+        default_factory=lambda: OptimConfig(matrices="adamw", lr=5e-4), description="optimizer of the fine-tuning"
+    )
+    balance: BalanceConfig = Field(
+        default_factory=NoBalanceConfig, description="expert balancing; none keeps the routing that Base learnt"
+    )
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig, description="precision, loss, checkpoints, reports")
+    phases: dict[str, PhaseConfig] = Field(
+        default_factory=lambda: {
+            "sft": PhaseConfig(
+                steps=100, warmup_steps=5, shape="linear", end=0.0, checkpoint="preview", stage_type="Preview"
+            )
+        },
+        min_length=1,
+        description="named phases",
+    )
+
+
+def plan(config: StageConfig) -> list[str]:
+    """Return what the config implies, for --dry-run."""
+    steps = sum(phase.steps for phase in config.phases.values())
+    return [f"fine-tuning: {steps:,} steps of up to {config.batch.step_tokens:,} tokens from {config.checkpoint}"]

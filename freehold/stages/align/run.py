@@ -1,0 +1,88 @@
+"""Supervised fine-tuning: conversations rendered by the one template, loss where the template says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from freehold.checkpoint import native
+from freehold.core.artifact import Workspace, read_manifest
+from freehold.core.document import Conversation, read_rows
+from freehold.core.errors import CheckpointError, DataError
+from freehold.data.loader import ConversationOrder
+from freehold.data.packing import Example
+from freehold.data.trace import trace_rows, write_trace
+from freehold.optim.schedule import Schedule
+from freehold.stages.align.config import StageConfig
+from freehold.tokenizer.bpe import Tokenizer
+from freehold.tokenizer.chat import render_ids
+from freehold.trainer.loop import Job, Trainer
+
+
+def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
+    """Fine-tune to the end of the last phase; resumable at any step. Returns steps, conversations and epochs."""
+    start = work.input("pretrain") / config.checkpoint
+    facts = native.check(start)
+    folder = work.input("tokenize") / "tokenizer"
+    tokenizer = Tokenizer.load(folder)
+    if facts["tokenizer_sha256"] != tokenizer.sha256:
+        raise CheckpointError(
+            "the checkpoint was trained with another tokenizer",
+            where=start,
+            found=facts["tokenizer_sha256"][:16],
+            expected=tokenizer.sha256[:16],
+        )
+    model, weights = native.read_model(start)
+    examples, assistant_tokens = [], 0
+    for path in sorted((work.input("curate") / "conversations").glob("*.parquet")):
+        for row in work.log.track(read_rows(path, Conversation), f"render {path.stem}"):
+            if row.split == "train":
+                ids, mask = render_ids(tokenizer, row.messages)
+                examples.append(Example(row.id, row.source, ids, mask))
+                assistant_tokens += sum(mask)
+    if not examples:
+        raise DataError(
+            "there are no conversations to learn from",
+            where=work.input("curate") / "conversations",
+            todo="add a source that makes conversations (kind: generated) to gather.sources",
+        )
+    schedule = Schedule(config.phases)
+    order = ConversationOrder(
+        examples,
+        context_tokens=config.batch.context_tokens,
+        sequences=config.batch.sequences,
+        steps=schedule.total_steps,
+        seed=work.seed,
+        pad=tokenizer.pad,
+    )
+    work.log.say(f"  {len(order.examples):,} conversations, {order.epochs} epochs at most, {order.too_long} too long")
+    job = Job(
+        folder=work.folder,
+        model=model,
+        trainer=config.trainer,
+        optim=config.optim,
+        balance=config.balance,
+        schedule=schedule,
+        order=order,
+        micro_sequences=config.batch.micro,
+        stage="align",
+        parent=read_manifest(start)["content_sha256"],
+        tokens_before=facts["tokens"],
+        files=tuple(sorted(p for p in folder.iterdir() if p.is_file())),
+        facts={
+            "tokenizer_sha256": tokenizer.sha256,
+            "seed": work.seed,
+            "context_tokens": config.batch.context_tokens,
+        },
+    )
+    trainer = Trainer(job, work.log, seed=work.seed, weights=weights)
+    trainer.run()
+    steps = range(schedule.total_steps)
+    write_trace(work.folder / "trace.parquet", trace_rows(order, steps, {s: schedule.at(s).phase for s in steps}))
+    return {
+        "steps": schedule.total_steps,
+        "conversations": len(order.examples),
+        "too_long": order.too_long,
+        "assistant_tokens": assistant_tokens,
+        "checkpoints": {phase.checkpoint: phase.stage_type for phase in config.phases.values() if phase.checkpoint},
+        "skipped_steps": trainer.skipped,
+    }

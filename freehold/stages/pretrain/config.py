@@ -1,0 +1,53 @@
+"""What pre-training can be told."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from freehold.core.config import Config
+from freehold.data.config import BatchConfig
+from freehold.model.config import ModelConfig, flops_per_token, parameter_counts
+from freehold.optim.config import BalanceConfig, OptimConfig, PhaseConfig, SmebuConfig
+from freehold.trainer.config import TrainerConfig
+
+
+class StageConfig(Config):
+    """Train an AFMoE model from scratch, or branch off an earlier checkpoint."""
+
+    model: ModelConfig = Field(
+        default_factory=lambda: ModelConfig.model_validate({"preset": "laptop"}), description="the shape"
+    )
+    batch: BatchConfig = Field(default_factory=BatchConfig, description="rows and tokens of a step")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="Muon and AdamW")
+    balance: BalanceConfig = Field(default_factory=SmebuConfig, description="expert balancing: smebu, sign or none")
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig, description="precision, loss, checkpoints, reports")
+    phases: dict[str, PhaseConfig] = Field(
+        default_factory=lambda: {
+            "stable": PhaseConfig(steps=600, warmup_steps=20, checkpoint="truebase", stage_type="TrueBase"),
+            "anneal": PhaseConfig(steps=400, shape="linear", end=0.0, checkpoint="base", stage_type="Base"),
+        },
+        min_length=1,
+        description="named phases, one after another; the last is the decay branch",
+    )
+    parent: str = Field(
+        "",
+        description="folder of a checkpoint to branch from: phases then go on from its step, optimizer and data "
+        "position (e.g. another anneal from runs/laptop/pretrain/truebase)",
+    )
+
+
+def plan(config: StageConfig) -> list[str]:
+    """Return what the config implies, for --dry-run."""
+    counts = parameter_counts(config.model)
+    steps = sum(phase.steps for phase in config.phases.values())
+    tokens = steps * config.batch.step_tokens
+    flops = tokens * flops_per_token(config.model, config.batch.context_tokens)
+    return [
+        f"model: {counts['total']:,} parameters, {counts['active']:,} active a token",
+        f"training: {steps:,} steps of {config.batch.step_tokens:,} tokens = {tokens:,} tokens, {flops:.2e} FLOPs",
+        *(
+            f"phase {name}: {phase.steps:,} steps, {phase.shape}, rate x{phase.start} -> x{phase.end}"
+            + (f", kept as {phase.checkpoint}" if phase.checkpoint else "")
+            for name, phase in config.phases.items()
+        ),
+    ]

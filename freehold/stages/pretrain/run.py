@@ -1,0 +1,114 @@
+"""Pre-training: hand the loop its order, its phases and its validation, then write down what it saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from freehold.checkpoint import native
+from freehold.core.artifact import Workspace, read_manifest
+from freehold.core.errors import CheckpointError, ConfigError
+from freehold.data.loader import PhaseRows, TextOrder
+from freehold.data.shards import ShardSet
+from freehold.data.trace import trace_rows, write_trace
+from freehold.model.config import ModelConfig
+from freehold.optim.schedule import Schedule
+from freehold.stages.pretrain.config import StageConfig
+from freehold.tokenizer.bpe import END_OF_TEXT
+from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.validate import held_out, validator
+
+
+def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
+    """Train to the end of the last phase; resumable at any step. Returns steps, tokens and epochs per source."""
+    tokens = work.input("tokenize") / "tokens"
+    tokenizer = work.input("tokenize") / "tokenizer"
+    shards = ShardSet.load(tokens, verify=True)
+    model = with_vocabulary(config.model, shards.vocab_size)
+    parent_step, parent_tokens, parent_hash, consumed, weights = 0, 0, "", None, None
+    if config.parent:
+        parent = Path(config.parent)
+        facts = native.check(parent)
+        parent_config, weights = native.read_model(parent)
+        if parent_config != model:
+            raise CheckpointError(
+                "the parent is a model of another shape", where=parent, found=parent_config, expected=model
+            )
+        if facts["tokenizer_sha256"] != shards.tokenizer_sha256:
+            raise CheckpointError("the parent was trained with another tokenizer", where=parent)
+        parent_step, parent_tokens, consumed = facts["step"], facts["tokens"], facts["consumed"][str(facts["step"])]
+        parent_hash = read_manifest(parent)["content_sha256"]
+    schedule = Schedule(config.phases, first_step=parent_step)
+    order = TextOrder(
+        shards.sources("train"),
+        [PhaseRows(name, phase.steps, phase.mixture) for name, phase in config.phases.items()],
+        context_tokens=config.batch.context_tokens,
+        sequences=config.batch.sequences,
+        seed=work.seed,
+        separator=END_OF_TEXT,
+        first_step=parent_step,
+        consumed=consumed,
+    )
+    job = Job(
+        folder=work.folder,
+        model=model,
+        trainer=config.trainer,
+        optim=config.optim,
+        balance=config.balance,
+        schedule=schedule,
+        order=order,
+        micro_sequences=config.batch.micro,
+        stage="pretrain",
+        parent=parent_hash,
+        tokens_before=parent_tokens,
+        files=tuple(sorted(p for p in tokenizer.iterdir() if p.is_file())),
+        facts={
+            "tokenizer_sha256": shards.tokenizer_sha256,
+            "seed": work.seed,
+            "context_tokens": config.batch.context_tokens,
+            "consumed": {str(end): order.consumed_at(end) for end in schedule.ends().values()},
+        },
+    )
+    for name, epochs in order.epochs().items():
+        work.log.say(f"  {name}: {epochs:.2f} epochs")
+    trainer = Trainer(job, work.log, seed=work.seed, weights=weights)
+    if config.parent:
+        trainer.adopt(native.load(Path(config.parent), verify=False), Path(config.parent))
+    validation = {
+        name: held_out(
+            source,
+            shards.document_bytes("validation", name),
+            config.batch.context_tokens,
+            config.trainer.validation_tokens,
+            END_OF_TEXT,
+        )
+        for name, source in shards.sources("validation").items()
+        if source.total_tokens
+    }
+    trainer.run(validator(validation) if validation else None)
+    steps = range(parent_step, schedule.total_steps)
+    phase_of = {step: schedule.at(step).phase for step in steps}
+    write_trace(work.folder / "trace.parquet", trace_rows(order, steps, phase_of))
+    return {
+        "steps": schedule.total_steps,
+        "tokens": schedule.total_steps * config.batch.step_tokens,
+        "epochs": {name: round(epochs, 4) for name, epochs in order.epochs().items()},
+        "checkpoints": {phase.checkpoint: phase.stage_type for phase in config.phases.values() if phase.checkpoint},
+        "skipped_steps": trainer.skipped,
+    }
+
+
+def with_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    """Return the shape, checked against the tokenizer's vocabulary.
+
+    Raises ConfigError when the model has fewer or more rows than the tokenizer has ids.
+    """
+    if model.vocab_size != vocab_size:
+        raise ConfigError(
+            "the model and the tokenizer disagree about the vocabulary",
+            where="pretrain.model.vocab_size",
+            found=model.vocab_size,
+            expected=f"{vocab_size}, as the tokenizer has",
+            todo=f"set pretrain.model.vocab_size={vocab_size} or change tokenize.vocab_size",
+        )
+    return model

@@ -1,0 +1,322 @@
+"""The only training loop: pre-training and fine-tuning differ in the batches and phases they hand it.
+
+A step: micro-batches forward and backward in the compute dtype, gradients summed in float32 on the masters, global
+norm clipped, optimizers stepped, masters copied back, expert biases moved from the counts of the whole step.
+The loss is a sum over the targets of the whole step divided by their number, so micro-batches just add up.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from freehold.checkpoint import native
+from freehold.core.errors import CheckpointError
+from freehold.core.log import Log
+from freehold.data.loader import Order
+from freehold.data.packing import Batch
+from freehold.model.afmoe import Afmoe
+from freehold.model.config import ModelConfig, flops_per_token
+from freehold.optim.balance import build_balance
+from freehold.optim.build import Optimizers
+from freehold.optim.config import BalanceConfig, OptimConfig
+from freehold.optim.schedule import Schedule
+from freehold.trainer.config import TrainerConfig
+from freehold.trainer.loss import chunked_loss
+from freehold.trainer.monitor import LoadMonitor, gemm_flops_per_s
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised after a clean checkpoint when the user asked to stop."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one training run needs to know."""
+
+    folder: Path
+    """Where `checkpoints/` and the named checkpoints go."""
+    model: ModelConfig
+    trainer: TrainerConfig
+    optim: OptimConfig
+    balance: BalanceConfig
+    schedule: Schedule
+    order: Order
+    micro_sequences: int
+    stage: str
+    """pretrain or align: recorded in each checkpoint's trainer.json."""
+    parent: str
+    """content_sha256 of the checkpoint this run starts from, or empty."""
+    tokens_before: int = 0
+    """Tokens the parent had seen."""
+    files: tuple[Path, ...] = ()
+    """Files copied into each checkpoint (the tokenizer's)."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Further facts for trainer.json."""
+
+
+class Trainer:
+    """The state of one run and the loop over its steps."""
+
+    def __init__(self, job: Job, log: Log, *, seed: int, weights: dict[str, Tensor] | None = None) -> None:
+        self.job, self.log = job, log
+        torch.set_num_threads(job.trainer.threads)
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        self.model = Afmoe(job.model)
+        self.model.recompute = job.trainer.recompute
+        if weights is None:
+            self.model.init_weights(torch.Generator().manual_seed(seed))
+        else:
+            native.match_keys(weights, self.model.state_dict(), job.folder)
+            self.model.load_state_dict(weights)
+        self.masters = {n: p.detach().clone().requires_grad_() for n, p in self.model.named_parameters()}
+        self.model.to_compute(DTYPES[job.trainer.dtype])
+        self.parameters = dict(self.model.named_parameters())
+        self.optimizers = Optimizers(self.masters, job.optim)
+        self.balance = build_balance(job.balance)
+        self.step = job.schedule.first_step
+        self.tokens = job.tokens_before
+        self.skipped: list[int] = []
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def state(self) -> native.State:
+        """Return every tensor that decides what happens next."""
+        biases = {n: b for n, b in self.model.named_buffers() if n.endswith("expert_bias")}
+        return {
+            "model": {**{n: m.detach() for n, m in self.masters.items()}, **biases},
+            "optimizer": self.optimizers.state_dict(),
+            "balance": self.balance.state_dict(),
+            "rng": {"torch": torch.get_rng_state()},
+        }
+
+    def save(self, folder: Path, **facts: Any) -> None:
+        """Write a full checkpoint to `folder`, atomically."""
+        position = self.job.schedule.at(self.step - 1)
+        record = {
+            "stage": self.job.stage,
+            "step": self.step,
+            "tokens": self.tokens,
+            "phase": position.phase,
+            "parent": self.job.parent,
+            "skipped_steps": self.skipped,
+            "optim": self.job.optim.model_dump(mode="json"),
+            "balance": self.job.balance.model_dump(mode="json"),
+            "phases": {n: p.model_dump(mode="json") for n, p in self.job.schedule.phases.items()},
+            **self.job.facts,
+            **facts,
+        }
+        native.save(folder, self.state(), self.job.model, record, self.job.files)
+
+    def restore(self) -> bool:
+        """Go on from the newest good checkpoint of this run; False when there is none."""
+        folder = native.last_good(self.job.folder / "checkpoints", self.log.warn)
+        if folder is None:
+            return False
+        self.adopt(native.load(folder, verify=False), folder)
+        facts = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        self.step, self.tokens, self.skipped = facts["step"], facts["tokens"], list(facts["skipped_steps"])
+        self.log.rewind(self.step)
+        self.log.say(f"resumed from {folder.name}")
+        return True
+
+    def adopt(self, state: native.State, folder: Path) -> None:
+        """Take over weights, optimizer, balancing and random state of a checkpoint; CheckpointError if it is another
+        model's."""
+        native.match_keys(state["model"], self.model.state_dict(), folder)
+        here = {**self.masters, **{n: b for n, b in self.model.named_buffers() if n in state["model"]}}
+        with torch.no_grad():
+            for name, tensor in here.items():
+                found = state["model"][name]
+                if tensor.shape != found.shape:
+                    raise CheckpointError(
+                        "a tensor has another shape",
+                        where=f"{folder}: {name}",
+                        found=tuple(found.shape),
+                        expected=tuple(tensor.shape),
+                    )
+                tensor.copy_(found)
+        self._publish()
+        self.optimizers.load_state_dict(state.get("optimizer", {}))
+        self.balance.load_state_dict(state.get("balance", {}))
+        torch.set_rng_state(state["rng"]["torch"])
+
+    # -- one step ----------------------------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        """Run one optimizer step on a global batch; return its losses and gradient norm.
+
+        A step whose loss or gradient is not finite changes nothing but the step count.
+        """
+        targets = batch.target_tokens
+        cross_entropy = z = 0.0
+        self.model.train()
+        for layer in self.model.moe_layers().values():
+            layer.load_counts.zero_()
+        for start in range(0, len(batch.input_ids), self.job.micro_sequences):
+            micro = batch.rows(start, start + self.job.micro_sequences)
+            documents = torch.from_numpy(micro.document_ids)
+            hidden = self.model.hidden(torch.from_numpy(micro.input_ids), document_ids=documents)
+            losses = chunked_loss(
+                hidden,
+                self.model.lm_head.weight,
+                torch.from_numpy(micro.targets),
+                scale=1 / max(targets, 1),
+                z_loss=self.job.trainer.z_loss,
+                chunk_tokens=self.job.trainer.loss_chunk_tokens,
+            )
+            losses.total.backward()
+            cross_entropy += float(losses.cross_entropy)
+            z += float(losses.z)
+            self._collect()
+        norm = float(torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None]))
+        finite = norm < float("inf") and cross_entropy < float("inf")
+        if finite:
+            clip = min(1.0, self.job.optim.clip_norm / (norm + 1e-6))
+            if clip < 1:
+                torch._foreach_mul_([m.grad for m in self.masters.values() if m.grad is not None], clip)
+            self.optimizers.step(self.job.schedule.at(self.step).factor)
+            self._publish()
+            for name, layer in self.model.moe_layers().items():
+                self.balance.update(name, layer.expert_bias, layer.load_counts)
+        else:
+            self.skipped.append(self.step)
+            sources = sorted({f"{p.source}:{p.document_id}" for p in self.job.order.documents(self.step)})
+            self.log.warn(f"step {self.step} skipped: loss or gradient is not finite; documents: {', '.join(sources)}")
+        for master in self.masters.values():
+            master.grad = None
+        self.step += 1
+        self.tokens += batch.input_ids.size
+        return {"loss/mean": cross_entropy / max(targets, 1), "loss/z": z / max(targets, 1), "optim/grad_norm": norm}
+
+    def _collect(self) -> None:
+        """Add the micro-batch's gradients to those of the masters, in float32."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                master = self.masters[name]
+                if master.grad is None:
+                    master.grad = parameter.grad.to(torch.float32)
+                else:
+                    master.grad += parameter.grad
+                parameter.grad = None
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Copy the masters into the compute weights."""
+        torch._foreach_copy_(list(self.parameters.values()), [self.masters[n] for n in self.parameters])
+
+    # -- the loop ----------------------------------------------------------------------------------------------
+
+    def run(self, validate: Callable[[Afmoe], dict[str, float]] | None = None) -> None:
+        """Train to the end of the schedule, from the newest good checkpoint if there is one.
+
+        Saves at each phase's end under the phase's checkpoint name, and every so many steps. On SIGINT or SIGTERM
+        the running step is finished and saved, then Interrupted is raised.
+        """
+        job, config, schedule = self.job, self.job.trainer, self.job.schedule
+        self.restore()
+        if self.step >= schedule.total_steps:
+            return
+        peak = gemm_flops_per_s(DTYPES[config.dtype])
+        context = job.order.batch(self.step).input_ids.shape[1]
+        flops = flops_per_token(job.model, context)
+        monitor = LoadMonitor(self.model)
+        ends = {end: name for name, end in schedule.ends().items()}
+        process = psutil.Process()
+        started, tokens_then, steps_then = time.monotonic(), self.tokens, self.step
+        with _StopSignals() as stop:
+            while self.step < schedule.total_steps:
+                position = schedule.at(self.step)
+                values = self.train_step(job.order.batch(self.step))
+                monitor.add(self.model)
+                done = self.step
+                if done % config.log_every_steps == 0 or done in ends or stop.asked:
+                    now = time.monotonic()
+                    speed = (self.tokens - tokens_then) / (now - started)
+                    seconds_left = (schedule.total_steps - done) * (now - started) / max(done - steps_then, 1)
+                    values |= {
+                        "optim/lr": position.factor,
+                        "phase": position.phase,
+                        "tokens": self.tokens,
+                        "perf/tokens_per_s": speed,
+                        "perf/mfu": speed * flops / peak,
+                        "perf/memory_bytes": process.memory_info().rss,
+                        **monitor.take(),
+                    }
+                    self.log.metrics(done, values)
+                    self._say(values, done, seconds_left)
+                    started, tokens_then, steps_then = time.monotonic(), self.tokens, done
+                if validate and (
+                    done in ends or (config.validate_every_steps and done % config.validate_every_steps == 0)
+                ):
+                    bits = validate(self.model)
+                    self.log.metrics(done, bits)
+                    self.log.say(f"step {done}: validation bits per byte {bits['val/bpb']:.4f}")
+                    started, tokens_then, steps_then = time.monotonic(), self.tokens, done
+                if done in ends or done % config.checkpoint_every_steps == 0 or stop.asked:
+                    self._checkpoint(ends.get(done))
+                    started, tokens_then, steps_then = time.monotonic(), self.tokens, done
+                if stop.asked and done < schedule.total_steps:
+                    raise Interrupted
+
+    def _checkpoint(self, phase: str | None) -> None:
+        config = self.job.trainer
+        if phase is not None and self.job.schedule.phases[phase].checkpoint:
+            declared = self.job.schedule.phases[phase]
+            self.save(self.job.folder / declared.checkpoint, stage_type=declared.stage_type)
+            self.log.say(f"saved {declared.stage_type or 'checkpoint'}: {self.job.folder / declared.checkpoint}")
+        folder = self.job.folder / "checkpoints"
+        self.save(native.step_folder(folder, self.step), stage_type="step")
+        native.prune(
+            folder,
+            keep_last=config.keep_last,
+            keep_every_steps=config.keep_every_steps,
+            every_steps=config.checkpoint_every_steps,
+        )
+
+    def _say(self, values: dict[str, Any], done: int, seconds_left: float) -> None:
+        line = (
+            f"{values['phase']} {done}/{self.job.schedule.total_steps}  loss {values['loss/mean']:.3f}  "
+            f"norm {values['optim/grad_norm']:.2f}  lr x{values['optim/lr']:.2f}  "
+            f"{values['perf/tokens_per_s']:,.0f} tok/s  MFU {values['perf/mfu']:.0%}  "
+            f"{values['perf/memory_bytes'] / 1e9:.1f} GB  MaxVio {values['moe/max_vio']:.2f}  {seconds_left:.0f} s left"
+        )
+        self.log.live(line)
+        if done % (10 * self.job.trainer.log_every_steps) == 0:
+            self.log.say(line)
+
+
+class _StopSignals:
+    """While open, SIGINT and SIGTERM ask for a stop after the running step; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True

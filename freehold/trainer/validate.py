@@ -1,0 +1,73 @@
+"""Bits per byte of held-out text while training: whole documents, every token, each from a clean context.
+
+Shapes: B rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from freehold.data.loader import Source
+from freehold.data.packing import IGNORE, PADDING, Batch, text_batch
+from freehold.model.afmoe import Afmoe
+from freehold.trainer.loss import summed_nll
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A source's validation rows, and the UTF-8 bytes they stand for."""
+
+    batch: Batch
+    text_bytes: int
+
+
+def held_out(
+    source: Source, document_bytes: np.ndarray, context_tokens: int, limit_tokens: int, separator: int
+) -> HeldOut:
+    """Lay out a source's first validation documents, up to `limit_tokens` (0: all; at least one document)."""
+    count = len(source.lengths)
+    if limit_tokens:
+        count = max(1, int(np.searchsorted(np.cumsum(source.lengths), limit_tokens, side="right")))
+    parts = [source.tokens[s : s + n] for s, n in zip(source.starts[:count], source.lengths[:count], strict=True)]
+    stream = np.concatenate([np.array([separator], dtype=source.tokens.dtype), *parts])
+    rows = -(-(len(stream) - 1) // context_tokens)
+    padded = np.full(rows * context_tokens + 1, separator, dtype=np.int64)
+    padded[: len(stream)] = stream
+    index = np.arange(rows)[:, None] * context_tokens + np.arange(context_tokens + 1)
+    batch = text_batch(padded[index], separator)
+    real = index[:, :-1] < len(stream) - 1
+    batch = Batch(batch.input_ids, np.where(real, batch.targets, IGNORE), np.where(real, batch.document_ids, PADDING))
+    return HeldOut(batch, int(document_bytes[:count].sum()))
+
+
+def bits_per_byte(model: Afmoe, sources: Mapping[str, HeldOut], rows: int = 8) -> dict[str, float]:
+    """Return `val/bpb/<source>` and `val/bpb` over all; the model is left in the mode it was in."""
+    training = model.training
+    model.eval()
+    values, all_bits, all_bytes = {}, 0.0, 0
+    with torch.no_grad():
+        for name, held in sources.items():
+            bits = 0.0
+            for start in range(0, len(held.batch.input_ids), rows):
+                part = held.batch.rows(start, start + rows)
+                hidden = model.hidden(
+                    torch.from_numpy(part.input_ids), document_ids=torch.from_numpy(part.document_ids)
+                )
+                bits += float(summed_nll(hidden, model.lm_head.weight, torch.from_numpy(part.targets)).sum())
+            bits /= math.log(2)
+            values[f"val/bpb/{name}"] = bits / held.text_bytes
+            all_bits += bits
+            all_bytes += held.text_bytes
+    values["val/bpb"] = all_bits / max(all_bytes, 1)
+    model.train(training)
+    return values
+
+
+def validator(sources: Mapping[str, HeldOut]) -> Callable[[Afmoe], dict[str, float]]:
+    """Return the function the training loop calls."""
+    return lambda model: bits_per_byte(model, sources)

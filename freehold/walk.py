@@ -1,0 +1,335 @@
+"""The walk: which stage reads which, what is finished, what must be made, and in which order.
+
+A stage is finished when its folder has a manifest whose key is today's: the same filled config, seed, inputs and code.
+Each stage that must be made runs in a process of its own, so that its bits do not depend on what ran before it.
+Imports no torch: an up-to-date run answers in a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from freehold.core import artifact
+from freehold.core.artifact import MANIFEST, Workspace, read_manifest, sha256_json, write_json, write_manifest
+from freehold.core.code import code_sha256
+from freehold.core.config import Config, difference, fill, load_recipe, merge, parse_override, to_yaml
+from freehold.core.errors import ArtifactError, ConfigError, FreeholdError
+from freehold.core.log import Log
+
+WALK: dict[str, tuple[str, ...]] = {
+    "gather": (),
+    "curate": ("gather",),
+    "tokenize": ("curate",),
+    "pretrain": ("tokenize",),
+    "align": ("pretrain", "tokenize", "curate"),
+    "evaluate": ("pretrain", "align", "tokenize", "curate"),
+    "export": ("align",),
+    "serve": ("align",),
+}
+"""Each stage of the walk in order, and the stages it reads."""
+
+RESUMABLE = {"pretrain", "align"}
+"""Stages that go on from their own checkpoints; the others start again, each takes under a minute."""
+
+KEY = "key.json"
+
+
+class Head(Config):
+    """The part of a recipe that is about the whole run."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name of the run folder below runs_dir")
+    seed: int = Field(0, ge=0, description="the one seed every random choice follows from")
+    runs_dir: Path = Field(Path("runs"), description="where run folders lie")
+    until: str = Field("serve", description="last stage of the walk to run")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A filled recipe: the head and each stage's declaration."""
+
+    head: Head
+    stages: dict[str, Any]
+    path: Path
+    overrides: tuple[str, ...]
+
+    @property
+    def run_folder(self) -> Path:
+        """Return the folder of the run."""
+        return self.head.runs_dir / self.head.name
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to a recipe."""
+
+    clean: bool = False
+    fork: str = ""
+    parent: int = 0
+    quiet: bool = False
+
+
+def stage_config_class(stage: str) -> type[Config]:
+    """Return the declaration of a stage, without importing torch."""
+    return importlib.import_module(f"freehold.stages.{stage}.config").StageConfig  # type: ignore[no-any-return]
+
+
+def resolve(path: Path, overrides: Sequence[str] = (), stage: str = "", fork: str = "") -> Recipe:
+    """Fill a recipe: its base, itself, then dotted overrides (relative to `stage` when one is given).
+
+    Raises ConfigError naming the key, its neighbour, what was found and what was expected.
+    """
+    data = load_recipe(path)
+    full = []
+    for item in overrides:
+        first = item.removeprefix("--").partition("=")[0].partition(".")[0]
+        known = first in WALK or first in Head.model_fields
+        full.append(item if known or not stage else f"{stage}.{item.removeprefix('--')}")
+    for item in full:
+        data = merge(data, parse_override(item))
+    if fork:
+        data = merge(data, {"name": fork})
+    head = {key: value for key, value in data.items() if key not in WALK}
+    filled = fill(Head, head, "")
+    if filled.until not in WALK:
+        raise ConfigError("no such stage", where="until", found=filled.until, expected=", ".join(WALK))
+    stages = {}
+    for name in WALK:
+        section = data.get(name) or {}
+        if not isinstance(section, dict):
+            raise ConfigError("a stage's section is not a mapping", where=name, found=type(section).__name__)
+        stages[name] = fill(stage_config_class(name), section, name)
+    return Recipe(filled, stages, path, tuple(full))
+
+
+def key_of(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """Return all that decides a stage's bytes: config, seed, code, and the content of its inputs.
+
+    Raises ArtifactError when an input is not finished.
+    """
+    folder = recipe.run_folder
+    return {
+        "config": recipe.stages[stage].model_dump(mode="json"),
+        "seed": recipe.head.seed,
+        "code_sha256": code_sha256(f"freehold.stages.{stage}.run"),
+        "inputs": {name: read_manifest(folder / name, kind=name)["content_sha256"] for name in WALK[stage]},
+    }
+
+
+def state_of(recipe: Recipe, stage: str) -> tuple[str, list[str]]:
+    """Return (done | stale | started | absent, differences) of a stage's folder against the recipe."""
+    folder = recipe.run_folder / stage
+    if not (folder / KEY).exists():
+        return "absent", []
+    try:
+        old = json.loads((folder / KEY).read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return "absent", []
+    changes = difference(old, key_of(recipe, stage))
+    finished = (folder / MANIFEST).exists()
+    if finished:
+        for name, record in read_manifest(folder)["files"].items():
+            path = folder / name
+            if not path.exists() or path.stat().st_size != record["bytes"]:
+                changes.append(f"{path}: missing or of another size")
+    if changes:
+        return "stale", changes
+    return ("done" if finished else "started"), []
+
+
+def check_stage(recipe: Recipe, stage: str, options: Options) -> str:
+    """Return `done`, `resume` or `make`; wipe what must be made again.
+
+    Raises ArtifactError, showing the differences, when finished or resumable work was made by another recipe or
+    other code and `--clean` was not given.
+    """
+    folder = recipe.run_folder / stage
+    state, changes = state_of(recipe, stage)
+    if state == "done":
+        return "done"
+    if state == "started" and stage in RESUMABLE:
+        return "resume"
+    worth_keeping = (folder / MANIFEST).exists() or (stage in RESUMABLE and any(folder.glob("checkpoints/step_*")))
+    if state == "stale" and worth_keeping and not options.clean:
+        shown = changes[:12] + ([f"... and {len(changes) - 12} more"] if len(changes) > 12 else [])
+        raise ArtifactError(
+            f"{stage} was made by another recipe, other inputs or other code",
+            where=folder,
+            found="\n            ".join(shown),
+            todo="--clean makes it again here, --fork NAME keeps this run and makes another beside it, "
+            "or take the change back",
+        )
+    if folder.exists():
+        for path in folder.iterdir():
+            if path.name != "log":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return "make"
+
+
+def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
+    """Make one stage here and now, in this process; return its manifest. Does nothing when it is done."""
+    folder = recipe.run_folder / stage
+    what = check_stage(recipe, stage, options)
+    if what == "done":
+        return read_manifest(folder)
+    key = key_of(recipe, stage)
+    log = Log(folder, quiet=options.quiet)
+    log.say(f"== {stage}" + (" (going on)" if what == "resume" else ""))
+    artifact.write_atomic(folder / "resolved.yaml", to_yaml(recipe.stages[stage]))
+    write_json(folder / KEY, key)
+    work = Workspace(
+        folder=folder,
+        stage=stage,
+        run_name=recipe.head.name,
+        seed=recipe.head.seed,
+        log=log,
+        inputs={name: recipe.run_folder / name for name in WALK[stage]},
+    )
+    started = time.monotonic()
+    try:
+        counts = importlib.import_module(f"freehold.stages.{stage}.run").run(recipe.stages[stage], work)
+    except OSError as error:
+        if error.errno in (28, 122):  # no space left, quota exceeded
+            raise artifact.disk_error(error, folder) from error
+        raise
+    seconds = time.monotonic() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    timing = folder / "timing.json"
+    before = json.loads(timing.read_text(encoding="utf-8")) if timing.exists() else {}
+    write_json(timing, {**before, "seconds": round(seconds, 1), "peak_memory_bytes": peak})
+    manifest = write_manifest(
+        folder,
+        kind=stage,
+        counts=counts,
+        config=key["config"],
+        config_sha256=sha256_json(key["config"]),
+        code_sha256=key["code_sha256"],
+        inputs=key["inputs"],
+        seed=recipe.head.seed,
+        run=recipe.head.name,
+        seconds=round(seconds, 1),
+        peak_memory_bytes=peak,
+        machine={"system": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count()},
+    )
+    log.say(f"   {stage} done in {seconds:.0f} s, {peak / 1e9:.1f} GB at most")
+    log.close()
+    return manifest
+
+
+def run_walk(recipe: Recipe, options: Options) -> dict[str, str]:
+    """Run every stage that is not done, in order, each in a process of its own; return what was done with each."""
+    result = {}
+    names = list(WALK)
+    for stage in names[: names.index(recipe.head.until) + 1]:
+        with contextlib.suppress(ArtifactError):
+            if state_of(recipe, stage)[0] == "done":
+                result[stage] = "up to date"
+                continue
+        if options.fork and _take_over(recipe, stage):
+            result[stage] = "taken over"
+            continue
+        command = [sys.executable, "-m", "freehold.cli", stage, str(recipe.path), *recipe.overrides]
+        command += ["--parent", str(os.getpid())]
+        if options.clean:
+            command.append("--clean")
+        if options.fork:
+            command.append(f"name={recipe.head.name}")
+        if options.quiet:
+            command.append("--quiet")
+        child = subprocess.Popen(command)
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:  # the child got the signal too: let it save what it has
+            code = child.wait() or 130
+        if code:
+            raise StageFailed(stage, code)
+        result[stage] = "made"
+    return result
+
+
+class StageFailed(FreeholdError):
+    """A stage's process ended with an error it has already told."""
+
+    def __init__(self, stage: str, code: int) -> None:
+        self.code = code if code > 0 else 128 - code
+        stopped = self.code in (130, 143)
+        super().__init__(
+            f"{stage} was stopped" if stopped else f"{stage} ended with exit code {code}",
+            todo="run the same command again: it goes on where it was",
+        )
+
+
+def _take_over(recipe: Recipe, stage: str) -> bool:
+    """With --fork, hard-link a stage from the run the recipe names if it is the same; tell whether it was."""
+    original = resolve(recipe.path, [o for o in recipe.overrides if not o.startswith("name=")])
+    source, target = original.run_folder / stage, recipe.run_folder / stage
+    if not (source / MANIFEST).exists() or target.exists():
+        return False
+    old = json.loads((source / KEY).read_text(encoding="utf-8"))
+    if difference(old, key_of(recipe, stage)):
+        return False
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, copy_function=os.link)
+    temporary.rename(target)
+    return True
+
+
+@contextlib.contextmanager
+def locked(run_folder: Path, patience_s: float = 10.0) -> Iterator[None]:
+    """Hold the run folder for this process alone; the kernel lets go when it dies.
+
+    Waits a little for a killed run's last process to go. Raises ArtifactError when somebody else stays.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with (run_folder / ".lock").open("w") as file:
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ArtifactError(
+                        "another freehold is at work in this run folder",
+                        where=run_folder,
+                        todo="wait for it, stop it, or give this run another name",
+                    ) from None
+                time.sleep(0.1)
+        yield
+
+
+def die_with(parent: int) -> None:
+    """End this process soon after `parent` has gone: a killed walk must not leave a stage writing."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(137)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def cpu_name() -> str:
+    """Return the processor's name, as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
