@@ -124,7 +124,7 @@ def _many(axes: Axes, rows: list[dict[str, Any]], names: list[str], colour: str,
 
 
 def _rate(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    axes.set_title("Learning rate")
+    axes.set_title("Learning rate schedule")
     steps, values = _series(rows, "optim/lr")
     axes.plot(steps, values, color=GREEN, linewidth=1.8)
     axes.set_ylim(bottom=0)

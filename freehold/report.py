@@ -93,17 +93,18 @@ def _made(run_folder: Path) -> Table:
         manifest = _read_json(run_folder / name / MANIFEST)
         if manifest:
             seconds = f"{manifest['seconds']:,.1f}" if "seconds" in manifest else ""
-            rows.append([name, name + "/", manifest["content_sha256"][:12], seconds])
+            memory = f"{manifest['peak_memory_bytes'] / 1e9:.2f}" if "peak_memory_bytes" in manifest else ""
+            rows.append([name, name + "/", manifest["content_sha256"][:12], seconds, memory])
     for relative in NAMED:
         manifest = _read_json(run_folder / relative / MANIFEST)
         if manifest:
-            rows.append([relative.rpartition("/")[2], relative + "/", manifest["content_sha256"][:12], ""])
+            rows.append([relative.rpartition("/")[2], relative + "/", manifest["content_sha256"][:12], "", ""])
     files = _read_json(run_folder / "export" / MANIFEST).get("files", {})
     for name, record in sorted(files.items()):
         if name.endswith((".gguf", ".safetensors")):
             size = f"{name.rpartition('/')[2]} ({record['bytes'] / 1e6:,.1f} MB)"
-            rows.append([size, f"export/{name}", record["sha256"][:12], ""])
-    return Table("What was made", ["what", "where", "sha256", "seconds"], rows, left=(0, 1, 2))
+            rows.append([size, f"export/{name}", record["sha256"][:12], "", ""])
+    return Table("What was made", ["what", "where", "sha256", "seconds", "peak GB"], rows, left=(0, 1, 2))
 
 
 def _training(run_folder: Path) -> Table:
@@ -120,6 +121,7 @@ def _training(run_folder: Path) -> Table:
             [
                 name,
                 f"{max(row['step'] for row in metrics):,}",
+                f"{max((row.get('tokens', 0) for row in metrics)):,}",
                 f"{losses[0]:.3f}",
                 f"{losses[-1]:.3f}",
                 "" if speed is None else f"{speed:,.0f}",
@@ -127,7 +129,7 @@ def _training(run_folder: Path) -> Table:
                 "" if memory is None else f"{memory / 1e9:.2f}",
             ]
         )
-    header = ["stage", "steps", "first loss", "last loss", "tokens/s", "MFU", "peak memory GB"]
+    header = ["stage", "steps", "tokens", "first loss", "last loss", "tokens/s", "MFU", "peak memory GB"]
     return Table("Training", header, rows, "Tokens/s and MFU: median over the steps.")
 
 

@@ -1,0 +1,58 @@
+"""What the evaluate stage can be told."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from freehold.core.config import Config
+
+Checkpoint = Literal["truebase", "base", "preview"]
+# Which stage writes which named checkpoint.
+MADE_BY: dict[str, str] = {"truebase": "pretrain", "base": "pretrain", "preview": "align"}
+
+
+class StageConfig(Config):
+    """Declaration of the evaluate stage."""
+
+    checkpoints: tuple[Checkpoint, ...] = Field(
+        ("truebase", "base", "preview"), min_length=1, description="checkpoints whose bits per byte are measured"
+    )
+    task_checkpoints: tuple[Checkpoint, ...] = Field(
+        ("base", "preview"), description="checkpoints that do the tasks; the gain is last minus first"
+    )
+    context_tokens: int = Field(
+        512, gt=0, description="width of the windows that held-out text is cut into; a token sees its window only"
+    )
+    batch_items: int = Field(32, gt=0, description="windows or prompts computed together; bounds memory")
+    max_bytes_per_source: int | None = Field(
+        100_000, gt=0, description="UTF-8 bytes of held-out text used of each source, in file order; null takes all"
+    )
+    max_items_per_task: int | None = Field(None, gt=0, description="task items used, in file order; null takes all")
+    max_answer_tokens: int = Field(24, gt=0, description="longest answer to a generate task")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the weights while evaluating")
+
+    @model_validator(mode="after")
+    def _known_for_tasks(self) -> StageConfig:
+        missing = [name for name in self.task_checkpoints if name not in self.checkpoints]
+        if missing:
+            raise ValueError(f"task_checkpoints must be among checkpoints, {', '.join(missing)} is not")
+        return self
+
+
+def plan(config: StageConfig) -> list[str]:
+    """Return the lines a dry run prints about this stage."""
+    limit = config.max_bytes_per_source
+    text = "all held-out text" if limit is None else f"up to {limit:,} bytes of held-out text a source"
+    lines = [
+        f"bits per byte of {', '.join(config.checkpoints)} on {text}, "
+        f"{config.context_tokens}-token windows, {config.dtype}, beside xz -9 and zstd -19"
+    ]
+    if config.task_checkpoints:
+        limit = config.max_items_per_task
+        items = "every held-out item" if limit is None else f"up to {limit:,} held-out items of each task"
+        lines.append(
+            f"{items} by {', '.join(config.task_checkpoints)}, answers up to {config.max_answer_tokens} tokens"
+        )
+    return lines

@@ -1,0 +1,107 @@
+"""Task items: their form on disk, when an answer counts, and how sure an accuracy is.
+
+`tasks/<task>.jsonl`, one item a line:
+- generate: `{"id", "task", "kind": "generate", "prompt": [message...], "answer": "42"}`
+- choice: `{"id", "task", "kind": "choice", "prompt": [message...], "choices": ["a", "b"...], "answer": 1}`
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from freehold.core.errors import DataError
+
+
+class Item(pydantic.BaseModel):
+    """One held-out item; `answer` is the text of a generate item and the index of a choice item."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    id: str
+    task: str
+    kind: Literal["generate", "choice"]
+    prompt: list[dict[str, Any]] = pydantic.Field(min_length=1)
+    answer: str | int
+    choices: list[str] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _kind_fits(self) -> Item:
+        if self.kind == "generate" and not (isinstance(self.answer, str) and self.choices is None):
+            raise ValueError("a generate item has a text `answer` and no `choices`")
+        if self.kind == "choice":
+            if not isinstance(self.answer, int) or not self.choices or len(self.choices) < 2 or not all(self.choices):
+                raise ValueError("a choice item has two or more non-empty `choices` and the index of one as `answer`")
+            if not 0 <= self.answer < len(self.choices):
+                raise ValueError("`answer` is not an index of `choices`")
+        return self
+
+    @property
+    def chance(self) -> float:
+        """Return how often blind guessing is right; 0 for generate items."""
+        return 1 / len(self.choices) if self.choices else 0.0
+
+
+def read_items(folder: Path, limit: int | None = None) -> dict[str, list[Item]]:
+    """Return the items of each `<task>.jsonl` in `folder`, at most `limit` of each, in file order.
+
+    DataError names file and line of what is not an item, and of items whose task or kind differs within a file.
+    """
+    tasks: dict[str, list[Item]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        items: list[Item] = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if limit is not None and len(items) >= limit:
+                break
+            try:
+                item = Item.model_validate(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError("a task item is not JSON", where=f"{path}:{number}", found=error) from error
+            except pydantic.ValidationError as error:
+                problem = error.errors()[0]
+                found = f"{'.'.join(map(str, problem['loc'])) or 'item'}: {problem['msg']}"
+                raise DataError("not a task item", where=f"{path}:{number}", found=found) from error
+            if (item.task, item.kind) != (path.stem, items[0].kind if items else item.kind):
+                raise DataError(
+                    "a task file holds one task of one kind",
+                    where=f"{path}:{number}",
+                    found=f"{item.task} ({item.kind})",
+                    expected=f"{path.stem} ({items[0].kind if items else item.kind})",
+                )
+            items.append(item)
+        if items:
+            tasks[path.stem] = items
+    return tasks
+
+
+def normalise(text: str) -> str:
+    """Return an answer in the form in which it is compared: one line, single spaces, no case, no final dot."""
+    return " ".join(text.split()).casefold().rstrip(".").rstrip()
+
+
+def wilson(correct: int, items: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a proportion (Wilson 1927); (0, 1) when there are no items."""
+    if items == 0:
+        return 0.0, 1.0
+    z = 1.959963984540054
+    share, z2 = correct / items, z * z
+    centre = (share + z2 / (2 * items)) / (1 + z2 / items)
+    half = z / (1 + z2 / items) * math.sqrt(share * (1 - share) / items + z2 / (4 * items * items))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def score(correct: list[bool], chances: list[float]) -> dict[str, Any]:
+    """Return items, correct, accuracy, its 95 % interval (`low`, `high`) and the chance level."""
+    low, high = wilson(sum(correct), len(correct))
+    return {
+        "items": len(correct),
+        "correct": sum(correct),
+        "accuracy": round(sum(correct) / len(correct), 6),
+        "low": round(low, 6),
+        "high": round(high, 6),
+        "chance": round(sum(chances) / len(chances), 6),
+    }

@@ -1,0 +1,36 @@
+"""Exact log-likelihood of long token sequences through the engine: cut into windows, scored in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from freehold.core.log import Log
+from freehold.infer.engine import Engine
+
+
+def cut(ids: Sequence[int], context_tokens: int) -> list[list[int]]:
+    """Cut one sequence into windows of at most `context_tokens` predicted tokens and one before them.
+
+    The first token of the sequence is context only. Each later window begins with the last token that the
+    one before predicted, so every other token is predicted exactly once.
+    """
+    return [list(ids[at : at + context_tokens + 1]) for at in range(0, len(ids) - 1, context_tokens)]
+
+
+def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Yield up to `size` indices at a time, those of similar length together: little padding."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def score(
+    engine: Engine, sequences: Sequence[Sequence[int]], *, batch_items: int, log: Log, what: str
+) -> list[list[float]]:
+    """Return for each sequence of n tokens its n - 1 natural log-probabilities, telling `log` how far it is."""
+    found: list[list[float]] = [[] for _ in sequences]
+    total = -(-len(sequences) // batch_items)
+    for batch in log.track(batches([len(ids) for ids in sequences], batch_items), what, total, "batches"):
+        for i, values in zip(batch, engine.score([sequences[i] for i in batch]), strict=True):
+            found[i] = values[1:]
+    return found

@@ -1,0 +1,54 @@
+"""The results as tables, for results.md and for the report of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from freehold.core.table import Table
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Return bits per byte beside the compressors, and, when tasks were done, accuracies and the gain."""
+    tested = {name: result["tasks"] for name, result in results["checkpoints"].items() if "tasks" in result}
+    return [_bits(results), *([_tasks(tested, results["gain"])] if tested else [])]
+
+
+def _bits(results: dict[str, Any]) -> Table:
+    settings, text, checkpoints = results["settings"], results["text"], results["checkpoints"]
+    rows = []
+    for source in [*text["sources"], None]:
+        plain = text["overall"] if source is None else text["sources"][source]
+        row = [source or "all", f"{plain['bytes']:,}", f"{plain['xz']:.3f}", f"{plain['zstd']:.3f}"]
+        for result in checkpoints.values():
+            found = result["bits_per_byte"]
+            value = (found["overall"] if source is None else found["sources"][source])["bits_per_byte"]
+            row.append(f"{value:.3f} ({value / plain['xz']:.2f})")
+        rows.append(row)
+    return Table(
+        "Bits per byte of held-out text",
+        ["source", "bytes", "xz -9", "zstd -19", *checkpoints],
+        rows,
+        f"Exact code length over every token, windows of {settings['context_tokens']} tokens, {settings['dtype']}. "
+        "In brackets: the share of what xz needs. xz (Python lzma, preset 9) and zstd (pyarrow, level 19) compress "
+        "the same bytes, all documents of a source in one run; they start from nothing, the model has read the "
+        "training text.",
+    )
+
+
+def _tasks(tested: dict[str, Any], gain: dict[str, Any]) -> Table:
+    first = next(iter(tested.values()))
+    rows = []
+    for task in [*first["tasks"], None]:
+        records = [r["overall"] if task is None else r["tasks"][task] for r in tested.values()]
+        row = [task or "all", str(records[0]["items"]), f"{100 * records[0]['chance']:.0f}"]
+        row += [f"{100 * r['accuracy']:.1f} [{100 * r['low']:.1f}–{100 * r['high']:.1f}]" for r in records]
+        if gain:
+            row.append(f"{100 * (gain['overall'] if task is None else gain['tasks'][task]):+.1f}")
+        rows.append(row)
+    return Table(
+        "Tasks",
+        ["task", "items", "chance", *tested, *([f"{gain['to']} − {gain['from']}"] if gain else [])],
+        rows,
+        "Accuracy in percent with its 95 % Wilson interval. Greedy answers through the chat template, compared after "
+        "whitespace, case and a final dot are levelled; of choices, the one with the highest log-probability per byte.",
+    )

@@ -1,0 +1,88 @@
+"""Let a model do task items: greedy answers, and the likeliest of several choices."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from freehold.core.errors import DataError
+from freehold.core.log import Log
+from freehold.infer.sampler import Sampling
+from freehold.stages.evaluate.config import StageConfig
+from freehold.stages.evaluate.items import Item, normalise, score
+from freehold.stages.evaluate.likelihood import batches
+from freehold.stages.evaluate.likelihood import score as log_probabilities
+from freehold.tokenizer.chat import render_ids
+
+if TYPE_CHECKING:
+    from freehold.api import Loaded
+
+
+def do_tasks(
+    loaded: Loaded, tasks: dict[str, list[Item]], config: StageConfig, log: Log, name: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the scores per task and overall, and one row an item: what was asked, expected and answered."""
+    rows: list[dict[str, Any]] = []
+    for task, items in tasks.items():
+        answer = _generate if items[0].kind == "generate" else _choose
+        rows += answer(loaded, items, config, log, f"{name}: {task}")
+    chances = {item.id: item.chance for items in tasks.values() for item in items}
+
+    def total(kept: list[dict[str, Any]]) -> dict[str, Any]:
+        return score([row["correct"] for row in kept], [chances[row["id"]] for row in kept])
+
+    by_task = {t: {"kind": items[0].kind, **total([r for r in rows if r["task"] == t])} for t, items in tasks.items()}
+    return {"tasks": by_task, "overall": total(rows)}, rows
+
+
+def _prompt(loaded: Loaded, item: Item, room_tokens: int) -> list[int]:
+    """Return the rendered prompt's ids; DataError when it leaves no room for `room_tokens` more."""
+    ids, _ = render_ids(loaded.tokenizer, item.prompt, generation=True)
+    limit = loaded.config.max_position_embeddings
+    if len(ids) + room_tokens > limit:
+        raise DataError(
+            "a task item does not fit the model's context",
+            where=f"{item.task} {item.id}",
+            found=f"{len(ids)} prompt tokens and {room_tokens} more",
+            expected=f"at most {limit}",
+        )
+    return ids
+
+
+def _generate(loaded: Loaded, items: list[Item], config: StageConfig, log: Log, what: str) -> list[dict[str, Any]]:
+    tokenizer = loaded.tokenizer
+    sampling = Sampling(
+        temperature=0.0, max_tokens=config.max_answer_tokens, stop_ids=(tokenizer.im_end, tokenizer.end_of_text)
+    )
+    prompts = [_prompt(loaded, item, config.max_answer_tokens) for item in items]
+    texts = [""] * len(items)
+    total = -(-len(items) // config.batch_items)
+    for batch in log.track(batches([len(p) for p in prompts], config.batch_items), what, total, "batches"):
+        for i, generation in zip(batch, loaded.engine.generate([prompts[i] for i in batch], sampling), strict=True):
+            texts[i] = tokenizer.decode(generation.ids, skip_specials=True)
+    right = [normalise(text) == normalise(str(item.answer)) for item, text in zip(items, texts, strict=True)]
+    return [_row(item, item.answer, text, ok) for item, text, ok in zip(items, texts, right, strict=True)]
+
+
+def _choose(loaded: Loaded, items: list[Item], config: StageConfig, log: Log, what: str) -> list[dict[str, Any]]:
+    """Take the choice whose text has the highest log-probability per UTF-8 byte after the rendered prompt."""
+    sequences, lengths = [], []
+    for item in items:
+        encoded = loaded.tokenizer.encode_batch(list(item.choices or []))
+        prompt = _prompt(loaded, item, max(map(len, encoded)))
+        sequences += [prompt + ids for ids in encoded]
+        lengths += [len(ids) for ids in encoded]
+    values = log_probabilities(loaded.engine, sequences, batch_items=config.batch_items, log=log, what=what)
+    totals = iter([math.fsum(v[-n:]) for v, n in zip(values, lengths, strict=True)])
+    rows = []
+    for item in items:
+        choices = item.choices or []
+        per_byte = [next(totals) / len(choice.encode()) for choice in choices]
+        best = per_byte.index(max(per_byte))
+        rows.append(_row(item, choices[int(item.answer)], choices[best], best == item.answer))
+    return rows
+
+
+def _row(item: Item, expected: object, answer: str, correct: bool) -> dict[str, Any]:
+    asked = {"id": item.id, "task": item.task, "question": item.prompt[-1].get("content")}
+    return {**asked, "expected": expected, "answer": answer, "correct": correct}
