@@ -1,0 +1,104 @@
+"""Expert loads: who is counted, when, and that recomputing activations counts nothing twice."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freehold.model.afmoe import Afmoe
+
+
+def loads(model: Afmoe) -> Tensor:
+    return torch.stack([moe.load_counts for moe in model.moe_layers().values()])
+
+
+def ids() -> Tensor:
+    return torch.randint(13, 96, (2, 21), generator=torch.Generator().manual_seed(2))
+
+
+def test_every_assignment_of_every_token_is_counted_and_added_up(model: Afmoe) -> None:
+    assert list(model.moe_layers()) == [f"model.layers.{i}.mlp" for i in range(1, 5)]
+    model(ids())
+    once = loads(model)
+    assert once.dtype == torch.int64
+    assert (once.sum(1) == 2 * 21 * 3).all()
+    model.hidden(ids())
+    assert torch.equal(loads(model), 2 * once)
+
+
+def test_counts_are_those_of_the_router(model: Afmoe) -> None:
+    moe = model.moe_layers()["model.layers.1.mlp"]
+    x = torch.randn(2, 7, 32)
+    _, counts, logit_max = moe(x)
+    logits = x.flatten(0, 1) @ moe.router.gate.weight.T
+    chosen = (logits.sigmoid() + moe.expert_bias).topk(3).indices
+    assert torch.equal(counts, chosen.flatten().bincount(minlength=8))
+    torch.testing.assert_close(logit_max, logits.max())
+
+
+def test_weights_come_from_unbiased_scores_and_have_the_scale(model: Afmoe) -> None:
+    router = model.moe_layers()["model.layers.1.mlp"].router
+    x, bias = torch.randn(9, 32), torch.zeros(8)
+    bias[5] = 10.0
+    logits, weights, chosen = router(x, bias)
+    assert (chosen == 5).any(1).all()
+    torch.testing.assert_close(weights.sum(1), torch.full((9,), 2.3))
+    scores = logits.sigmoid().gather(1, chosen)
+    torch.testing.assert_close(weights, 2.3 * scores / scores.sum(1, keepdim=True))
+
+
+def test_padding_and_masked_tokens_are_not_counted_and_change_nothing_for_others(model: Afmoe) -> None:
+    documents = torch.zeros(2, 21, dtype=torch.int64)
+    documents[0, 15:] = -1
+    mask = torch.ones(2, 21, dtype=torch.bool)
+    mask[1, :4] = False
+    model(ids(), document_ids=documents, token_mask=mask)
+    both = loads(model)
+    assert (both.sum(1) == (15 + 17) * 3).all()
+    for moe in model.moe_layers().values():
+        moe.load_counts.zero_()
+    model(ids()[:1, :15])
+    model(ids()[1:], token_mask=mask[1:])
+    assert torch.equal(loads(model), both)
+
+
+def test_nothing_is_counted_in_eval_mode(model: Afmoe) -> None:
+    model.eval()
+    model(ids())
+    assert loads(model).sum() == 0
+
+
+def test_recompute_gives_the_same_gradients_and_counts_once(model: Afmoe) -> None:
+    def step() -> tuple[dict[str, Tensor], Tensor]:
+        model.zero_grad()
+        for moe in model.moe_layers().values():
+            moe.load_counts.zero_()
+        F.cross_entropy(model(ids()).flatten(0, 1), ids().flatten()).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, loads(model)
+
+    plain, counts = step()
+    model.recompute = True
+    runs = 0
+
+    def run(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+
+    hook = model.model.layers["2"].register_forward_pre_hook(run)
+    again, counts_again = step()
+    hook.remove()
+    assert runs == 2, "the layer was not run again"
+    assert torch.equal(counts, counts_again)
+    assert counts.sum() == 4 * 42 * 3
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, again[name]), name
+
+
+def test_the_largest_router_logit_is_shown(model: Afmoe) -> None:
+    model(ids())
+    for moe in model.moe_layers().values():
+        assert moe.last_router_logit_max is not None
+        assert moe.last_router_logit_max.isfinite()
+        assert not moe.last_router_logit_max.requires_grad

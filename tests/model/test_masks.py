@@ -1,0 +1,130 @@
+"""Who sees whom: windows, documents, padding, explicit positions, and the cache seam."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from freehold.model.afmoe import Afmoe
+from freehold.model.attention import build_masks
+from freehold.model.config import ModelConfig
+
+
+def test_packed_documents_equal_each_document_alone(model: Afmoe) -> None:
+    generator = torch.Generator().manual_seed(1)
+    lengths = [[9, 4, 10], [1, 20, 2]]
+    ids = torch.randint(13, 96, (2, 23), generator=generator)
+    documents = torch.stack([torch.arange(3).repeat_interleave(torch.tensor(row)) for row in lengths])
+    packed = model(ids, document_ids=documents)
+    for row, row_lengths in enumerate(lengths):
+        start = 0
+        for length in row_lengths:
+            alone = model(ids[row : row + 1, start : start + length])
+            torch.testing.assert_close(packed[row : row + 1, start : start + length], alone, rtol=1e-4, atol=1e-5)
+            start += length
+
+
+def test_no_gradient_crosses_documents_or_the_future(model: Afmoe) -> None:
+    documents = torch.tensor([[5] * 8 + [2] * 7 + [-1] * 3])
+    ids = torch.arange(13, 31)[None]
+    influence = gradient_from(model, ids, 11, document_ids=documents)
+    assert torch.equal(influence > 0, torch.tensor([False] * 8 + [True] * 4 + [False] * 6))
+
+
+def gradient_from(model: Afmoe, ids: Tensor, position: int, **arguments: Tensor) -> Tensor:
+    """Return how strongly each input position [T] acts on the output at `position`."""
+    seen: list[Tensor] = []
+
+    def keep(module: object, inputs: object, output: Tensor) -> Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[0]
+
+    hook = model.model.embed_tokens.register_forward_hook(keep)
+    model.hidden(ids, **arguments)[0, position].square().sum().backward()
+    hook.remove()
+    assert seen[0].grad is not None
+    return seen[0].grad[0].abs().sum(-1)
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 19, 20, 21])
+def test_a_window_is_exactly_w_tokens_with_the_current_one(
+    hard: ModelConfig, make: Callable[[ModelConfig], Afmoe], window: int
+) -> None:
+    shape = hard.model_dump() | {
+        "num_hidden_layers": 1, "layer_types": ("sliding_attention",), "sliding_window": window,
+    }  # fmt: skip
+    model = make(ModelConfig(**shape))
+    influence = gradient_from(model, torch.arange(13, 33)[None], 19)
+    assert (influence > 0).sum() == min(window, 20)
+    assert (influence[-min(window, 20) :] > 0).all()
+
+
+def test_windows_and_documents_narrow_each_other(hard: ModelConfig) -> None:
+    documents = torch.tensor([[0] * 9 + [1] * 3])
+    masks = build_masks(hard, 12, torch.device("cpu"), None, documents)
+    rows = torch.arange(12)
+    distance = rows[:, None] - rows[None, :]
+    same = documents[0][:, None] == documents[0][None, :]
+    full, sliding = masks["full_attention"].allowed, masks["sliding_attention"].allowed
+    assert full is not None
+    assert sliding is not None
+    assert torch.equal(full[0, 0], (distance >= 0) & same)
+    assert torch.equal(sliding[0, 0], (distance >= 0) & (distance < 5) & same)
+    assert full.dtype == torch.bool
+
+
+def test_where_causal_order_says_it_all_no_matrix_is_built(hard: ModelConfig) -> None:
+    masks = build_masks(hard, 5, torch.device("cpu"), None, None)
+    assert all(mask.allowed is None and mask.causal for mask in masks.values())
+    masks = build_masks(hard, 6, torch.device("cpu"), None, None)
+    assert masks["full_attention"].allowed is None
+    assert masks["sliding_attention"].allowed is not None
+
+
+def test_explicit_positions_mean_the_same_and_full_layers_ignore_an_offset(model: Afmoe) -> None:
+    ids = torch.arange(13, 43).view(2, 15)
+    plain = model(ids)
+    torch.testing.assert_close(model(ids, positions=torch.arange(15)), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(ids, positions=torch.arange(15).expand(2, 15) + 7), plain, rtol=1e-3, atol=1e-4)
+    stretched = model(ids, positions=torch.arange(15) * 2)
+    assert (stretched - plain).abs().max() > 1e-2
+
+
+class Growing:
+    """The smallest cache that honours the seam: it keeps everything and answers with a mask."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def update(self, layer_index: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        old = self.kept.get(layer_index)
+        if old is not None:
+            k, v = torch.cat([old[0], k], 2), torch.cat([old[1], v], 2)
+        where = positions if old is None else torch.cat([old[2], positions])
+        self.kept[layer_index] = (k, v, where)
+        distance = positions[:, None] - where[None, :]
+        sliding = self.config.layer_types[layer_index] == "sliding_attention"
+        allowed = (distance >= 0) & ((distance < self.config.sliding_window) if sliding else True)
+        return k, v, allowed[None, None]
+
+
+def test_the_cache_seam_gives_the_logits_of_the_whole_sequence(model: Afmoe) -> None:
+    ids = torch.arange(13, 43).view(2, 15)
+    model.eval()
+    with torch.no_grad():
+        whole, cache, parts = model(ids), Growing(model.config), []
+        for start, end in ((0, 6), (6, 7), (7, 15)):
+            parts.append(model(ids[:, start:end], positions=torch.arange(start, end), cache=cache))
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_without_positions_or_with_documents_is_a_bug_of_ours(model: Afmoe) -> None:
+    ids = torch.arange(13, 23)[None]
+    with pytest.raises(ValueError, match="positions are required"):
+        model(ids, cache=Growing(model.config))
+    with pytest.raises(ValueError, match="document_ids"):
+        model(ids, cache=Growing(model.config), positions=torch.arange(10), document_ids=torch.zeros_like(ids))
