@@ -16,6 +16,15 @@ from freehold.core.table import Table
 from freehold.stages.evaluate.table import tables as evaluation_tables
 
 STAGES = ("gather", "curate", "tokenize", "pretrain", "align", "evaluate", "export", "serve")
+# Figures of parity.json that are shown, and under which name.
+PARITY = {
+    "mean_kl": "mean KL",
+    "max_kl": "largest KL",
+    "top1_agreement": "same best token",
+    "routing_agreement": "same routing",
+    "positions": "positions",
+    "passed": "proven",
+}
 # Things inside a stage's folder that people look for by name.
 NAMED = ("pretrain/truebase", "pretrain/base", "align/preview", "export/hf")
 
@@ -79,12 +88,12 @@ def training_rows(run_folder: Path) -> list[dict[str, Any]]:
 
 def tables(run_folder: Path) -> list[Table]:
     """Return every table there is something to fill with."""
-    found: list[Table | None] = [_made(run_folder), _training(run_folder)]
+    found = [_made(run_folder), _training(run_folder)]
     results = _read_json(run_folder / "evaluate" / "results.json")
     if results:
         found += evaluation_tables(results)
     found += [_balance(run_folder), _parity(run_folder), _licences(run_folder)]
-    return [table for table in found if table is not None and table.rows]
+    return [table for table in found if table.rows]
 
 
 def _made(run_folder: Path) -> Table:
@@ -121,7 +130,7 @@ def _training(run_folder: Path) -> Table:
             [
                 name,
                 f"{max(row['step'] for row in metrics):,}",
-                f"{max((row.get('tokens', 0) for row in metrics)):,}",
+                f"{max(row.get('tokens', 0) for row in metrics):,}",
                 f"{losses[0]:.3f}",
                 f"{losses[-1]:.3f}",
                 "" if speed is None else f"{speed:,.0f}",
@@ -148,17 +157,16 @@ def _balance(run_folder: Path) -> Table:
     return Table("Expert balance", ["MaxVio", "first step", "highest", "mean of last tenth"], rows, note)
 
 
-def _parity(run_folder: Path) -> Table | None:
-    formats = _read_json(run_folder / "export" / "parity.json")
-    formats = {name: figures for name, figures in formats.items() if isinstance(figures, dict)}
-    keys = [k for k in ("mean_kl", "top1") if any(k in figures for figures in formats.values())]
-    for figures in formats.values():
-        keys += [k for k, v in figures.items() if k not in keys and isinstance(v, int | float)]
-    rows = [[name, *(_figure(figures.get(key)) for key in keys)] for name, figures in formats.items()]
-    return Table("Parity of the exports with our model", ["export", *keys], rows) if keys else None
+def _parity(run_folder: Path) -> Table:
+    parity = _read_json(run_folder / "export" / "parity.json")
+    exports = parity.get("exports", {})
+    shown = {key: name for key, name in PARITY.items() if any(key in record for record in exports.values())}
+    rows = [[name, *(_figure(record.get(key)) for key in shown)] for name, record in exports.items()]
+    note = f"Against {parity['reference']}." if "reference" in parity else ""
+    return Table("Parity of the exports", ["export", *shown.values()], rows, note)
 
 
-def _licences(run_folder: Path) -> Table | None:
+def _licences(run_folder: Path) -> Table:
     sources = _read_json(run_folder / "gather" / "sources.json")
     rows = []
     for name, record in sorted(sources.items()):

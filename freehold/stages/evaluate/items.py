@@ -1,6 +1,6 @@
 """Task items: their form on disk, when an answer counts, and how sure an accuracy is.
 
-`tasks/<task>.jsonl`, one item a line:
+`tasks/*.jsonl`, one item a line; extra keys are the writer's own notes:
 - generate: `{"id", "task", "kind": "generate", "prompt": [message...], "answer": "42"}`
 - choice: `{"id", "task", "kind": "choice", "prompt": [message...], "choices": ["a", "b"...], "answer": 1}`
 """
@@ -20,7 +20,7 @@ from freehold.core.errors import DataError
 class Item(pydantic.BaseModel):
     """One held-out item; `answer` is the text of a generate item and the index of a choice item."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="ignore", strict=True)
 
     id: str
     task: str
@@ -47,16 +47,13 @@ class Item(pydantic.BaseModel):
 
 
 def read_items(folder: Path, limit: int | None = None) -> dict[str, list[Item]]:
-    """Return the items of each `<task>.jsonl` in `folder`, at most `limit` of each, in file order.
+    """Return the items of all `*.jsonl` in `folder` by task, at most `limit` of each task, in file order.
 
-    DataError names file and line of what is not an item, and of items whose task or kind differs within a file.
+    DataError names file and line of what is not an item, and of an item whose kind differs from its task's.
     """
     tasks: dict[str, list[Item]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        items: list[Item] = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if limit is not None and len(items) >= limit:
-                break
             try:
                 item = Item.model_validate(json.loads(line))
             except json.JSONDecodeError as error:
@@ -65,16 +62,16 @@ def read_items(folder: Path, limit: int | None = None) -> dict[str, list[Item]]:
                 problem = error.errors()[0]
                 found = f"{'.'.join(map(str, problem['loc'])) or 'item'}: {problem['msg']}"
                 raise DataError("not a task item", where=f"{path}:{number}", found=found) from error
-            if (item.task, item.kind) != (path.stem, items[0].kind if items else item.kind):
+            items = tasks.setdefault(item.task, [])
+            if items and item.kind != items[0].kind:
                 raise DataError(
-                    "a task file holds one task of one kind",
+                    "a task has items of one kind",
                     where=f"{path}:{number}",
-                    found=f"{item.task} ({item.kind})",
-                    expected=f"{path.stem} ({items[0].kind if items else item.kind})",
+                    found=f"{item.kind} item of {item.task}",
+                    expected=items[0].kind,
                 )
-            items.append(item)
-        if items:
-            tasks[path.stem] = items
+            if limit is None or len(items) < limit:
+                items.append(item)
     return tasks
 
 
