@@ -1,0 +1,1 @@
+"""Curate: documents in, cleaner documents out, and every drop with its reason."""

