@@ -123,8 +123,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _show_plan(recipe, list(walk.WALK), args.json)
     options = walk.Options(clean=args.clean, fork=args.fork, quiet=args.quiet or args.json)
-    with walk.locked(recipe.run_folder):
-        done = walk.run_walk(recipe, options)
+    with walk.locked(recipe.run_folder) as lock:
+        done = walk.run_walk(recipe, options, lock)
         from freehold import report
 
         if "made" in done.values() or not (recipe.run_folder / "report.md").exists():

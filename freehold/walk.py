@@ -232,8 +232,12 @@ def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
     return manifest
 
 
-def run_walk(recipe: Recipe, options: Options) -> dict[str, str]:
-    """Run every stage that is not done, in order, each in a process of its own; return what was done with each."""
+def run_walk(recipe: Recipe, options: Options, lock: int) -> dict[str, str]:
+    """Run every stage that is not done, in order, each in a process of its own; return what was done with each.
+
+    `lock` is the descriptor that `locked` gave: each stage's process holds it too, so that a killed walk's last
+    stage is gone before another walk starts.
+    """
     result = {}
     names = list(WALK)
     for stage in names[: names.index(recipe.head.until) + 1]:
@@ -252,7 +256,7 @@ def run_walk(recipe: Recipe, options: Options) -> dict[str, str]:
             command.append(f"name={recipe.head.name}")
         if options.quiet:
             command.append("--quiet")
-        child = subprocess.Popen(command)
+        child = subprocess.Popen(command, pass_fds=(lock,))
         try:
             code = child.wait()
         except KeyboardInterrupt:  # the child got the signal too: let it save what it has
@@ -292,8 +296,9 @@ def _take_over(recipe: Recipe, stage: str) -> bool:
 
 
 @contextlib.contextmanager
-def locked(run_folder: Path, patience_s: float = 10.0) -> Iterator[None]:
-    """Hold the run folder for this process alone; the kernel lets go when it dies.
+def locked(run_folder: Path, patience_s: float = 10.0) -> Iterator[int]:
+    """Hold the run folder for this process and those it hands the yielded descriptor to; the kernel lets go when
+    the last of them dies.
 
     Waits a little for a killed run's last process to go. Raises ArtifactError when somebody else stays.
     """
@@ -312,7 +317,7 @@ def locked(run_folder: Path, patience_s: float = 10.0) -> Iterator[None]:
                         todo="wait for it, stop it, or give this run another name",
                     ) from None
                 time.sleep(0.1)
-        yield
+        yield file.fileno()
 
 
 def die_with(parent: int) -> None:

@@ -72,6 +72,7 @@ class Trainer:
 
     def __init__(self, job: Job, log: Log, *, seed: int, weights: dict[str, Tensor] | None = None) -> None:
         self.job, self.log = job, log
+        torch.manual_seed(seed)
         torch.set_num_threads(job.trainer.threads)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -227,7 +228,8 @@ class Trainer:
         the running step is finished and saved, then Interrupted is raised.
         """
         job, config, schedule = self.job, self.job.trainer, self.job.schedule
-        self.restore()
+        if not self.restore():
+            self.log.rewind(self.step)
         if self.step >= schedule.total_steps:
             return
         peak = gemm_flops_per_s(DTYPES[config.dtype])

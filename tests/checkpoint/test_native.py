@@ -1,0 +1,98 @@
+import json
+
+import pytest
+import torch
+
+from freehold.checkpoint import native
+from freehold.core.errors import ArtifactError, CheckpointError
+from freehold.model.config import ModelConfig
+
+MODEL = ModelConfig.model_validate({"preset": "laptop"})
+STATE = {"model": {"a.b": torch.arange(12.0).view(3, 4), "c": torch.ones(2)}, "balance": {"a.b": torch.zeros(3)}}
+
+
+def save(folder, **facts):
+    return native.save(folder, STATE, MODEL, {"step": 1, **facts})
+
+
+def test_round_trip_of_all_and_of_some_parts(tmp_path):
+    save(tmp_path / "x")
+    state = native.load(tmp_path / "x")
+    assert torch.equal(state["model"]["a.b"], STATE["model"]["a.b"])
+    assert set(native.load(tmp_path / "x", ["balance"])) == {"balance"}
+    config, tensors = native.read_model(tmp_path / "x")
+    assert config == MODEL
+    assert set(tensors) == {"a.b", "c"}
+
+
+def test_same_state_gives_the_same_bytes(tmp_path):
+    one, two = save(tmp_path / "x"), save(tmp_path / "y")
+    assert one["content_sha256"] == two["content_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [("flip", "hash differs"), ("cut", "truncated"), ("remove", "missing"), ("manifest", "manifest")],
+)
+def test_damage_is_named(tmp_path, damage, says):
+    save(tmp_path / "x")
+    shard = tmp_path / "x" / "state" / "__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    if damage == "flip":
+        data[200] ^= 4
+        shard.write_bytes(data)
+    elif damage == "cut":
+        shard.write_bytes(data[:-10])
+    elif damage == "remove":
+        shard.unlink()
+    else:
+        shard = tmp_path / "x" / "manifest.json"
+        shard.unlink()
+    with pytest.raises(CheckpointError, match=says) as error:
+        native.load(tmp_path / "x")
+    assert ("x" if damage == "manifest" else str(shard)) in str(error.value)
+
+
+def test_keys_are_compared_both_ways(tmp_path):
+    native.match_keys(["a"], ["a"], tmp_path)
+    with pytest.raises(CheckpointError, match="missing"):
+        native.match_keys(["a"], ["a", "b"], tmp_path)
+    with pytest.raises(CheckpointError, match="does not have"):
+        native.match_keys(["a", "b"], ["a"], tmp_path)
+
+
+def test_checkpoint_without_a_model(tmp_path):
+    native.save(tmp_path / "x", {"balance": {"a": torch.zeros(1)}}, MODEL, {})
+    with pytest.raises(CheckpointError, match="no model"):
+        native.load(tmp_path / "x")
+
+
+def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    first = save(tmp_path / "x")
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native.shutil, "copyfile", full)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="No space left"):
+        native.save(tmp_path / "x", STATE, MODEL, {}, [tmp_path / "tokenizer.json"])
+    assert json.loads((tmp_path / "x" / "manifest.json").read_text()) == first
+    assert not (tmp_path / "x.tmp").exists()
+
+
+def test_prune_keeps_the_grid(tmp_path):
+    for step in (2, 3, 4, 6, 8):
+        save(native.step_folder(tmp_path, step))
+    native.prune(tmp_path, keep_last=2, keep_every_steps=4, every_steps=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000006", "step_00000008"]
+
+
+def test_last_good(tmp_path):
+    assert native.last_good(tmp_path, print) is None
+    save(native.step_folder(tmp_path, 2))
+    save(native.step_folder(tmp_path, 4))
+    (native.step_folder(tmp_path, 4) / "config.json").write_text("{}")
+    told = []
+    assert native.last_good(tmp_path, told.append) == native.step_folder(tmp_path, 2)
+    assert "step_00000004" in told[0]

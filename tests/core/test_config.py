@@ -1,0 +1,96 @@
+import pytest
+
+from freehold.core.config import difference, fill, load_recipe, merge, parse_override
+from freehold.core.errors import ConfigError
+from freehold.stages.pretrain.config import StageConfig
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_base_recipe_overrides(tmp_path):
+    write(tmp_path / "base.yaml", "name: b\npretrain:\n  optim: {lr: 1e-3}\n  batch: {sequences: 4}\n")
+    recipe = write(tmp_path / "r.yaml", "base: base.yaml\nname: r\npretrain:\n  batch: {sequences: 8}\n")
+    data = load_recipe(recipe, ["pretrain.optim.lr=3e-4", "--pretrain.trainer.recompute=true"])
+    config = fill(StageConfig, data["pretrain"], "pretrain")
+    assert data["name"] == "r"
+    assert (config.optim.lr, config.batch.sequences, config.trainer.recompute) == (3e-4, 8, True)
+
+
+def test_scientific_numbers_in_yaml_are_numbers(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "pretrain:\n  optim: {lr: 3e-4}\n")
+    assert fill(StageConfig, load_recipe(recipe)["pretrain"], "pretrain").optim.lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optim.lrr=1", "did you mean `lr`"),
+        ("optin.lr=1", "did you mean `optim`"),
+        ("phases.stable.stepps=1", "did you mean `steps`"),
+        ("balance.kind=smebu balance.rat=1", "did you mean `rate`"),
+        ("model.num_expert=4", "did you mean `num_experts`"),
+        ("zzz=1", "known keys here"),
+    ],
+)
+def test_unknown_key_names_its_neighbour(override, says):
+    data = {}
+    for item in override.split():
+        data = merge(data, parse_override(item))
+    base = {"model": {"preset": "laptop"}, "phases": {"stable": {"steps": 2}}}
+    with pytest.raises(ConfigError, match="unknown key") as error:
+        fill(StageConfig, merge(base, data), "pretrain")
+    assert says in str(error.value)
+    assert "pretrain." in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("optim.lr=fast", "pretrain.optim.lr"),
+        ("optim.lr=-1", "pretrain.optim.lr"),
+        ("batch.sequences=2.5", "pretrain.batch.sequences"),
+        ("trainer.dtype=fp8", "pretrain.trainer.dtype"),
+    ],
+)
+def test_wrong_type_names_key_found_and_expected(override, where):
+    with pytest.raises(ConfigError, match="not a valid value") as error:
+        fill(StageConfig, parse_override(override), "pretrain")
+    assert error.value.where.startswith(where)
+    assert error.value.found
+    assert error.value.expected
+
+
+def test_missing_key():
+    with pytest.raises(ConfigError, match="missing") as error:
+        fill(StageConfig, {"phases": {"stable": {}}}, "pretrain")
+    assert error.value.where == "pretrain.phases.stable.steps"
+
+
+def test_micro_batches_must_divide():
+    with pytest.raises(ConfigError, match="multiple of micro_sequences"):
+        fill(StageConfig, {"batch": {"sequences": 8, "micro_sequences": 3}}, "pretrain")
+
+
+def test_bad_recipes(tmp_path):
+    with pytest.raises(ConfigError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_recipe(write(tmp_path / "a.yaml", "a: [1"))
+    with pytest.raises(ConfigError, match="not a mapping"):
+        load_recipe(write(tmp_path / "b.yaml", "- 1"))
+    write(tmp_path / "d.yaml", "base: e.yaml")
+    with pytest.raises(ConfigError, match="base of its own"):
+        load_recipe(write(tmp_path / "c.yaml", "base: d.yaml") if write(tmp_path / "e.yaml", "name: e") else None)
+    for bad in ("lr", "=3", "a..b=1"):
+        with pytest.raises(ConfigError, match="override must look like"):
+            parse_override(bad)
+    with pytest.raises(ConfigError, match="not YAML"):
+        parse_override("a=[1")
+
+
+def test_difference_names_keys():
+    assert difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "c": 2}, "d": 4}) == ["a.b: 1 -> 3", "d: (absent) -> 4"]
+    assert difference({"a": 1}, {"a": 1}) == []

@@ -1,0 +1,197 @@
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from freehold.checkpoint import native
+from freehold.core.errors import CheckpointError
+from freehold.core.log import Log, read_metrics
+from freehold.data.loader import PhaseRows, Source, TextOrder
+from freehold.data.packing import IGNORE, PADDING, Batch
+from freehold.model.config import ModelConfig
+from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
+from freehold.optim.schedule import Schedule
+from freehold.trainer.config import TrainerConfig
+from freehold.trainer.loop import Interrupted, Job, Trainer
+from freehold.trainer.validate import bits_per_byte, held_out
+
+MODEL = ModelConfig(
+    vocab_size=64, hidden_size=16, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=4,
+    num_dense_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=4,
+    num_experts_per_tok=2, sliding_window=8, max_position_embeddings=64,
+)  # fmt: skip
+PHASES = {
+    "stable": PhaseConfig(steps=5, warmup_steps=2, checkpoint="truebase", stage_type="TrueBase"),
+    "anneal": PhaseConfig(steps=3, shape="linear", end=0.0, checkpoint="base", stage_type="Base"),
+}
+
+
+def source(name="a", seed=0):
+    g = np.random.default_rng(seed)
+    lengths = g.integers(5, 40, 30)
+    tokens = np.concatenate([np.append(g.integers(32, 64, n - 1), 1) for n in lengths]).astype(np.uint16)
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    return Source(name, tokens, starts, lengths, [f"{name}{i}" for i in range(30)])
+
+
+def make(folder, quiet=True, micro=4, **changes):
+    order = TextOrder(
+        {"a": source()}, [PhaseRows(n, p.steps, {}) for n, p in PHASES.items()],
+        context_tokens=16, sequences=4, seed=0, separator=1,
+    )  # fmt: skip
+    job = Job(
+        folder=folder,
+        model=MODEL,
+        trainer=TrainerConfig(dtype="float32", threads=1, checkpoint_every_steps=2, log_every_steps=1, keep_last=2),
+        optim=OptimConfig(muon_lr=0.02, lr=1e-2),
+        balance=SmebuConfig(),
+        schedule=Schedule(PHASES),
+        order=order,
+        micro_sequences=micro,
+        stage="pretrain",
+        parent="",
+        facts={"tokenizer_sha256": "x"},
+    )
+    return Trainer(dataclasses.replace(job, **changes), Log(folder, quiet=quiet), seed=0)
+
+
+def hashes(folder):
+    return {p.parent.name: json.loads(p.read_text())["content_sha256"] for p in folder.rglob("manifest.json")}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    make(folder).run()
+    return folder
+
+
+def test_loss_falls_and_named_checkpoints_are_kept(straight):
+    rows = read_metrics(straight / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["loss/mean"] < rows[0]["loss/mean"]
+    assert set(hashes(straight)) == {"truebase", "base", "step_00000006", "step_00000008"}
+    facts = native.check(straight / "truebase")
+    assert (facts["step"], facts["phase"], facts["stage_type"], facts["tokens"]) == (5, "stable", "TrueBase", 5 * 64)
+    assert rows[0]["moe/load/1"] and sum(rows[0]["moe/load/1"]) == 64 * 2
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 5, 7])
+def test_killed_and_resumed_ends_with_the_same_bits(straight, tmp_path, killed_after):
+    class Killed(Exception):
+        pass
+
+    trainer = make(tmp_path)
+    whole_step = trainer.train_step
+
+    def step_then_die(batch):
+        if trainer.step == killed_after:
+            raise Killed
+        return whole_step(batch)
+
+    trainer.train_step = step_then_die
+    with pytest.raises(Killed):
+        trainer.run()
+    make(tmp_path).run()
+    assert hashes(tmp_path) == hashes(straight)
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_interrupt_saves_and_leaves_the_same_bits(straight, tmp_path):
+    trainer = make(tmp_path)
+    whole_step = trainer.train_step
+
+    def step_then_ask(batch):
+        values = whole_step(batch)
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return values
+
+    trainer.train_step = step_then_ask
+    with pytest.raises(Interrupted):
+        trainer.run()
+    assert (tmp_path / "checkpoints" / "step_00000003").exists()
+    make(tmp_path).run()
+    assert hashes(tmp_path) == hashes(straight)
+
+
+def test_damaged_checkpoint_is_named_and_skipped(straight, tmp_path, capsys):
+    shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
+    shard = tmp_path / "checkpoints" / "step_00000008" / "state" / "__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    (tmp_path / "checkpoints" / "step_00000009").mkdir()
+    trainer = make(tmp_path, quiet=False)
+    assert trainer.restore()
+    assert trainer.step == 6
+    told = capsys.readouterr().err
+    assert "step_00000008/state/__0_0.distcp" in told
+    assert "step_00000009" in told
+
+
+def test_micro_batches_equal_one_batch(tmp_path):
+    whole, parts = make(tmp_path / "a"), make(tmp_path / "b", micro=1)
+    batch = whole.job.order.batch(0)
+    one, two = whole.train_step(batch), parts.train_step(batch)
+    assert one["loss/mean"] == pytest.approx(two["loss/mean"], rel=1e-6)
+    for name, master in whole.masters.items():
+        assert torch.allclose(master, parts.masters[name], atol=2e-3), name
+    for name, layer in whole.model.moe_layers().items():
+        assert torch.equal(layer.load_counts, parts.model.moe_layers()[name].load_counts)
+        assert torch.equal(layer.expert_bias, parts.model.moe_layers()[name].expert_bias)
+
+
+def test_not_finite_step_changes_nothing_and_names_its_documents(tmp_path, capsys):
+    trainer = make(tmp_path, quiet=False)
+    trainer.parameters["lm_head.weight"].data[3] = float("nan")
+    before = {n: m.detach().clone() for n, m in trainer.masters.items()}
+    trainer.train_step(trainer.job.order.batch(0))
+    assert trainer.skipped == [0]
+    assert all(torch.equal(before[n], m) for n, m in trainer.masters.items())
+    assert trainer.job.order.documents(0)[0].document_id in capsys.readouterr().err
+    assert all(float(layer.expert_bias.abs().max()) == 0 for layer in trainer.model.moe_layers().values())
+
+
+def test_validation_is_not_counted_as_load(tmp_path):
+    trainer = make(tmp_path)
+    held = held_out(source(seed=1), np.full(30, 50), 16, 100, separator=1)
+    bits_per_byte(trainer.model, {"a": held})
+    assert all(int(layer.load_counts.sum()) == 0 for layer in trainer.model.moe_layers().values())
+    assert trainer.model.training
+
+
+def test_padding_is_not_counted_as_load(tmp_path):
+    trainer = make(tmp_path)
+    ids = np.full((4, 16), 40)
+    documents = np.zeros((4, 16), dtype=np.int32)
+    documents[:, 10:] = PADDING
+    targets = np.where(documents == PADDING, IGNORE, 41)
+    trainer.train_step(Batch(ids, targets, documents))
+    for layer in trainer.model.moe_layers().values():
+        assert int(layer.load_counts.sum()) == 4 * 10 * 2
+
+
+def test_held_out_reads_every_token_once(tmp_path):
+    text = source(seed=2)
+    held = held_out(text, np.full(30, 50), 16, 0, separator=1)
+    targets = held.batch.targets[held.batch.targets != IGNORE]
+    assert np.array_equal(targets, text.tokens)
+    assert held.text_bytes == 30 * 50
+    trainer = make(tmp_path)
+    bits = bits_per_byte(trainer.model, {"a": held})
+    assert 5.5 * len(text.tokens) / 1500 < bits["val/bpb"] < 6.6 * len(text.tokens) / 1500
+    assert bits["val/bpb"] == bits["val/bpb/a"]
+
+
+def test_checkpoint_of_another_model_is_refused(straight, tmp_path):
+    shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match="another shape"):
+        make(tmp_path, model=MODEL.model_copy(update={"intermediate_size": 48})).restore()
+    with pytest.raises(CheckpointError, match="missing"):
+        make(tmp_path, model=MODEL.model_copy(update={"num_dense_layers": 2})).restore()
