@@ -173,15 +173,22 @@ def _licences(run_folder: Path) -> Table:
         rows.append(
             [
                 name,
-                str(record.get("version", "")),
-                str(record.get("licence", "")),
-                str(record.get("wrapper_licence", "")),
-                f"{record.get('documents', 0):,}",
-                f"{record.get('bytes', 0):,}",
+                record["version"],
+                _licence_names(record["licences"]),
+                record["wrapper_licence"],
+                f"{record['documents']:,}",
+                f"{record['bytes']:,}",
             ]
         )
     header = ["source", "version", "licence of the text", "of the package", "documents", "bytes"]
     return Table("Sources and licences", header, rows, left=(0, 1, 2, 3))
+
+
+def _licence_names(documents: dict[str, int]) -> str:
+    """Return the one licence, or each with its number of documents, the most frequent first."""
+    if len(documents) == 1:
+        return next(iter(documents))
+    return ", ".join(f"{name} ({count:,})" for name, count in sorted(documents.items(), key=lambda d: -d[1]))
 
 
 def _missing(run_folder: Path) -> list[str]:

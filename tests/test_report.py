@@ -57,7 +57,11 @@ def run_folder(tmp_path: Path, rows: list[dict[str, object]]) -> Path:
     (run / "pretrain" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     align = [metrics_row(1, "sft", **{"loss/mean": 2.5}), metrics_row(2, "sft", **{"loss/mean": 1.5})]
     (run / "align" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in align))
-    write_json(run / "gather" / "sources.json", {"plays": source("plays==1.0", "LicenseRef-PD", "MIT", 7, 12345)})
+    sources = {
+        "plays": source("plays==1.0", {"LicenseRef-PD": 7}, "MIT", 7, 12345),
+        "code": source("3.11", {"MIT": 2, "PSF-2.0": 1500}, "PSF-2.0", 1502, 99),
+    }
+    write_json(run / "gather" / "sources.json", sources)
     write_json(run / "evaluate" / "results.json", RESULTS)
     exact = {"mean_kl": 1e-13, "top1_agreement": 1.0, "passed": True, "failures": []}
     write_json(run / "export" / "parity.json", {"reference": "our model in fp32", "exports": {"hf": exact}})
@@ -71,10 +75,9 @@ def run_folder(tmp_path: Path, rows: list[dict[str, object]]) -> Path:
     return run
 
 
-def source(version: str, licence: str, wrapper: str, documents: int, size: int) -> dict[str, object]:
-    return {
-        "version": version, "licence": licence, "wrapper_licence": wrapper, "documents": documents, "bytes": size
-    }  # fmt: skip
+def source(version: str, licences: dict[str, int], wrapper: str, documents: int, size: int) -> dict[str, object]:
+    rights = {"version": version, "licences": licences, "wrapper_licence": wrapper}
+    return {**rights, "documents": documents, "bytes": size}
 
 
 def accuracy(value: float) -> dict[str, object]:
@@ -112,6 +115,7 @@ def test_report_shows_what_each_stage_left(run_folder: Path) -> None:
     assert "| capitals | 40 | 25 | 30.0 [20.0–40.0] | 60.0 [50.0–70.0] | +30.0 |" in text
     assert "| hf | 1e-13 | 1 | yes |" in text
     assert "| plays | plays==1.0 | LicenseRef-PD | MIT | 7 | 12,345 |" in text
+    assert "| code | 3.11 | PSF-2.0 (1,500), MIT (2) | PSF-2.0 | 1,502 | 99 |" in text
     assert "Experts without a token in the last step: 2." in text
     assert text.index("layer 2 |") < text.index("layer 10 |")
     assert "> What is the capital of France?" in text
