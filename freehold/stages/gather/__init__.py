@@ -1,0 +1,1 @@
+"""gather: sources become documents with evidence of their licence."""

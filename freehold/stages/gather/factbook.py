@@ -1,0 +1,290 @@
+"""The CIA World Factbook as data: a page of prose a country, and the short clean facts that become questions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# Fields shorter than this are numbers and names that read badly without their table.
+MIN_FIELD_CHARS = 60
+# Short fields worth a line of their own on the page.
+SHORT_FIELDS = {
+    "Location", "Area - comparative", "Climate", "Terrain", "Natural resources", "Government type", "Capital",
+    "Languages", "Coastline", "National symbol(s)", "Agricultural products", "Industries",
+}  # fmt: skip
+# Names that are said with an article.
+ARTICLE = re.compile(
+    r"(Islands|Republic|States|Kingdom|Emirates|Territories)$|^(Bahamas|Gambia|Netherlands|Philippines|Maldives|"
+    r"Seychelles|Comoros|Holy See|Gaza Strip|West Bank|Isle of Man|European Union|Marshall Islands)"
+)
+LEFT_OUT = {"Geographic coordinates", "Map references", "Diplomatic representation from the US", "Age structure"}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One kind of fact: where it lies, how it is asked and said; `{c}` is the country, `{a}` the answer."""
+
+    key: str
+    path: str
+    questions: tuple[str, ...]
+    statement: str
+    choice: bool = False
+    """Whether other countries' answers are wrong answers, so that it can be asked as multiple choice."""
+    max_chars: int = 60
+
+
+FIELDS = (
+    Field(
+        "capital",
+        "Government/Capital/name",
+        (
+            "What is the capital of {c}?",
+            "Which city is the capital of {c}?",
+            "Name the capital city of {c}.",
+            "Tell me the capital of {c}.",
+        ),
+        "The capital of {c} is {a}.",
+        choice=True,
+    ),
+    Field(
+        "location",
+        "Geography/Location",
+        ("Where is {c}?", "Where is {c} located?", "In which part of the world is {c}?"),
+        "{c} is located here: {a}.",
+        max_chars=110,
+    ),
+    Field(
+        "size",
+        "Geography/Area - comparative",
+        ("How big is {c}?", "What is the size of {c} compared to other places?", "How large is the area of {c}?"),
+        "The area of {c} is {a}.",
+        max_chars=80,
+    ),
+    Field(
+        "climate",
+        "Geography/Climate",
+        ("What is the climate of {c}?", "What is the climate like in {c}?", "Describe the climate of {c}."),
+        "The climate of {c}: {a}.",
+        max_chars=90,
+    ),
+    Field(
+        "terrain",
+        "Geography/Terrain",
+        ("What is the terrain of {c}?", "What does the land look like in {c}?", "Describe the terrain of {c}."),
+        "The terrain of {c}: {a}.",
+        max_chars=90,
+    ),
+    Field(
+        "government",
+        "Government/Government type",
+        (
+            "What type of government does {c} have?",
+            "How is {c} governed?",
+            "What is the form of government of {c}?",
+        ),
+        "The government type of {c} is {a}.",
+    ),
+    Field(
+        "internet",
+        "Communications/Internet country code",
+        (
+            "What is the internet country code of {c}?",
+            "Which internet domain belongs to {c}?",
+            "What do web addresses from {c} end with?",
+        ),
+        "The internet country code of {c} is {a}.",
+        choice=True,
+        max_chars=4,
+    ),
+    Field(
+        "symbol",
+        "Government/National symbol(s)",
+        ("What is the national symbol of {c}?", "Which symbol stands for {c}?", "Name the national symbol of {c}."),
+        "The national symbol of {c} is {a}.",
+        choice=True,
+    ),
+    Field(
+        "colors",
+        "Government/National color(s)",
+        ("What are the national colors of {c}?", "Which colors stand for {c}?", "Name the national colors of {c}."),
+        "The national colors of {c} are {a}.",
+    ),
+    Field(
+        "highest",
+        "Geography/Elevation/highest point",
+        (
+            "What is the highest point of {c}?",
+            "What is the highest place in {c}?",
+            "Which point of {c} is the highest?",
+        ),
+        "The highest point of {c} is {a}.",
+        choice=True,
+    ),
+    Field(
+        "currency",
+        "Economy/Exchange rates/Currency",
+        ("What is the currency of {c}?", "Which money is used in {c}?", "What do people pay with in {c}?"),
+        "The currency of {c} is {a}.",
+        choice=True,
+    ),
+    Field(
+        "independence",
+        "Government/Independence",
+        ("When did {c} become independent?", "What is the independence date of {c}?"),
+        "{c} became independent on {a}.",
+        choice=True,
+    ),
+    Field(
+        "adjective",
+        "People and Society/Nationality/adjective",
+        (
+            "What is the adjective for {c}?",
+            "What do you call something from {c}?",
+            "Which adjective belongs to {c}?",
+        ),
+        "Something from {c} is called {a}.",
+        choice=True,
+    ),
+    Field(
+        "exports",
+        "Economy/Exports - commodities",
+        ("What does {c} export?", "What are the main exports of {c}?", "Which goods does {c} sell to the world?"),
+        "The main exports of {c} are {a}.",
+        max_chars=100,
+    ),
+    Field(
+        "crops",
+        "Economy/Agricultural products",
+        ("What do farmers in {c} produce?", "Which agricultural products come from {c}?", "What is grown in {c}?"),
+        "The agricultural products of {c} are {a}.",
+        max_chars=110,
+    ),
+    Field(
+        "population",
+        "People and Society/Population/total",
+        ("How many people live in {c}?", "What is the population of {c}?", "How large is the population of {c}?"),
+        "The population of {c} is {a}.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One short fact of one country."""
+
+    country: str
+    field: Field
+    answer: str
+    path: str
+    """Member of the factbook it was read from."""
+
+    @property
+    def key(self) -> str:
+        """What the hold-out is decided on."""
+        return f"{self.country}\0{self.field.key}"
+
+    @property
+    def questions(self) -> list[str]:
+        """The question in each of its phrasings."""
+        return [sentence(q.format(c=self.country)) for q in self.field.questions]
+
+    @property
+    def statement(self) -> str:
+        """The fact said as a sentence."""
+        return sentence(self.field.statement.format(c=self.country, a=self.answer.removesuffix(".")))
+
+
+def sentence(text: str) -> str:
+    """Return the text with its first letter in upper case."""
+    return text[:1].upper() + text[1:]
+
+
+def at(country: dict[str, Any], path: str) -> str:
+    """Return the raw text of a field, or an empty string."""
+    node: Any = country
+    for key in path.split("/"):
+        node = node.get(key) if isinstance(node, dict) else None
+    text = node.get("text") if isinstance(node, dict) else None
+    return text if isinstance(text, str) else ""
+
+
+def name_of(country: dict[str, Any], plain: Callable[[str], str]) -> str:
+    """Return a country's everyday name (`the Bahamas` included), or an empty string."""
+    for form in ("conventional short form", "conventional long form"):
+        text = plain(at(country, f"Government/Country name/{form}")).split("\n")[0]
+        text = re.sub(r"\s*\((?:sometimes|formerly|also).*", "", text).split(";")[0].strip()
+        if text and text.lower() != "none" and len(text) < 50:
+            text = text.removeprefix("The ")
+            return f"the {text}" if ARTICLE.search(text) else text
+    return ""
+
+
+def facts(country: dict[str, Any], path: str, plain: Callable[[str], str]) -> Iterator[Fact]:
+    """Yield the short clean facts of one country; whatever has notes, parts or doubts in it is left out."""
+    name = name_of(country, plain)
+    if not name:
+        return
+    for field in FIELDS:
+        answer = clean(field, plain(at(country, field.path)))
+        if answer:
+            yield Fact(name, field, answer, path)
+
+
+def clean(field: Field, text: str) -> str:
+    """Return the answer in a field's text, or an empty string when it is not short and clean."""
+    if not text or "\n" in text or text.lower().startswith(("none", "na", "no official", "not ", "unnamed")):
+        return ""
+    if field.key == "currency":
+        text = text.partition(" per US dollar")[0]
+    if field.key == "highest":
+        text = re.sub(r"\s+-?[\d,.]+\s*m?$", "", text)
+    if field.key == "population" and not text[:1].isdigit():
+        return ""
+    if field.key == "independence":
+        found = re.match(r"\d{1,2} [A-Z][a-z]+ \d{4}(?= \(|$)", text)
+        return found.group() if found else ""
+    text = re.sub(r"\s*\([^()]*\)", "", text)
+    if field.key == "capital" and ("," in text or ";" in text):
+        return ""
+    text = text.split(";")[0].strip().rstrip(",")
+    if field.key == "internet" and not re.fullmatch(r"\.[a-z]{2}", text):
+        return ""
+    if len(text) > field.max_chars or re.search(r"[:(){}\[\]\"]|\bnote\b|\bNA\b", text):
+        return ""
+    return text
+
+
+def page(country: dict[str, Any], plain: Callable[[str], str]) -> str:
+    """Return a country as prose: sections, and in them the fields that read as text, each text once."""
+    name = name_of(country, plain)
+    seen: set[str] = set()
+    blocks = [sentence(name)] if name else []
+    for section, fields in country.items():
+        if not isinstance(fields, dict):
+            continue
+        paragraphs = []
+        for title, inner in fields.items():
+            if title in LEFT_OUT:
+                continue
+            for sub, raw in _texts(inner):
+                text = re.sub(r"^note:\s*", "", plain(raw))
+                if text in seen or (len(text) < MIN_FIELD_CHARS and not (title in SHORT_FIELDS and len(text) > 3)):
+                    continue
+                seen.add(text)
+                label = f"{title}, {sub}" if sub else title
+                paragraphs.append(f"{label}: {text}")
+        if paragraphs:
+            blocks.append(f"{section}\n\n" + "\n\n".join(paragraphs))
+    return "\n\n".join(blocks) + "\n" if len(blocks) > 1 else ""
+
+
+def _texts(node: Any, label: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(node, str):
+        yield label, node
+    elif isinstance(node, dict):
+        for key, inner in node.items():
+            # `{"text": ...}` is the field itself; anything else is a part of it with a name.
+            name = label if key == "text" else key.strip() if not label else f"{label}, {key.strip()}"
+            yield from _texts(inner, name)

@@ -1,0 +1,353 @@
+"""Text, conversations and held-out tasks made from factbook facts, reasoning-gym generators and a small grammar.
+
+Nothing held out is written anywhere for training: neither a fact chosen for `factbook_heldout` (in any phrasing)
+nor a question of `reasoning`. The factbook's own prose does hold every fact; what is held out is being asked for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from freehold.core.document import Conversation, Document, Rights, document_id
+from freehold.core.errors import ConfigError
+from freehold.ledger.licence import of_distribution, strictest
+from freehold.stages.gather import dialogues
+from freehold.stages.gather.config import FileSource, Generated, Source
+from freehold.stages.gather.factbook import Fact, facts, sentence
+from freehold.stages.gather.origins import Origin, date_of
+from freehold.stages.gather.readers import Reading, strip_html
+
+# Seeds of training items lie below HELD_OUT_SEEDS, those of held-out items from there on.
+SEEDS_PER_RUN = 1_000_000
+HELD_OUT_SEEDS = 2_000_000_000
+PAIRS_PER_PAGE = 12
+# Shares of the conversations: facts, reasoning; the rest is talk.
+FACT_SHARE, REASONING_SHARE = 0.45, 0.45
+SYSTEM_SHARE = 0.15
+ASKED, ANSWERED = "Question: ", "Answer: "
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question with its answer; `place` says where it was made from, `rights` under which terms."""
+
+    question: str
+    answer: str
+    place: str
+    task: str
+
+
+@dataclass(frozen=True)
+class Made:
+    """Everything one generated source writes."""
+
+    documents: list[Document]
+    conversations: list[Conversation]
+    tasks: dict[str, list[dict[str, Any]]]
+    seeds: dict[str, list[int]]
+    """First and last seed of the items: `train`, `held_out`."""
+
+
+def make(name: str, source: Generated, origin: Origin | None, facts_source: Source | None, seed: int) -> Made:
+    """Return the documents, conversations and tasks of a generated source; a pure function of its arguments."""
+    gym = _Gym(source, seed)
+    book = _Factbook(source, origin, facts_source, seed)
+    rights = {
+        "facts": book.rights(name, source),
+        "reasoning": gym.rights(name, source),
+        "talk": _rights(name, source, source.licence, "", gym.acquired),
+    }
+    reasoning_out = list(gym.held_out(source.reasoning_items))
+    never = {item.question for item in reasoning_out} | {q for f in book.held_out for q in f.questions}
+
+    documents = list(_documents(source, gym, book, rights, seed))
+    conversations = list(_conversations(source, gym, book, rights, seed))
+    asked = {m["content"] for c in conversations for m in c.messages if m["role"] == "user"}
+    asked |= {line.removeprefix(ASKED) for d in documents for line in d.text.split("\n") if line.startswith(ASKED)}
+    assert not asked & never, f"held-out questions would be trained on: {asked & never}"
+
+    tasks = {}
+    if reasoning_out:
+        tasks["reasoning"] = [
+            {
+                "id": f"reasoning/{item.place}",
+                "task": item.task,
+                "kind": "generate",
+                "messages": [{"role": "user", "content": item.question}],
+                "answer": item.answer,
+                "seen": False,
+                "source": rights["reasoning"]["synthetic_from"],
+                "licence": rights["reasoning"]["licence"],
+            }
+            for item in reasoning_out
+        ]
+    for task, chosen in (("factbook_heldout", book.held_out), ("factbook_seen", book.train)):
+        rows = list(book.choices(task, chosen, source.factbook_items, rights["facts"]))
+        if rows:
+            tasks[task] = rows
+    return Made(documents, conversations, tasks, gym.seeds)
+
+
+class _Factbook:
+    """The facts, divided by the hash of (country, field) into those asked in training and those held out."""
+
+    def __init__(self, source: Generated, origin: Origin | None, facts_source: Source | None, seed: int) -> None:
+        self.origin, self.seed, self.licence = origin, seed, ""
+        self.train: list[Fact] = []
+        self.held_out: list[Fact] = []
+        if origin is None or not isinstance(facts_source, FileSource):
+            return
+        self.licence = origin.wrapper_licence if facts_source.licence == "wrapper" else facts_source.licence
+        reading = Reading(facts_source.max_document_bytes)
+        for member in origin.members:
+            text = reading.text(member)
+            country = json.loads(text) if text else {}
+            for fact in facts(country, member.path, strip_html):
+                held = _unit(f"hold out\0{fact.key}") < source.held_out_share
+                (self.held_out if held else self.train).append(fact)
+
+    def rights(self, name: str, source: Generated) -> dict[str, Any]:
+        if self.origin is None:
+            return {}
+        licence = strictest(source.licence, self.licence)
+        return _rights(name, source, licence, self.origin.version, self.origin.acquired)
+
+    def choices(self, task: str, chosen: list[Fact], count: int, rights: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield multiple-choice items: the other answers are those of other countries to the same question."""
+        everywhere: dict[str, set[str]] = {}
+        for fact in self.train + self.held_out:
+            everywhere.setdefault(fact.field.key, set()).add(fact.answer)
+        able = sorted((f for f in chosen if f.field.choice), key=lambda f: _unit(f"{task}\0{f.key}"))
+        for fact in able[:count]:
+            random_ = random.Random(f"{self.seed}\0{task}\0{fact.key}")
+            # An answer that holds the right one, or is held by it, could be right as well.
+            wrong = [
+                a
+                for a in sorted(everywhere[fact.field.key])
+                if a.lower() not in fact.answer.lower() and fact.answer.lower() not in a.lower()
+            ]
+            if len(wrong) < 3:
+                continue
+            options = [*random_.sample(wrong, 3), fact.answer]
+            random_.shuffle(options)
+            yield {
+                "id": f"{task}/{document_id(task, fact.key)}",
+                "task": f"factbook_{fact.field.key}",
+                "kind": "choice",
+                "messages": [{"role": "user", "content": fact.questions[0]}],
+                "choices": [sentence(o) for o in options],
+                "answer": options.index(fact.answer),
+                "seen": task == "factbook_seen",
+                "source": f"{rights['synthetic_from']} {fact.path}",
+                "licence": rights["licence"],
+            }
+
+
+class _Gym:
+    """reasoning-gym's generators with our settings; an item is a pure function of its seed."""
+
+    def __init__(self, source: Generated, seed: int) -> None:
+        self.base = seed % 1000 * SEEDS_PER_RUN
+        self.seeds = {
+            "train": [self.base, self.base + SEEDS_PER_RUN - 1],
+            "held_out": [HELD_OUT_SEEDS + self.base, HELD_OUT_SEEDS + self.base + SEEDS_PER_RUN - 1],
+        }
+        self.settings = source.reasoning
+        distribution = importlib.metadata.distribution("reasoning-gym")
+        self.version = f"reasoning-gym=={distribution.version}"
+        self.licence = of_distribution(distribution).expression or ""
+        self.acquired = date_of(Path(str(distribution.locate_file("reasoning_gym"))) / "__init__.py")
+        self.held: set[str] = set()
+
+    def rights(self, name: str, source: Generated) -> dict[str, Any]:
+        licence = strictest(source.licence, self.licence) if self.licence else ""
+        return _rights(name, source, licence, self.version, self.acquired)
+
+    def held_out(self, count: int) -> Iterator[Item]:
+        """Yield `count` different questions, spread evenly over the tasks."""
+        each = [count // max(len(self.settings), 1)] * len(self.settings)
+        for index in range(count - sum(each) if each else 0):
+            each[index] += 1
+        for (task, settings), wanted in zip(sorted(self.settings.items()), each, strict=True):
+            found = itertools.islice(self._items(task, settings, self.seeds["held_out"][0]), wanted)
+            for item in found:
+                self.held.add(item.question)
+                yield item
+
+    def train(self, offset: int) -> Iterator[Item]:
+        """Yield different training questions, the tasks taking turns; call `held_out` first."""
+        streams = [
+            self._items(task, settings, self.seeds["train"][0] + offset)
+            for task, settings in sorted(self.settings.items())
+        ]
+        while streams:
+            alive = []
+            for stream in streams:
+                item = next(stream, None)
+                if item is not None:
+                    alive.append(stream)
+                    yield item
+            streams = alive
+
+    def _items(self, task: str, settings: dict[str, bool | int], first_seed: int) -> Iterator[Item]:
+        # Imported here: a second of sympy and friends that a dry run does not need.
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+
+        if task not in DATASETS:
+            near = difflib.get_close_matches(task, DATASETS, n=1)
+            raise ConfigError(
+                "reasoning-gym has no such task",
+                where="reasoning",
+                found=task,
+                todo=f"did you mean `{near[0]}`?" if near else "see reasoning_gym.factory.DATASETS",
+            )
+        try:
+            dataset = reasoning_gym.create_dataset(task, seed=first_seed, size=SEEDS_PER_RUN // 2, **settings)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise ConfigError(
+                "reasoning-gym does not take these settings", where=f"reasoning.{task}", found=settings, expected=error
+            ) from error
+        seen: set[str] = set()
+        repeated = 0
+        for index in range(SEEDS_PER_RUN // 2):
+            entry = dataset[index]
+            question, answer = " ".join(str(entry["question"]).split()), str(entry["answer"])
+            if question in seen or question in self.held:
+                repeated += 1
+                if repeated > 200:  # the small tasks run out of new questions
+                    return
+                continue
+            repeated = 0
+            seen.add(question)
+            yield Item(question, answer, f"reasoning_gym/{task}#{first_seed + index}", task)
+
+
+def _documents(
+    source: Generated, gym: _Gym, book: _Factbook, rights: dict[str, dict[str, Any]], seed: int
+) -> Iterator[Document]:
+    """Yield pages of questions and answers until `max_bytes`: first the facts, then reasoning."""
+    left = source.max_bytes if source.max_bytes is not None else 2_400_000
+    pages = itertools.chain(_fact_pages(book, seed), _reasoning_pages(gym))
+    for kind, path, text in pages:
+        size = len(text.encode())
+        if size > left:
+            return
+        left -= size
+        yield _document(rights[kind], path, text)
+
+
+def _fact_pages(book: _Factbook, seed: int) -> Iterator[tuple[str, str, str]]:
+    countries: dict[tuple[str, str], list[Fact]] = {}
+    kinds: dict[str, list[Fact]] = {}
+    for fact in book.train:
+        countries.setdefault((fact.path, fact.country), []).append(fact)
+        kinds.setdefault(fact.field.key, []).append(fact)
+    for (path, country), known in countries.items():
+        random_ = random.Random(f"{seed}\0{path}")
+        said = [f.statement for f in known]
+        random_.shuffle(said)
+        yield "facts", f"facts/{path}#statements", f"{sentence(country)}\n\n" + " ".join(said) + "\n"
+        pairs = [(random_.choice(f.questions), sentence(f.answer)) for f in known]
+        random_.shuffle(pairs)
+        yield "facts", f"facts/{path}#questions", _page(f"Questions about {country}", pairs)
+    for kind, known in kinds.items():
+        random_ = random.Random(f"{seed}\0{kind}")
+        random_.shuffle(known)
+        for number, start in enumerate(range(0, len(known), PAIRS_PER_PAGE)):
+            batch = known[start : start + PAIRS_PER_PAGE]
+            pairs = [(random_.choice(f.questions), sentence(f.answer)) for f in batch]
+            yield "facts", f"facts/{kind}#{number}", _page("Countries of the world", pairs)
+
+
+def _reasoning_pages(gym: _Gym) -> Iterator[tuple[str, str, str]]:
+    items = gym.train(0)
+    for number in itertools.count():
+        batch = list(itertools.islice(items, PAIRS_PER_PAGE))
+        if not batch:
+            return
+        yield "reasoning", f"reasoning/{number:05d}", _page("Exercises", [(i.question, i.answer) for i in batch])
+
+
+def _page(title: str, pairs: list[tuple[str, str]]) -> str:
+    return f"{title}\n\n" + "\n\n".join(f"{ASKED}{q}\n{ANSWERED}{a}" for q, a in pairs) + "\n"
+
+
+def _conversations(
+    source: Generated, gym: _Gym, book: _Factbook, rights: dict[str, dict[str, Any]], seed: int
+) -> Iterator[Conversation]:
+    """Yield at most `source.conversations`, no two alike: facts, reasoning, talk."""
+    random_ = random.Random(f"{seed}\0conversations")
+    asked = [(q, sentence(f.answer), f) for f in book.train for q in f.questions]
+    random_.shuffle(asked)
+    facts_wanted = min(int(source.conversations * FACT_SHARE), len(asked))
+    for question, answer, fact in asked[:facts_wanted]:
+        yield _conversation(rights["facts"], f"facts/{fact.path}#{fact.field.key}", [(question, answer)], random_)
+    wanted = int(source.conversations * REASONING_SHARE) if source.reasoning else 0
+    items = itertools.islice(gym.train(SEEDS_PER_RUN // 2), wanted)
+    reasoning_made = 0
+    for item in items:
+        reasoning_made += 1
+        yield _conversation(rights["reasoning"], item.place, [(item.question, item.answer)], random_)
+    # Talk mixes in facts that are asked in training, so it falls under their terms.
+    mixed = rights["facts"] or rights["talk"]
+    known = [(q, a) for q, a, _ in asked[:500]]
+    seen: set[tuple[tuple[str, str], ...]] = set()
+    for number, turns in enumerate(dialogues.talk(random_, known)):
+        if len(seen) >= source.conversations - facts_wanted - reasoning_made or number > 20 * source.conversations:
+            return
+        if tuple(turns) not in seen:
+            seen.add(tuple(turns))
+            yield _conversation(mixed, "talk", turns, random_)
+
+
+def _conversation(
+    rights: dict[str, Any], path: str, turns: list[tuple[str, str]], random_: random.Random
+) -> Conversation:
+    messages: list[dict[str, Any]] = []
+    if random_.random() < SYSTEM_SHARE:
+        messages.append({"role": "system", "content": random_.choice(dialogues.SYSTEM)})
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    text = json.dumps(messages, sort_keys=True)
+    place = f"{path}#{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    filled = Rights(**rights | {"path": place, "sha256": digest, "kind": "conversation"})
+    return Conversation(**vars(filled), id=document_id(filled.source, place), messages=messages)
+
+
+def _document(rights: dict[str, Any], path: str, text: str) -> Document:
+    filled = Rights(**rights | {"path": path, "sha256": hashlib.sha256(text.encode()).hexdigest()})
+    return Document(**vars(filled), id=document_id(filled.source, path), text=text)
+
+
+def _rights(name: str, source: Generated, licence: str, made_from: str, acquired: str) -> dict[str, Any]:
+    """Return the columns that rows made from one thing share; what they were made from is under its own terms too."""
+    return {
+        "source": name,
+        "source_version": "freehold",
+        "path": "",
+        "sha256": "",
+        "wrapper_licence": source.licence,
+        "licence": licence,
+        "licence_evidence": str(source.licence_evidence or ""),
+        "acquired": acquired,
+        "kind": "generated",
+        "synthetic_from": made_from,
+        "teacher": "",
+        "split": "",
+    }
+
+
+def _unit(text: str) -> float:
+    """Return a number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56
