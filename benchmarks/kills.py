@@ -1,0 +1,116 @@
+"""Kill the walk with `kill -9` at random moments in every stage, run it again, and compare the bits.
+
+One run is never killed. Others are killed again and again: each kill waits until a given stage is at work, then a
+random part of that stage's own time, and hits either the whole process group or the walk alone (its stage must then
+end by itself). When its kills are used up the run is left to finish, and every stage's content hash must equal the
+undisturbed run's.
+
+    python benchmarks/kills.py --kills 20 --runs 2 --json benchmarks/results/kills.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from freehold import walk
+from freehold.core.artifact import package_versions
+
+
+def command(recipe: Path, runs: Path, name: str) -> list[str]:
+    return [sys.executable, "-m", "freehold.cli", "run", str(recipe), f"name={name}", f"runs_dir={runs}", "--quiet"]
+
+
+def hashes(run: Path) -> dict[str, str]:
+    """Return the content hash of each stage."""
+    return {s: json.loads((run / s / "manifest.json").read_text())["content_sha256"] for s in walk.WALK}
+
+
+def begun(run: Path, stage: str) -> bool:
+    return (run / stage / walk.KEY).exists()
+
+
+def finished(run: Path, stage: str) -> bool:
+    return (run / stage / "manifest.json").exists()
+
+
+def kill_in(stage: str, seconds: float, run: Path, start: list[str], rng: random.Random) -> dict[str, Any] | None:
+    """Start the walk, kill it somewhere in `stage`; None when the stage was over before."""
+    process = subprocess.Popen(start, start_new_session=True)
+    while process.poll() is None and not begun(run, stage):
+        time.sleep(0.02)
+    time.sleep(rng.uniform(0, seconds))
+    whole_group = rng.random() < 0.5
+    was_running = process.poll() is None and not finished(run, stage)
+    if process.poll() is None:
+        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+    process.wait()
+    return {"stage": stage, "target": "group" if whole_group else "walk alone"} if was_running else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/short.yaml"))
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=2, help="runs the kills are spread over")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the result here")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    work = Path(tempfile.mkdtemp(prefix="freehold-kills-"))
+    started = time.monotonic()
+    subprocess.run(command(args.recipe, work, "whole"), check=True)
+    whole_s = time.monotonic() - started
+    expected = hashes(work / "whole")
+    seconds = {s: json.loads((work / "whole" / s / "manifest.json").read_text())["seconds"] for s in walk.WALK}
+    print(f"undisturbed: {whole_s:.0f} s, {seconds}", flush=True)
+    stages = list(walk.WALK)
+    plan = [stages[i % len(stages)] for i in range(args.kills)]
+    kills: list[dict[str, Any]] = []
+    differing: list[str] = []
+    for number in range(args.runs):
+        run = work / f"killed{number}"
+        start = command(args.recipe, work, run.name)
+        for stage in sorted(plan[number :: args.runs], key=stages.index):
+            for _ in range(8):
+                done = kill_in(stage, seconds[stage] + 2, run, start, rng)
+                if done is not None:
+                    kills.append({"run": number, **done})
+                    print(f"killed in {stage} ({done['target']})", flush=True)
+                    break
+                shutil.rmtree(run / stage, ignore_errors=True)  # it got through: make it again
+        subprocess.run(start, check=True)
+        found = hashes(run)
+        differing += [f"{run.name}/{s}" for s in stages if found[s] != expected[s]]
+        print(f"{run.name}: {'DIFFERS' if differing else 'same bits'}", flush=True)
+    result = {
+        "kills": len(kills),
+        "by_stage": {s: sum(k["stage"] == s for k in kills) for s in stages},
+        "walk_alone": sum(k["target"] == "walk alone" for k in kills),
+        "runs": args.runs,
+        "differing": differing,
+        "undisturbed_s": round(whole_s, 1),
+        "cpu": walk.cpu_name(),
+        "versions": package_versions(),
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+    }
+    print(json.dumps(result))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    shutil.rmtree(work)
+    return 1 if differing or len(kills) < args.kills else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
