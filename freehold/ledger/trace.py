@@ -1,0 +1,384 @@
+"""From a document to the steps, checkpoints and exports that saw it, and from a step back to its documents.
+
+Everything is read from the run's own tables with DuckDB: rights and drops of `gather` and `curate`, the
+shards' document index, and `trace.parquet` of `pretrain` and `align`. Steps count from 0; a checkpoint
+made after S steps saw the steps 0 to S - 1. What an unfinished run cannot answer is listed as missing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from freehold.core.artifact import MANIFEST, read_manifest
+from freehold.core.errors import DataError
+
+if TYPE_CHECKING:
+    import duckdb
+
+RIGHTS = (
+    "id, source, source_version, path, sha256, wrapper_licence, licence, licence_evidence, acquired, kind,"
+    " synthetic_from, teacher"
+)
+# Ways to read a question, tried in this order; the first that matches anything is taken.
+MATCHES = {
+    "id": "id = $query",
+    "source": "source = $query or source_version = $query",
+    "licence": "lower(licence) = lower($query)"
+    " or list_contains(string_split(replace(replace(lower(licence), '(', ''), ')', ''), ' '), lower($query))",
+    "path": "contains(lower(path), lower($query))",
+}
+TRAINING = ("pretrain", "align")
+
+
+def trace_document(run_folder: Path, query: str, *, limit: int | None = 50) -> dict[str, Any]:
+    """Answer where documents went, by id, source, licence expression or part of a path.
+
+    `documents` details the first `limit`; all counts are over every match. Raises DataError, with the
+    nearest name there is, when nothing matches.
+    """
+    with _Tables(run_folder) as tables:
+        matched_by = tables.match(query)
+        answer: dict[str, Any] = {
+            "query": query,
+            "matched_by": matched_by,
+            "run": run_folder.name,
+            "found": tables.value("select count(*) from matched"),
+            "rights": tables.rows(
+                "select source, source_version, kind, wrapper_licence, licence, min(licence_evidence) licence_evidence,"
+                " count(*) documents from matched group by all order by all"
+            ),
+            "fate": tables.rows(
+                "select source, fate, reason, count(*) documents from matched group by all order by all"
+            ),
+            "documents": tables.details(limit),
+            "seen": tables.seen(),
+            "checkpoints": tables.checkpoints_that_saw(),
+        }
+        answer["exports"] = tables.exports(answer["checkpoints"])
+        answer["missing"] = tables.missing
+    return answer
+
+
+def trace_step(run_folder: Path, step: int, stage: str = "pretrain") -> dict[str, Any]:
+    """Answer which documents one optimizer step saw, with their licences and token counts.
+
+    Raises DataError when the stage has not finished or has no such step.
+    """
+    with _Tables(run_folder) as tables:
+        if stage not in tables.traced:
+            raise DataError(
+                f"{stage} has not finished: which documents its steps saw is written at its end",
+                where=run_folder / stage,
+                expected="trace.parquet",
+                todo="go on with `freehold run`",
+            )
+        first, last = tables.first_row(
+            "select min(first_step), max(last_step) from trace where stage = $stage", stage=stage
+        )
+        if first is None or not first <= step <= last:
+            found = f"steps {first} to {last}" if first is not None else "no steps"
+            raise DataError(f"{stage} has no step {step}", where=run_folder / stage, found=found)
+        documents = tables.rows(
+            "select document_id id, trace.source, phase, path, source_version, licence,"
+            " coalesce(step_tokens[list_position(steps, $step)], round(tokens / len(steps))::bigint) tokens,"
+            " step_tokens is not null or len(steps) = 1 tokens_exact"
+            " from trace left join rights on rights.id = document_id"
+            " where stage = $stage and list_contains(steps, $step) order by trace.source, path, document_id",
+            stage=stage,
+            step=step,
+        )
+        saw = [c for c in tables.checkpoints if any(s == stage and step < end for s, end in c["bounds"])]
+        return {
+            "run": run_folder.name,
+            "stage": stage,
+            "step": step,
+            "steps": [first, last],
+            "phase": documents[0]["phase"],
+            "tokens": sum(d["tokens"] for d in documents),
+            "tokens_exact": all(d["tokens_exact"] for d in documents),
+            "changed_nothing": any(step in c["skipped_steps"] for c in tables.checkpoints if c["stage"] == stage),
+            "sources": _sums(documents, "source"),
+            "licences": _sums(documents, "licence"),
+            "documents": documents,
+            "checkpoints": [c["path"] for c in saw],
+            "missing": tables.missing,
+        }
+
+
+def render(answer: dict[str, Any], width: int = 120) -> str:
+    """Return an answer of `trace_document` or `trace_step` as text for a terminal."""
+    from freehold.ledger.trace_text import render_document, render_step
+
+    return render_step(answer, width) if "step" in answer else render_document(answer, width)
+
+
+def ranges(steps: Iterable[int]) -> list[list[int]]:
+    """Return sorted steps as [first, last] runs."""
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and step == runs[-1][1] + 1:
+            runs[-1][1] = step
+        else:
+            runs.append([step, step])
+    return runs
+
+
+def _sums(documents: list[dict[str, Any]], key: str) -> dict[str, dict[str, int]]:
+    sums: dict[str, dict[str, int]] = {}
+    for row in documents:
+        entry = sums.setdefault(row[key] or "unknown", {"documents": 0, "tokens": 0})
+        entry["documents"] += 1
+        entry["tokens"] += row["tokens"]
+    return dict(sorted(sums.items()))
+
+
+def read_checkpoints(run_folder: Path) -> list[dict[str, Any]]:
+    """Return every finished checkpoint of a run, oldest first, named ones before step ones of the same step.
+
+    `bounds` are the (stage, steps) it is made of: an align checkpoint has its parent's too. `outside` is
+    the parent's hash when the parent is not in this run.
+    """
+    found: list[dict[str, Any]] = []
+    for stage in TRAINING:
+        here = []
+        for path in [
+            *(run_folder / stage).glob("*/trainer.json"),
+            *(run_folder / stage).glob("checkpoints/*/trainer.json"),
+        ]:
+            if not (path.parent / MANIFEST).exists():
+                continue
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_manifest(path.parent)
+            here.append(
+                {
+                    "path": path.parent.relative_to(run_folder).as_posix(),
+                    "stage": stage,
+                    "stage_type": facts.get("stage_type") or "",
+                    "step": int(facts["step"]),
+                    "phase": facts.get("phase", ""),
+                    "content_sha256": manifest["content_sha256"],
+                    "created": manifest.get("created", ""),
+                    "parent": facts.get("parent") or "",
+                    "skipped_steps": facts.get("skipped_steps", []),
+                }
+            )
+        found += sorted(here, key=lambda c: (c["step"], c["path"].count("/"), c["path"]))
+    by_hash = {c["content_sha256"]: c for c in found}
+    for checkpoint in found:
+        bounds, parent = [(checkpoint["stage"], checkpoint["step"])], checkpoint["parent"]
+        while parent in by_hash:
+            bounds.append((by_hash[parent]["stage"], by_hash[parent]["step"]))
+            parent = by_hash[parent]["parent"]
+        checkpoint["bounds"], checkpoint["outside"] = bounds, parent
+    return found
+
+
+class _Tables:
+    """A run's tables as DuckDB views: `rights` (every row that was gathered), `fate`, `trace`, `shards`, `matched`."""
+
+    def __init__(self, run_folder: Path) -> None:
+        import duckdb
+
+        self.folder = run_folder
+        self.missing: list[str] = []
+        self.connection: duckdb.DuckDBPyConnection = duckdb.connect(":memory:")
+        kept = self._files("curate", "documents/*.parquet", "conversations/*.parquet")
+        gathered = self._files("gather", "documents/*.parquet", "conversations/*.parquet")
+        if not kept and not gathered:
+            raise DataError(
+                "nothing to trace: the run has no documents",
+                where=run_folder,
+                expected="gather/documents or curate/documents",
+                todo="run `freehold run RECIPE` first, or name the run folder with --run",
+            )
+        self._view("rights", RIGHTS, gathered or kept)
+        if kept:
+            self._view("kept", "id, split", kept)
+        else:
+            self.missing.append("curate: not finished, so splits and drops are not known")
+            self._empty("kept", "id varchar, split varchar")
+        drops = run_folder / "curate" / "drops.parquet"
+        if drops.exists():
+            self._view("drops", "id, reason, detail", [drops])
+        else:
+            self._empty("drops", "id varchar, reason varchar, detail varchar")
+        self._load_shards()
+        self._load_trace()
+        self.checkpoints = read_checkpoints(run_folder)
+        for stage in sorted({c["stage"] for c in self.checkpoints if c["outside"]}):
+            self.missing.append(
+                f"{stage}: its parent checkpoint lies outside this run; what that saw is in its own run"
+            )
+
+    def __enter__(self) -> _Tables:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+
+    def _files(self, stage: str, *patterns: str) -> list[Path]:
+        return [path for pattern in patterns for path in sorted((self.folder / stage).glob(pattern))]
+
+    def _view(self, name: str, columns: str, paths: list[Path]) -> None:
+        listed = ", ".join("'" + path.as_posix().replace("'", "''") + "'" for path in paths)
+        self.connection.execute(
+            f"create view {name} as select {columns} from read_parquet([{listed}], union_by_name = true)"
+        )
+
+    def _empty(self, name: str, columns: str) -> None:
+        self.connection.execute(f"create table {name} ({columns})")
+
+    def _load_shards(self) -> None:
+        paths = self._files("tokenize", "tokens/*.parquet")
+        if not paths:
+            self.missing.append("tokenize: not finished, so token shards and offsets are not known")
+            self._empty("shards", "id varchar, shard varchar, start bigint, tokens bigint")
+            return
+        listed = ", ".join("'" + path.as_posix().replace("'", "''") + "'" for path in paths)
+        self.connection.execute(
+            "create view shards as select id, regexp_replace(parse_filename(filename), '[.]parquet$', '.bin') shard,"
+            f" start, tokens from read_parquet([{listed}], filename = true)"
+        )
+
+    def _load_trace(self) -> None:
+        self._empty(
+            "trace",
+            "stage varchar, document_id varchar, source varchar, phase varchar, first_step integer, last_step integer,"
+            " steps integer[], step_tokens bigint[], tokens bigint",
+        )
+        self.traced = []
+        for stage in TRAINING:
+            path = self.folder / stage / "trace.parquet"
+            if not path.exists():
+                self.missing.append(f"{stage}: not finished, so what its steps saw is not known")
+                continue
+            self.traced.append(stage)
+            self.connection.execute(
+                "insert into trace by name select $stage stage, * from read_parquet($path)",
+                {"stage": stage, "path": path.as_posix()},
+            )
+
+    def rows(self, sql: str, **values: Any) -> list[dict[str, Any]]:
+        """Return the rows of a query as dictionaries."""
+        result = self.connection.execute(sql, values or None)
+        names = [column[0] for column in result.description or []]
+        return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
+
+    def first_row(self, sql: str, **values: Any) -> tuple[Any, ...]:
+        """Return the first row of a query that always has one."""
+        row = self.connection.execute(sql, values or None).fetchone()
+        assert row is not None
+        return row
+
+    def value(self, sql: str, **values: Any) -> Any:
+        """Return the single value of a query."""
+        return self.first_row(sql, **values)[0]
+
+    def match(self, query: str) -> str:
+        """Fill `matched` with the rows a question means; returns how it was read."""
+        for name, condition in MATCHES.items():
+            self.connection.execute("drop table if exists matched")
+            self.connection.execute(
+                "create table matched as select rights.*, coalesce(split, '') split,"
+                " case when drops.id is not null then 'dropped' when kept.id is not null then split"
+                "  else 'unknown' end fate,"
+                " coalesce(reason, '') reason, coalesce(detail, '') detail"
+                f" from (select * from rights where {condition}) rights"
+                " left join kept on kept.id = rights.id left join drops on drops.id = rights.id",
+                {"query": query},
+            )
+            if self.value("select count(*) from matched"):
+                return name
+        raise self._unknown(query)
+
+    def _unknown(self, query: str) -> DataError:
+        names = [
+            row["name"]
+            for row in self.rows(
+                "select distinct unnest([source, licence, id, path, parse_filename(path)]) name from rights"
+            )
+        ]
+        lower = {name.lower(): name for name in sorted(names)}
+        near = difflib.get_close_matches(query.lower(), lower, n=1, cutoff=0.5)
+        sources = ", ".join(row["source"] for row in self.rows("select distinct source from rights order by source"))
+        return DataError(
+            "no document has this id, source, licence or path",
+            where=self.folder,
+            found=query,
+            expected=f"for instance a source: {sources}",
+            todo=f"did you mean {lower[near[0]]}?" if near else None,
+        )
+
+    def details(self, limit: int | None) -> list[dict[str, Any]]:
+        """Return the matched documents one by one: rights, fate, place in the shards, steps by stage and phase."""
+        documents = self.rows(
+            "select * from matched order by source, path, id" + (f" limit {int(limit)}" if limit is not None else "")
+        )
+        ids = [row["id"] for row in documents]
+        places = {
+            row["id"]: row
+            for row in self.rows("select * from shards where id in (select unnest($ids::varchar[]))", ids=ids)
+        }
+        seen: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows(
+            "select * from trace where document_id in (select unnest($ids::varchar[])) order by stage desc, first_step",
+            ids=ids,
+        ):
+            entry = {key: row[key] for key in ("stage", "phase", "first_step", "last_step", "steps", "tokens")}
+            seen.setdefault(row["document_id"], []).append(entry)
+        for row in documents:
+            place = places.get(row["id"])
+            row["shard"] = {key: place[key] for key in ("shard", "start", "tokens")} if place else None
+            row["seen"] = seen.get(row["id"], [])
+        return documents
+
+    def seen(self) -> list[dict[str, Any]]:
+        """Return, by stage and phase, how many matched documents were seen, their tokens, and in which steps."""
+        rows = self.rows(
+            "select stage, phase, count(distinct document_id) documents, sum(tokens)::bigint tokens,"
+            " list_sort(list_distinct(flatten(list(steps)))) steps"
+            " from trace where document_id in (select id from matched) group by stage, phase"
+            " order by stage desc, min(first_step)"
+        )
+        return [{**row, "steps": len(row["steps"]), "ranges": ranges(row["steps"])} for row in rows]
+
+    def checkpoints_that_saw(self) -> list[dict[str, Any]]:
+        """Return the checkpoints that learned from a matched document, with how many of them they saw."""
+        first = self.rows(
+            "select stage, document_id, min(first_step) first_step from trace"
+            " where document_id in (select id from matched) group by stage, document_id"
+        )
+        answer = []
+        for checkpoint in self.checkpoints:
+            ends = checkpoint["bounds"]
+            saw = {
+                row["document_id"]
+                for row in first
+                if any(row["stage"] == stage and row["first_step"] < end for stage, end in ends)
+            }
+            if saw:
+                keys = ("path", "stage", "stage_type", "phase", "step", "content_sha256")
+                answer.append({**{key: checkpoint[key] for key in keys}, "documents": len(saw)})
+        return answer
+
+    def exports(self, checkpoints: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the exported files made from a checkpoint that saw a matched document."""
+        if not (self.folder / "export" / MANIFEST).exists():
+            self.missing.append("export: not finished")
+            return []
+        manifest = read_manifest(self.folder / "export")
+        for stage, recorded in sorted(manifest.get("inputs", {}).items()):
+            folder = self.folder / stage
+            if not (folder / MANIFEST).exists() or read_manifest(folder)["content_sha256"] != recorded:
+                self.missing.append(f"export: made from another {stage} than the one in this run")
+                return []
+        exported = manifest.get("config", {}).get("checkpoint", "align/preview")
+        named = [c for c in checkpoints if c["path"] == exported]
+        if not named:
+            return []
+        files = sorted(name for name in manifest["files"] if name.endswith((".safetensors", ".gguf")))
+        return [{"path": f"export/{name}", "documents": named[0]["documents"]} for name in files]

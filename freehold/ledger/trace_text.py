@@ -1,0 +1,151 @@
+"""The answers of `trace` as text for a terminal."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+MOST_ROWS = 12
+
+
+def render_document(answer: dict[str, Any], width: int) -> str:
+    """Return where documents went: rights, fate, steps, checkpoints, exports."""
+    out = _console(width)
+    found = answer["found"]
+    out.print(
+        f"{answer['query']}: {found:,} document{'s' * (found != 1)} by {answer['matched_by']} in {answer['run']}\n"
+    )
+    rights = _table("source", "version", "content licence", "package licence", "evidence", "documents")
+    for row in answer["rights"][:MOST_ROWS]:
+        rights.add_row(
+            row["source"],
+            row["source_version"],
+            row["licence"],
+            row["wrapper_licence"],
+            _short(row["licence_evidence"], 60),
+            f"{row['documents']:,}",
+        )
+    out.print(rights, "")
+    _more(out, answer["rights"])
+    fate = _table("source", "fate", "reason", "documents")
+    for row in answer["fate"][:MOST_ROWS]:
+        fate.add_row(row["source"], row["fate"], row["reason"], f"{row['documents']:,}")
+    out.print(fate, "")
+    _more(out, answer["fate"])
+    if answer["matched_by"] == "id" or found <= MOST_ROWS:
+        _documents(out, answer["documents"])
+    if answer["seen"]:
+        seen = _table("stage", "phase", "documents", "tokens seen", "steps", "which")
+        for row in answer["seen"]:
+            seen.add_row(
+                row["stage"],
+                row["phase"],
+                f"{row['documents']:,}",
+                f"{row['tokens']:,}",
+                f"{row['steps']:,}",
+                _runs(row["ranges"]),
+            )
+        out.print(seen, "")
+    elif not answer["missing"]:
+        out.print("no step saw it\n")
+    if answer["checkpoints"]:
+        checkpoints = _table("checkpoint", "what", "steps", "saw", "content")
+        for row in answer["checkpoints"]:
+            checkpoints.add_row(
+                row["path"],
+                row["stage_type"],
+                f"{row['step']:,}",
+                f"{row['documents']:,} of {found:,}",
+                row["content_sha256"][:12],
+            )
+        out.print(checkpoints, "")
+    for row in answer["exports"]:
+        out.print(f"exported in {row['path']}")
+    _missing(out, answer)
+    return _text(out)
+
+
+def render_step(answer: dict[str, Any], width: int) -> str:
+    """Return what one step saw."""
+    out = _console(width)
+    about = "" if answer["tokens_exact"] else "about "
+    out.print(
+        f"{answer['stage']} step {answer['step']} (of {answer['steps'][0]} to {answer['steps'][1]}), "
+        f"phase {answer['phase']}: {len(answer['documents']):,} documents, {about}{answer['tokens']:,} tokens\n"
+    )
+    if answer["changed_nothing"]:
+        out.print("this step was skipped: its loss or gradient was not finite, the weights did not change\n")
+    for key in ("sources", "licences"):
+        table = _table(key[:-1], "documents", "tokens")
+        for name, sums in answer[key].items():
+            table.add_row(name, f"{sums['documents']:,}", f"{sums['tokens']:,}")
+        out.print(table, "")
+    documents = _table("document", "source", "path", "licence", "tokens")
+    rows = sorted(answer["documents"], key=lambda row: -row["tokens"])
+    for row in rows[:MOST_ROWS]:
+        documents.add_row(row["id"], row["source"], row["path"] or "", row["licence"] or "", f"{row['tokens']:,}")
+    out.print(documents, "")
+    _more(out, rows)
+    if answer["checkpoints"]:
+        out.print("in the checkpoints " + ", ".join(answer["checkpoints"]))
+    _missing(out, answer)
+    return _text(out)
+
+
+def _documents(out: Console, documents: list[dict[str, Any]]) -> None:
+    table = _table("document", "path", "fate", "shard", "tokens at", "steps")
+    for row in documents:
+        shard = row["shard"]
+        fate = row["fate"] + (f" ({row['reason']}: {row['detail']})" if row["reason"] else "")
+        place = f"{shard['start']:,} + {shard['tokens']:,}" if shard else ""
+        steps = "; ".join(f"{s['stage']} {s['phase']}: {_list(s['steps'])}" for s in row["seen"])
+        table.add_row(
+            row["id"], _short(row["path"], 40), _short(fate, 50), shard["shard"] if shard else "", place, steps
+        )
+    out.print(table, "")
+
+
+def _console(width: int) -> Console:
+    return Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
+
+
+def _text(out: Console) -> str:
+    assert isinstance(out.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in out.file.getvalue().rstrip().split("\n"))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        right = (
+            name in ("documents", "tokens", "tokens seen", "steps", "saw") and columns[-1] != name or name == "tokens"
+        )
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _runs(runs: list[list[int]]) -> str:
+    shown = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs[:6])
+    return shown + (f" and {len(runs) - 6} more runs" if len(runs) > 6 else "")
+
+
+def _list(steps: list[int]) -> str:
+    return ", ".join(map(str, steps[:8])) + (f" and {len(steps) - 8} more" if len(steps) > 8 else "")
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "\u2026"
+
+
+def _more(out: Console, rows: list[Any]) -> None:
+    left = len(rows) - MOST_ROWS
+    if left > 0:
+        out.print(f"and {left:,} more (--json shows them)\n")
+
+
+def _missing(out: Console, answer: dict[str, Any]) -> None:
+    for line in answer["missing"]:
+        out.print(f"not answered: {line}")
