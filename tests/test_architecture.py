@@ -21,7 +21,8 @@ ROOMS = {
     "trainer": {"core", "ledger", "model", "optim", "data", "checkpoint"},
     "api": {"core", "tokenizer", "model", "checkpoint", "infer"},
     "stages": {"core", "ledger", "tokenizer", "model", "optim", "data", "checkpoint", "infer", "trainer", "api"},
-    "report": {"core"},
+    "figure": {"core"},
+    "report": {"core", "figure", "stages"},
     "walk": {"core", "stages"},
     "cli": {"core", "ledger", "stages", "walk", "report"},
 }
@@ -40,7 +41,7 @@ ONE_ROOM = {
     "reasoning_gym": {"stages/gather"},
     "license_expression": {"ledger"},
     "duckdb": {"ledger"},
-    "matplotlib": {"report"},
+    "matplotlib": {"figure"},
     "safetensors": {"checkpoint", "stages/export"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

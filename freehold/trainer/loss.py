@@ -12,6 +12,8 @@ from torch import Tensor
 
 from freehold.data.packing import IGNORE
 
+BLOCK_ROWS = 128
+
 
 class Losses(NamedTuple):
     """Sums over the positions that carry loss; `total` carries the gradient."""
@@ -37,18 +39,24 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight)
         for start in range(0, len(hidden), chunk):
-            h, target = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = torch.mm(h, weight.t()).to(wide)
-            log_partition = torch.logsumexp(logits, dim=1, keepdim=True)
-            cross_entropy += (log_partition - logits.gather(1, target)).sum(dtype=torch.float64)
-            z += log_partition.square().sum(dtype=torch.float64)
-            grad = logits.sub_(log_partition).exp_()
-            if z_loss:
-                grad *= 1 + 2 * z_loss * log_partition
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
-            grad = grad.mul_(scale).to(hidden.dtype)
-            torch.mm(grad, weight, out=grad_hidden[start : start + chunk])
-            grad_weight.addmm_(grad.t(), h)
+            h = hidden[start : start + chunk]
+            logits = torch.mm(h, weight.t())
+            for first in range(0, len(h), BLOCK_ROWS):  # few enough rows to stay in the cache over all passes
+                block = logits[first : first + BLOCK_ROWS]
+                target = targets[start + first : start + first + len(block), None]
+                x = block.to(wide)
+                chosen = x.gather(1, target)
+                largest = x.amax(1, keepdim=True)
+                x.sub_(largest).exp_()
+                total = x.sum(1, keepdim=True)
+                log_partition = total.log() + largest
+                cross_entropy += (log_partition - chosen).sum(dtype=torch.float64)
+                z += log_partition.square().sum(dtype=torch.float64)
+                x.mul_((1 + 2 * z_loss * log_partition) * (scale / total))
+                x.scatter_add_(1, target, torch.full_like(chosen, -scale))
+                block.copy_(x)
+            torch.mm(logits, weight, out=grad_hidden[start : start + chunk])
+            grad_weight.addmm_(logits.t(), h)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(cross_entropy, z)
         return ((cross_entropy + z_loss * z) * scale).to(wide), cross_entropy, z
