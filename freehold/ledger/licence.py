@@ -106,8 +106,8 @@ def parse(expression: str) -> Any:
     try:
         tree = _licensing().parse(expression, validate=False, strict=True)
         unknown = [key for key in _licensing().unknown_license_keys(tree) if not LICENCE_REF.fullmatch(key)]
-    except (ExpressionError, ExpressionParseError, ValueError) as error:
-        problem = str(error).splitlines()[0]
+    except (ExpressionError, ExpressionParseError, ValueError, IndexError) as error:  # `()` is an IndexError there
+        problem = (str(error).splitlines() or [""])[0]
         raise LicenceError("not an SPDX licence expression", where=expression, found=problem) from error
     if unknown:
         raise LicenceError(
@@ -166,4 +166,4 @@ def of_metadata(metadata: Any) -> Declared:
 
 def strictest(first: str, second: str) -> str:
     """Return the terms that hold for something made of both: the AND of the two, said once each."""
-    return str(parse(f"({first}) AND ({second})").simplify().render())
+    return str(parse(f"({normalise(first)}) AND ({normalise(second)})").simplify().render())

@@ -19,6 +19,7 @@ ARTICLE = re.compile(
     r"(Islands|Republic|States|Kingdom|Emirates|Territories)$|^(Bahamas|Gambia|Netherlands|Philippines|Maldives|"
     r"Seychelles|Comoros|Holy See|Gaza Strip|West Bank|Isle of Man|European Union|Marshall Islands)"
 )
+NO_ANSWER = re.compile(r"(none|na|n/a|no|not|unnamed)\b", re.I)
 LEFT_OUT = {"Geographic coordinates", "Map references", "Diplomatic representation from the US", "Age structure"}
 
 
@@ -234,7 +235,7 @@ def facts(country: dict[str, Any], path: str, plain: Callable[[str], str]) -> It
 
 def clean(field: Field, text: str) -> str:
     """Return the answer in a field's text, or an empty string when it is not short and clean."""
-    if not text or "\n" in text or text.lower().startswith(("none", "na", "no official", "not ", "unnamed")):
+    if not text or "\n" in text or NO_ANSWER.match(text):
         return ""
     if field.key == "currency":
         text = text.partition(" per US dollar")[0]

@@ -272,7 +272,7 @@ def _sdist(name: str, source: Sdist, corpus_dir: Path) -> Origin:
                 if info.isdir() or not wanted(path, source):
                     continue
                 if outside or not info.isreg():
-                    skipped.append((info.name, "its path leaves the archive" if outside else "not a regular file"))
+                    skipped.append((path, "its path leaves the archive" if outside else "not a regular file"))
                 elif info.size > source.max_document_bytes:
                     skipped.append((path, too_large(info.size, source.max_document_bytes)))
                 else:

