@@ -35,6 +35,8 @@ class Draft:
     """A document on its way through the steps."""
 
     row: Document
+    rank: int
+    """Place of its source: of equal documents that of the lowest rank stays."""
     rules: KindRules
     text: str
     words: Words | None = None
@@ -79,9 +81,10 @@ def read_drafts(folder: Path, config: StageConfig) -> list[Draft]:
     for name in config.priority:
         if name not in names:
             raise DataError("no such source", where="curate.priority", found=name, expected=", ".join(names))
-    rank = {name: place for place, name in enumerate([*config.priority, *names][::-1])}
+    order = [*config.priority, *(name for name in names if name not in config.priority)]
     drafts = []
-    for path in sorted(paths, key=lambda path: -rank[path.stem]):
+    for rank, name in enumerate(order):
+        path = folder / f"{name}.parquet"
         for row in read_rows(path, Document):
             if row.kind not in type(config.kinds).model_fields:
                 raise DataError(
@@ -90,7 +93,7 @@ def read_drafts(folder: Path, config: StageConfig) -> list[Draft]:
                     found=row.kind,
                     expected=", ".join(type(config.kinds).model_fields),
                 )
-            drafts.append(Draft(row, getattr(config.kinds, row.kind), row.text))
+            drafts.append(Draft(row, rank, getattr(config.kinds, row.kind), row.text))
     return drafts
 
 
@@ -129,9 +132,8 @@ def filter_documents(
     table = WordHashes()
     left = step("length", lambda draft: check_length(draft.text, draft.rules), drafts)
     left = step("unicode", unicode, left)
-    place = {draft.row.source: place for place, draft in enumerate(reversed(drafts))}
     # Of equal documents the one that stays does not hang on the order of rows in a file.
-    ranked = sorted(left, key=lambda draft: (-place[draft.row.source], draft.row.id))
+    ranked = sorted(left, key=lambda draft: (draft.rank, draft.row.id))
     exact = ExactDuplicates()
     twice = {draft.row.id: exact(draft.row.id, draft.text) for draft in ranked}
     left = step("exact_duplicates", lambda draft: twice[draft.row.id], left)

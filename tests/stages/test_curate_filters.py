@@ -1,0 +1,299 @@
+"""Each filter of curation on its own: what it drops, what it lets through, what it says."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from freehold.stages.curate.config import (
+    CodeRules,
+    KindRules,
+    NearDuplicates,
+    Privacy,
+    ProseRules,
+    Split,
+)
+from freehold.stages.curate.decontaminate import plain
+from freehold.stages.curate.dedup import ExactDuplicates, jaccard, near_duplicates
+from freehold.stages.curate.filters import (
+    check_code,
+    check_language,
+    check_length,
+    check_prose,
+    clean_unicode,
+    repeated_fraction,
+)
+from freehold.stages.curate.privacy import check_density, luhn, redact
+from freehold.stages.curate.split import is_validation, place, validation_documents
+from freehold.stages.curate.words import WordHashes, ngrams, read_words, shingles
+
+PROSE = (
+    "It was the best of times, it was the worst of times, and the people in the town had everything before them. "
+    "The season was one of light for some and of darkness for others, which is how the old men told it later on. "
+)
+VERSE = """Shall I compare thee to a summer's day?
+Thou art more lovely and more temperate:
+Rough winds do shake the darling buds of May,
+And summer's lease hath all too short a date:
+"""
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean", "done"),
+    [
+        ("plain ascii\n", "plain ascii\n", ""),
+        ("a\r\nb\rc\u2028d", "a\nb\nc\nd", "newlines"),
+        ("nul\x00 bell\x07 page\x0c bom\ufeff", "nul bell page bom", "controls"),
+        ("cafe\u0301", "café", "nfc"),
+        ("The cafÃ© isnâ€™t open", "The café isn’t open", "mojibake"),
+        ("Ângela paid £5, and señor Müller left", "Ângela paid £5, and señor Müller left", ""),
+    ],
+)
+def test_unicode(raw: str, clean: str, done: str) -> None:
+    assert clean_unicode(raw) == (clean, done)
+    assert clean_unicode(clean) == (clean, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "empty"),
+        (" \n\t ", "empty"),
+        ("short", "too_short"),
+        ("x" * 1001, "too_long"),
+        ("short line\n" * 20 + "y" * 600, "long_line"),
+        ("lost \ufffd text " * 20, "undecodable"),
+        ("fine text\n" * 20, None),
+    ],
+)
+def test_length(text: str, reason: str | None) -> None:
+    rules = KindRules(min_chars=20, max_chars=1000, max_line_chars=500)
+    why = check_length(text, rules)
+    assert (why[0] if why else None) == reason
+
+
+def test_language() -> None:
+    german = "Der alte Mann ging jeden Morgen an den Fluss und sah den Booten zu, die langsam zum Meer fuhren. " * 10
+    assert check_language(PROSE * 4, KindRules()) is None
+    assert check_language(VERSE * 4, KindRules()) is None
+    why = check_language(german, KindRules())
+    assert why is not None
+    assert why[0] == "language"
+    assert why[1].startswith("de 0.9")
+    assert check_language(german, KindRules(languages=("en", "de"))) is None
+    assert check_language(german, KindRules(languages=None)) is None
+    # A long quotation in the middle does not condemn an English document.
+    assert check_language(PROSE * 10 + german[:500] + PROSE * 10, KindRules()) is None
+
+
+def prose(text: str, **limits: object) -> str | None:
+    why = check_prose(text, read_words(text, WordHashes()), ProseRules.model_validate(limits))
+    return why[0] if why else None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("only a few words", "few_words"),
+        ("a b c d e f g h i j k " * 5, "word_length"),
+        (" ".join(f"the {i}{i}{i}{i}{i}{i}.{i} = {{{i}}};" for i in range(100, 160)), "letters"),
+        (PROSE + " #tag of the #day" * 12, "symbols"),
+        ("orange purple yellow window barrel lantern garden copper silver wooden " * 3, "stop_words"),
+        ("\n".join(f"- the point number {word} of the list" for word in PROSE.split()), "bullet_lines"),
+        ("\n".join(f"and the {word} that went on to the end ..." for word in PROSE.split()[:9]), "symbols"),
+        ("\n".join(f"and then the {word} that was with him went on to the end of it ..." for word in "abcdefghijk"),
+         "ellipsis_lines"),
+        (PROSE + "\n" + "\n".join(["Read the terms of service of the site."] * 20), "duplicate_lines"),
+        (PROSE + " ".join(["read the terms of service of the site"] * 30), "repeated_ngrams"),
+        (PROSE, None),
+        (VERSE * 2, "duplicate_lines"),
+        (VERSE, None),
+    ],
+)  # fmt: skip
+def test_prose(text: str, reason: str | None) -> None:
+    assert prose(text) == reason
+
+
+def test_duplicate_paragraphs_and_repeated_fraction() -> None:
+    text = "\n\n".join([PROSE + "\nmore", VERSE, PROSE + "\nless", VERSE])
+    assert prose(text, max_duplicate_lines=1.0) == "duplicate_paragraphs"
+    assert repeated_fraction(["aaaa", "bb", "aaaa", "cc"]) == pytest.approx(4 / 12)
+    assert repeated_fraction([]) == 0.0
+
+
+def test_rulers_are_layout() -> None:
+    heading = "Chapter one\n" + "=" * 3000 + "\n"
+    assert prose(heading + PROSE) is None
+
+
+CODE = '''"""A module that adds numbers."""
+
+
+def add(left, right):
+    """Return the sum of two numbers."""
+    # Nothing is rounded.
+    return left + right
+'''
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "reason"),
+    [
+        (CODE, "pkg/add.py", None),
+        (CODE + "def broken(:\n", "pkg/add.py", "not_python"),
+        ("text = '''never ended\n" + CODE, "pkg/add.py", "not_python"),
+        (CODE + "nul = '\0'\n", "pkg/add.py", "not_python"),
+        (CODE + "def broken(:\n", "pkg/add.c", None),
+        ("x = " + "(" * 500 + ")" * 500 + "\nname = 'alphabetical'\n" * 90, "a.py", "not_python"),
+        (CODE + "name = '" + "a" * 3000 + "'\n", "a.py", "code_line_length"),
+        ("\n".join("word = '" + "a" * 150 + "'" for _ in range(30)), "a.py", "code_line_length"),
+        ("# Auto-generated by make; do not edit\n" + CODE, "a.py", "generated_code"),
+        ('""" Python Character Mapping Codec generated from \'MAPPINGS/X.TXT\'."""\n' + CODE, "a.py", "generated_code"),
+        ("# the syntax tree is generated by the parser\n" + CODE, "a.py", None),
+        ("table = [\n" + "    1048576, 2097152, 4194304,\n" * 40 + "]\n", "a.py", "digits"),
+        ("x = [\n" + "    -+-, ''', (), [], {}, !, ;;;\n" * 40 + "]\n", "a.py", "alphanumeric"),
+        ("# a line of the licence\n" * 40 + "pass\n", "a.py", "comments"),
+    ],
+)
+def test_code(text: str, path: str, reason: str | None) -> None:
+    why = check_code(text, path, CodeRules())
+    assert (why[0] if why else None) == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("write to Jane.Doe+spam@mail.corp-site.co.uk now", "email"),
+        ("mailto <guido@python.org>.", "email"),
+        ("call +44 20 7946 0958 today", "phone"),
+        ("telephone: [1] (202) 265-1234", "phone"),
+        ("FAX: [213] (0) 770-08-2299", "phone"),
+        ("(415) 867-5309", "phone"),
+        ("415-867-5309", "phone"),
+        ("from 93.184.216.34 port 80", "ip"),
+        ("card 4539 1488 0343 6467.", "card"),
+        ("card 4111111111111111", "card"),
+        ("ssn 219-09-9999", "ssn"),
+    ],
+)
+def test_personal_data_is_found(text: str, kind: str) -> None:
+    clean, found = redact(text, Privacy())
+    assert found == {kind: 1}
+    # What is put there instead is not found again.
+    assert redact(clean, Privacy()) == (clean, {})
+    assert redact(text, Privacy(find=())) == (text, {})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "send_mail('from@example.com', ['to@mail.example.org'])",
+        "git clone git@github.com:owner/name.git",
+        "x = A@B.T + a@b.conj and @decorator.name",
+        "https://user:secret@127.0.0.1:8000 and 10.1.2.3, 192.168.0.1, 172.16.0.9, 169.254.169.254, 224.0.0.251",
+        "documentation uses 192.0.2.44, 198.51.100.7 and 203.0.113.9; the mask is 255.255.255.0",
+        "version 12.34.56.78 and section 2.1.13.2 and name-10.20.30.40 and OID 1.3.6.1.4.1.311.21",
+        "in 1861-1865 there were 3,141,592 men, 1000000000 dollars and 3.14159265358979 of pi",
+        "commit 4503599627370496, id 5404319552844595, 2008-02-13 08:05:08, 1234-5678-9012-3456",
+        "(212) 555-0100 is nobody's number",
+        "000-12-3456 and 219-00-1234 are not numbers of anyone",
+    ],
+)
+def test_what_only_looks_personal_stays(text: str) -> None:
+    assert redact(text, Privacy()) == (text, {})
+
+
+def test_many_lines_are_redacted_and_counted() -> None:
+    text = "".join(f"line {i}\nmail a{i}@corp.com, b{i}@corp.com\n" for i in range(50)) + "end"
+    clean, found = redact(text, Privacy())
+    assert found == {"email": 100}
+    assert clean.count("email@example.com") == 100
+    assert re.sub(r"\S+@\S+", "", clean) == re.sub(r"\S+@\S+", "", text).replace("\x00", "")
+    why = check_density(len(text), found, Privacy())
+    assert why is not None
+    assert why[0] == "pii"
+    assert check_density(100_000, found, Privacy()) is None
+    assert check_density(10, {"email": 3}, Privacy()) is None
+
+
+def test_luhn() -> None:
+    assert luhn("4539 1488 0343 6467")
+    assert not luhn("4539 1488 0343 6468")
+    assert not luhn("4539 1488 0343 4667")
+
+
+def test_ngrams_keep_order_and_shingles_are_sets() -> None:
+    words = read_words("One two three four five one two three four five", WordHashes())
+    runs = ngrams(words.hashes, 5)
+    assert len(runs) == 6
+    assert runs[0] == runs[5]
+    assert len(shingles(words, 5)) == 5
+    backwards = read_words("five four three two one", WordHashes())
+    assert runs[0] != ngrams(backwards.hashes, 5)[0]
+    assert len(ngrams(words.hashes, 11)) == 0
+
+
+def test_jaccard() -> None:
+    def of(*values: int) -> np.ndarray:
+        return np.array(values, np.uint64)
+
+    assert jaccard(of(1, 2, 3, 4), of(3, 4, 5)) == pytest.approx(2 / 5)
+    assert jaccard(of(1, 2), of(1, 2)) == 1.0
+    assert jaccard(of(), of(1)) == 0.0
+    assert jaccard(of(9), of(1, 2)) == 0.0
+
+
+def test_near_duplicates_are_verified_and_the_first_stays() -> None:
+    words = [f"word{i}" for i in range(400)]
+    copy = [*words[:200], "changed", *words[201:]]
+    half = [*words[:200], *(f"other{i}" for i in range(200))]
+    texts = {"a": words, "b": copy, "c": half, "d": copy}
+    read = [read_words(" ".join(text), WordHashes()) for text in texts.values()]
+    drops = near_duplicates(list(texts), read, NearDuplicates())
+    # Five of 396 shingles differ: 391 / 401.
+    assert drops == {"b": ("near_duplicate", "0.975 like a"), "d": ("near_duplicate", "0.975 like a")}
+    assert near_duplicates(list(texts), read, NearDuplicates(threshold=0.98)) == {
+        "d": ("near_duplicate", "1.000 like b")
+    }
+    assert near_duplicates(["a"], read[:1], NearDuplicates()) == {}
+
+
+def test_exact_duplicates_ignore_white_space() -> None:
+    exact = ExactDuplicates()
+    assert exact("a", "one  two\n") is None
+    assert exact("b", " one\ntwo") == ("exact_duplicate", "of a")
+    assert exact("c", "onetwo") is None
+
+
+def test_plain_keeps_operators() -> None:
+    assert plain("What  is 3 + 4?") == " what is 3 + 4 "
+    assert plain("What is 3 - 4") != plain("What is 3 + 4")
+
+
+def test_split_is_stable_and_bounded() -> None:
+    config = Split()
+    rows = [(f"id{i}", 2_000) for i in range(1000)]
+    chosen = validation_documents(rows, config)
+    assert 10 <= len(chosen) <= 60
+    assert all(place(i) < 0.03 for i in chosen)
+    # A new document moves none of the old ones; the order of rows does not matter.
+    assert chosen <= validation_documents([*reversed(rows), ("new", 100)], config)
+    assert sum(size for i, size in rows if i in validation_documents(rows, Split(max_bytes=9_000))) <= 9_000
+
+
+def test_split_prefers_small_documents_and_leaves_half() -> None:
+    plays = [(f"play{i}", 150_000 + i) for i in range(30)]
+    poems = [("poem1", 5_000), ("poem2", 7_000)]
+    assert validation_documents([*plays, *poems], Split()) == {"poem1", "poem2"}
+    # Only plays: the two smallest, although they are more than max_bytes.
+    assert validation_documents(plays, Split()) == {"play0", "play1"}
+    assert len(validation_documents(plays[:2], Split())) == 1
+    assert validation_documents(plays[:1], Split()) == set()
+    assert validation_documents(plays, Split(validation_fraction=0.0)) == set()
+
+
+def test_conversation_split() -> None:
+    kept = sum(is_validation(f"talk{i}", 0.02) for i in range(5000))
+    assert 60 <= kept <= 140
