@@ -1,0 +1,1 @@
+"""Export: Hugging Face form and GGUF, proven against the model or refused."""

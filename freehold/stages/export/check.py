@@ -1,0 +1,73 @@
+"""What a GGUF file or transformers cannot express: found before anything is written. Needs no torch.
+
+llama.cpp's AFMoE code always scales embeddings by the root of the width, always leaves every 4th layer without
+positions and window, and takes the tokenizer's split from a name: another model converts without a word and
+answers wrongly. (Tied embeddings, other routing scores and expert groups are already refused by `ModelConfig`.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from freehold.model.config import ModelConfig
+
+PRE_TOKENIZER = "afmoe"
+"""llama.cpp's name for the split our tokenizer uses (Trinity's)."""
+GLOBAL_EVERY = 4
+MAX_EXPERTS = 512
+BLOCKS = {"F32": 1, "BF16": 1, "Q8_0": 32, "K-quants": 256}
+"""Values that share one scale: a row must be a whole number of them. K-quants are llama.cpp's to make."""
+
+
+def check(config: ModelConfig, types: Iterable[str] = ("F32", "BF16", "Q8_0")) -> list[str]:
+    """Return the reasons why a model of this config cannot be exported as `types`; none means that it can."""
+    return [*_architecture(config), *_widths(config, types)]
+
+
+def _architecture(config: ModelConfig) -> Iterator[str]:
+    layers = config.num_hidden_layers
+    kinds = ["full_attention" if (i + 1) % GLOBAL_EVERY == 0 else "sliding_attention" for i in range(layers)]
+    wrong = [i for i, (found, wanted) in enumerate(zip(config.layer_types, kinds, strict=True)) if found != wanted]
+    if wrong:
+        yield (
+            f"layer {wrong[0]} is {config.layer_types[wrong[0]]}, but llama.cpp takes every {GLOBAL_EVERY}th layer "
+            "for global and all others for sliding: set global_attn_every_n_layers to 4 and leave layer_types out"
+        )
+    if layers < GLOBAL_EVERY:
+        yield f"num_hidden_layers is {layers}: llama.cpp needs one global layer, so at least {GLOBAL_EVERY} layers"
+    if not config.mup_enabled:
+        yield "mup_enabled is off, but llama.cpp always scales embeddings by the root of the width"
+    if config.num_dense_layers >= layers:
+        yield f"num_dense_layers is {config.num_dense_layers} of {layers}: llama.cpp's AFMoE needs a layer with experts"
+    if config.num_experts > MAX_EXPERTS:
+        yield f"num_experts is {config.num_experts}, llama.cpp holds at most {MAX_EXPERTS}"
+
+
+def row_widths(config: ModelConfig) -> dict[str, int]:
+    """Return the row width (input features) of each kind of matrix that a quantized file quantizes."""
+    widths = {
+        "model.embed_tokens": config.hidden_size,
+        "self_attn.q_proj": config.hidden_size,
+        "self_attn.o_proj": config.num_attention_heads * config.head_dim,
+    }
+    if config.num_dense_layers:
+        widths["mlp.down_proj"] = config.intermediate_size
+    widths["mlp.experts.down_proj"] = config.moe_intermediate_size
+    widths["mlp.shared_experts.down_proj"] = config.moe_intermediate_size * config.num_shared_experts
+    return widths
+
+
+def _widths(config: ModelConfig, types: Iterable[str]) -> Iterator[str]:
+    for kind in types:
+        for tensor, width in row_widths(config).items():
+            if width % BLOCKS[kind]:
+                yield f"{kind} needs rows of whole {BLOCKS[kind]}s, but those of {tensor} are {width} wide"
+
+
+def check_tokenizer(tokenizer: dict[str, Any], config: ModelConfig) -> list[str]:
+    """Return the reasons why the tokenizer of a model (the content of `tokenizer.json`) cannot be exported."""
+    highest = max([*tokenizer["model"]["vocab"].values(), *(entry["id"] for entry in tokenizer["added_tokens"])])
+    if highest >= config.vocab_size:
+        return [f"the tokenizer has an id {highest}, but the model has only {config.vocab_size} rows"]
+    return []

@@ -1,0 +1,207 @@
+"""Proves that the exported folder and files are the model: opened by their own runtimes, compared with ours.
+
+Each proof returns a record for `parity.json` with what failed in it; nothing is raised here but what makes a
+comparison impossible. Weights are compared tensor by tensor (a rarely chosen expert may not speak in any sample),
+the computation by KL, best token and routing, the text side by token ids and rendered conversations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freehold.core.artifact import package_versions
+from freehold.model.config import ModelConfig
+from freehold.stages.export import samples
+from freehold.stages.export.config import Proof
+from freehold.stages.export.gguf_writer import differing_tensors
+from freehold.stages.export.llama import Llama
+from freehold.stages.export.reference import Agreement, Passage, log_probabilities, watch_routing
+from freehold.tokenizer import chat
+from freehold.tokenizer.bpe import Tokenizer
+
+Record = dict[str, Any]
+
+
+def prove_hf(
+    folder: Path, state: dict[str, Tensor], passages: list[Passage], tokenizer: Tokenizer, limits: Proof
+) -> Record:
+    """Open the folder with transformers and compare weights, distributions, routing, token ids and template."""
+    import transformers
+
+    agreement, routed, same_routes = Agreement.empty(), 0, 0
+    with _quiet_transformers():
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, trust_remote_code=False
+        )
+        model, info = loaded
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    failures = [f"transformers reports {what}: {sorted(map(str, info[what]))[:3]}" for what in info if info[what]]
+    failures += _differing_weights(model.state_dict(), state)
+    with torch.inference_mode():
+        for passage in passages:
+            with watch_routing(model) as seen:
+                logits = model(torch.tensor([passage.ids]), use_cache=False).logits[0].float()
+            agreement.add(log_probabilities(passage.logits), log_probabilities(logits))
+            chosen = torch.stack([c.sort(dim=-1).values for _, _, c in seen])
+            routed += chosen[..., 0].numel()
+            same_routes += int((chosen == passage.chosen).all(-1).sum())
+    failures += _gate(agreement, limits.max_kl_exact, exact=True)
+    if same_routes != routed:
+        failures.append(f"{routed - same_routes} of {routed} (token, layer) pairs chose other experts")
+    texts = samples.KINDS | samples.SCRIPTS
+    failures += _compare(
+        "token ids",
+        ((name, tokenizer.encode(t), theirs.encode(t, add_special_tokens=False)) for name, t in texts.items()),
+    )
+    conversations: list[tuple[str, Any, Any]] = [(n, m, None) for n, m in samples.CONVERSATIONS.items()]
+    conversations.append(("tools", samples.TOOL_CONVERSATION, samples.TOOLS))
+    failures += _compare(
+        "rendered ids",
+        (
+            (
+                name,
+                chat.render_ids(tokenizer, messages, tools=tools, generation=True)[0],
+                theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False),
+            )
+            for name, messages, tools in conversations
+        ),
+    )
+    return {
+        "runtime": f"transformers {transformers.__version__}, fp32",
+        "tensors_equal": len(state),
+        **agreement.record(),
+        "routing_agreement": round(same_routes / max(routed, 1), 6),
+        "texts_tokenized": len(texts),
+        "conversations_rendered": len(conversations),
+        "failures": failures,
+        "passed": not failures,
+        "_exact_mean_kl": agreement.mean_kl,
+    }
+
+
+def prove_gguf(
+    path: Path,
+    hf_folder: Path,
+    file_type: str,
+    config: ModelConfig,
+    passages: list[Passage],
+    tokenizer: Tokenizer,
+    limits: Proof,
+    log: Path,
+) -> Record:
+    """Read a GGUF file back, open it with llama.cpp and compare weights, distributions, token ids and template."""
+    failures = _first(list(differing_tensors(path, hf_folder, config, file_type)))
+    agreement = Agreement.empty()
+    texts = samples.KINDS | samples.SCRIPTS
+    tool_reference = chat.render(samples.TOOL_CONVERSATION, tools=samples.TOOLS, generation=True)
+    with Llama(path, max(len(p.ids) for p in passages) + 16, log, limits.threads) as llama:
+        for passage, length in probes(passages, limits.gguf_positions):
+            candidate = llama.log_probabilities(passage.ids[:length], config.vocab_size)
+            agreement.add(log_probabilities(passage.logits[length - 1]), candidate)
+        failures += _compare("token ids", ((n, tokenizer.encode(t), llama.tokenize(t)) for n, t in texts.items()))
+        failures += _compare(
+            "rendered conversation",
+            ((n, chat.render(m, generation=True), llama.render(m)) for n, m in samples.CONVERSATIONS.items()),
+        )
+        failures += _compare(
+            "rendered ids",
+            (
+                (
+                    name,
+                    chat.render_ids(tokenizer, messages, generation=True)[0],
+                    llama.tokenize(chat.render(messages, generation=True), specials=True),
+                )
+                for name, messages in samples.CONVERSATIONS.items()
+            ),
+        )
+        tools = llama.render(samples.TOOL_CONVERSATION, samples.TOOLS)
+    limit = {"F32": limits.max_kl_exact, "BF16": limits.max_kl_bf16, "Q8_0": limits.max_kl_q8_0}[file_type]
+    failures += _gate(agreement, limit, exact=file_type == "F32")
+    return {
+        "runtime": f"llama.cpp in xllamacpp {package_versions()['xllamacpp']}, fp32 cache, no flash attention",
+        "bytes": path.stat().st_size,
+        **agreement.record(),
+        "texts_tokenized": len(texts),
+        "conversations_rendered": len(samples.CONVERSATIONS),
+        "tool_conversation_rendered": tools == tool_reference,
+        "failures": failures,
+        "passed": not failures,
+        "_exact_mean_kl": agreement.mean_kl,
+    }
+
+
+def probes(passages: list[Passage], count: int) -> list[tuple[Passage, int]]:
+    """Choose (passage, prefix length) pairs: half at the ends of the longest two, where the window has passed,
+    the rest over the ends of all others. Lengths of one passage follow each other, so each costs one token."""
+    by_length = sorted(passages, key=lambda p: -len(p.ids))
+    result = []
+    for group, share in ((by_length[:2], count // 2), (by_length[2:], count - count // 2)):
+        for index, passage in enumerate(group):
+            # Spread evenly; a group larger than its share leaves out its last (shortest) members.
+            wanted = share // len(group) + (index < share % len(group))
+            first = max(1, len(passage.ids) - wanted + 1)
+            result += [(passage, length) for length in range(first, len(passage.ids) + 1) if wanted]
+    return result
+
+
+def experts_heard(passages: list[Passage], config: ModelConfig) -> float:
+    """Return the share of all routed experts that at least one token of the passages chose."""
+    layers = len(passages[0].chosen)
+    heard = sum(torch.cat([p.chosen[layer].flatten() for p in passages]).unique().numel() for layer in range(layers))
+    return round(heard / (layers * config.num_experts), 4)
+
+
+def _differing_weights(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> list[str]:
+    """Compare what transformers holds after loading with what was to be exported, bit by bit."""
+    lines = [f"transformers has no {name}" for name in ours if name not in theirs]
+    lines += [f"transformers has {name}, we have not" for name in theirs if name not in ours]
+    common = [name for name in ours if name in theirs]
+    lines += [f"{n} differs in transformers" for n in common if not torch.equal(theirs[n].float(), ours[n])]
+    return _first(lines)
+
+
+def _gate(agreement: Agreement, limit: float, *, exact: bool) -> list[str]:
+    lines = []
+    if not agreement.mean_kl <= limit:
+        lines.append(f"mean KL {agreement.mean_kl:.3g} over {len(agreement.kl)} positions, at most {limit:g} allowed")
+    if exact and not all(agreement.best):
+        lines.append(f"another best token at {agreement.best.count(False)} of {len(agreement.best)} positions")
+    return lines
+
+
+def _compare(what: str, triples: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    """Return a line for each (name, ours, theirs) that is not equal, with the place of the first difference."""
+    lines = []
+    for name, ours, theirs in triples:
+        if list(ours) != list(theirs):
+            pairs = enumerate(zip(ours, theirs, strict=False))
+            place = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+            around = slice(max(place - 2, 0), place + 6)
+            lines.append(f"{what} of '{name}' differ at {place}: {ours[around]!r} here, {theirs[around]!r} there")
+    return _first(lines)
+
+
+def _first(lines: list[str], count: int = 5) -> list[str]:
+    return lines[:count] + ([f"and {len(lines) - count} more of this kind"] if len(lines) > count else [])
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No bars and no advice while loading; what was set before is set again."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,160 @@
+"""The export stage: one checkpoint becomes a Hugging Face folder and GGUF files, proven or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freehold.checkpoint.hf import save_hf
+from freehold.checkpoint.native import read_model
+from freehold.core.artifact import Workspace, write_json
+from freehold.core.errors import ExportError
+from freehold.model.afmoe import Afmoe
+from freehold.model.config import ModelConfig
+from freehold.stages.export.check import check, check_tokenizer
+from freehold.stages.export.config import StageConfig
+from freehold.stages.export.gguf_writer import write_gguf
+from freehold.stages.export.proof import Record, experts_heard, prove_gguf, prove_hf
+from freehold.stages.export.reference import passages, settled
+from freehold.tokenizer.bpe import Tokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
+    """Write `hf/`, `gguf/` and `parity.json` below the workspace; return sizes and figures.
+
+    ExportError when the model cannot be expressed (nothing is written then), when tensors do not add up, or
+    when a proof fails (`parity.json` then says where).
+    """
+    stage, _, name = config.checkpoint.partition("/")
+    if stage not in work.inputs:
+        raise ExportError(
+            "the export does not read that stage", where="checkpoint", found=stage, expected=", ".join(work.inputs)
+        )
+    checkpoint = work.input(stage) / name
+    model_config, state = read_model(checkpoint)
+    reasons = check(model_config, config.types) + check_tokenizer(_json(checkpoint / TOKENIZER_FILES[0]), model_config)
+    if reasons:
+        raise ExportError("this model cannot be exported", where=checkpoint, found="\n            ".join(reasons))
+
+    hf, dtype = work.folder / "hf", getattr(torch, config.dtype)
+    save_hf(hf, model_config, state, dtype)
+    for file in TOKENIZER_FILES:
+        shutil.copyfile(checkpoint / file, hf / file)
+    tokenizer = Tokenizer.load(hf)
+    write_json(hf / "generation_config.json", _generation(config, tokenizer))
+    work.log.say(f"hf/: {_megabytes(hf)}")
+    files: dict[str, Path] = {kind: work.folder / "gguf" / f"{config.name}-{kind}.gguf" for kind in config.types}
+    for kind, path in files.items():
+        write_gguf(path, hf, model_config, name=config.name, file_type=kind)
+        work.log.say(f"gguf/{path.name}: {_megabytes(path)}")
+
+    rounded = {name: _rounded(tensor, dtype) for name, tensor in state.items()}
+    parity = prove(config, work, model_config, rounded, tokenizer, hf, files)
+    write_json(work.folder / "parity.json", parity)
+    failures = [f"{name}: {line}" for name, record in parity["exports"].items() for line in record["failures"]]
+    if failures:
+        lossy = all(line.startswith(("BF16: mean KL", "Q8_0: mean KL")) for line in failures)
+        raise ExportError(
+            "an export is not the model it was made from",
+            where=work.folder / "parity.json",
+            found="\n            ".join(failures),
+            todo="raise the limit in `proof` if this loss of precision is acceptable, or leave the type out"
+            if lossy
+            else "do not use what was written: something was converted wrongly",
+        )
+    return {
+        "tensors": len(state),
+        "files": {path.name: path.stat().st_size for path in files.values()},
+        "mean_kl": {name: record["mean_kl"] for name, record in parity["exports"].items()},
+    }
+
+
+def prove(
+    config: StageConfig,
+    work: Workspace,
+    model_config: ModelConfig,
+    weights: dict[str, Tensor],
+    tokenizer: Tokenizer,
+    hf: Path,
+    files: dict[str, Path],
+) -> dict[str, Any]:
+    """Compare every export with our model holding `weights`, and return what goes into `parity.json`."""
+    with torch.device("meta"):
+        model = Afmoe(model_config)
+    model.load_state_dict(weights, assign=True)
+    model.eval()
+    named = list(passages(tokenizer, model_config))
+    said, cut_tokens = settled(model, named)
+    tokens = sum(len(p.ids) for p in said)
+    if tokens < cut_tokens:
+        raise ExportError(
+            "the model's routing is too close to call to prove anything",
+            where=config.checkpoint,
+            found=f"{cut_tokens} of {cut_tokens + tokens} tokens follow a tie between experts",
+            todo="train the router (ties are rare in a trained model), or look for experts with equal weights",
+        )
+    work.log.say(f"our model on {len(said)} passages, {tokens:,} tokens")
+    exports: dict[str, Record] = {}
+    start = time.monotonic()
+    for name in ("hf", *files):
+        if name == "hf":
+            record = prove_hf(hf, weights, said, tokenizer, config.proof)
+        else:
+            log = work.folder / "log" / f"llama_{name}.txt"
+            record = prove_gguf(files[name], hf, name, model_config, said, tokenizer, config.proof, log)
+        exact = record.pop("_exact_mean_kl")
+        exports[name] = record
+        now = time.monotonic()
+        work.log.metrics(len(exports), {f"export/{name}/mean_kl": exact, f"export/{name}/proof_s": now - start})
+        verdict = "proven" if record["passed"] else "FAILED"
+        work.log.say(
+            f"{name} {verdict}: mean KL {exact:.2g}, same best token {record['top1_agreement']:.1%} "
+            f"of {record['positions']} positions, {now - start:.1f} s"
+        )
+        start = now
+    return {
+        "reference": "our model in fp32, holding the exported weights",
+        "weights": config.dtype,
+        "passages": len(said),
+        "tokens": tokens,
+        "tokens_after_routing_ties_left_out": cut_tokens,
+        "experts_heard": experts_heard(said, model_config),
+        "limits": config.proof.model_dump(mode="json", exclude={"threads"}),
+        "exports": exports,
+        "note": "llama.cpp does not tell which experts it chose: agreement of routing in a GGUF file follows from "
+        "the KL of F32. KL below 1e-8 is given as the power of ten above it; exact figures are in metrics.jsonl.",
+    }
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor as every export holds it, in fp32: matrices rounded, vectors as they are."""
+    return tensor.to(dtype).float() if tensor.ndim > 1 else tensor.float()
+
+
+def _generation(config: StageConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    how = config.generation
+    sampling = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k} if how.temperature else {}
+    return {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": [tokenizer.eos, tokenizer.end_of_text],
+        "pad_token_id": tokenizer.pad,
+        "do_sample": how.temperature > 0,
+        **sampling,
+    }
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _megabytes(path: Path) -> str:
+    total = sum(p.stat().st_size for p in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    return f"{total / 1e6:,.1f} MB"

@@ -1,0 +1,436 @@
+"""The export: what is refused before, what is written, and that the proof fails when something is wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import xllamacpp
+from gguf import GGMLQuantizationType
+from safetensors.torch import load_file, save_file
+
+from freehold.checkpoint import native
+from freehold.core.artifact import Workspace, hash_files
+from freehold.core.errors import ExportError
+from freehold.core.log import Log
+from freehold.model.afmoe import Afmoe
+from freehold.model.config import PRESETS, ModelConfig
+from freehold.stages.export import check, gguf_writer, reference, samples
+from freehold.stages.export.config import Proof, StageConfig, plan
+from freehold.stages.export.llama import Llama
+from freehold.stages.export.proof import probes, prove_gguf, prove_hf
+from freehold.stages.export.run import run
+from freehold.tokenizer import bpe
+
+# Irregular where it can be: queries wider than the model, a route scale, two shared experts, spare rows.
+MODEL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 5,
+    "num_dense_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8,
+    "num_experts_per_tok": 2, "num_shared_experts": 2, "route_scale": 1.7, "sliding_window": 24,
+    "max_position_embeddings": 256, "vocab_size": 2048,
+}  # fmt: skip
+# A random model loses more to rounding than a trained one.
+SMALL_PROOF = Proof(gguf_positions=16, max_kl_bf16=1.0, max_kl_q8_0=1.0)
+
+
+@dataclass
+class Exported:
+    """A finished export and what its proofs need."""
+
+    work: Workspace
+    counts: dict[str, Any]
+    config: ModelConfig
+    weights: dict[str, torch.Tensor]
+    tokenizer: bpe.Tokenizer
+    passages: list[reference.Passage]
+
+    @property
+    def hf(self) -> Path:
+        return self.work.folder / "hf"
+
+    def gguf(self, kind: str) -> Path:
+        return self.work.folder / "gguf" / f"Tiny-{kind}.gguf"
+
+    def prove_gguf(self, path: Path, kind: str = "F32") -> dict[str, Any]:
+        log = path.with_suffix(".log")
+        return prove_gguf(path, self.hf, kind, self.config, self.passages, self.tokenizer, SMALL_PROOF, log)
+
+
+def random_state(config: ModelConfig) -> dict[str, torch.Tensor]:
+    model = Afmoe(config)
+    generator = torch.Generator().manual_seed(3)
+    model.init_weights(generator)
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.ndim == 1:  # gains and biases that are all alike would hide a mix-up
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * (0.02 if "bias" in name else 0.2))
+        else:
+            tensor.mul_(3)
+    return state
+
+
+@pytest.fixture(scope="module")
+def align(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished `align` folder: a random model and a tokenizer trained on the samples."""
+    folder = tmp_path_factory.mktemp("align")
+    texts = [*samples.KINDS.values(), *samples.SCRIPTS.values()]
+    tokenizer = bpe.train(texts, MODEL["vocab_size"] - 8, Log(quiet=True))
+    tokenizer.save(folder / "tokenizer")
+    config = ModelConfig(**MODEL)
+    files = sorted((folder / "tokenizer").iterdir())
+    native.save(folder / "preview", {"model": random_state(config)}, config, {"step": 1}, files)
+    return folder
+
+
+def workspace(folder: Path, align: Path) -> Workspace:
+    return Workspace(folder, "export", "test", 0, Log(folder, quiet=True), {"align": align})
+
+
+@pytest.fixture(scope="module")
+def exported(align: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    work = workspace(tmp_path_factory.mktemp("export"), align)
+    counts = run(StageConfig(name="Tiny", proof=SMALL_PROOF), work)
+    config, state = native.read_model(align / "preview")
+    weights = {n: t.bfloat16().float() if t.ndim > 1 else t for n, t in state.items()}
+    model = Afmoe(config)
+    model.load_state_dict(weights)
+    tokenizer = bpe.Tokenizer.load(work.folder / "hf")
+    passages, _ = reference.settled(model.eval(), list(reference.passages(tokenizer, config)))
+    return Exported(work, counts, config, weights, tokenizer, passages)
+
+
+def test_export_is_proven(exported: Exported) -> None:
+    parity = json.loads((exported.work.folder / "parity.json").read_text())
+    for name in ("hf", "F32"):
+        record = parity["exports"][name]
+        assert record["passed"]
+        assert record["mean_kl"] <= 1e-8
+        assert record["top1_agreement"] == 1.0
+    assert parity["exports"]["hf"]["routing_agreement"] == 1.0
+    assert 0 < parity["exports"]["BF16"]["mean_kl"] < 1
+    assert 0 < parity["exports"]["Q8_0"]["mean_kl"] < 1
+    assert parity["experts_heard"] == 1.0
+    assert all(record["tool_conversation_rendered"] for name, record in parity["exports"].items() if name != "hf")
+    assert exported.counts["files"].keys() == {"Tiny-F32.gguf", "Tiny-BF16.gguf", "Tiny-Q8_0.gguf"}
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(exported: Exported, align: Path, tmp_path: Path) -> None:
+    run(StageConfig(name="Tiny", proof=SMALL_PROOF), workspace(tmp_path, align))
+    assert hash_files(tmp_path) == hash_files(exported.work.folder)
+
+
+def test_transformers_opens_the_folder_and_generates(exported: Exported) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(exported.hf)
+    tokenizer = AutoTokenizer.from_pretrained(exported.hf)
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.eos_token_id == [exported.tokenizer.eos, exported.tokenizer.end_of_text]
+    messages = [{"role": "user", "content": "Hello"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] <= ids["input_ids"].shape[1] + 3
+
+
+def test_gguf_holds_every_tensor_in_its_type(exported: Exported) -> None:
+    layers = exported.config.num_hidden_layers
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.AFMOE, layers)
+    expected = {}
+    for source in load_file(exported.hf / "model.safetensors"):
+        # llama.cpp's converter calls the bias so, and merges the experts of a layer under this name.
+        merged = source.replace("expert_bias", "expert_bias.bias")
+        for expert in range(exported.config.num_experts):
+            merged = merged.replace(f".experts.{expert}.", ".experts.")
+        expected[names.get_name(merged, (".weight", ".bias"))] = source
+    for kind in ("F32", "BF16", "Q8_0"):
+        tensors = {t.name: t for t in gguf.GGUFReader(exported.gguf(kind)).tensors}
+        assert tensors.keys() == expected.keys()
+        for name, tensor in tensors.items():
+            exact = len(tensor.shape) == 1 or ".ffn_gate_inp." in name
+            assert tensor.tensor_type.name == ("F32" if exact else kind), name
+    kinds = {name.split(".")[-2] for name in expected}
+    known = {gguf.TENSOR_NAMES[t].split(".")[-1] for t in gguf.MODEL_TENSORS[gguf.MODEL_ARCH.AFMOE]}
+    assert kinds == known
+
+
+def test_gguf_metadata(exported: Exported) -> None:
+    fields = gguf.GGUFReader(exported.gguf("Q8_0")).fields
+    value = {key: field.contents() for key, field in fields.items()}
+    config = exported.config
+    assert value["general.architecture"] == "afmoe"
+    assert value["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q8_0
+    assert value["afmoe.expert_weights_scale"] == pytest.approx(config.route_scale)
+    assert value["afmoe.attention.sliding_window"] == config.sliding_window
+    assert value["afmoe.expert_gating_func"] == gguf.ExpertGatingFuncType.SIGMOID
+    assert value["afmoe.leading_dense_block_count"] == config.num_dense_layers
+    assert value["tokenizer.ggml.pre"] == check.PRE_TOKENIZER
+    assert value["tokenizer.ggml.eos_token_id"] == exported.tokenizer.eos
+    tokens, types = value["tokenizer.ggml.tokens"], value["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(types) == config.vocab_size
+    assert tokens[-1] == f"[PAD{config.vocab_size - 1}]"
+    assert types[-1] == gguf.TokenType.UNUSED
+    assert types[exported.tokenizer.eos] == gguf.TokenType.CONTROL
+
+
+def test_q8_0_is_bitwise_what_llama_cpp_quantizes() -> None:
+    library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
+    values = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+    values[3, :32], values[4, 0] = 0, 1000
+    theirs = np.zeros(values.size // 32 * 34, np.uint8)
+    library.quantize_row_q8_0_ref(
+        values.ctypes.data_as(ctypes.c_void_p), theirs.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(values.size)
+    )
+    assert np.array_equal(gguf.quants.quantize(values, GGMLQuantizationType.Q8_0).ravel(), theirs)
+
+
+# --- refused before anything is written ---
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"global_attn_every_n_layers": 2}, "layer 1 is full_attention"),
+        ({"layer_types": ["sliding_attention"] * 5}, "layer 3 is sliding_attention"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3"),
+        ({"mup_enabled": False}, "mup_enabled is off"),
+        ({"num_dense_layers": 5}, "needs a layer with experts"),
+        ({"num_experts": 513, "route_scale": 2.0}, "at most 512"),
+        ({"moe_intermediate_size": 40}, "Q8_0 needs rows of whole 32s, but those of mlp.experts.down_proj are 40"),
+        ({"intermediate_size": 100}, "mlp.down_proj are 100"),
+        ({"head_dim": 30}, "self_attn.o_proj are 120"),
+    ],
+)
+def test_what_llama_cpp_cannot_express_is_refused(change: dict[str, Any], said: str) -> None:
+    assert said in "\n".join(check.check(ModelConfig(**MODEL | change)))
+
+
+def test_what_can_be_exported_is_not_refused() -> None:
+    assert check.check(ModelConfig(**MODEL)) == []
+    for name, preset in PRESETS.items():
+        assert check.check(preset, ["Q8_0", "K-quants"]) == [], name
+    assert "K-quants needs rows of whole 256s" in check.check(ModelConfig(**MODEL), ["K-quants"])[0]
+    assert check.check(ModelConfig(**MODEL | {"moe_intermediate_size": 40}), ["F32"]) == []
+
+
+def test_refusal_writes_nothing(align: Path, tmp_path: Path) -> None:
+    config = ModelConfig(**MODEL | {"mup_enabled": False})
+    native.save(
+        tmp_path / "align" / "preview",
+        {"model": random_state(config)},
+        config,
+        {},
+        [align / "preview" / name for name in ("tokenizer.json", "tokenizer_config.json")],
+    )
+    with pytest.raises(ExportError, match="mup_enabled is off"):
+        run(StageConfig(), workspace(tmp_path / "export", tmp_path / "align"))
+    assert hash_files(tmp_path / "export") == {}
+
+
+def test_a_stage_the_export_does_not_read_is_refused(align: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="does not read that stage"):
+        run(StageConfig(checkpoint="pretrain/base"), workspace(tmp_path, align))
+
+
+def test_another_tokenizer_is_refused(exported: Exported) -> None:
+    tokenizer = json.loads((exported.hf / "tokenizer.json").read_text())
+    assert check.check_tokenizer(tokenizer, exported.config) == []
+    few_rows = exported.config.model_copy(update={"vocab_size": 300})
+    assert "only 300 rows" in check.check_tokenizer(tokenizer, few_rows)[0]
+    other = tokenizer | {"pre_tokenizer": {"type": "Whitespace"}}
+    assert "split" in check.check_tokenizer(other, exported.config)[0]
+
+
+def test_plan_says_what_fails() -> None:
+    assert any("1e-08" in line for line in plan(StageConfig()))
+    assert any("without F32" in line for line in plan(StageConfig(types=("Q8_0",))))
+
+
+# --- tensors that do not add up ---
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("model.layers.2.mlp.experts.3.up_proj.weight"), "experts.3.up_proj.weight is missing"),
+        (lambda t: t.update({"model.layers.2.extra": torch.zeros(2)}), "model.layers.2.extra"),
+    ],
+)
+def test_tensors_are_accounted_for_both_ways(exported: Exported, tmp_path: Path, change: Any, said: str) -> None:
+    shutil.copytree(exported.hf, tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ExportError, match=said):
+        gguf_writer.write_gguf(tmp_path / "x.gguf", tmp_path / "hf", exported.config, name="x", file_type="F32")
+
+
+def test_a_file_of_other_tensors_or_types_is_told(exported: Exported, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    data = exported.gguf("F32").read_bytes()
+    path.write_bytes(data.replace(b"blk.2.attn_gate.weight", b"blk.2.attn_gxte.weight"))
+    lines = list(gguf_writer.differing_tensors(path, exported.hf, exported.config, "F32"))
+    assert lines == ["blk.2.attn_gate.weight is missing", "blk.2.attn_gxte.weight does not belong there"]
+    lines = list(gguf_writer.differing_tensors(exported.gguf("Q8_0"), exported.hf, exported.config, "F32"))
+    assert "blk.2.attn_gate.weight is stored as Q8_0, not F32" in lines
+    for kind in ("BF16", "Q8_0"):
+        shutil.copyfile(exported.gguf(kind), path)
+        tensor = next(t for t in gguf.GGUFReader(path, "r+").tensors if t.name == "blk.2.attn_gate.weight")
+        tensor.data[7, 1] ^= 0x40
+        tensor.data.base.flush()
+        lines = list(gguf_writer.differing_tensors(path, exported.hf, exported.config, kind))
+        assert lines == ["blk.2.attn_gate.weight differs from model.layers.2.self_attn.gate_proj.weight"]
+
+
+# --- the proof fails when something is wrong ---
+
+
+def edited(exported: Exported, path: Path, name: str, change: Any) -> Path:
+    """Copy the F32 file and change one tensor in place."""
+    shutil.copyfile(exported.gguf("F32"), path)
+    tensor = next(t for t in gguf.GGUFReader(path, "r+").tensors if t.name == name)
+    change(tensor.data)
+    tensor.data.base.flush()
+    return path
+
+
+def test_swapped_experts_fail_by_weights_and_by_kl(exported: Exported, tmp_path: Path) -> None:
+    def swap(data: np.ndarray) -> None:
+        data[[0, 1]] = data[[1, 0]]
+
+    record = exported.prove_gguf(edited(exported, tmp_path / "x.gguf", "blk.2.ffn_up_exps.weight", swap))
+    assert not record["passed"]
+    text = "\n".join(record["failures"])
+    assert "blk.2.ffn_up_exps.weight differs from model.layers.2.mlp.experts.0.up_proj.weight" in text
+    assert "mean KL" in text
+
+
+def test_lost_expert_bias_fails(exported: Exported, tmp_path: Path) -> None:
+    def zero(data: np.ndarray) -> None:
+        data[:] = 0
+
+    record = exported.prove_gguf(edited(exported, tmp_path / "x.gguf", "blk.3.exp_probs_b.bias", zero))
+    assert any("mean KL" in line for line in record["failures"])
+
+
+@pytest.mark.parametrize(
+    "change", [{"route_scale": 1.0}, {"sliding_window": 16}, {"rope_theta": 9000.0}, {"rms_norm_eps": 1e-3}]
+)
+def test_wrong_metadata_fails(exported: Exported, tmp_path: Path, change: dict[str, Any]) -> None:
+    wrong = exported.config.model_copy(update=change)
+    gguf_writer.write_gguf(tmp_path / "x.gguf", exported.hf, wrong, name="x", file_type="F32")
+    record = exported.prove_gguf(tmp_path / "x.gguf")
+    assert [line.split(" over")[0].split()[:2] for line in record["failures"]][0] == ["mean", "KL"]
+
+
+def test_wrong_split_fails(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_writer, "PRE_TOKENIZER", "gpt-2")
+    gguf_writer.write_gguf(tmp_path / "x.gguf", exported.hf, exported.config, name="x", file_type="F32")
+    record = exported.prove_gguf(tmp_path / "x.gguf")
+    assert any(line.startswith("token ids of") for line in record["failures"])
+    assert not any("mean KL" in line for line in record["failures"])
+
+
+def prove_changed_hf(exported: Exported, folder: Path, change: Any) -> list[str]:
+    shutil.copytree(exported.hf, folder)
+    change(folder)
+    record = prove_hf(folder, exported.weights, exported.passages, exported.tokenizer, SMALL_PROOF)
+    return record["failures"]
+
+
+def test_wrong_hf_config_fails(exported: Exported, tmp_path: Path) -> None:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"mup_enabled": False}))
+
+    failures = prove_changed_hf(exported, tmp_path / "hf", change)
+    assert any("mean KL" in line for line in failures)
+    assert any("chose other experts" in line for line in failures)
+
+
+def test_wrong_hf_weights_and_tokenizer_fail(exported: Exported, tmp_path: Path) -> None:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        one, two = (f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in (4, 5))
+        tensors[one], tensors[two] = tensors[two], tensors[one]
+        tensors.pop("model.layers.4.self_attn.k_norm.weight")
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        template = settings["chat_template"].replace("<|im_end|>", "<|im_end|> ")
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+
+    text = "\n".join(prove_changed_hf(exported, tmp_path / "hf", change))
+    assert "transformers reports missing_keys: ['model.layers.4.self_attn.k_norm.weight']" in text
+    assert "model.layers.1.mlp.experts.down_proj differs in transformers" in text
+    assert "rendered ids of 'one turn' differ" in text
+
+
+def test_failed_proof_keeps_its_figures(align: Path, tmp_path: Path) -> None:
+    impossible = SMALL_PROOF.model_copy(update={"max_kl_q8_0": 1e-12})
+    with pytest.raises(ExportError, match=r"Q8_0: mean KL[^$]*raise the limit"):
+        run(StageConfig(types=("Q8_0",), proof=impossible), workspace(tmp_path, align))
+    record = json.loads((tmp_path / "parity.json").read_text())["exports"]["Q8_0"]
+    assert not record["passed"]
+    assert record["mean_kl"] > 0
+
+
+def test_routing_that_is_all_ties_proves_nothing(align: Path, tmp_path: Path) -> None:
+    config, state = native.read_model(align / "preview")
+    for name, tensor in state.items():
+        if "router" in name or "expert_bias" in name:
+            tensor.zero_()
+    files = [align / "preview" / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    native.save(tmp_path / "align" / "preview", {"model": state}, config, {}, files)
+    with pytest.raises(ExportError, match="too close to call"):
+        run(StageConfig(types=()), workspace(tmp_path / "export", tmp_path / "align"))
+
+
+# --- the parts of the proof ---
+
+
+def test_llama_errors_are_told_with_its_log(exported: Exported, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(exported.gguf("F32").read_bytes().replace(b"blk.3.exp_probs_b.bias", b"blk.3.exp_prxbs_b.bias"))
+    with pytest.raises(ExportError, match=r"E llama_model_load.*exp_probs_b.bias"), Llama(path, 64, tmp_path / "log"):
+        pass
+    with Llama(exported.gguf("F32"), 64, tmp_path / "log") as llama:
+        with pytest.raises(ExportError, match="refused /completion"):
+            llama.log_probabilities([5] * 400, exported.config.vocab_size)
+        llama.process.kill()
+        llama.process.wait()
+        with pytest.raises(ExportError, match="died at /tokenize"):
+            llama.tokenize("x")
+
+
+def test_agreement_counts_what_it_should() -> None:
+    sure = np.log(np.array([[0.5, 0.3, 0.2]]))
+    agreement = reference.Agreement.empty()
+    agreement.add(sure, sure)
+    agreement.add(sure, np.log(np.array([[0.3, 0.5, 0.2]])))
+    assert agreement.kl == [0.0, pytest.approx(0.2 * np.log(5 / 3))]
+    assert agreement.best == [True, False]
+    agreement.add(sure, np.array([[np.nan, 0.0, 0.0]]))
+    assert agreement.kl[2] == reference.FAR
+    tie = np.log(np.array([[0.4, 0.4, 0.2]]))
+    agreement.add(tie, np.log(np.array([[0.399999, 0.400001, 0.2]])))
+    assert agreement.best[3]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.0, 0.0), (3.2e-13, 1e-12), (1e-30, 1e-13), (1.51e-8, 1.6e-8), (0.0123, 0.013), (1.0, 1.0)]
+)
+def test_figures_do_not_flicker(value: float, shown: float) -> None:
+    assert reference.figure(value) == pytest.approx(shown, rel=1e-9)
+
+
+def test_probes_reach_beyond_the_window(exported: Exported) -> None:
+    chosen = probes(exported.passages, 16)
+    assert len(chosen) == 16
+    assert sum(length > exported.config.sliding_window + 8 for _, length in chosen) >= 8
+    assert len({id(passage) for passage, _ in chosen}) >= 8
