@@ -243,7 +243,10 @@ def test_conversations(tmp_path: Path) -> None:
     talks.append(conversation("held", "  What is 3 + 4? ", "7"))
     talks.append(conversation("other", "What is 3 - 4?", "-1"))
     talks.append(conversation("mail", "Who are you?", "Write to bob.smith@gmail.com please."))
-    tasks = [{"id": "s1", "task": "sums", "question": "What is 3 + 4?", "prompt": "What is 3 + 4?"}]
+    tasks = [
+        {"id": "s1", "task": "sums", "question": "What is 3 + 4?", "prompt": "What is 3 + 4?"},
+        {"id": "s2", "task": "sums", "prompt": "What is 3 - 4?", "seen": True},
+    ]
     gathered = gather(tmp_path / "gather", [document("clean", "a", clean_texts()[0])], talks, tasks)
     counts = curate(gathered, tmp_path / "curate")
     rows = {row.path: row for row in read_rows(tmp_path / "curate" / "conversations" / "talk.parquet", Conversation)}

@@ -9,13 +9,14 @@ import pytest
 
 from freehold.stages.curate.config import (
     CodeRules,
+    Decontamination,
     KindRules,
     NearDuplicates,
     Privacy,
     ProseRules,
     Split,
 )
-from freehold.stages.curate.decontaminate import plain
+from freehold.stages.curate.decontaminate import Questions, plain
 from freehold.stages.curate.dedup import ExactDuplicates, jaccard, near_duplicates
 from freehold.stages.curate.filters import (
     check_code,
@@ -268,8 +269,30 @@ def test_exact_duplicates_ignore_white_space() -> None:
 
 
 def test_plain_keeps_operators() -> None:
-    assert plain("What  is 3 + 4?") == " what is 3 + 4 "
+    assert plain("“What  is: 3 + 4?”") == " what is 3 + 4? "
     assert plain("What is 3 - 4") != plain("What is 3 + 4")
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("Question: How many legs are there in\n2 cats and 3 dogs?\nAnswer: 20", True),
+        ("how many LEGS are there in '2 cats and 3 dogs?'", True),
+        ("How many legs are there in 2 cats and 3 dogs, 1 ant?", False),
+        ("How many legs are there in 2 cats and 30 dogs?", False),
+        ("How many of the legs are there in 2 cats and 3 dogs?", False),
+        ("Is it 3 + 4?", False),
+    ],
+)
+def test_questions_in_documents(text: str, held: bool) -> None:
+    asked = [("legs-1", "How many legs are there in 2 cats and 3 dogs?"), ("sum-1", "Is it 3 + 4?")]
+    questions = Questions(asked, Decontamination())
+    why = questions.in_document(text, read_words(text, WordHashes()).hashes)
+    assert why == (("decontamination", "holds the question of legs-1") if held else None)
+    long = Questions([("long", PROSE)], Decontamination())
+    inside = VERSE + PROSE + VERSE
+    assert long.in_document(inside, read_words(inside, WordHashes()).hashes) is not None
+    assert long.in_document(VERSE, read_words(VERSE, WordHashes()).hashes) is None
 
 
 def test_split_is_stable_and_bounded() -> None:
@@ -280,7 +303,7 @@ def test_split_is_stable_and_bounded() -> None:
     assert all(place(i) < 0.03 for i in chosen)
     # A new document moves none of the old ones; the order of rows does not matter.
     assert chosen <= validation_documents([*reversed(rows), ("new", 100)], config)
-    assert sum(size for i, size in rows if i in validation_documents(rows, Split(max_bytes=9_000))) <= 9_000
+    assert 2_000 * len(validation_documents(rows, Split(max_bytes=9_000))) <= 9_000
 
 
 def test_split_prefers_small_documents_and_leaves_half() -> None:

@@ -15,29 +15,32 @@ from freehold.stages.curate.config import Decontamination
 from freehold.stages.curate.filters import Why
 from freehold.stages.curate.words import WordHashes, ngrams, read_words
 
-# Operators stay: `3 + 4` and `3 - 4` are different questions.
-_PUNCTUATION = re.compile(r"[^\w+\-*/=<>^%]+")
+# Operators stay: `3 + 4` and `3 - 4` are different questions. So do comma and question mark: what begins like a
+# held-out question and goes on (`2 cats?` in `2 cats, 1 dog?`) is another one.
+_PUNCTUATION = re.compile(r"[^\w+\-*/=<>^%,?]+")
 # One bit per low 20 bits of a hash: says "not a question" for almost every run of words without a search.
 _TABLE_BITS = 20
 
 
 def plain(text: str) -> str:
-    """Return the text in lower case, words and operators only, one space between them, and around."""
+    """Return the text in lower case, words, operators, `,` and `?` only, one space between them, and around."""
     return f" {_PUNCTUATION.sub(' ', text.lower()).strip()} "
 
 
 def read_questions(folder: Path) -> list[tuple[str, str]]:
     """Return (task item id, question) of each row of `tasks/*.jsonl`.
 
-    A row's question is its `question`, else the last user message of its `prompt`, else the prompt itself.
+    A row's question is its `question`, else the last user message of its `prompt`, else the prompt itself. Rows
+    marked `"seen": true` are passed over: they ask, on purpose, for what was trained on.
     """
     questions = []
     for path in sorted(folder.glob("*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 row = json.loads(line)
-                questions.append((str(row["id"]), question_of(row)))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                if not row.get("seen", False):
+                    questions.append((str(row["id"]), question_of(row)))
+            except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise DataError(
                     "not a task item",
                     where=f"{path}:{number}",
