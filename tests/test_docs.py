@@ -1,0 +1,131 @@
+"""The documents say what is so: links, commands, recipes and dependencies are compared with the code."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from freehold import cli, walk
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+COMMAND = re.compile(r"(?:^\s*|`|bin/|: |\$ )freehold ([a-z]+)([^`\n]*)")
+
+
+def page_id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    actions = cli.build_parser()._actions
+    return dict(next(a for a in actions if isinstance(a, argparse._SubParsersAction)).choices)
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", text_of(path)), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def commands(path: Path) -> list[tuple[str, str]]:
+    """Return (verb, the rest of the line up to a comment) of each command a page shows; prose about Freehold is none."""
+    text = text_of(path).replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.startswith("    ") or "`" in line]
+    lines += [line for _, block in FENCE.findall(text) for line in block.splitlines()]
+    return [(verb, re.split(r"\s{2,}|\s#", rest)[0]) for line in lines for verb, rest in COMMAND.findall(line)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_links_point_somewhere(path):
+    for target in LINK.findall(text_of(path)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), f"{page_id(path)}: {target}"
+        if anchor and there.suffix == ".md":
+            assert anchor in anchors(there), f"{page_id(path)}: {target} has no such heading"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_commands_exist(path):
+    known = verbs()
+    for verb, rest in commands(path):
+        assert verb in known, f"{page_id(path)}: freehold {verb}{rest}"
+        options = set(re.findall(r"(?<=\s)--[a-z-]+", rest))
+        unknown = options - set(known[verb]._option_string_actions)
+        assert not unknown, f"{page_id(path)}: freehold {verb} has no {', '.join(sorted(unknown))}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_overrides_are_accepted(path):
+    """Each `key=value` shown for the laptop recipe (or RECIPE) fills a real key with a valid value."""
+    for verb, rest in commands(path):
+        if verb not in walk.WALK and verb != "run":
+            continue
+        words = shlex.split(rest)
+        if not words or words[0] not in {"RECIPE", "recipes/laptop.yaml"}:
+            continue
+        overrides = [word for word in words[1:] if "=" in word and not word.startswith("--")]
+        walk.resolve(ROOT / "recipes/laptop.yaml", overrides, stage="" if verb == "run" else verb)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=page_id)
+def test_recipes_resolve(path):
+    recipe = walk.resolve(path)
+    assert set(recipe.stages) == set(walk.WALK)
+
+
+def test_recipes_in_documents_resolve(tmp_path):
+    """A fenced YAML block that starts with `# recipe` is a whole recipe that lies beside ours."""
+    for recipe in RECIPES:
+        shutil.copy(recipe, tmp_path)
+    shown = [(page, block) for page in PAGES for kind, block in FENCE.findall(text_of(page)) if kind == "yaml"]
+    whole = [(page, block) for page, block in shown if block.startswith("# recipe")]
+    assert whole, "docs/own-data.md shows at least one"
+    for page, block in whole:
+        (tmp_path / "shown.yaml").write_text(block, encoding="utf-8")
+        assert walk.resolve(tmp_path / "shown.yaml").head.name, page_id(page)
+
+
+def test_every_stage_has_its_page():
+    pages = {path.stem for path in (ROOT / "docs/stages").glob("*.md")}
+    assert pages == set(walk.WALK), "docs/stages/"
+    for path in (ROOT / "docs/stages").glob("*.md"):
+        assert len(text_of(path).splitlines()) <= 60, f"{page_id(path)} is longer than a page"
+
+
+def test_dependencies_are_explained():
+    project = tomllib.loads(text_of(ROOT / "pyproject.toml"))
+    extras = project["project"]["optional-dependencies"]
+    declared = {
+        "Runtime": project["project"]["dependencies"],
+        **{name.capitalize(): lines for name, lines in extras.items()},
+        "Build": project["build-system"]["requires"],
+    }
+    wanted = {part: {re.split(r"[\[<>=~! ]", line)[0] for line in lines} for part, lines in declared.items()}
+    text = text_of(ROOT / "docs/dependencies.md")
+    parts = re.split(r"^## (.+)$", text, flags=re.M)[1:]
+    told = {
+        part: set(re.findall(r"^- `([^`]+)` \([^)]+\):? .+", body, re.M))
+        for part, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+    assert told == wanted
+
+
+def test_decisions_are_listed():
+    listed = set(LINK.findall(text_of(ROOT / "docs/decisions/README.md")))
+    assert listed == {path.name for path in (ROOT / "docs/decisions").glob("0*.md")}
