@@ -11,11 +11,11 @@ from gather_fixtures import gather, install_factbook
 from freehold.core.document import Conversation, Document, read_rows
 from freehold.core.errors import ConfigError
 from freehold.stages.gather import dialogues, factbook
-from freehold.stages.gather.generate import HELD_OUT_SEEDS
 from freehold.stages.gather.readers import strip_html
+from freehold.stages.gather.reasoning import HELD_OUT_SEEDS
 
 SMALL = {
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
     "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 9},
     "spell_backward": {"min_word_len": 3, "max_word_len": 4},
 }
@@ -81,8 +81,9 @@ def test_counts_and_forms(made: Output) -> None:
     assert len({c.id for c in made.conversations}) == len(made.conversations) > 350
     assert 40_000 < sum(len(d.text.encode()) for d in made.documents) <= 60_000
     for row in made.tasks["reasoning"]:
-        assert set(row) == {"id", "task", "kind", "messages", "answer", "seen", "source", "licence"}
-        assert row["kind"] == "generate"
+        assert set(row) == {"id", "task", "topic", "kind", "prompt", "answer", "seen", "source", "licence"}
+        assert (row["task"], row["kind"]) == ("reasoning", "generate")
+        assert row["topic"] in SMALL
     for name in ("factbook_heldout", "factbook_seen"):
         for row in made.tasks[name]:
             assert row["kind"] == "choice"
@@ -109,7 +110,7 @@ def test_reasoning_answers_are_true_by_the_generator_s_own_scorer(made: Output) 
         assert int(seed) >= HELD_OUT_SEEDS
         dataset = reasoning_gym.create_dataset(task, seed=int(seed), size=1, **SMALL[task])
         entry = dataset[0]
-        assert " ".join(entry["question"].split()) == row["messages"][0]["content"]
+        assert " ".join(entry["question"].split()) == row["prompt"][0]["content"]
         assert dataset.score_answer(row["answer"], entry) == 1.0
         assert dataset.score_answer(row["answer"] + "1", entry) < 1.0
     scores = [score(q, a) for q, a in made.pairs]
@@ -128,7 +129,7 @@ def test_factbook_answers_are_true(made: Output) -> None:
     assert checked > 200
     for name in ("factbook_heldout", "factbook_seen"):
         for row in made.tasks[name]:
-            fact = made.facts[row["messages"][0]["content"]]
+            fact = made.facts[row["prompt"][0]["content"]]
             assert row["choices"][row["answer"]].lower() == fact.answer.lower()
             wrong = [c for i, c in enumerate(row["choices"]) if i != row["answer"]]
             assert not any(w.lower() in fact.answer.lower() or fact.answer.lower() in w.lower() for w in wrong)
@@ -139,16 +140,17 @@ def test_nothing_held_out_is_written_for_training(made: Output) -> None:
     everything = "\n".join(d.text for d in made.documents) + "\n"
     for name in ("reasoning", "factbook_heldout"):
         for row in made.tasks[name]:
-            question = row["messages"][0]["content"]
+            question = row["prompt"][0]["content"]
             assert question not in asked
             assert question + "\n" not in everything
+            assert not any(q.startswith(question.rstrip(" =.") + " ") for q in asked)
     for row in made.tasks["factbook_heldout"]:  # not in other words either, nor as a statement
-        fact = made.facts[row["messages"][0]["content"]]
+        fact = made.facts[row["prompt"][0]["content"]]
         assert not asked & set(fact.questions)
         assert fact.statement not in everything
-    assert all(row["messages"][0]["content"] in made.facts for row in made.tasks["factbook_seen"])
+    assert all(row["prompt"][0]["content"] in made.facts for row in made.tasks["factbook_seen"])
     trained = {made.facts[q].key for q in asked if q in made.facts}
-    held = {made.facts[row["messages"][0]["content"]].key for row in made.tasks["factbook_heldout"]}
+    held = {made.facts[row["prompt"][0]["content"]].key for row in made.tasks["factbook_heldout"]}
     assert not trained & held
     share = 1 - len(trained) / len({f.key for f in made.facts.values()})
     assert 0.1 < share < 0.3

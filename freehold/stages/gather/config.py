@@ -85,7 +85,8 @@ class Stdlib(FileSource):
     members: tuple[str, ...] = ("*.py",)
     exclude: tuple[str, ...] = (
         "test/*", "*/test/*", "*/tests/*", "*/idle_test/*", "site-packages/*", "dist-packages/*",
-        "encodings/*", "_sysconfigdata*", "pydoc_data/*", "config-*", "*/__phello__*", "sitecustomize.py",
+        "encodings/*", "_sysconfigdata*", "pydoc_data/*", "config-*", "__phello__*", "sitecustomize.py",
+        "idlelib/*", "turtledemo/*", "lib2to3/*", "distutils/*", "ensurepip/*",
     )  # fmt: skip
 
 

@@ -173,7 +173,7 @@ def talk(random_: random.Random, known: list[Turn]) -> Iterator[list[Turn]]:
         elif shape == 4:
             yield [*asked, thanks]
         else:
-            yield [hello, random_.choice(small[4:])]
+            yield [hello, random_.choice(small[4:7])]
 
 
 def facts() -> Iterator[Turn]:

@@ -6,44 +6,30 @@ nor a question of `reasoning`. The factbook's own prose does hold every fact; wh
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from freehold.core.document import Conversation, Document, Rights, document_id
-from freehold.core.errors import ConfigError
-from freehold.ledger.licence import of_distribution, strictest
+from freehold.ledger.licence import strictest
 from freehold.stages.gather import dialogues
 from freehold.stages.gather.config import FileSource, Generated, Source
 from freehold.stages.gather.factbook import Fact, facts, sentence
-from freehold.stages.gather.origins import Origin, date_of
+from freehold.stages.gather.origins import Origin
 from freehold.stages.gather.readers import Reading, strip_html
+from freehold.stages.gather.reasoning import SEEDS_PER_RUN, Gym
 
-# Seeds of training items lie below HELD_OUT_SEEDS, those of held-out items from there on.
-SEEDS_PER_RUN = 1_000_000
-HELD_OUT_SEEDS = 2_000_000_000
 PAIRS_PER_PAGE = 12
 # Shares of the conversations: facts, reasoning; the rest is talk.
-FACT_SHARE, REASONING_SHARE = 0.45, 0.45
+FACT_SHARE, REASONING_SHARE = 0.42, 0.40
 SYSTEM_SHARE = 0.15
+# The word that decides, with country and field, which facts are held out.
+HOLD_OUT = "hold-out"
 ASKED, ANSWERED = "Question: ", "Answer: "
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question with its answer; `place` says where it was made from, `rights` under which terms."""
-
-    question: str
-    answer: str
-    place: str
-    task: str
 
 
 @dataclass(frozen=True)
@@ -59,11 +45,11 @@ class Made:
 
 def make(name: str, source: Generated, origin: Origin | None, facts_source: Source | None, seed: int) -> Made:
     """Return the documents, conversations and tasks of a generated source; a pure function of its arguments."""
-    gym = _Gym(source, seed)
+    gym = Gym(source.reasoning, seed)
     book = _Factbook(source, origin, facts_source, seed)
     rights = {
         "facts": book.rights(name, source),
-        "reasoning": gym.rights(name, source),
+        "reasoning": _rights(name, source, strictest(source.licence, gym.licence), gym.version, gym.acquired),
         "talk": _rights(name, source, source.licence, "", gym.acquired),
     }
     reasoning_out = list(gym.held_out(source.reasoning_items))
@@ -80,9 +66,10 @@ def make(name: str, source: Generated, origin: Origin | None, facts_source: Sour
         tasks["reasoning"] = [
             {
                 "id": f"reasoning/{item.place}",
-                "task": item.task,
+                "task": "reasoning",
+                "topic": item.task,
                 "kind": "generate",
-                "messages": [{"role": "user", "content": item.question}],
+                "prompt": [{"role": "user", "content": item.question}],
                 "answer": item.answer,
                 "seen": False,
                 "source": rights["reasoning"]["synthetic_from"],
@@ -112,7 +99,7 @@ class _Factbook:
             text = reading.text(member)
             country = json.loads(text) if text else {}
             for fact in facts(country, member.path, strip_html):
-                held = _unit(f"hold out\0{fact.key}") < source.held_out_share
+                held = _unit(f"{HOLD_OUT}\0{fact.key}") < source.held_out_share
                 (self.held_out if held else self.train).append(fact)
 
     def rights(self, name: str, source: Generated) -> dict[str, Any]:
@@ -141,9 +128,10 @@ class _Factbook:
             random_.shuffle(options)
             yield {
                 "id": f"{task}/{document_id(task, fact.key)}",
-                "task": f"factbook_{fact.field.key}",
+                "task": task,
+                "topic": fact.field.key,
                 "kind": "choice",
-                "messages": [{"role": "user", "content": fact.questions[0]}],
+                "prompt": [{"role": "user", "content": fact.questions[0]}],
                 "choices": [sentence(o) for o in options],
                 "answer": options.index(fact.answer),
                 "seen": task == "factbook_seen",
@@ -152,88 +140,8 @@ class _Factbook:
             }
 
 
-class _Gym:
-    """reasoning-gym's generators with our settings; an item is a pure function of its seed."""
-
-    def __init__(self, source: Generated, seed: int) -> None:
-        self.base = seed % 1000 * SEEDS_PER_RUN
-        self.seeds = {
-            "train": [self.base, self.base + SEEDS_PER_RUN - 1],
-            "held_out": [HELD_OUT_SEEDS + self.base, HELD_OUT_SEEDS + self.base + SEEDS_PER_RUN - 1],
-        }
-        self.settings = source.reasoning
-        distribution = importlib.metadata.distribution("reasoning-gym")
-        self.version = f"reasoning-gym=={distribution.version}"
-        self.licence = of_distribution(distribution).expression or ""
-        self.acquired = date_of(Path(str(distribution.locate_file("reasoning_gym"))) / "__init__.py")
-        self.held: set[str] = set()
-
-    def rights(self, name: str, source: Generated) -> dict[str, Any]:
-        licence = strictest(source.licence, self.licence) if self.licence else ""
-        return _rights(name, source, licence, self.version, self.acquired)
-
-    def held_out(self, count: int) -> Iterator[Item]:
-        """Yield `count` different questions, spread evenly over the tasks."""
-        each = [count // max(len(self.settings), 1)] * len(self.settings)
-        for index in range(count - sum(each) if each else 0):
-            each[index] += 1
-        for (task, settings), wanted in zip(sorted(self.settings.items()), each, strict=True):
-            found = itertools.islice(self._items(task, settings, self.seeds["held_out"][0]), wanted)
-            for item in found:
-                self.held.add(item.question)
-                yield item
-
-    def train(self, offset: int) -> Iterator[Item]:
-        """Yield different training questions, the tasks taking turns; call `held_out` first."""
-        streams = [
-            self._items(task, settings, self.seeds["train"][0] + offset)
-            for task, settings in sorted(self.settings.items())
-        ]
-        while streams:
-            alive = []
-            for stream in streams:
-                item = next(stream, None)
-                if item is not None:
-                    alive.append(stream)
-                    yield item
-            streams = alive
-
-    def _items(self, task: str, settings: dict[str, bool | int], first_seed: int) -> Iterator[Item]:
-        # Imported here: a second of sympy and friends that a dry run does not need.
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-
-        if task not in DATASETS:
-            near = difflib.get_close_matches(task, DATASETS, n=1)
-            raise ConfigError(
-                "reasoning-gym has no such task",
-                where="reasoning",
-                found=task,
-                todo=f"did you mean `{near[0]}`?" if near else "see reasoning_gym.factory.DATASETS",
-            )
-        try:
-            dataset = reasoning_gym.create_dataset(task, seed=first_seed, size=SEEDS_PER_RUN // 2, **settings)
-        except (AssertionError, TypeError, ValueError) as error:
-            raise ConfigError(
-                "reasoning-gym does not take these settings", where=f"reasoning.{task}", found=settings, expected=error
-            ) from error
-        seen: set[str] = set()
-        repeated = 0
-        for index in range(SEEDS_PER_RUN // 2):
-            entry = dataset[index]
-            question, answer = " ".join(str(entry["question"]).split()), str(entry["answer"])
-            if question in seen or question in self.held:
-                repeated += 1
-                if repeated > 200:  # the small tasks run out of new questions
-                    return
-                continue
-            repeated = 0
-            seen.add(question)
-            yield Item(question, answer, f"reasoning_gym/{task}#{first_seed + index}", task)
-
-
 def _documents(
-    source: Generated, gym: _Gym, book: _Factbook, rights: dict[str, dict[str, Any]], seed: int
+    source: Generated, gym: Gym, book: _Factbook, rights: dict[str, dict[str, Any]], seed: int
 ) -> Iterator[Document]:
     """Yield pages of questions and answers until `max_bytes`: first the facts, then reasoning."""
     left = source.max_bytes if source.max_bytes is not None else 2_400_000
@@ -269,7 +177,7 @@ def _fact_pages(book: _Factbook, seed: int) -> Iterator[tuple[str, str, str]]:
             yield "facts", f"facts/{kind}#{number}", _page("Countries of the world", pairs)
 
 
-def _reasoning_pages(gym: _Gym) -> Iterator[tuple[str, str, str]]:
+def _reasoning_pages(gym: Gym) -> Iterator[tuple[str, str, str]]:
     items = gym.train(0)
     for number in itertools.count():
         batch = list(itertools.islice(items, PAIRS_PER_PAGE))
@@ -283,7 +191,7 @@ def _page(title: str, pairs: list[tuple[str, str]]) -> str:
 
 
 def _conversations(
-    source: Generated, gym: _Gym, book: _Factbook, rights: dict[str, dict[str, Any]], seed: int
+    source: Generated, gym: Gym, book: _Factbook, rights: dict[str, dict[str, Any]], seed: int
 ) -> Iterator[Conversation]:
     """Yield at most `source.conversations`, no two alike: facts, reasoning, talk."""
     random_ = random.Random(f"{seed}\0conversations")
