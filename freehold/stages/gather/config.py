@@ -125,9 +125,7 @@ class Generated(SourceBase):
     licence: str = "LicenseRef-Freehold-Generated"
     licence_evidence: Evidence | None = Evidence(rule="written by this program; rows name what they were made from")
     max_bytes: int | None = 2_400_000
-    factbook: str | None = Field(
-        default="factbook", description="name of the source whose facts become questions; null for none"
-    )
+    factbook: str | None = Field(default=None, description="name of the factbook source whose facts become questions")
     conversations: int = Field(default=12_000, ge=0, description="how many conversations to write, at most")
     held_out_share: float = Field(default=0.2, gt=0, lt=1, description="share of facts kept out of everything written")
     reasoning_items: int = Field(default=300, ge=0, description="held-out items of tasks/reasoning.jsonl")
