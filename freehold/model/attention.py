@@ -12,16 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freehold.model import ops
 from freehold.model.config import ModelConfig
-from freehold.model.layers import Linear, RMSNorm, rotate
+from freehold.model.layers import Linear, RMSNorm
 
 
 class Mask(NamedTuple):
-    """Who sees whom: `allowed` (bool, broadcastable to [B, 1, T, S]), or None for plain causal order if `causal`."""
+    """Who sees whom: `allowed` (bool, broadcastable to [B, 1, T, S]), or None for plain causal order if `causal`.
+
+    `blocks` is the same cut into the parts that are not empty, where that is the faster form.
+    """
 
     allowed: Tensor | None
     causal: bool
     window: int | None
+    blocks: list[ops.Block] | None = None
 
 
 class Cache(Protocol):
@@ -43,8 +48,10 @@ class Context(NamedTuple):
     token_mask: Tensor | None
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attend: q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D]."""
+    if mask.blocks is not None:
+        return ops.blockwise_attention(q, k, v, mask.blocks)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask.allowed, is_causal=mask.causal, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -60,22 +67,25 @@ def build_masks(
     """
     masks: dict[str, Mask] = {}
     order = torch.arange(tokens, device=device) if positions is None else positions
-    allowed = None
-    for kind in sorted(set(config.layer_types)):  # full before sliding, which narrows it
+    order = order.int().expand(1, -1) if order.ndim == 1 else order.int()
+    blockwise = device.type == "cpu" and ops.BLOCK_TOKENS < tokens <= ops.BLOCKWISE_MAX_TOKENS
+    earlier = None
+    for kind in sorted(set(config.layer_types)):
         window = config.sliding_window if kind == "sliding_attention" else None
-        narrow = window is not None and window < tokens
-        if positions is None and document_ids is None and not narrow:
+        narrow = window is not None and (positions is not None or window < tokens)
+        if positions is None and document_ids is None and not narrow and not blockwise:
             masks[kind] = Mask(None, True, window)
             continue
-        if allowed is None:
-            allowed = order[..., :, None] >= order[..., None, :]
-            allowed = allowed if allowed.ndim == 3 else allowed[None]
+        if earlier is None:
+            earlier = order[:, :, None] >= order[:, None, :]
             if document_ids is not None:
-                allowed = allowed & (document_ids[:, :, None] == document_ids[:, None, :])
-        seen = allowed
-        if window is not None and (narrow or positions is not None):
-            seen = seen & (order[..., :, None] - order[..., None, :] < window)
-        masks[kind] = Mask(seen[:, None], False, window)
+                ids = document_ids.int()
+                earlier = earlier & (ids[:, :, None] == ids[:, None, :])
+        seen = earlier
+        if window is not None and narrow:
+            seen = seen & (order[:, :, None] - order[:, None, :] < window)
+        allowed = seen[:, None]
+        masks[kind] = Mask(allowed, False, window, ops.attention_blocks(allowed) if blockwise else None)
     return masks
 
 
@@ -94,7 +104,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.query_width, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.core: Callable[[Tensor, Tensor, Tensor, Mask], Tensor] = sdpa
+        self.core: Callable[[Tensor, Tensor, Tensor, Mask], Tensor] = attend
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Map [B, T, d] to [B, T, d]."""
@@ -103,7 +113,7 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
         if self.kind == "sliding_attention":  # full layers have no positional encoding at all
-            q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+            q, k = (ops.rotate(x, context.cos, context.sin) for x in (q, k))
         if context.cache is None:
             mask = context.masks[self.kind]
         else:

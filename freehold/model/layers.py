@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freehold.model import ops
+
 
 class Linear(nn.Linear):
     """A linear map without bias; its weight is empty until `Afmoe.init_weights` or a checkpoint fills it."""
@@ -37,7 +39,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -55,14 +57,12 @@ class SwiGLU(nn.Module):
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the rotation angles, [B or 1, 1, T, D/2], for positions [T] or [B, T]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[..., None].float() * theta**-exponents
+    """Return cos and sin of the rotation angles, [B or 1, 1, T, D/2], for positions [T] or [B, T].
+
+    In fp32, or in `dtype` where that is finer.
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, head_dim, 2, dtype=exact, device=positions.device) / head_dim
+    angles = positions[..., None].to(exact) * theta**-exponents
     angles = angles[:, None] if positions.ndim == 2 else angles[None, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [B, heads, T, D] by position; dimension j is paired with j + D/2 (the layout of Llama and NeoX)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return angles.cos(), angles.sin()

@@ -108,12 +108,11 @@ class MoE(nn.Module):
         """Return [B, T, d], the assignments per expert of tokens that count (int64 [E]), and the largest logit."""
         flat = x.flatten(0, -2)
         logits, weights, chosen = self.router(flat, self.expert_bias)
-        experts, counts = self.expert_bias.numel(), None
-        order = chosen.flatten().argsort(stable=True)
+        experts = self.expert_bias.numel()
         counts = chosen.flatten().bincount(minlength=experts)
-        rows, local_counts, context = self.dispatcher.dispatch(ops.gather(flat, order, self.router.top_k), counts)
+        path = ops.route(chosen)
+        rows, local_counts, context = self.dispatcher.dispatch(ops.gather(flat, path), counts)
         results = self.dispatcher.combine(self.experts(rows, local_counts), context)
-        routed = ops.combine(results, order, weights)
+        out = ops.combine(results, path, weights, self.shared_experts(flat))
         counted = counts if token_mask is None else chosen[token_mask.flatten()].flatten().bincount(minlength=experts)
-        out = (self.shared_experts(flat) + routed).to(x.dtype).view_as(x)
-        return out, counted, logits.detach().amax()
+        return out.view_as(x), counted, logits.detach().amax()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freehold.model.afmoe import Afmoe
-from freehold.model.attention import Mask, sdpa
+from freehold.model.attention import Mask, attend
 from freehold.model.config import PRESETS, ModelConfig
 
 
@@ -106,7 +106,7 @@ def test_the_seams_for_distribution_carry_the_computation(model: Afmoe, monkeypa
 
     def core(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         calls.append(mask.window)
-        return sdpa(q, k, v, mask)
+        return attend(q, k, v, mask)
 
     for block in model.model.layers.values():
         block.self_attn.core = core

@@ -8,11 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from freehold.model import ops
 from freehold.model.afmoe import Afmoe
 from freehold.model.attention import build_masks
 from freehold.model.config import ModelConfig
 
 
+@pytest.fixture(params=["one piece", "blocks"])
+def both_forms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with PyTorch's attention and with the blockwise one, which short sequences would not use."""
+    if request.param == "blocks":
+        monkeypatch.setattr(ops, "BLOCK_TOKENS", 4)
+    return request.param
+
+
+@pytest.mark.usefixtures("both_forms")
 def test_packed_documents_equal_each_document_alone(model: Afmoe) -> None:
     generator = torch.Generator().manual_seed(1)
     lengths = [[9, 4, 10], [1, 20, 2]]
@@ -27,6 +37,7 @@ def test_packed_documents_equal_each_document_alone(model: Afmoe) -> None:
             start += length
 
 
+@pytest.mark.usefixtures("both_forms")
 def test_no_gradient_crosses_documents_or_the_future(model: Afmoe) -> None:
     documents = torch.tensor([[5] * 8 + [2] * 7 + [-1] * 3])
     ids = torch.arange(13, 31)[None]
@@ -49,6 +60,7 @@ def gradient_from(model: Afmoe, ids: Tensor, position: int, **arguments: Tensor)
     return seen[0].grad[0].abs().sum(-1)
 
 
+@pytest.mark.usefixtures("both_forms")
 @pytest.mark.parametrize("window", [1, 3, 8, 19, 20, 21])
 def test_a_window_is_exactly_w_tokens_with_the_current_one(
     hard: ModelConfig, make: Callable[[ModelConfig], Afmoe], window: int
@@ -82,8 +94,21 @@ def test_where_causal_order_says_it_all_no_matrix_is_built(hard: ModelConfig) ->
     masks = build_masks(hard, 6, torch.device("cpu"), None, None)
     assert masks["full_attention"].allowed is None
     assert masks["sliding_attention"].allowed is not None
+    assert masks["sliding_attention"].blocks is None
 
 
+def test_long_sequences_are_cut_into_blocks_on_cpus_only(hard: ModelConfig) -> None:
+    masks = build_masks(hard, 300, torch.device("cpu"), None, None)
+    assert all(mask.blocks for mask in masks.values())
+    masks = build_masks(hard, 300, torch.device("meta"), None, None)
+    assert masks["full_attention"].causal
+    assert all(mask.blocks is None for mask in masks.values())
+    masks = build_masks(hard, 5000, torch.device("cpu"), None, None)
+    assert masks["full_attention"].causal
+    assert all(mask.blocks is None for mask in masks.values())
+
+
+@pytest.mark.usefixtures("both_forms")
 def test_explicit_positions_mean_the_same_and_full_layers_ignore_an_offset(model: Afmoe) -> None:
     ids = torch.arange(13, 43).view(2, 15)
     plain = model(ids)

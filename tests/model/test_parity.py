@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from freehold.model import ops
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig, to_hf_dict
 
@@ -24,16 +25,23 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-@pytest.mark.parametrize("variant", ["hard", "no muP", "every 2nd global", "window beyond T", "all dense", "all MoE"])
-def test_logits_and_every_gradient(hard: ModelConfig, make: Callable[[ModelConfig], Afmoe], variant: str) -> None:
+@pytest.mark.parametrize(
+    "variant", ["hard", "no muP", "every 2nd global", "window beyond T", "all dense", "all MoE", "blocks"]
+)
+def test_logits_and_every_gradient(
+    hard: ModelConfig, make: Callable[[ModelConfig], Afmoe], monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
     change: dict[str, dict[str, object]] = {
         "hard": {},
+        "blocks": {},
         "no muP": {"mup_enabled": False},
         "every 2nd global": {"layer_types": None, "global_attn_every_n_layers": 2},
         "window beyond T": {"sliding_window": 64},
         "all dense": {"num_dense_layers": 5},
         "all MoE": {"num_dense_layers": 0, "num_experts_per_tok": 8},
     }
+    if variant == "blocks":  # what longer sequences use on CPUs
+        monkeypatch.setattr(ops, "BLOCK_TOKENS", 8)
     model = make(ModelConfig(**hard.model_dump() | change[variant]))
     theirs = reference(model)
     generator = torch.Generator().manual_seed(5)
