@@ -77,11 +77,14 @@ def parse_override(item: str) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return `below` with `above` laid over it; mappings merge, everything else is replaced."""
+    """Return `below` with `above` laid over it: mappings merge, null takes a mapping away, the rest is replaced."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
-        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        if isinstance(old, dict) and value is None:
+            del result[key]
+        else:
+            result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
 
 

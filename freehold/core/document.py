@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from freehold.core.artifact import disk_error
 from freehold.core.errors import DataError
 
 R = TypeVar("R", "Document", "Conversation")
@@ -93,7 +94,7 @@ def document_id(source: str, path: str) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Document] | Iterable[Conversation], cls: type[Any]) -> int:
-    """Write rows of one class as zstd parquet; the same rows give the same bytes. Returns the count."""
+    """Write rows of one class as parquet; the same rows give the same bytes. Returns the count."""
     columns: dict[str, list[Any]] = {name: [] for name in cls.SCHEMA.names}
     count = 0
     for row in rows:
@@ -102,9 +103,17 @@ def write_rows(path: Path, rows: Iterable[Document] | Iterable[Conversation], cl
             value = getattr(row, name)
             column.append(json.dumps(value, ensure_ascii=False, sort_keys=True) if name == "messages" else value)
     table = pa.table(columns, schema=cls.SCHEMA)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd", row_group_size=4096)
+    write_table(path, table)
     return count
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table as zstd parquet; ArtifactError when the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        pq.write_table(table, path, compression="zstd", row_group_size=4096)
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 def read_rows(path: Path, cls: type[R]) -> Iterator[R]:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from freehold.core.artifact import disk_error
+from freehold.core.document import write_table
 from freehold.data.loader import Order
 
 
@@ -28,6 +27,7 @@ def trace_rows(order: Order, steps: range, phase_of: Mapping[int, str]) -> list[
             "first_step": min(seen),
             "last_step": max(seen),
             "steps": sorted(seen),
+            "step_tokens": [seen[step] for step in sorted(seen)],
             "tokens": sum(seen.values()),
         }
         for (document, source, phase), seen in sorted(found.items())
@@ -44,10 +44,8 @@ def write_trace(path: Path, rows: list[dict[str, Any]]) -> None:
             ("first_step", pa.int32()),
             ("last_step", pa.int32()),
             ("steps", pa.list_(pa.int32())),
+            ("step_tokens", pa.list_(pa.int32())),
             ("tokens", pa.int64()),
         ]
     )
-    try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
-    except OSError as error:
-        raise disk_error(error, path) from error
+    write_table(path, pa.Table.from_pylist(rows, schema=schema))

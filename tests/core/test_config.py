@@ -91,6 +91,11 @@ def test_bad_recipes(tmp_path):
         parse_override("a=[1")
 
 
+def test_null_takes_a_mapping_of_the_base_away():
+    base = {"phases": {"stable": {"steps": 2}, "anneal": {"steps": 3}}, "n": 4}
+    assert merge(base, {"phases": {"stable": None}, "n": None}) == {"phases": {"anneal": {"steps": 3}}, "n": None}
+
+
 def test_difference_names_keys():
     assert difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "c": 2}, "d": 4}) == ["a.b: 1 -> 3", "d: (absent) -> 4"]
     assert difference({"a": 1}, {"a": 1}) == []

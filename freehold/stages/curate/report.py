@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from freehold.core.document import Conversation, Document
+from freehold.core.document import Conversation, Document, write_table
 from freehold.stages.curate.filters import Why
 
 
@@ -111,12 +111,11 @@ class Report:
     def write_drops(self, path: Path) -> None:
         """Write every drop as parquet, by source, then by id."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         names = ("id", "source", "path", "reason", "detail")
         schema = pa.schema([*((name, pa.string()) for name in names), ("chars", pa.int64())])
         rows = sorted(self.drops, key=lambda drop: (drop["source"], drop["id"], drop["path"]))
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+        write_table(path, pa.Table.from_pylist(rows, schema=schema))
 
 
 def _sizes(texts: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:

@@ -1,0 +1,190 @@
+"""The whole walk on a few hundred kilobytes of real text, then everything that can interrupt or change it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from freehold import walk
+from freehold.core.errors import ArtifactError, ConfigError
+
+RECIPE = "recipes/tiny.yaml"
+
+
+def freehold(*args: str, check: bool = True) -> subprocess.CompletedProcess:
+    result = subprocess.run([sys.executable, "-m", "freehold.cli", *args], capture_output=True, text=True)
+    if check:
+        assert result.returncode == 0, result.stderr
+    return result
+
+
+def hashes(run: Path) -> dict[str, str]:
+    found = {s: run / s / "manifest.json" for s in walk.WALK}
+    return {s: json.loads(p.read_text())["content_sha256"] for s, p in found.items() if p.exists()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    result = freehold("run", RECIPE, f"runs_dir={folder}")
+    (folder / "said.txt").write_text(result.stdout)
+    return folder
+
+
+def test_walk_ends_with_an_answer_and_a_summary(runs):
+    run = runs / "tiny"
+    assert set(hashes(run)) == set(walk.WALK)
+    answer = json.loads((run / "serve" / "answer.json").read_text())
+    assert answer["question"]
+    assert isinstance(answer["answer"], str)
+    said = (runs / "said.txt").read_text()
+    for word in ("freehold chat", "freehold serve", "TrueBase", "Base", "Preview", "GGUF", answer["question"]):
+        assert word.lower() in said.lower(), word
+    assert (run / "report.md").exists()
+    assert (run / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_each_manifest_names_inputs_hashes_versions_and_code(runs):
+    for stage, inputs in walk.WALK.items():
+        manifest = json.loads((runs / "tiny" / stage / "manifest.json").read_text())
+        assert manifest["kind"] == stage
+        assert set(manifest["inputs"]) == set(inputs)
+        for name, digest in manifest["inputs"].items():
+            assert digest == hashes(runs / "tiny")[name]
+        assert manifest["versions"]["torch"]
+        assert len(manifest["code_sha256"]) == 64
+        assert manifest["seconds"] >= 0
+
+
+def test_again_does_nothing_and_quickly(runs):
+    before = {p: p.stat().st_mtime_ns for p in (runs / "tiny").rglob("manifest.json")}
+    started = time.monotonic()
+    result = freehold("run", RECIPE, f"runs_dir={runs}", "--json")
+    assert time.monotonic() - started < 10
+    assert {s["state"] for s in json.loads(result.stdout)["stages"].values()} == {"up to date"}
+    assert {p: p.stat().st_mtime_ns for p in (runs / "tiny").rglob("manifest.json")} == before
+
+
+def test_changed_recipe_is_refused_and_shown(runs):
+    before = hashes(runs / "tiny")
+    result = freehold("run", RECIPE, f"runs_dir={runs}", "pretrain.optim.lr=1e-4", check=False)
+    assert result.returncode == 2
+    assert "config.optim.lr: 0.003 -> 0.0001" in result.stderr
+    assert "--fork" in result.stderr
+    assert hashes(runs / "tiny") == before
+
+
+def test_fork_keeps_the_old_run_and_takes_over_what_is_the_same(runs):
+    result = freehold(
+        "run", RECIPE, f"runs_dir={runs}", "align.optim.lr=1e-4", "until=align", "--fork", "other", "--json"
+    )
+    states = {s: told["state"] for s, told in json.loads(result.stdout)["stages"].items()}
+    assert states == {"gather": "taken over", "curate": "taken over", "tokenize": "taken over",
+                      "pretrain": "taken over", "align": "made"}  # fmt: skip
+    old, new = hashes(runs / "tiny"), hashes(runs / "other")
+    assert old["pretrain"] == new["pretrain"]
+    assert old["align"] != new["align"]
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_killed_and_run_again_ends_with_the_same_bits(runs, tmp_path, whole_group):
+    run = tmp_path / "tiny"
+    for stage in ("gather", "curate", "tokenize"):
+        shutil.copytree(runs / "tiny" / stage, run / stage)
+    command = [sys.executable, "-m", "freehold.cli", "run", RECIPE, f"runs_dir={tmp_path}", "until=align", "--quiet"]
+    process = subprocess.Popen(command, start_new_session=True)
+    while not list(run.glob("pretrain/checkpoints/step_*/manifest.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "pretrain" / "manifest.json").exists()
+    subprocess.run(command, check=True)
+    assert hashes(run)["align"] == hashes(runs / "tiny")["align"]
+    assert hashes(run)["pretrain"] == hashes(runs / "tiny")["pretrain"]
+    assert "resumed from step_" in (run / "pretrain" / "log" / "attempt_2.txt").read_text()
+
+
+def test_bit_flipped_shard_stops_training_and_is_named(runs, tmp_path):
+    run = tmp_path / "tiny"
+    for stage in ("gather", "curate", "tokenize"):
+        shutil.copytree(runs / "tiny" / stage, run / stage)
+    shard = run / "tokenize" / "tokens" / "code.train.bin"
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(data)
+    result = freehold("run", RECIPE, f"runs_dir={tmp_path}", "until=pretrain", check=False)
+    assert result.returncode == 2
+    assert "code.train.bin" in result.stderr
+    shard.write_bytes(data[:-2])
+    result = freehold("run", RECIPE, f"runs_dir={tmp_path}", "until=tokenize", check=False)
+    assert result.returncode == 2
+    assert "code.train.bin: missing or of another size" in result.stderr
+
+
+def test_two_runs_on_one_folder(tmp_path):
+    with walk.locked(tmp_path), pytest.raises(ArtifactError, match="another freehold"), walk.locked(tmp_path, 0.2):
+        raise AssertionError("the lock was given twice")
+
+
+def test_trace_and_lineage_answer_both_ways(runs):
+    run = runs / "tiny"
+    step = json.loads(freehold("trace", "--step", "3", "--run", str(run), "--json").stdout)
+    document = (
+        step["documents"][0]["document_id"] if "document_id" in step["documents"][0] else step["documents"][0]["id"]
+    )
+    back = json.dumps(json.loads(freehold("trace", document, "--run", str(run), "--json").stdout))
+    assert "truebase" in back
+    assert "preview" in back
+    graph = freehold("lineage", str(run)).stdout
+    for word in ("TrueBase", "Base", "Preview", "F32"):
+        assert word in graph
+
+
+def test_dry_run_and_json(runs):
+    shown = freehold("run", RECIPE, f"runs_dir={runs}", "--dry-run").stdout
+    assert "36 steps of 512 tokens" in shown
+    told = json.loads(freehold("pretrain", RECIPE, f"runs_dir={runs}", "optim.lr=1", "--dry-run", "--json").stdout)
+    assert told["stages"]["pretrain"]["state"] == "stale"
+    assert told["stages"]["pretrain"]["changes"] == ["config.optim.lr: 0.003 -> 1.0"]
+    schema = json.loads(freehold("schema", "pretrain").stdout)
+    assert "phases" in schema["properties"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["run", "recipes/lptop.yaml"], "did you mean recipes/laptop.yaml"),
+        (["run", RECIPE, "pretrian.optim.lr=1"], "did you mean `pretrain`"),
+        (["pretrain", RECIPE, "optim.lrr=1"], "did you mean `lr`"),
+        (["run", RECIPE, "until=nowhere"], "no such stage"),
+        (["run", RECIPE, "name=a/b"], "name"),
+        (["trace"], "give a document"),
+        (["lineage", "nowhere"], "no such run folder"),
+    ],
+)
+def test_mistakes_are_told(args, says):
+    result = freehold(*args, check=False)
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_section_that_is_no_mapping(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: r\ngather: 3\n")
+    with pytest.raises(ConfigError, match="not a mapping"):
+        walk.resolve(recipe)
+
+
+def test_stage_without_its_input(tmp_path):
+    result = freehold("curate", RECIPE, f"runs_dir={tmp_path}", check=False)
+    assert result.returncode == 2
+    assert "not a finished artifact" in result.stderr
+    assert "freehold run" in result.stderr
