@@ -1,6 +1,7 @@
 """Task items: their form on disk, when an answer counts, and how sure an accuracy is.
 
-`tasks/*.jsonl`, one item a line; extra keys are the writer's own notes:
+`tasks/<task>.jsonl`, one item a line. Its `task` names a part of the file's task (`gcd` in `reasoning`), for which
+accuracy is counted apart as well; further keys are the writer's own notes:
 - generate: `{"id", "task", "kind": "generate", "prompt": [message...], "answer": "42"}`
 - choice: `{"id", "task", "kind": "choice", "prompt": [message...], "choices": ["a", "b"...], "answer": 1}`
 """
@@ -47,13 +48,14 @@ class Item(pydantic.BaseModel):
 
 
 def read_items(folder: Path, limit: int | None = None) -> dict[str, list[Item]]:
-    """Return the items of all `*.jsonl` in `folder` by task, at most `limit` of each task, in file order.
+    """Return the items of each `<task>.jsonl` in `folder`, at most `limit` of each, in file order.
 
-    DataError names file and line of what is not an item, and of an item whose kind differs from its task's.
+    DataError names file and line of what is not an item, and of an item whose kind differs from those before it.
     """
     tasks: dict[str, list[Item]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        items: list[Item] = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:limit], 1):
             try:
                 item = Item.model_validate(json.loads(line))
             except json.JSONDecodeError as error:
@@ -62,16 +64,16 @@ def read_items(folder: Path, limit: int | None = None) -> dict[str, list[Item]]:
                 problem = error.errors()[0]
                 found = f"{'.'.join(map(str, problem['loc'])) or 'item'}: {problem['msg']}"
                 raise DataError("not a task item", where=f"{path}:{number}", found=found) from error
-            items = tasks.setdefault(item.task, [])
             if items and item.kind != items[0].kind:
                 raise DataError(
-                    "a task has items of one kind",
+                    "a task file holds items of one kind",
                     where=f"{path}:{number}",
-                    found=f"{item.kind} item of {item.task}",
+                    found=item.kind,
                     expected=items[0].kind,
                 )
-            if limit is None or len(items) < limit:
-                items.append(item)
+            items.append(item)
+        if items:
+            tasks[path.stem] = items
     return tasks
 
 

@@ -13,7 +13,7 @@ from freehold.core.log import Log
 from freehold.stages.evaluate import harness
 from freehold.stages.evaluate.config import MADE_BY, StageConfig
 from freehold.stages.evaluate.items import Item, read_items
-from freehold.stages.evaluate.table import tables
+from freehold.stages.evaluate.table import parts, tables
 from freehold.stages.evaluate.tasks import do_tasks
 from freehold.stages.evaluate.text import HeldOut, bits_per_byte, compressors, held_out
 
@@ -39,7 +39,8 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
             write_atomic(work.folder / "answers" / f"{name}.jsonl", "".join(lines))
     results["gain"] = gain(results["checkpoints"], config.task_checkpoints)
     write_json(work.folder / "results.json", results)
-    markdown = "\n".join(table.markdown() for table in tables(results))
+    shown = tables(results) + ([parts(results)] if any("tasks" in r for r in results["checkpoints"].values()) else [])
+    markdown = "\n".join(table.markdown() for table in shown)
     write_atomic(work.folder / "results.md", f"# Evaluation\n\n{markdown}")
     harness.write_tasks(work.folder / "lm_eval", tasks)
     return headline(results)

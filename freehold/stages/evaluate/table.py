@@ -13,6 +13,18 @@ def tables(results: dict[str, Any]) -> list[Table]:
     return [_bits(results), *([_tasks(tested, results["gain"])] if tested else [])]
 
 
+def parts(results: dict[str, Any]) -> Table:
+    """Return the accuracy on each part of each task, for those who want to know where it comes from."""
+    tested = {name: result["tasks"]["tasks"] for name, result in results["checkpoints"].items() if "tasks" in result}
+    first = next(iter(tested.values()))
+    rows = []
+    for task, record in first.items():
+        for part, counted in record["parts"].items():
+            found = [tasks[task]["parts"][part]["accuracy"] for tasks in tested.values()]
+            rows.append([f"{task}: {part}", str(counted["items"]), *(f"{100 * value:.0f}" for value in found)])
+    return Table("Parts of the tasks", ["part", "items", *tested], rows, "Accuracy in percent; few items, wide errors.")
+
+
 def _bits(results: dict[str, Any]) -> Table:
     settings, text, checkpoints = results["settings"], results["text"], results["checkpoints"]
     rows = []

@@ -21,18 +21,23 @@ if TYPE_CHECKING:
 def do_tasks(
     loaded: Loaded, tasks: dict[str, list[Item]], config: StageConfig, log: Log, name: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the scores per task and overall, and one row an item: what was asked, expected and answered."""
-    rows: list[dict[str, Any]] = []
+    """Return the scores per task, per part of it and overall, and one row an item: asked, expected, answered."""
+    by_task: dict[str, Any] = {}
+    everything: list[dict[str, Any]] = []
     for task, items in tasks.items():
         answer = _generate if items[0].kind == "generate" else _choose
-        rows += answer(loaded, items, config, log, f"{name}: {task}")
-    chances = {item.id: item.chance for items in tasks.values() for item in items}
+        rows = answer(loaded, items, config, log, f"{name}: {task}")
+        done = list(zip(items, (row["correct"] for row in rows), strict=True))
+        parts = {part: _total([d for d in done if d[0].task == part]) for part in sorted({i.task for i in items})}
+        by_task[task] = {"kind": items[0].kind, **_total(done), "parts": parts}
+        everything += [{"task": task, **row} for row in rows]
+    correct = [row["correct"] for row in everything]
+    overall = _total(list(zip([item for items in tasks.values() for item in items], correct, strict=True)))
+    return {"tasks": by_task, "overall": overall}, everything
 
-    def total(kept: list[dict[str, Any]]) -> dict[str, Any]:
-        return score([row["correct"] for row in kept], [chances[row["id"]] for row in kept])
 
-    by_task = {t: {"kind": items[0].kind, **total([r for r in rows if r["task"] == t])} for t, items in tasks.items()}
-    return {"tasks": by_task, "overall": total(rows)}, rows
+def _total(done: list[tuple[Item, bool]]) -> dict[str, Any]:
+    return score([correct for _, correct in done], [item.chance for item, _ in done])
 
 
 def _prompt(loaded: Loaded, item: Item, room_tokens: int) -> list[int]:
@@ -42,7 +47,7 @@ def _prompt(loaded: Loaded, item: Item, room_tokens: int) -> list[int]:
     if len(ids) + room_tokens > limit:
         raise DataError(
             "a task item does not fit the model's context",
-            where=f"{item.task} {item.id}",
+            where=item.id,
             found=f"{len(ids)} prompt tokens and {room_tokens} more",
             expected=f"at most {limit}",
         )
@@ -50,16 +55,13 @@ def _prompt(loaded: Loaded, item: Item, room_tokens: int) -> list[int]:
 
 
 def _generate(loaded: Loaded, items: list[Item], config: StageConfig, log: Log, what: str) -> list[dict[str, Any]]:
-    tokenizer = loaded.tokenizer
-    sampling = Sampling(
-        temperature=0.0, max_tokens=config.max_answer_tokens, stop_ids=(tokenizer.im_end, tokenizer.end_of_text)
-    )
+    sampling = Sampling(temperature=0.0, max_tokens=config.max_answer_tokens, stop_ids=loaded.stop_ids)
     prompts = [_prompt(loaded, item, config.max_answer_tokens) for item in items]
     texts = [""] * len(items)
     total = -(-len(items) // config.batch_items)
     for batch in log.track(batches([len(p) for p in prompts], config.batch_items), what, total, "batches"):
         for i, generation in zip(batch, loaded.engine.generate([prompts[i] for i in batch], sampling), strict=True):
-            texts[i] = tokenizer.decode(generation.ids, skip_specials=True)
+            texts[i] = loaded.tokenizer.decode(generation.ids, skip_specials=True)
     right = [normalise(text) == normalise(str(item.answer)) for item, text in zip(items, texts, strict=True)]
     return [_row(item, item.answer, text, ok) for item, text, ok in zip(items, texts, right, strict=True)]
 
@@ -84,5 +86,5 @@ def _choose(loaded: Loaded, items: list[Item], config: StageConfig, log: Log, wh
 
 
 def _row(item: Item, expected: object, answer: str, correct: bool) -> dict[str, Any]:
-    asked = {"id": item.id, "task": item.task, "question": item.prompt[-1].get("content")}
+    asked = {"id": item.id, "part": item.task, "question": item.prompt[-1].get("content")}
     return {**asked, "expected": expected, "answer": answer, "correct": correct}
