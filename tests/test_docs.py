@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from freehold import cli, walk
+from freehold.core.document import Conversation, Document
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -41,7 +42,7 @@ def anchors(path: Path) -> set[str]:
 
 
 def commands(path: Path) -> list[tuple[str, str]]:
-    """Return (verb, the rest of the line up to a comment) of each command a page shows; prose about Freehold is none."""
+    """Return (verb, the rest of the line up to a comment) of each command a page shows; prose is none."""
     text = text_of(path).replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line.startswith("    ") or "`" in line]
     lines += [line for _, block in FENCE.findall(text) for line in block.splitlines()]
@@ -99,6 +100,15 @@ def test_recipes_in_documents_resolve(tmp_path):
     for page, block in whole:
         (tmp_path / "shown.yaml").write_text(block, encoding="utf-8")
         assert walk.resolve(tmp_path / "shown.yaml").head.name, page_id(page)
+
+
+def test_formats_name_every_column_and_metric():
+    text = text_of(ROOT / "docs/formats.md")
+    columns = {*Document.SCHEMA.names, *Conversation.SCHEMA.names}
+    source = "".join(text_of(path) for path in (ROOT / "freehold/trainer").glob("*.py"))
+    metrics = set(re.findall(r"\"((?:loss|optim|perf|moe|val)/[a-z_]+)", source))
+    assert len(metrics) > 10
+    assert not {name for name in columns | metrics if not re.search(rf"`{name}[`/]", text)}
 
 
 def test_every_stage_has_its_page():
