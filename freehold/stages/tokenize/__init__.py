@@ -1,0 +1,1 @@
+"""Documents to token ids: trains the tokenizer, writes shards with a document index."""
