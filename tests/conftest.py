@@ -34,3 +34,31 @@ def tiny_model():
         # Random heads are nearly flat: sharper ones make greedy choices and log-probabilities tell more.
         model.lm_head.weight *= 8
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A tokenizer of 512 tokens, the tiny model's vocabulary."""
+    import textwrap
+    from pathlib import Path
+
+    from freehold.core.log import Log
+    from freehold.tokenizer.bpe import train
+
+    text = Path(textwrap.__file__).read_text(encoding="utf-8")
+    return train([text, "The capital of France is Paris. The capital of Peru is Lima."], 512, Log(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model, tiny_tokenizer, tmp_path_factory):
+    """A finished native checkpoint of the tiny model: `run/align/preview`. Copy it before changing it."""
+    from freehold.checkpoint import native
+
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    tiny_tokenizer.save(run / "tokenizer")
+    files = [run / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    facts = {"step": 1, "stage_type": "Preview", "tokenizer_sha256": tiny_tokenizer.sha256}
+    folder = run / "align" / "preview"
+    folder.parent.mkdir(parents=True)
+    native.save(folder, {"model": tiny_model.state_dict()}, tiny_model.config, facts, files)
+    return folder

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from freehold.core.errors import RequestError
 from freehold.infer.cache import KVCache
-from freehold.infer.sampler import Sampler, Sampling
+from freehold.infer.sampler import Sampler, Sampling, check_ids
 from freehold.model.afmoe import Afmoe
 
 PREFILL_TOKENS = 2048
@@ -82,17 +82,14 @@ class Engine:
         RequestError names an empty prompt or an id outside the vocabulary, ContextOverflow the limit.
         """
         settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-        self._budgets(prompts, settings)
         results = [Generation(len(prompt)) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), self.max_batch):
-            batch = order[start : start + self.max_batch]
-            for row, token in self.decode([prompts[i] for i in batch], [settings[i] for i in batch]):
-                result = results[batch[row]]
-                result.ids.append(token.id)
-                result.logprobs.append(token.logprob)
-                result.top_logprobs.append(token.top_logprobs)
-                result.finish_reason = token.finish_reason or "length"
+        for place, token in self.decode([prompts[i] for i in order], [settings[i] for i in order]):
+            result = results[order[place]]
+            result.ids.append(token.id)
+            result.logprobs.append(token.logprob)
+            result.top_logprobs.append(token.top_logprobs)
+            result.finish_reason = token.finish_reason or "length"
         return results
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
@@ -101,11 +98,22 @@ class Engine:
             yield token
 
     def decode(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> Iterator[tuple[int, Token]]:
-        """Yield (number of the prompt, token) for up to `max_batch` prompts decoded together.
+        """Yield (number of the prompt, token) as tokens are made, `max_batch` prompts at a time.
 
-        A finished prompt leaves the batch at once. A prompt with `max_tokens=0` yields nothing.
+        A finished prompt leaves its batch at once. A prompt with `max_tokens=0` yields nothing. What cannot be
+        answered is refused before the first token; closing the iterator stops the work.
         """
         budgets = self._budgets(prompts, settings)
+        check_ids(settings, self.vocab_size)
+        for first in range(0, len(prompts), self.max_batch):
+            batch = slice(first, first + self.max_batch)
+            for row, token in self._decode(prompts[batch], settings[batch], budgets[batch]):
+                yield first + row, token
+
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling], budgets: list[int]
+    ) -> Iterator[tuple[int, Token]]:
+        """Decode one batch."""
         rows = [i for i, budget in enumerate(budgets) if budget > 0]
         if not rows:
             return

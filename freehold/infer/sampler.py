@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,16 +77,20 @@ def _check(name: str, value: float, low: float, high: float, *, above: bool = Fa
         raise RequestError(f"{name} is out of range", where=name, found=value, expected=bounds)
 
 
+def check_ids(settings: Sequence[Sampling], vocab_size: int) -> None:
+    """Refuse a `logit_bias` for what is no token of this vocabulary."""
+    for s in settings:
+        beyond = [i for i in s.logit_bias if not 0 <= i < vocab_size]
+        if beyond:
+            raise RequestError(
+                "logit_bias names no token", where="logit_bias", found=beyond[0], expected=f"0 to {vocab_size - 1}"
+            )
+
+
 class Sampler:
     """Draws the next token of each row of a batch; holds each row's random stream and its counts."""
 
     def __init__(self, settings: Sequence[Sampling], vocab_size: int) -> None:
-        for s in settings:
-            beyond = [i for i in s.logit_bias if not 0 <= i < vocab_size]
-            if beyond:
-                raise RequestError(
-                    "logit_bias names no token", where="logit_bias", found=beyond[0], expected=f"0 to {vocab_size - 1}"
-                )
         self.settings = list(settings)
         self._random = [random.Random(s.seed) if s.seed is not None else random.Random() for s in settings]
         self._counts = [torch.zeros(vocab_size) if s.penalises else None for s in settings]
@@ -94,8 +99,7 @@ class Sampler:
     def remove(self, row: int) -> None:
         """Forget a row; the last row takes its place."""
         for rows in (self.settings, self._random, self._counts):
-            rows[row] = rows[-1]  # type: ignore[index]
-            rows.pop()  # type: ignore[attr-defined]
+            _replace_by_last(rows, row)
         self._prepare()
 
     def draw(self, logits: Tensor) -> Tensor:
@@ -146,6 +150,11 @@ class Sampler:
                 ids = torch.tensor(list(s.logit_bias), device=logits.device)
                 logits[row, ids] += torch.tensor(list(s.logit_bias.values()), device=logits.device)
         return logits
+
+
+def _replace_by_last(rows: list[Any], row: int) -> None:
+    rows[row] = rows[-1]
+    rows.pop()
 
 
 def _filter(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from freehold.core.errors import RequestError
-from freehold.infer.sampler import Sampler, Sampling
+from freehold.infer.sampler import Sampler, Sampling, check_ids
 
 CHANCES = [0.5, 0.25, 0.125, 0.0625, 0.0625]
 LOGITS = torch.tensor([CHANCES]).log()
@@ -133,4 +133,4 @@ def test_a_value_out_of_range_is_refused_by_name(name, value):
 
 def test_a_bias_for_no_token_is_refused():
     with pytest.raises(RequestError, match="0 to 4"):
-        Sampler([Sampling(logit_bias={5: 1.0})], 5)
+        check_ids([Sampling(logit_bias={5: 1.0})], 5)

@@ -1,0 +1,164 @@
+"""Three lines to an answer.
+
+>>> from freehold import api
+>>> model = api.load("runs/laptop")
+>>> print(model.generate("What is the capital of France?"))
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from freehold.checkpoint import hf, native
+from freehold.core.artifact import MANIFEST, read_manifest
+from freehold.core.errors import ArtifactError, CheckpointError
+from freehold.infer.engine import Engine
+from freehold.infer.sampler import Sampling
+from freehold.model.afmoe import Afmoe
+from freehold.model.config import ModelConfig
+from freehold.tokenizer.bpe import Tokenizer
+from freehold.tokenizer.chat import render_ids
+from freehold.tokenizer.output import AnswerParser, Piece, TextStream
+
+Message = dict[str, Any]
+Dtype = Literal["float32", "bfloat16"]
+
+# Where a run folder or a stage's folder keeps its models, the most finished one first.
+MODELS = (
+    "align/preview", "preview", "pretrain/base", "base", "pretrain/truebase", "truebase", "export/hf", "hf",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that can be asked."""
+
+    model: Afmoe
+    tokenizer: Tokenizer
+    config: ModelConfig
+    engine: Engine
+    folder: Path
+    """Where it was found."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: of the turn, and of the text."""
+        return (self.tokenizer.eos, self.tokenizer.end_of_text)
+
+    def generate(
+        self, prompt: str | Sequence[Message], *, max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+    ) -> str:
+        """Answer a question (one user message) or a conversation (`[{"role", "content"}, ...]`).
+
+        Returns the answer without its reasoning or tool calls; `answer` yields those too. ContextOverflow when
+        prompt and answer do not fit the model's context.
+        """
+        sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, stop_ids=self.stop_ids)
+        return "".join(piece.text for piece in self.answer(prompt, sampling) if piece.kind == "content")
+
+    def answer(self, prompt: str | Sequence[Message], sampling: Sampling) -> Iterator[Piece]:
+        """Yield the pieces of an answer as they become certain: content, reasoning, tool calls."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        ids, _ = render_ids(self.tokenizer, messages, generation=True)
+        text, parser = TextStream(self.tokenizer), AnswerParser()
+        for token in self.engine.stream(ids, sampling):
+            yield from parser.feed(text.feed(token.id))
+        yield from parser.feed(text.finish())
+        yield from parser.finish()
+
+    def complete(self, text: str, *, max_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
+        """Go on with a text, as a model does that was not taught to converse; returns what follows it."""
+        sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, stop_ids=self.stop_ids)
+        ids = self.tokenizer.encode(text) or [self.tokenizer.end_of_text]
+        stream = TextStream(self.tokenizer)
+        return "".join(stream.feed(i) for i in self.engine.generate([ids], sampling)[0].ids) + stream.finish()
+
+
+def load(path: str | Path, dtype: Dtype = "float32", *, max_batch: int = 32, limit_tokens: int | None = None) -> Loaded:
+    """Open a checkpoint, a run or stage folder (its most finished model), or an AFMoE folder in HF form.
+
+    Raises ArtifactError when the path is none of these, CheckpointError when the model is damaged or its
+    tokenizer is another one's.
+    """
+    folder = find_model(Path(path))
+    if (folder / MANIFEST).exists() and read_manifest(folder)["kind"] == "checkpoint":
+        config, state = native.read_model(folder)
+    else:
+        config, state = hf.load_hf(folder)
+    tokenizer = Tokenizer.load(folder)
+    _check_tokenizer(folder, tokenizer, config)
+    model = Afmoe(config)
+    native.match_keys(state, model.state_dict(), folder)
+    model.load_state_dict(state, assign=True)
+    model.to_compute({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).requires_grad_(False)
+    return Loaded(model, tokenizer, config, Engine(model, max_batch, limit_tokens), folder)
+
+
+def find_model(path: Path) -> Path:
+    """Return the folder of the model that `path` means; ArtifactError with what was looked for."""
+    if not path.exists():
+        raise ArtifactError("no such path", where=path, todo="give a run folder (runs/NAME) or a checkpoint")
+    if path.is_file():
+        raise ArtifactError(
+            "a file is not a model folder",
+            where=path,
+            expected="a run, checkpoint or HF folder",
+            todo="`freehold serve` opens .gguf files" if path.suffix == ".gguf" else None,
+        )
+    if _is_model(path):
+        return path
+    for name in MODELS:
+        if _is_model(path / name):
+            return path / name
+    for steps in (path, path / "checkpoints", path / "pretrain" / "checkpoints"):
+        found = sorted(p for p in steps.glob("step_*") if _is_model(p))
+        if found:
+            return found[-1]
+    raise ArtifactError(
+        "no model here",
+        where=path,
+        found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
+        expected="a finished checkpoint, a run with one in align/ or pretrain/, or an AFMoE folder in HF form",
+        todo="`freehold run RECIPE` makes one",
+    )
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is a finished checkpoint or an AFMoE folder in HF form."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return False
+    if (folder / native.STATE).exists():
+        return (folder / MANIFEST).exists()
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type") == "afmoe"
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        return False
+
+
+def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Refuse a tokenizer that is not the model's."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            "the tokenizer has more tokens than the model",
+            where=folder / "tokenizer.json",
+            found=f"{tokenizer.vocab_size:,} tokens",
+            expected=f"at most {config.vocab_size:,}",
+            todo="put the tokenizer the model was trained with beside it",
+        )
+    facts = folder / "trainer.json"
+    recorded = json.loads(facts.read_text(encoding="utf-8")).get("tokenizer_sha256") if facts.exists() else None
+    if recorded and recorded != tokenizer.sha256:
+        raise CheckpointError(
+            "not the tokenizer this model was trained with",
+            where=folder / "tokenizer.json",
+            found=tokenizer.sha256[:16],
+            expected=recorded[:16],
+            todo="put the tokenizer the model was trained with beside it",
+        )

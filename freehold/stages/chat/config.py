@@ -1,0 +1,29 @@
+"""What a chat can be told; imports without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from freehold.core.config import Config
+
+
+class StageConfig(Config):
+    """A chat in the terminal."""
+
+    path: Path = Field(description="Run folder, checkpoint or HF folder.")
+    system: str | None = Field(None, description="System message the conversation begins with.")
+    temperature: float = Field(0.7, ge=0, le=2, description="0 = always the most probable token.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Choose among the tokens that together have this probability.")
+    top_k: int = Field(50, ge=0, description="Choose among so many most probable tokens; 0 = all.")
+    max_tokens: int = Field(512, gt=0, description="Longest answer, in tokens.")
+    seed: int | None = Field(None, description="The same seed gives the same answers; default: other ones each time.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format to compute in.")
+    show_reasoning: bool = Field(True, description="Show what the model thinks before it answers, dimmed.")
+
+
+def plan(config: StageConfig) -> list[str]:
+    """Return what --dry-run says."""
+    return [f"talks to {config.path}"]

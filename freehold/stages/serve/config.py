@@ -1,0 +1,42 @@
+"""What serving can be told; imports without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from freehold.core.config import Config
+
+KEY_VARIABLE = "FREEHOLD_API_KEY"
+"""Environment variable: when set, requests must carry `Authorization: Bearer <its value>`."""
+
+
+class StageConfig(Config):
+    """The server, and the one question the walk asks it."""
+
+    path: Path | None = Field(
+        None, description="Checkpoint, run folder, HF folder or .gguf file; default in a run: its aligned checkpoint."
+    )
+    tokenizer: Path | None = Field(
+        None, description="Folder of the tokenizer for a .gguf file; default: beside it, or in ../hf."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 = every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 = any free one. A run takes a free one.")
+    model_name: str | None = Field(None, description="Name clients ask for; default: the folder's or file's name.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format to compute in.")
+    max_model_len: int | None = Field(
+        None, gt=0, description="Longest context in tokens, prompt and answer together; default: the model's."
+    )
+    max_batch: int = Field(32, gt=0, description="Prompts (or choices, `n`) of one request that are decoded together.")
+    max_queue: int = Field(64, gt=0, description="Requests that may wait; one more is answered with status 429.")
+    question: str = Field("What is the capital of France?", description="What the walk asks, over HTTP.")
+    answer_tokens: int = Field(64, gt=0, description="Longest answer to that question, in tokens.")
+    start_timeout_s: float = Field(120, gt=0, description="How long the walk waits for the server to be ready.")
+
+
+def plan(config: StageConfig) -> list[str]:
+    """Return what --dry-run says."""
+    model = config.path or "this run's aligned checkpoint"
+    return [f"serves {model} once, asks {config.question!r}, keeps the answer in answer.json"]

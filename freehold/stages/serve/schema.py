@@ -1,0 +1,187 @@
+"""The requests we accept, in OpenAI's words; anything else is refused by name, never silently dropped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pydantic
+from pydantic import Field
+
+from freehold.core.errors import RequestError
+from freehold.infer.sampler import MAX_TOP_LOGPROBS, Sampling
+
+MAX_CHOICES = 128
+Ids = list[int]
+
+
+class _Part(pydantic.BaseModel):
+    """The base of every part of a request: strict types, unknown fields refused."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Part):
+    """What else a stream carries."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    """Accepted and ignored: nothing is padded here."""
+
+
+class Request(_Part):
+    """What chat and text completions have in common."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+
+    # Accepted, and of no consequence for the answer.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings; an empty one is refused."""
+        stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        if "" in stops:
+            raise RequestError("a stop string is empty", where="stop", expected="at least one character")
+        return stops
+
+    @property
+    def usage_wanted(self) -> bool:
+        """Whether a stream ends with a chunk of token counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(
+        self, stop_ids: tuple[int, ...], *, choice: int = 0, logprobs: int = 0, max_tokens: int | None
+    ) -> Sampling:
+        """Return how choice number `choice` is sampled: with its own draws, but the same ones every time."""
+        bias: dict[int, float] = {}
+        for key, value in (self.logit_bias or {}).items():
+            if not key.lstrip("-").isdecimal():
+                raise RequestError("logit_bias maps token ids to numbers", where="logit_bias", found=key)
+            bias[int(key)] = value
+        return Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(self.top_k or 0, 0),
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=bias,
+            max_tokens=max_tokens,
+            stop_ids=stop_ids,
+            seed=None if self.seed is None else self.seed + choice,
+            logprobs=logprobs,
+        )
+
+    def refuse(self, name: str, *accepted: Any) -> None:
+        """Raise RequestError when a field asks for what this server cannot do."""
+        value = getattr(self, name)
+        if value is not None and value not in accepted:
+            expected = " or ".join(repr(a) for a in accepted) if accepted else "nothing: it is not supported here"
+            raise RequestError(f"{name} is not supported with this value", where=name, found=value, expected=expected)
+
+
+class CompletionRequest(Request):
+    """`POST /v1/completions`."""
+
+    prompt: str | list[str] | Ids | list[Ids]
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    best_of: int | None = None
+    suffix: str | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot be done as asked."""
+        self.refuse("best_of", 1, self.n or 1)
+        self.refuse("suffix", "")
+
+
+class ChatMessage(_Part):
+    """One message; content may come as text or as a list of text parts."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    # What clients send back when they return our own message.
+    refusal: Any = None
+    annotations: Any = None
+    audio: None = None
+    function_call: None = None
+
+    def plain(self, number: int) -> dict[str, Any]:
+        """Return the message as the template takes it; RequestError when a part is not text."""
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        content = self.content
+        if isinstance(content, list):
+            for part in content:
+                if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                    raise RequestError(
+                        "only text can be read", where=f"messages.{number}.content", found=part.get("type")
+                    )
+            content = "".join(part["text"] for part in content)
+        message["content"] = content or ""
+        if self.tool_calls:
+            message["tool_calls"] = self.tool_calls
+        reasoning = self.reasoning_content or self.reasoning
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        return message
+
+
+class ChatRequest(Request):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    response_format: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    functions: Any = None
+    function_call: Any = None
+    audio: Any = None
+    prediction: Any = None
+    web_search_options: Any = None
+
+    # Accepted, and of no consequence for the answer.
+    parallel_tool_calls: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+
+    def check(self) -> None:
+        """Refuse what cannot be done as asked."""
+        self.refuse("tool_choice", "none", "auto")
+        self.refuse("response_format", {"type": "text"})
+        self.refuse("modalities", ["text"])
+        for name in ("functions", "function_call", "audio", "prediction", "web_search_options"):
+            self.refuse(name)
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs", where="top_logprobs", expected="logprobs: true")
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """The tools the model is told of."""
+        return self.tools if self.tools and self.tool_choice != "none" else None

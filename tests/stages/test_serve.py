@@ -1,0 +1,428 @@
+"""The server, asked by the official OpenAI client over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from freehold import api
+from freehold.infer.sampler import Sampling
+from freehold.stages.serve.app import create_app
+from freehold.stages.serve.backends import Served
+from freehold.stages.serve.config import StageConfig
+from freehold.tokenizer.chat import render_ids
+
+MODEL = "tiny"
+HELLO = [{"role": "user", "content": "The capital of France?"}]
+
+
+class Running:
+    """A server in a thread of this process, on a free port."""
+
+    def __init__(self, app) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint):
+    return api.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def server(loaded):
+    with Running(create_app(Served(MODEL, loaded.engine, loaded.tokenizer), StageConfig())) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=server.address + "/v1", api_key="none", max_retries=0)
+
+
+def greedy(loaded, messages, max_tokens):
+    ids, _ = render_ids(loaded.tokenizer, messages, generation=True)
+    return ids, loaded.engine.generate([ids], Sampling(temperature=0, max_tokens=max_tokens, stop_ids=loaded.stop_ids))[
+        0
+    ]
+
+
+def test_chat_equals_the_engine(client, loaded):
+    answer = client.chat.completions.create(model=MODEL, messages=HELLO, temperature=0, max_tokens=12)
+    ids, expected = greedy(loaded, HELLO, 12)
+    assert answer.object == "chat.completion"
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content == loaded.generate(HELLO, max_tokens=12)
+    assert answer.choices[0].finish_reason == expected.finish_reason
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), len(expected.ids))
+    assert answer.usage.total_tokens == len(ids) + len(expected.ids)
+
+
+def test_a_stream_says_the_same(client):
+    options = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_tokens": 12}
+    whole = client.chat.completions.create(**options)
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == whole.choices[0].message.content
+    reasons = [c.choices[0].finish_reason for c in chunks[:-1]]
+    assert reasons == [None] * (len(reasons) - 1) + [whole.choices[0].finish_reason]
+    assert all(c.choices[0].delta.role is None for c in chunks[1:-1])
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_the_stream_ends_with_done(server):
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 3, "stream": True}
+    answer = httpx.post(server.address + "/v1/chat/completions", json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = answer.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all("usage" not in json.loads(e.removeprefix("data: ")) for e in events[:-2])
+
+
+def test_seeds_repeat_choices_differ(client):
+    options = {"model": MODEL, "messages": HELLO, "max_tokens": 16, "n": 3, "temperature": 1.5}
+    first = [c.message.content for c in client.chat.completions.create(**options, seed=7).choices]
+    again = [c.message.content for c in client.chat.completions.create(**options, seed=7).choices]
+    other = [c.message.content for c in client.chat.completions.create(**options, seed=70).choices]
+    assert first == again
+    assert len(set(first)) == 3
+    assert first != other
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**options, seed=7, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == first
+
+
+def test_a_conversation_goes_on(client):
+    first = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=8, temperature=0)
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "The capital "}, {"type": "text", "text": "of France?"}]},
+        first.choices[0].message,
+        {"role": "user", "content": "And of Peru?"},
+    ]
+    second = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=8, temperature=0)
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+def test_top_k_and_min_p_reach_the_sampler(client):
+    options = {"model": MODEL, "messages": HELLO, "max_tokens": 10, "temperature": 2}
+    best = client.chat.completions.create(**options | {"temperature": 0}).choices[0].message.content
+    for extra in ({"top_k": 1}, {"min_p": 1.0}):
+        assert client.chat.completions.create(**options, extra_body=extra).choices[0].message.content == best
+    assert client.chat.completions.create(**options, top_p=1e-9).choices[0].message.content == best
+    biased = client.chat.completions.create(**options, logit_bias={"97": 100}).choices[0].message
+    assert len(set(biased.content)) == 1
+
+
+def test_chat_logprobs(client, loaded):
+    options = {"model": MODEL, "messages": HELLO, "max_tokens": 6, "temperature": 0, "logprobs": True}
+    answer = client.chat.completions.create(**options, top_logprobs=3)
+    _, expected = greedy(loaded, HELLO, 6)
+    content = answer.choices[0].logprobs.content
+    assert [c.logprob for c in content] == pytest.approx(expected.logprobs[: len(content)], abs=1e-4)
+    assert all(len(c.top_logprobs) == 3 and c.top_logprobs[0].logprob == c.logprob for c in content)
+    assert b"".join(bytes(c.bytes) for c in content) == loaded.tokenizer.decode_bytes(
+        expected.ids[: len(content)], skip_specials=False
+    )
+    streamed = [
+        entry
+        for chunk in client.chat.completions.create(**options, top_logprobs=3, stream=True)
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content
+    ]
+    assert streamed == content
+
+
+def test_stop_strings_end_the_answer_and_are_not_in_it(client):
+    options = {"model": MODEL, "prompt": "The capital", "max_tokens": 30, "temperature": 0}
+    whole = client.completions.create(**options).choices[0].text
+    assert len(whole) > 8
+    for at, width in ((3, 1), (4, 3), (0, 2)):
+        stop = whole[at : at + width]
+        cut = client.completions.create(**options, stop=[stop, "\u0000never"])
+        assert (cut.choices[0].text, cut.choices[0].finish_reason) == (whole[: whole.index(stop)], "stop")
+        streamed = list(client.completions.create(**options, stop=stop, stream=True))
+        assert "".join(c.choices[0].text for c in streamed) == whole[: whole.index(stop)]
+        assert [c.choices[0].finish_reason for c in streamed if c.choices[0].finish_reason] == ["stop"]
+    assert cut.usage.completion_tokens < 30
+
+
+def test_completions_take_texts_and_ids(client, loaded):
+    texts = ["The capital", "def add"]
+    ids = [loaded.tokenizer.encode(t) for t in texts]
+    options = {"model": MODEL, "max_tokens": 7, "temperature": 0}
+    expected = [c.text for c in client.completions.create(prompt=texts, **options).choices]
+    assert [c.text for c in client.completions.create(prompt=ids, **options).choices] == expected
+    assert client.completions.create(prompt=ids[1], **options).choices[0].text == expected[1]
+    two = client.completions.create(prompt=texts, n=2, echo=True, **options)
+    assert [c.index for c in two.choices] == [0, 1, 2, 3]
+    assert [c.text for c in two.choices] == [t + e for t, e in zip(texts, expected, strict=True) for _ in "ab"]
+    assert two.usage.prompt_tokens == sum(map(len, ids))
+    assert client.completions.create(model=MODEL, prompt="a", temperature=0).usage.completion_tokens <= 16
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_echoed_logprobs_equal_the_engines_score(client, loaded, max_tokens):
+    """What lm-evaluation-harness sends for loglikelihood requests (`local-completions`)."""
+    prompts = [loaded.tokenizer.encode("The capital of France is Paris."), loaded.tokenizer.encode("def é")]
+    answer = client.completions.create(
+        model=MODEL, prompt=prompts, echo=True, max_tokens=max_tokens, logprobs=1, temperature=0, seed=1234
+    )
+    for ids, choice in zip(prompts, answer.choices, strict=True):
+        block = choice.logprobs
+        assert block.token_logprobs[0] is None
+        assert block.top_logprobs[0] is None
+        assert len(block.token_logprobs) == len(block.tokens) == len(block.text_offset) == len(ids) + max_tokens
+        assert block.token_logprobs[1 : len(ids)] == pytest.approx(loaded.engine.score([ids])[0][1:], abs=1e-4)
+        for own, name, top in zip(block.token_logprobs[1:], block.tokens[1:], block.top_logprobs[1:], strict=True):
+            assert top[name] == own
+            assert len(top) in (1, 2)  # the best, and the token itself if it is another
+    assert answer.choices[0].text.startswith("The capital of France is Paris.")
+
+
+def test_greedy_tokens_are_seen_to_be_greedy(client, loaded):
+    ids = loaded.tokenizer.encode("The capital")
+    full = ids + loaded.engine.generate([ids], Sampling(temperature=0, max_tokens=5))[0].ids
+    options = {"model": MODEL, "echo": True, "max_tokens": 1, "logprobs": 1, "temperature": 0}
+    block = client.completions.create(prompt=[full], **options).choices[0].logprobs
+    told = zip(block.token_logprobs[len(ids) : -1], block.top_logprobs[len(ids) : -1], strict=True)
+    assert all(own == max(top.values()) for own, top in told)
+
+
+def test_models_health_and_metrics(server, client):
+    assert [m.id for m in client.models.list().data] == [MODEL]
+    assert client.models.retrieve(MODEL).object == "model"
+    assert httpx.get(server.address + "/health").json() == {"status": "ok"}
+    before = metric(server, "freehold_generated_tokens_total")
+    client.completions.create(model=MODEL, prompt="x", max_tokens=5, temperature=0, logit_bias={"97": 100})
+    assert metric(server, "freehold_generated_tokens_total") == before + 5
+    assert metric(server, 'freehold_requests_total{route="/v1/completions",status="200"}') >= 1
+    assert metric(server, "freehold_waiting_requests") == 0
+
+
+def metric(server, name: str) -> float:
+    lines = httpx.get(server.address + "/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + " "))
+
+
+CHAT = {"model": MODEL, "messages": HELLO, "max_tokens": 2}
+TEXT = {"model": MODEL, "prompt": "a", "max_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "code"),
+    [
+        (CHAT | {"model": "other"}, 404, "model", "model_not_found"),
+        (CHAT | {"temperature": 3}, 400, "temperature", "invalid_value"),
+        (CHAT | {"temperature": "hot"}, 400, "temperature", "invalid_type"),
+        (CHAT | {"top_p": 0}, 400, "top_p", "invalid_value"),
+        (CHAT | {"n": 0}, 400, "n", "invalid_type"),
+        (CHAT | {"max_tokens": 5000}, 400, "max_tokens", "context_length_exceeded"),
+        (CHAT | {"messages": [{"role": "user", "content": "a" * 9000}]}, 400, "prompt", "context_length_exceeded"),
+        (CHAT | {"messages": []}, 400, "messages", "invalid_type"),
+        (CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content", None),
+        ({"model": MODEL}, 400, "messages", "missing_required_parameter"),
+        (CHAT | {"wisdom": 1}, 400, "wisdom", "unknown_parameter"),
+        (CHAT | {"tool_choice": "required"}, 400, "tool_choice", "invalid_value"),
+        (CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format", "invalid_value"),
+        (CHAT | {"functions": []}, 400, "functions", "invalid_value"),
+        (CHAT | {"top_logprobs": 2}, 400, "top_logprobs", "invalid_value"),
+        (CHAT | {"logit_bias": {"a": 1}}, 400, "logit_bias", "invalid_value"),
+        (CHAT | {"logit_bias": {"4711": 1}}, 400, "logit_bias", "invalid_value"),
+        (CHAT | {"stop": ""}, 400, "stop", "invalid_value"),
+        (CHAT | {"stream": True, "max_tokens": 5000}, 400, "max_tokens", "context_length_exceeded"),
+        (TEXT | {"prompt": ""}, 400, "prompt", "invalid_value"),
+        (TEXT | {"prompt": []}, 400, "prompt", "invalid_value"),
+        (TEXT | {"prompt": [[1, 99999]]}, 400, "prompt", "invalid_value"),
+        (TEXT | {"prompt": [1.5]}, 400, "prompt", "invalid_type"),
+        (TEXT | {"best_of": 3}, 400, "best_of", "invalid_value"),
+        (TEXT | {"suffix": "b"}, 400, "suffix", "invalid_value"),
+    ],
+    ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
+)
+def test_a_request_that_cannot_be_answered_is_refused_by_name(server, body, status, param, code):
+    route = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
+    answer = httpx.post(server.address + route, json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param)
+    assert code in (None, error["code"])
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+
+
+def test_broken_json_and_unknown_paths(server, client):
+    answer = httpx.post(
+        server.address + "/v1/completions", content=b"{'a", headers={"content-type": "application/json"}
+    )
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    answer = httpx.get(server.address + "/v1/nothing")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (404, "invalid_request_error")
+    assert httpx.get(server.address + "/v1/completions").status_code == 405
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_tools_are_offered_and_fields_without_consequence_accepted(client):
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    options = {"model": MODEL, "messages": HELLO, "max_tokens": 4, "user": "me", "parallel_tool_calls": False}
+    with_tools = client.chat.completions.create(**options, tools=[tool], tool_choice="auto")
+    without = client.chat.completions.create(**options, tools=[tool], tool_choice="none")
+    assert with_tools.usage.prompt_tokens > without.usage.prompt_tokens
+
+
+class Script:
+    """A backend that says what it is told to, a token at a time: what a trained model would say."""
+
+    limit_tokens = 1000
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer, self.text, self.reason, self.pause_s, self.closed = tokenizer, "", "stop", 0.0, 0
+
+    def decode(self, prompts, settings):
+        from freehold.infer.engine import Token
+
+        ids = self.tokenizer.encode(self.text, specials=True)
+        try:
+            for number in range(len(prompts)):
+                for token in ids:
+                    time.sleep(self.pause_s)
+                    yield number, Token(token, -0.5)
+                last = self.tokenizer.eos if self.reason == "stop" else ids[0]
+                yield number, Token(last, -0.5, finish_reason=self.reason)
+        finally:
+            self.closed += 1
+
+    def score_top(self, sequences, top):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def script(tiny_tokenizer):
+    backend = Script(tiny_tokenizer)
+    config = StageConfig(max_queue=1)
+    with Running(create_app(Served(MODEL, backend, tiny_tokenizer), config, api_key="secret")) as running:
+        backend.client = openai.OpenAI(base_url=running.address + "/v1", api_key="secret", max_retries=0)
+        yield backend
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_thoughts_and_tool_calls_are_taken_apart(script):
+    script.text = (
+        '<think>\nAdd them.\n</think>\n\nSure.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+        '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
+    )
+    options = {"model": MODEL, "messages": HELLO, "tools": [TOOL]}
+    message = script.client.chat.completions.create(**options).choices[0].message
+    assert (message.reasoning_content, message.content) == ("Add them.", "Sure.")
+    assert [(c.function.name, c.function.arguments) for c in message.tool_calls] == [
+        ("add", '{"a": 1}'),
+        ("add", '{"a": 2}'),
+    ]
+    reasoning, content, calls, reasons = "", "", [], []
+    for chunk in script.client.chat.completions.create(**options, stream=True):
+        delta = chunk.choices[0].delta
+        reasoning += getattr(delta, "reasoning_content", None) or ""
+        content += delta.content or ""
+        calls += delta.tool_calls or []
+        reasons.append(chunk.choices[0].finish_reason)
+    assert (reasoning, content) == ("Add them.", "Sure.")
+    assert [(c.index, c.function.name, c.function.arguments) for c in calls] == [
+        (0, "add", '{"a": 1}'),
+        (1, "add", '{"a": 2}'),
+    ]
+    assert len({c.id for c in calls}) == 2
+    assert reasons[-1] == "tool_calls"
+    assert set(reasons[:-1]) == {None}
+
+
+def test_only_a_tool_call_has_no_content(script):
+    script.text = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+    choice = script.client.chat.completions.create(model=MODEL, messages=HELLO, tools=[TOOL]).choices[0]
+    assert choice.message.content is None
+    assert choice.finish_reason == "tool_calls"
+    choice = script.client.chat.completions.create(model=MODEL, messages=HELLO).choices[0]  # no tools were offered
+    assert choice.message.tool_calls is None
+    assert "<" not in choice.message.content
+    assert choice.finish_reason == "stop"
+
+
+def test_thinking_that_is_cut_off_is_not_the_answer(script):
+    script.text, script.reason = "<think>\nlet me see, hm", "length"
+    choice = script.client.chat.completions.create(model=MODEL, messages=HELLO).choices[0]
+    assert choice.message.reasoning_content.startswith("let me see, hm")
+    assert choice.message.content == ""
+    assert choice.finish_reason == "length"
+
+
+def test_a_key_is_asked_for(script):
+    with pytest.raises(openai.AuthenticationError) as caught:
+        script.client.with_options(api_key="wrong").models.list()
+    assert caught.value.code == "invalid_api_key"
+    assert script.client.models.list().data
+
+
+def test_whoever_leaves_stops_the_work(script):
+    script.text, script.pause_s = "word " * 500, 0.01
+    stream = script.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+    next(stream)
+    stream.close()
+    wait_for(lambda: script.closed == 1)
+    with pytest.raises(openai.APITimeoutError):  # not streamed
+        script.client.with_options(timeout=0.3).chat.completions.create(model=MODEL, messages=HELLO)
+    wait_for(lambda: script.closed == 2)
+
+
+def test_a_full_queue_says_so(script):
+    script.text, script.pause_s = "word " * 500, 0.01
+    working = script.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+    next(working)
+
+    async def crowd():
+        client = openai.AsyncOpenAI(base_url=str(script.client.base_url), api_key="secret", max_retries=0)
+        calls = [client.completions.create(model=MODEL, prompt="a", timeout=1) for _ in range(3)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    errors = asyncio.run(crowd())
+    refused = [e for e in errors if isinstance(e, openai.RateLimitError)]
+    assert len(refused) == 2
+    assert refused[0].code == "queue_full"
+    assert refused[0].response.headers["retry-after"] == "1"
+    working.close()
+
+
+def test_our_own_bug_is_a_500_in_openais_form(script, caplog):
+    with pytest.raises(openai.InternalServerError) as caught:
+        script.client.completions.create(model=MODEL, prompt="a", echo=True, logprobs=1)
+    assert caught.value.type == "server_error"
+
+
+def wait_for(condition, timeout_s: float = 5) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
