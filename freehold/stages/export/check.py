@@ -13,7 +13,7 @@ from typing import Any
 from freehold.model.config import ModelConfig
 
 PRE_TOKENIZER = "afmoe"
-"""llama.cpp's name for the split our tokenizer uses (Trinity's)."""
+"""llama.cpp's name for the split of `freehold.tokenizer.bpe.CHAIN`."""
 GLOBAL_EVERY = 4
 MAX_EXPERTS = 512
 BLOCKS = {"F32": 1, "BF16": 1, "Q8_0": 32, "K-quants": 256}
@@ -67,7 +67,15 @@ def _widths(config: ModelConfig, types: Iterable[str]) -> Iterator[str]:
 
 def check_tokenizer(tokenizer: dict[str, Any], config: ModelConfig) -> list[str]:
     """Return the reasons why the tokenizer of a model (the content of `tokenizer.json`) cannot be exported."""
+    from freehold.tokenizer.bpe import CHAIN
+
+    reasons = []
+    if tokenizer.get("pre_tokenizer") != CHAIN:
+        reasons.append(
+            f"the tokenizer does not cut text as llama.cpp does for `{PRE_TOKENIZER}`, and a GGUF file can only name "
+            "a split, not carry one: train it with the tokenize stage"
+        )
     highest = max([*tokenizer["model"]["vocab"].values(), *(entry["id"] for entry in tokenizer["added_tokens"])])
     if highest >= config.vocab_size:
-        return [f"the tokenizer has an id {highest}, but the model has only {config.vocab_size} rows"]
-    return []
+        reasons.append(f"the tokenizer has an id {highest}, but the model has only {config.vocab_size} rows")
+    return reasons

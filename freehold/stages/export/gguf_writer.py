@@ -217,8 +217,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, hf_folder: Path, config: ModelConfig
     writer.add_eos_token_id(ids[settings["eos_token"]])
     writer.add_eot_token_id(ids[settings["eos_token"]])
     writer.add_pad_token_id(ids[settings["pad_token"]])
-    # The chat template writes the BOS itself, once.
-    writer.add_add_bos_token(False)
+    # As in the HF form: plain text gets a BOS; llama.cpp takes it off a chat template that writes its own.
+    writer.add_add_bos_token(tokenizer["post_processor"] is not None)
     writer.add_chat_template(settings["chat_template"])
 
 

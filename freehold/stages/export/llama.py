@@ -88,12 +88,12 @@ class Llama:
         return result - np.logaddexp.reduce(result)
 
     def tokenize(self, text: str, *, specials: bool = False) -> list[int]:
-        """Return llama.cpp's ids of a text; special tokens are recognised in it only with `specials`."""
-        body = {"content": text, "add_special": False, "parse_special": specials}
+        """Return llama.cpp's ids of a text; with `specials` as of a prompt: special tokens are known, BOS is added."""
+        body = {"content": text, "add_special": specials, "parse_special": specials}
         return [int(i) for i in self.post("/tokenize", body)["tokens"]]
 
     def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
-        """Return a conversation as the file's own chat template renders it, ready for an answer."""
+        """Return a conversation as the file's own chat template renders it, ready for an answer, without the BOS."""
         body: dict[str, Any] = {"messages": messages} | ({"tools": tools} if tools else {})
         return str(self.post("/apply-template", body)["prompt"])
 

@@ -7,7 +7,7 @@ the computation by KL, best token and routing, the text side by token ids and re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from freehold.tokenizer import chat
 from freehold.tokenizer.bpe import Tokenizer
 
 Record = dict[str, Any]
+TEXTS = samples.KINDS | samples.SCRIPTS
 
 
 def prove_hf(
@@ -54,31 +55,22 @@ def prove_hf(
     failures += _gate(agreement, limits.max_kl_exact, exact=True)
     if same_routes != routed:
         failures.append(f"{routed - same_routes} of {routed} (token, layer) pairs chose other experts")
-    texts = samples.KINDS | samples.SCRIPTS
     failures += _compare(
         "token ids",
-        ((name, tokenizer.encode(t), theirs.encode(t, add_special_tokens=False)) for name, t in texts.items()),
+        ((n, tokenizer.encode(text), theirs.encode(text, add_special_tokens=False)) for n, text in TEXTS.items()),
     )
-    conversations: list[tuple[str, Any, Any]] = [(n, m, None) for n, m in samples.CONVERSATIONS.items()]
-    conversations.append(("tools", samples.TOOL_CONVERSATION, samples.TOOLS))
-    failures += _compare(
-        "rendered ids",
-        (
-            (
-                name,
-                chat.render_ids(tokenizer, messages, tools=tools, generation=True)[0],
-                theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False),
-            )
-            for name, messages, tools in conversations
-        ),
-    )
+
+    def rendered(messages: Any, tools: Any) -> Any:
+        return theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+
+    failures += _compare_conversations(tokenizer, rendered)
     return {
         "runtime": f"transformers {transformers.__version__}, fp32",
         "tensors_equal": len(state),
         **agreement.record(),
         "routing_agreement": round(same_routes / max(routed, 1), 6),
-        "texts_tokenized": len(texts),
-        "conversations_rendered": len(conversations),
+        "texts_tokenized": len(TEXTS),
+        "conversations_rendered": len(samples.CONVERSATIONS),
         "failures": failures,
         "passed": not failures,
         "_exact_mean_kl": agreement.mean_kl,
@@ -98,38 +90,22 @@ def prove_gguf(
     """Read a GGUF file back, open it with llama.cpp and compare weights, distributions, token ids and template."""
     failures = _first(list(differing_tensors(path, hf_folder, config, file_type)))
     agreement = Agreement.empty()
-    texts = samples.KINDS | samples.SCRIPTS
-    tool_reference = chat.render(samples.TOOL_CONVERSATION, tools=samples.TOOLS, generation=True)
     with Llama(path, max(len(p.ids) for p in passages) + 16, log, limits.threads) as llama:
         for passage, length in probes(passages, limits.gguf_positions):
             candidate = llama.log_probabilities(passage.ids[:length], config.vocab_size)
             agreement.add(log_probabilities(passage.logits[length - 1]), candidate)
-        failures += _compare("token ids", ((n, tokenizer.encode(t), llama.tokenize(t)) for n, t in texts.items()))
-        failures += _compare(
-            "rendered conversation",
-            ((n, chat.render(m, generation=True), llama.render(m)) for n, m in samples.CONVERSATIONS.items()),
+        failures += _compare("token ids", ((n, tokenizer.encode(t), llama.tokenize(t)) for n, t in TEXTS.items()))
+        failures += _compare_conversations(
+            tokenizer, lambda m, tools: llama.tokenize(llama.render(m, tools), specials=True)
         )
-        failures += _compare(
-            "rendered ids",
-            (
-                (
-                    name,
-                    chat.render_ids(tokenizer, messages, generation=True)[0],
-                    llama.tokenize(chat.render(messages, generation=True), specials=True),
-                )
-                for name, messages in samples.CONVERSATIONS.items()
-            ),
-        )
-        tools = llama.render(samples.TOOL_CONVERSATION, samples.TOOLS)
     limit = {"F32": limits.max_kl_exact, "BF16": limits.max_kl_bf16, "Q8_0": limits.max_kl_q8_0}[file_type]
     failures += _gate(agreement, limit, exact=file_type == "F32")
     return {
         "runtime": f"llama.cpp in xllamacpp {package_versions()['xllamacpp']}, fp32 cache, no flash attention",
         "bytes": path.stat().st_size,
         **agreement.record(),
-        "texts_tokenized": len(texts),
+        "texts_tokenized": len(TEXTS),
         "conversations_rendered": len(samples.CONVERSATIONS),
-        "tool_conversation_rendered": tools == tool_reference,
         "failures": failures,
         "passed": not failures,
         "_exact_mean_kl": agreement.mean_kl,
@@ -185,6 +161,17 @@ def _compare(what: str, triples: Iterable[tuple[str, Any, Any]]) -> list[str]:
             around = slice(max(place - 2, 0), place + 6)
             lines.append(f"{what} of '{name}' differ at {place}: {ours[around]!r} here, {theirs[around]!r} there")
     return _first(lines)
+
+
+def _compare_conversations(tokenizer: Tokenizer, rendered: Callable[[Any, Any], Any]) -> list[str]:
+    """Compare each sample conversation, as ids ready for an answer, with what a runtime makes of it."""
+    return _compare(
+        "rendered ids",
+        (
+            (name, chat.render_ids(tokenizer, messages, tools=tools, generation=True)[0], rendered(messages, tools))
+            for name, (messages, tools) in samples.CONVERSATIONS.items()
+        ),
+    )
 
 
 def _first(lines: list[str], count: int = 5) -> list[str]:

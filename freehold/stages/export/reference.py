@@ -41,8 +41,8 @@ def passages(tokenizer: Tokenizer, config: ModelConfig) -> Iterator[tuple[str, l
     texts = samples.KINDS | samples.SCRIPTS
     for name, text in texts.items():
         yield name, [tokenizer.bos, *tokenizer.encode(text)][:SHORT_TOKENS]
-    for name, messages in samples.CONVERSATIONS.items():
-        yield name, chat.render_ids(tokenizer, messages, generation=True)[0][: 2 * SHORT_TOKENS]
+    for name, (messages, tools) in samples.CONVERSATIONS.items():
+        yield name, chat.render_ids(tokenizer, messages, tools=tools, generation=True)[0][: 2 * SHORT_TOKENS]
     # Beyond the window, where a wrong window or a global layer taken for a sliding one shows.
     length = min(config.sliding_window + BEYOND_WINDOW_TOKENS, config.max_position_embeddings)
     for name, order in (("long", list(texts.values())), ("long, reversed", list(texts.values())[::-1])):

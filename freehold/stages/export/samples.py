@@ -61,27 +61,36 @@ TOOLS: list[dict[str, Any]] = [
     }
 ]
 
-CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
-    "one turn": [{"role": "user", "content": "What is the capital of Iceland?"}],
-    "system": [
-        {"role": "system", "content": "You answer in one short sentence."},
-        {"role": "user", "content": "Why is the sky blue?\nPlease be exact."},
-    ],
-    "several turns": [
-        {"role": "user", "content": "Count to three."},
-        {"role": "assistant", "content": "1, 2, 3"},
-        {"role": "user", "content": "  And on to five? 你好 \n"},
-        {"role": "assistant", "content": "4, 5"},
-        {"role": "user", "content": "Thank you."},
-    ],
+# Each: the messages, and the tools they may use.
+CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = {
+    "one turn": ([{"role": "user", "content": "What is the capital of Iceland?"}], None),
+    "system": (
+        [
+            {"role": "system", "content": "You answer in one short sentence."},
+            {"role": "user", "content": "Why is the sky blue?\nPlease be exact."},
+        ],
+        None,
+    ),
+    "several turns": (
+        [
+            {"role": "user", "content": "Count to three."},
+            {"role": "assistant", "content": "1, 2, 3"},
+            {"role": "user", "content": "  And on to five? 你好 \n"},
+            {"role": "assistant", "content": "4, 5"},
+            {"role": "user", "content": "Thank you."},
+        ],
+        None,
+    ),
+    "tools": (
+        [
+            {"role": "user", "content": "Is it raining in Oslo?"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}],
+            },
+            {"role": "tool", "content": '{"sky": "rain"}'},
+        ],
+        TOOLS,
+    ),
 }
-
-TOOL_CONVERSATION: list[dict[str, Any]] = [
-    {"role": "user", "content": "Is it raining in Oslo?"},
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}],
-    },
-    {"role": "tool", "content": '{"sky": "rain"}'},
-]
