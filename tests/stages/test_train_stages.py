@@ -1,0 +1,153 @@
+"""pretrain and align against what tokenize and curate write."""
+
+import json
+
+import pytest
+
+from freehold.checkpoint import native
+from freehold.core.artifact import Workspace, write_manifest
+from freehold.core.config import fill, merge, parse_override
+from freehold.core.document import Conversation, Document, document_id, write_rows
+from freehold.core.errors import CheckpointError, ConfigError, DataError
+from freehold.core.log import Log
+from freehold.ledger.trace import trace_step
+from freehold.stages.align.config import StageConfig as AlignConfig
+from freehold.stages.align.run import run as align
+from freehold.stages.pretrain.config import StageConfig as PretrainConfig
+from freehold.stages.pretrain.run import run as pretrain
+from freehold.stages.tokenize.config import StageConfig as TokenizeConfig
+from freehold.stages.tokenize.run import run as tokenize
+
+RIGHTS = {
+    "source_version": "x==1", "path": "p", "sha256": "0", "wrapper_licence": "MIT", "licence": "MIT",
+    "licence_evidence": "LICENSE", "acquired": "2026-01-01", "kind": "prose", "synthetic_from": "", "teacher": "",
+}  # fmt: skip
+MODEL = {
+    "vocab_size": 320, "hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 16,
+    "num_hidden_layers": 4, "num_dense_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    "num_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+PRETRAIN = {
+    "model": MODEL,
+    "batch": {"context_tokens": 32, "sequences": 2},
+    "trainer": {"threads": 1, "dtype": "float32", "checkpoint_every_steps": 4},
+    "phases": {
+        "stable": {"steps": 4, "checkpoint": "truebase", "stage_type": "TrueBase"},
+        "anneal": {"steps": 2, "shape": "linear", "end": 0.0, "checkpoint": "base", "stage_type": "Base"},
+    },
+}
+ALIGN = {
+    "batch": {"context_tokens": 64, "sequences": 2},
+    "trainer": {"threads": 1, "dtype": "float32"},
+    "phases": {"sft": {"steps": 3, "checkpoint": "preview", "stage_type": "Preview"}},
+}
+
+
+def workspace(run, stage, *inputs):
+    return Workspace(run / stage, stage, "t", 0, Log(None, quiet=True), {name: run / name for name in inputs})
+
+
+def finish(run, stage, counts):
+    write_manifest(run / stage, kind=stage, counts=counts, inputs={}, seed=0, config={}, seconds=0.0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    for source in ("a", "b"):
+        rows = [
+            Document(
+                id=document_id(source, str(i)), source=source, split="validation" if i % 7 == 0 else "train",
+                text=f"Document {i} of {source}. " + "The quick brown fox jumps over the lazy dog, twice. " * (2 + i % 5),
+                **RIGHTS,
+            )
+            for i in range(40)
+        ]  # fmt: skip
+        write_rows(run / "curate" / "documents" / f"{source}.parquet", rows, Document)
+    talks = [
+        Conversation(
+            id=f"t{i}", source="talk", split="validation" if i == 0 else "train",
+            messages=[{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"{i}, the fox."}],
+            **RIGHTS,
+        )
+        for i in range(12)
+    ]  # fmt: skip
+    write_rows(run / "curate" / "conversations" / "talk.parquet", talks, Conversation)
+    finish(run, "curate", {})
+    finish(run, "tokenize", tokenize(TokenizeConfig(vocab_size=320), workspace(run, "tokenize", "curate")))
+    config = fill(PretrainConfig, PRETRAIN, "pretrain")
+    finish(run, "pretrain", pretrain(config, workspace(run, "pretrain", "tokenize")))
+    config = fill(AlignConfig, ALIGN, "align")
+    finish(run, "align", align(config, workspace(run, "align", "pretrain", "tokenize", "curate")))
+    return run
+
+
+def test_chain_of_checkpoints(run):
+    truebase, base, preview = (native.check(run / p) for p in ("pretrain/truebase", "pretrain/base", "align/preview"))
+    assert [f["stage_type"] for f in (truebase, base, preview)] == ["TrueBase", "Base", "Preview"]
+    assert (truebase["step"], base["step"], preview["step"]) == (4, 6, 3)
+    assert base["tokens"] == 6 * 64
+    assert preview["tokens"] == 6 * 64 + 3 * 128
+    parent = json.loads((run / "pretrain/base/manifest.json").read_text())["content_sha256"]
+    assert preview["parent"] == parent
+    assert (run / "align/preview/tokenizer.json").exists()
+
+
+def test_every_step_can_be_traced(run):
+    tokens = sum(row["tokens"] for row in trace_step(run, 2)["documents"])
+    assert tokens == 64
+    assert {row["source"] for row in trace_step(run, 1, stage="align")["documents"]} == {"talk"}
+
+
+def test_decay_branch_from_truebase(run, tmp_path):
+    """Another anneal from the same TrueBase goes on from its step, its optimizer and its place in the data."""
+    data = merge(PRETRAIN, {"parent": str(run / "pretrain/truebase"), "phases": {"stable": None}})
+    counts = pretrain(fill(PretrainConfig, data, "pretrain"), _beside(run, tmp_path))
+    assert counts["steps"] == 6
+    branch = native.load(tmp_path / "pretrain/base")["model"]
+    whole = native.load(run / "pretrain/base")["model"]
+    assert all((branch[name] == whole[name]).all() for name in whole)
+
+
+def _beside(run, tmp_path):
+    return Workspace(tmp_path / "pretrain", "pretrain", "t", 0, Log(None, quiet=True), {"tokenize": run / "tokenize"})
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "says"),
+    [
+        ("model.vocab_size=321", ConfigError, "disagree about the vocabulary"),
+        ("phases.stable.mixture.zzz=1", DataError, "mixture.zzz"),
+        ("model.hidden_size=32", CheckpointError, "another shape"),
+    ],
+)
+def test_pretrain_mistakes(run, tmp_path, override, error, says):
+    data = merge(PRETRAIN, parse_override(override))
+    if error is CheckpointError:
+        data = merge(data, {"parent": str(run / "pretrain/truebase")})
+    with pytest.raises(error, match=says):
+        pretrain(fill(PretrainConfig, data, "pretrain"), _beside(run, tmp_path))
+
+
+def test_another_tokenizer_is_refused(run, tmp_path):
+    inputs = {"curate": run / "curate"}
+    work = Workspace(tmp_path / "tokenize", "tokenize", "t", 1, Log(None, quiet=True), inputs)
+    tokenize(TokenizeConfig(vocab_size=320, train_bytes=2000), work)
+    finish(tmp_path, "tokenize", {})
+    config = fill(AlignConfig, ALIGN, "align")
+    inputs |= {"pretrain": run / "pretrain", "tokenize": tmp_path / "tokenize"}
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        align(config, Workspace(tmp_path / "align", "align", "t", 0, Log(None, quiet=True), inputs))
+    data = merge(PRETRAIN, {"parent": str(run / "pretrain/truebase")})
+    work = Workspace(tmp_path / "p", "pretrain", "t", 0, Log(None, quiet=True), {"tokenize": tmp_path / "tokenize"})
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        pretrain(fill(PretrainConfig, data, "pretrain"), work)
+
+
+def test_no_conversations(run, tmp_path):
+    (tmp_path / "curate").mkdir()
+    inputs = {"curate": tmp_path / "curate", "pretrain": run / "pretrain", "tokenize": run / "tokenize"}
+    with pytest.raises(DataError, match="no conversations"):
+        align(
+            fill(AlignConfig, ALIGN, "align"), Workspace(tmp_path / "a", "align", "t", 0, Log(None, quiet=True), inputs)
+        )
