@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
+import json
+import math
 import os
-import queue
-import threading
+import random
+import urllib.parse
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +70,12 @@ def _tokenizer_folder(config: StageConfig, path: Path) -> Path:
 
 
 class Gguf:
-    """A GGUF file run by llama.cpp inside this process; prompts of one request follow each other."""
+    """A GGUF file run by llama.cpp inside this process; prompts of one request follow each other.
+
+    llama.cpp is asked for one token at a time (its prompt cache makes that as fast as asking for all): only so
+    does it tell the id of every token, those that end a turn or are half a character included. The latter come
+    without log-probability.
+    """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, limit_tokens: int | None) -> None:
         if not path.is_file():
@@ -78,18 +87,21 @@ class Gguf:
                 "serving GGUF files needs the package xllamacpp", where=path, todo="pip install 'freehold[export]'"
             ) from error
         self._vocab_size = tokenizer.vocab_size
-        self._eos = tokenizer.eos
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(path)
         parameters.n_ctx = limit_tokens or 0
         parameters.n_parallel = 1
-        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = _threads()
-        parameters.warmup, parameters.verbosity = False, -1
+        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+        parameters.warmup, parameters.verbosity, parameters.cache_ram_mib = False, -1, 0
         try:
             self._server = xllamacpp.Server(parameters)
         except RuntimeError as error:
             raise ArtifactError("llama.cpp cannot open the file", where=path, found=error) from error
-        self.limit_tokens = limit_tokens or self._context_tokens()
+        self._address = urllib.parse.urlsplit(self._server.listening_address)
+        self._connection = http.client.HTTPConnection(str(self._address.hostname), self._address.port)
+        context_tokens = int(self._ask("GET", "/props")["default_generation_settings"]["n_ctx"])
+        self.limit_tokens = min(limit_tokens or context_tokens, context_tokens)
 
     def decode(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> Iterator[tuple[int, Token]]:
         """Yield (number of the prompt, token), one prompt after the other."""
@@ -97,9 +109,8 @@ class Gguf:
         for prompt, sampling in zip(prompts, settings, strict=True):
             self._check(prompt, sampling)
         for number, (prompt, sampling) in enumerate(zip(prompts, settings, strict=True)):
-            if sampling.max_tokens != 0:
-                for token in self._stream(prompt, sampling):
-                    yield number, token
+            for token in self._stream(prompt, sampling):
+                yield number, token
 
     def score_top(self, sequences: Sequence[Sequence[int]], top: int) -> list[Scored]:
         """Refuse: llama.cpp's server does not tell the log-probabilities of a prompt."""
@@ -125,78 +136,49 @@ class Gguf:
             )
 
     def _stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
-        chunks: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        closed = threading.Event()
-
-        def take(chunk: dict[str, Any]) -> bool:
-            chunks.put(chunk)
-            return closed.is_set()  # True makes llama.cpp stop
-
-        def work() -> None:
-            try:
-                answer = self._server.handle_completions(self._body(prompt, sampling), take)
-                if answer is not None:
-                    chunks.put(answer)
-            finally:
-                chunks.put(None)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield from self._tokens(chunks, sampling)
-        finally:
-            closed.set()
-            thread.join()
-
-    def _tokens(self, chunks: queue.Queue[dict[str, Any] | None], sampling: Sampling) -> Iterator[Token]:
-        """Turn llama.cpp's chunks into tokens; the end is told in a chunk of its own, so one token is held back."""
-        held: Token | None = None
-        while (chunk := chunks.get()) is not None:
-            if "error" in chunk:
-                raise RequestError("llama.cpp refused the request", found=chunk["error"].get("message"))
-            choice = chunk["choices"][0]
-            for entry in (choice["logprobs"] or {}).get("content", []):
-                if held is not None:
-                    yield held
-                top = [(t["id"], t["logprob"]) for t in entry["top_logprobs"][: sampling.logprobs]]
-                held = Token(entry["id"], entry["logprob"], top)
-                if held.id in sampling.stop_ids:
-                    yield Token(held.id, held.logprob, top, "stop")
-                    return
-            if choice["finish_reason"] is not None:
-                if choice["finish_reason"] == "length" and held is not None:
-                    yield Token(held.id, held.logprob, held.top_logprobs, "length")
-                else:  # the token that ended the turn is not told, nor how likely it was
-                    if held is not None:
-                        yield held
-                    yield Token(self._eos, 0.0, [], "stop")
+        ids = list(prompt)
+        counts: Counter[int] = Counter()
+        draws = random.Random(sampling.seed) if sampling.seed is not None else random.Random()
+        budget = self.limit_tokens - len(ids) if sampling.max_tokens is None else sampling.max_tokens
+        for left in range(budget - 1, -1, -1):
+            answer = self._ask("POST", "/completion", self._body(ids, sampling, counts, draws.getrandbits(31)))
+            token = int(answer["tokens"][0])
+            ids.append(token)
+            counts[token] += 1
+            told = next(iter(answer.get("completion_probabilities") or ()), None)
+            logprob = told["logprob"] if told else math.nan
+            top = [(t["id"], t["logprob"]) for t in told["top_logprobs"][: sampling.logprobs]] if told else []
+            ends = token in sampling.stop_ids or answer["stop_type"] == "eos"
+            reason = "stop" if ends else None if left else "length"
+            yield Token(token, logprob, top, reason)
+            if reason:
                 return
 
-    def _body(self, prompt: Sequence[int], sampling: Sampling) -> dict[str, Any]:
+    @staticmethod
+    def _body(ids: list[int], sampling: Sampling, counts: Counter[int], seed: int) -> dict[str, Any]:
+        # Penalties are given as biases: llama.cpp's own would count the prompt's tokens too.
+        bias = dict(sampling.logit_bias)
+        for token, count in counts.items() if sampling.penalises else ():
+            penalty = sampling.presence_penalty + sampling.frequency_penalty * count
+            bias[token] = bias.get(token, 0.0) - penalty
         return {
-            "prompt": list(prompt),
-            "stream": True,
-            "n_predict": -1 if sampling.max_tokens is None else sampling.max_tokens,
+            "prompt": ids,
+            "n_predict": 1,
+            "return_tokens": True,
             "n_probs": max(1, sampling.logprobs),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
-            "presence_penalty": sampling.presence_penalty,
-            "frequency_penalty": sampling.frequency_penalty,
-            "repeat_last_n": -1,
-            "logit_bias": [[token, bias] for token, bias in sampling.logit_bias.items()],
-            "seed": -1 if sampling.seed is None else sampling.seed % 2**32,
-            "cache_prompt": False,
+            "repeat_last_n": 0,
+            "logit_bias": [[token, value] for token, value in bias.items()],
+            "seed": seed,
+            "cache_prompt": True,
         }
 
-    def _context_tokens(self) -> int:
-        import json
-        import urllib.request
-
-        with urllib.request.urlopen(self._server.listening_address + "/props", timeout=10) as answer:
-            return int(json.load(answer)["default_generation_settings"]["n_ctx"])
-
-
-def _threads() -> int:
-    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    def _ask(self, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        self._connection.request(method, route, json.dumps(body), {"Content-Type": "application/json"})
+        answer: dict[str, Any] = json.loads(self._connection.getresponse().read())
+        if "error" in answer:
+            raise RequestError("llama.cpp refused the request", found=answer["error"].get("message"))
+        return answer

@@ -132,9 +132,11 @@ def _started(config: StageConfig, path: Path, log_path: Path) -> Iterator[str]:
     """Yield the address of a server in a process of its own; it is stopped and waited for in any case."""
     with listen(config.host, 0) as probe:
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "freehold.cli", "serve", str(path), "--host", config.host, "--port", str(port)]
-    settings = config.model_dump(mode="json", exclude={"path", "host", "port"}, exclude_defaults=True)
-    command += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    told_here = {"path", "host", "port", "question", "answer_tokens", "start_timeout_s"}
+    settings = config.model_dump(mode="json", exclude=told_here, exclude_defaults=True)
+    command = [sys.executable, "-m", "freehold.cli", "serve", str(path)]
+    command += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+    command += ["--host", config.host, "--port", str(port)]
     environment = {k: v for k, v in os.environ.items() if k != KEY_VARIABLE}
     address = f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{port}"
     log_path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,111 @@
+"""The chat in the terminal: from a pipe, and as someone types."""
+
+from __future__ import annotations
+
+import builtins
+import io
+
+import pytest
+
+from freehold import api
+from freehold.stages.chat import run as chat_run
+from freehold.stages.chat.config import StageConfig, plan
+
+
+class Terminal(io.StringIO):
+    """Text that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def config(path, **more) -> StageConfig:
+    return StageConfig(path=path, temperature=0, max_tokens=8, **more)
+
+
+def typed(monkeypatch, *lines) -> None:
+    """Type these lines, then end the input; an exception class is raised instead."""
+    waiting = iter(lines)
+
+    def answer(prompt: str = "") -> str:
+        line = next(waiting, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(builtins, "input", answer)
+
+
+def test_a_pipe_gets_one_answer_a_line(tiny_checkpoint):
+    out = io.StringIO()
+    chat_run.chat(config(tiny_checkpoint), io.StringIO("Hello\n\nHow are you?\nHello\n"), out)
+    lines = out.getvalue().split("\n")
+    loaded = api.load(tiny_checkpoint)
+    expected = [" ".join(loaded.generate(q, max_tokens=8).split("\n")) for q in ("Hello", "How are you?", "Hello")]
+    assert lines == [*expected, ""]
+
+
+def test_a_conversation_goes_on_until_it_is_reset(tiny_checkpoint, monkeypatch):
+    seen = []
+    original = api.Loaded.answer
+
+    def watched(self, prompt, sampling):
+        seen.append([m["role"] for m in prompt])
+        return original(self, prompt, sampling)
+
+    monkeypatch.setattr(api.Loaded, "answer", watched)
+    typed(monkeypatch, "Hello", "And?", "/reset", "", "Hello", "/system Be brief.", "Hello", "/help", "/quit", "never")
+    out = Terminal()
+    chat_run.chat(config(tiny_checkpoint), Terminal(), out)
+    assert seen == [["user"], ["user", "assistant", "user"], ["user"], ["system", "user"]]
+    monkeypatch.undo()
+    assert api.load(tiny_checkpoint).generate("Hello", max_tokens=8) in out.getvalue()
+    assert "(forgotten)" in out.getvalue()
+    assert out.getvalue().count(chat_run.HELP) == 2  # at the start, and for what is no command
+
+
+def test_ctrl_c_stops_an_answer_not_the_chat(tiny_checkpoint, monkeypatch):
+    original = api.Loaded.answer
+    calls = []
+
+    def interrupted(self, prompt, sampling):
+        calls.append(len(prompt))
+        pieces = original(self, prompt, sampling)
+        yield next(pieces)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        yield from pieces
+
+    monkeypatch.setattr(api.Loaded, "answer", interrupted)
+    typed(monkeypatch, "Hello", KeyboardInterrupt, "Again")  # then the end of the input
+    out = Terminal()
+    chat_run.chat(config(tiny_checkpoint, system="Be kind."), Terminal(), out)
+    assert calls == [2, 4]
+    assert "…" in out.getvalue()
+    assert "/quit" in out.getvalue()
+
+
+def test_a_conversation_that_became_too_long_says_so(tiny_checkpoint, monkeypatch):
+    typed(monkeypatch, "word " * 2000, "Hello")
+    out = Terminal()
+    chat_run.chat(config(tiny_checkpoint), Terminal(), out)
+    assert "at most 1024 tokens" in out.getvalue()
+    assert api.load(tiny_checkpoint).generate("Hello", max_tokens=8) in out.getvalue()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_thoughts_are_dimmed_or_left_out(tiny_checkpoint, monkeypatch, shown):
+    from freehold.tokenizer.output import Piece
+
+    pieces = [Piece("reasoning", "hm"), Piece("content", "Paris"), Piece("tool_call", "{}", "look")]
+    monkeypatch.setattr(api.Loaded, "answer", lambda *_: iter(pieces))
+    typed(monkeypatch, "Hello")
+    out = Terminal()
+    chat_run.chat(config(tiny_checkpoint, show_reasoning=shown), Terminal(), out)
+    assert "Paris" in out.getvalue()
+    assert (chat_run.DIM + "hm" in out.getvalue()) == shown
+    assert ("[calls look({})]" in out.getvalue()) == shown
+
+
+def test_the_plan_names_the_model(tmp_path):
+    assert plan(config(tmp_path)) == [f"talks to {tmp_path}"]
