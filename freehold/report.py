@@ -52,8 +52,9 @@ def write_report(run_folder: Path) -> Path:
     return path
 
 
-def summary(run_folder: Path, width: int = 110) -> str:
+def summary(run_folder: Path, width: int = 118) -> str:
     """Return the same tables as plain text of at most `width` columns, for the end of `freehold run`."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -61,7 +62,7 @@ def summary(run_folder: Path, width: int = 110) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=False)
     for table in tables(run_folder):
-        shown = RichTable(title=Text(table.title), title_justify="left", title_style="bold")
+        shown = RichTable(title=Text(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for index, name in enumerate(table.header):
             left = index in table.left
             shown.add_column(Text(name), justify="left" if left else "right", overflow="fold", no_wrap=not left)

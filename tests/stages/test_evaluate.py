@@ -195,8 +195,10 @@ def test_windows_predict_every_token_once() -> None:
 
 
 def test_batches_hold_neighbours_of_one_length_and_every_index_once() -> None:
-    found = list(batches([5, 1, 9, 1, 5], 2))
-    assert found == [[1, 3], [0, 4], [2]]
+    assert batches([5, 1, 9, 1, 5], 2) == [[1, 3], [0, 4], [2]]
+    assert batches([512] * 5, 32) == [[0, 1, 2, 3], [4]]  # no more tokens than the engine reads in one pass
+    assert batches([9999], 32) == [[0]]
+    assert batches([], 32) == []
 
 
 def test_scores_come_back_in_the_order_asked(loaded: Loaded) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from freehold.core.log import Log
-from freehold.infer.engine import Engine
+from freehold.infer.engine import PREFILL_TOKENS, Engine
 
 
 def cut(ids: Sequence[int], context_tokens: int) -> list[list[int]]:
@@ -17,11 +17,14 @@ def cut(ids: Sequence[int], context_tokens: int) -> list[list[int]]:
     return [list(ids[at : at + context_tokens + 1]) for at in range(0, len(ids) - 1, context_tokens)]
 
 
-def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Yield up to `size` indices at a time, those of similar length together: little padding."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+def batches(lengths: Sequence[int], items: int) -> list[list[int]]:
+    """Return batches of indices of similar length: little padding, at most `items` each, one forward pass each."""
+    found: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not found or len(found[-1]) == items or (len(found[-1]) + 1) * lengths[index] > PREFILL_TOKENS:
+            found.append([])
+        found[-1].append(index)
+    return found
 
 
 def score(
@@ -29,8 +32,7 @@ def score(
 ) -> list[list[float]]:
     """Return for each sequence of n tokens its n - 1 natural log-probabilities, telling `log` how far it is."""
     found: list[list[float]] = [[] for _ in sequences]
-    total = -(-len(sequences) // batch_items)
-    for batch in log.track(batches([len(ids) for ids in sequences], batch_items), what, total, "batches"):
+    for batch in log.track(batches([len(ids) - 1 for ids in sequences], batch_items), what, unit="batches"):
         for i, values in zip(batch, engine.score([sequences[i] for i in batch]), strict=True):
             found[i] = values[1:]
     return found

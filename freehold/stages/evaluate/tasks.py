@@ -58,8 +58,7 @@ def _generate(loaded: Loaded, items: list[Item], config: StageConfig, log: Log, 
     sampling = Sampling(temperature=0.0, max_tokens=config.max_answer_tokens, stop_ids=loaded.stop_ids)
     prompts = [_prompt(loaded, item, config.max_answer_tokens) for item in items]
     texts = [""] * len(items)
-    total = -(-len(items) // config.batch_items)
-    for batch in log.track(batches([len(p) for p in prompts], config.batch_items), what, total, "batches"):
+    for batch in log.track(batches([len(p) for p in prompts], config.batch_items), what, unit="batches"):
         for i, generation in zip(batch, loaded.engine.generate([prompts[i] for i in batch], sampling), strict=True):
             texts[i] = loaded.tokenizer.decode(generation.ids, skip_specials=True)
     right = [normalise(text) == normalise(str(item.answer)) for item, text in zip(items, texts, strict=True)]
