@@ -36,7 +36,7 @@ class Proof(Config):
         default=48, ge=8, description="Next-token distributions asked of llama.cpp for each file."
     )
     threads: int = Field(
-        default=1, ge=1, description="Threads of llama.cpp; more than one waits badly on a busy machine."
+        default=1, ge=1, description="Threads of our model, transformers and llama.cpp; more wait on a busy machine."
     )
 
 

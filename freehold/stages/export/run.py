@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,8 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         work.log.say(f"gguf/{path.name}: {_megabytes(path)}")
 
     rounded = {name: _rounded(tensor, dtype) for name, tensor in state.items()}
-    parity = prove(config, work, model_config, rounded, tokenizer, hf, files)
+    with _torch_threads(config.proof.threads):
+        parity = prove(config, work, model_config, rounded, tokenizer, hf, files)
     write_json(work.folder / "parity.json", parity)
     failures = [f"{name}: {line}" for name, record in parity["exports"].items() for line in record["failures"]]
     if failures:
@@ -132,6 +135,17 @@ def prove(
         "note": "llama.cpp does not tell which experts it chose: agreement of routing in a GGUF file follows from "
         "the KL of F32. KL below 1e-8 is given as the power of ten above it; exact figures are in metrics.jsonl.",
     }
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """Compute with so many threads: sums, and so the last digits of a figure, depend on the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
