@@ -34,7 +34,7 @@ from freehold.tokenizer.chat import render_ids
 
 QUIET = Log(quiet=True)
 WORDS = "the cat sat on a mat and the dog saw the cat; Paris is the capital of France. Zürich, 1914 – 1918."
-CONFIG = StageConfig(context_tokens=16, batch_items=3, max_answer_tokens=5)
+CONFIG = StageConfig(context_tokens=16, batch_items=3, max_answer_tokens=5, dtype="float32")
 SHAPE = {
     "hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2,
     "num_dense_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4,
@@ -403,8 +403,8 @@ def test_tasks_need_a_checkpoint_that_is_loaded() -> None:
 
 def test_plan_says_what_will_be_measured() -> None:
     assert plan(StageConfig()) == [
-        "bits per byte of truebase, base, preview on up to 100,000 bytes of held-out text a source, "
-        "512-token windows, float32, beside xz -9 and zstd -19",
+        "bits per byte of truebase, base, preview on up to 80,000 bytes of held-out text a source, "
+        "512-token windows, bfloat16, beside xz -9 and zstd -19",
         "every held-out item by base, preview, answers up to 24 tokens",
     ]
     config = StageConfig(max_bytes_per_source=None, max_items_per_task=9)

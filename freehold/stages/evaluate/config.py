@@ -27,11 +27,13 @@ class StageConfig(Config):
     )
     batch_items: int = Field(32, gt=0, description="windows or prompts computed together; bounds memory")
     max_bytes_per_source: int | None = Field(
-        100_000, gt=0, description="UTF-8 bytes of held-out text used of each source, in file order; null takes all"
+        80_000, gt=0, description="UTF-8 bytes of held-out text used of each source, in file order; null takes all"
     )
     max_items_per_task: int | None = Field(None, gt=0, description="task items used, in file order; null takes all")
     max_answer_tokens: int = Field(24, gt=0, description="longest answer to a generate task")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the weights while evaluating")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="type of the matrices while evaluating; sums and log-softmax are float32"
+    )
 
     @model_validator(mode="after")
     def _known_for_tasks(self) -> StageConfig:
