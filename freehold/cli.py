@@ -39,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait make a step many times slower as soon as anything else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    for item in rest:  # argparse takes positionals in one place only; overrides may stand anywhere
+        if item.startswith("-") or "=" not in item or not hasattr(args, "overrides"):
+            parser.error(f"unrecognized argument: {item}")
+        args.overrides.append(item)
     if not hasattr(args, "do"):
         parser.print_help()
         return 2
@@ -112,7 +116,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _walk_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show the filled recipe and what it implies; do nothing")
-    parser.add_argument("--clean", action="store_true", help="make again what another recipe or other code had made")
+    parser.add_argument("--clean", action="store_true", help="make again what is damaged or was made by another recipe or code; a single stage: always")
     parser.add_argument("--fork", default="", metavar="NAME", help="keep this run; make the changed one as runs/NAME")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
@@ -154,6 +158,8 @@ def _stage(args: argparse.Namespace) -> int:
         manifest = walk.run_stage(recipe, args.stage, options)
     else:
         with walk.locked(recipe.run_folder):
+            if args.fork:
+                walk.take_over_before(recipe, args.stage)
             manifest = walk.run_stage(recipe, args.stage, options)
     if args.json:
         print(json.dumps({"folder": str(recipe.run_folder / args.stage), "counts": manifest["counts"]}))

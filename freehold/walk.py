@@ -132,8 +132,11 @@ def key_of(recipe: Recipe, stage: str) -> dict[str, Any]:
     }
 
 
-def state_of(recipe: Recipe, stage: str) -> tuple[str, list[str]]:
-    """Return (done | stale | started | absent, differences) of a stage's folder against the recipe."""
+def state_of(recipe: Recipe, stage: str, *, verify: bool = False) -> tuple[str, list[str]]:
+    """Return (done | stale | started | absent, differences) of a stage's folder against the recipe.
+
+    Files are compared by size, with `verify` also by hash.
+    """
     folder = recipe.run_folder / stage
     if not (folder / KEY).exists():
         return "absent", []
@@ -148,6 +151,8 @@ def state_of(recipe: Recipe, stage: str) -> tuple[str, list[str]]:
             path = folder / name
             if not path.exists() or path.stat().st_size != record["bytes"]:
                 changes.append(f"{path}: missing or of another size")
+            elif verify and artifact.sha256_file(path) != record["sha256"]:
+                changes.append(f"{path}: its hash differs")
     if changes:
         return "stale", changes
     return ("done" if finished else "started"), []
@@ -160,8 +165,8 @@ def check_stage(recipe: Recipe, stage: str, options: Options) -> str:
     other code and `--clean` was not given.
     """
     folder = recipe.run_folder / stage
-    state, changes = state_of(recipe, stage)
-    if state == "done":
+    state, changes = state_of(recipe, stage, verify=options.clean)
+    if state == "done" and not (options.clean and not options.parent):
         return "done"
     if state == "started" and stage in RESUMABLE:
         return "resume"
@@ -212,7 +217,7 @@ def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     timing = folder / "timing.json"
     before = json.loads(timing.read_text(encoding="utf-8")) if timing.exists() else {}
-    write_json(timing, {**before, "seconds": round(seconds, 1), "peak_memory_bytes": peak})
+    write_json(timing, {**before, "total_s": round(seconds, 1), "peak_memory_bytes": peak})
     manifest = write_manifest(
         folder,
         kind=stage,
@@ -242,18 +247,16 @@ def run_walk(recipe: Recipe, options: Options, lock: int) -> dict[str, str]:
     names = list(WALK)
     for stage in names[: names.index(recipe.head.until) + 1]:
         with contextlib.suppress(ArtifactError):
-            if state_of(recipe, stage)[0] == "done":
+            if state_of(recipe, stage, verify=options.clean)[0] == "done":
                 result[stage] = "up to date"
                 continue
         if options.fork and _take_over(recipe, stage):
             result[stage] = "taken over"
             continue
         command = [sys.executable, "-m", "freehold.cli", stage, str(recipe.path), *recipe.overrides]
-        command += ["--parent", str(os.getpid())]
+        command += [f"name={recipe.head.name}", "--parent", str(os.getpid())]
         if options.clean:
             command.append("--clean")
-        if options.fork:
-            command.append(f"name={recipe.head.name}")
         if options.quiet:
             command.append("--quiet")
         child = subprocess.Popen(command, pass_fds=(lock,))
@@ -272,11 +275,19 @@ class StageFailed(FreeholdError):
 
     def __init__(self, stage: str, code: int) -> None:
         self.code = code if code > 0 else 128 - code
-        stopped = self.code in (130, 143)
+        stopped = self.code in (130, 137, 143)
+        again = "run the same command again: it goes on where it was"
         super().__init__(
-            f"{stage} was stopped" if stopped else f"{stage} ended with exit code {code}",
-            todo="run the same command again: it goes on where it was",
+            f"{stage} was stopped" if stopped else f"{stage} did not finish (exit code {code})",
+            todo=again if stopped else "see the message above; then run the same command again",
         )
+
+
+def take_over_before(recipe: Recipe, stage: str) -> None:
+    """With --fork, bring the stages before `stage` into the new run, as far as they are the same."""
+    for earlier in list(WALK)[: list(WALK).index(stage)]:
+        if not (recipe.run_folder / earlier).exists() and not _take_over(recipe, earlier):
+            return
 
 
 def _take_over(recipe: Recipe, stage: str) -> bool:

@@ -126,6 +126,8 @@ def test_bit_flipped_shard_stops_training_and_is_named(runs, tmp_path):
     result = freehold("run", RECIPE, f"runs_dir={tmp_path}", "until=tokenize", check=False)
     assert result.returncode == 2
     assert "code.train.bin: missing or of another size" in result.stderr
+    freehold("run", RECIPE, f"runs_dir={tmp_path}", "until=tokenize", "--clean")
+    assert hashes(run) == {s: h for s, h in hashes(runs / "tiny").items() if s in ("gather", "curate", "tokenize")}
 
 
 def test_two_runs_on_one_folder(tmp_path):
@@ -167,6 +169,8 @@ def test_dry_run_and_json(runs):
         (["run", RECIPE, "name=a/b"], "name"),
         (["trace"], "give a document"),
         (["lineage", "nowhere"], "no such run folder"),
+        (["run", RECIPE, "--dry-run", "until=nowhere"], "no such stage"),
+        (["run", RECIPE, "--nonsense"], "unrecognized argument: --nonsense"),
     ],
 )
 def test_mistakes_are_told(args, says):

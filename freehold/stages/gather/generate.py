@@ -66,8 +66,7 @@ def make(name: str, source: Generated, origin: Origin | None, facts_source: Sour
         tasks["reasoning"] = [
             {
                 "id": f"reasoning/{item.place}",
-                "task": "reasoning",
-                "topic": item.task,
+                "task": item.task,
                 "kind": "generate",
                 "prompt": [{"role": "user", "content": item.question}],
                 "answer": item.answer,
@@ -128,8 +127,7 @@ class _Factbook:
             random_.shuffle(options)
             yield {
                 "id": f"{task}/{document_id(task, fact.key)}",
-                "task": task,
-                "topic": fact.field.key,
+                "task": fact.field.key,
                 "kind": "choice",
                 "prompt": [{"role": "user", "content": fact.questions[0]}],
                 "choices": [sentence(o) for o in options],
