@@ -212,6 +212,27 @@ def test_greedy_tokens_are_seen_to_be_greedy(client, loaded):
     assert all(own == max(top.values()) for own, top in told)
 
 
+def test_lm_evaluation_harness_gets_the_engines_numbers(server, loaded, tiny_checkpoint):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    harness = LocalCompletionsAPI(
+        base_url=server.address + "/v1/completions", model=MODEL, tokenizer=str(tiny_checkpoint), batch_size=2,
+        max_length=1024, tokenizer_backend="huggingface",
+    )  # fmt: skip
+    asked = [("The capital of France is", " Paris."), ("The capital of Peru is", " Lima."), ("def", " add(a, b):")]
+    found = harness.loglikelihood(
+        [Instance("loglikelihood", {}, arguments, number) for number, arguments in enumerate(asked)], disable_tqdm=True
+    )
+    for (context, answer), (logprob, _) in zip(asked, found, strict=True):
+        before, whole = loaded.tokenizer.encode(context), loaded.tokenizer.encode(context + answer)
+        assert logprob == pytest.approx(sum(loaded.engine.score([whole])[0][len(before) :]), abs=1e-3)
+    until = [Instance("generate_until", {}, ("The capital", {"until": ["\n"], "max_gen_toks": 9}), 0)]
+    assert harness.generate_until(until, disable_tqdm=True) == [
+        loaded.complete("The capital", max_tokens=9).partition("\n")[0]
+    ]
+
+
 def test_models_health_and_metrics(server, client):
     assert [m.id for m in client.models.list().data] == [MODEL]
     assert client.models.retrieve(MODEL).object == "model"

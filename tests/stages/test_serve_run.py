@@ -122,7 +122,10 @@ def exported(tiny_model, tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gguf(exported):
-    return open_model(StageConfig(max_model_len=256), exported / "gguf" / "Tiny-F32.gguf")
+    served = open_model(StageConfig(max_model_len=256), exported / "gguf" / "Tiny-F32.gguf")
+    yield served
+    served.close()
+    assert served.backend._llama.process.returncode == 0
 
 
 def test_a_gguf_file_answers_as_the_checkpoint_does(gguf, tiny_checkpoint):
@@ -183,6 +186,7 @@ def test_what_a_gguf_file_cannot_do_is_refused(gguf):
 
 def test_a_gguf_files_context_is_the_models(exported):
     served = open_model(StageConfig(tokenizer=exported / "hf"), exported / "gguf" / "Tiny-F32.gguf")
+    served.close()
     assert served.backend.limit_tokens == 1024
 
 

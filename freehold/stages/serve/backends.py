@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import json
 import math
 import os
 import random
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from freehold.core.errors import ArtifactError, RequestError
 from freehold.infer.engine import ContextOverflow, Scored, Token
 from freehold.infer.sampler import Sampling, check_ids
 from freehold.stages.serve.config import StageConfig
+from freehold.stages.serve.llama import Llama
 from freehold.tokenizer.bpe import Tokenizer
 
 
@@ -43,13 +45,16 @@ class Served:
     name: str
     backend: Backend
     tokenizer: Tokenizer
+    close: Callable[[], None] = lambda: None
+    """Ends what does not end by itself."""
 
 
 def open_model(config: StageConfig, path: Path) -> Served:
     """Open a checkpoint, run folder, HF folder or .gguf file; ArtifactError when it is none of these."""
     if path.suffix == ".gguf":
         tokenizer = Tokenizer.load(_tokenizer_folder(config, path))
-        return Served(config.model_name or path.stem, Gguf(path, tokenizer, config.max_model_len), tokenizer)
+        gguf = Gguf(path, tokenizer, config.max_model_len)
+        return Served(config.model_name or path.stem, gguf, tokenizer, gguf.close)
     folder = api.find_model(path)
     loaded = api.load(folder, config.dtype, max_batch=config.max_batch, limit_tokens=config.max_model_len)
     return Served(config.model_name or folder.resolve().name, loaded.engine, loaded.tokenizer)
@@ -70,7 +75,7 @@ def _tokenizer_folder(config: StageConfig, path: Path) -> Path:
 
 
 class Gguf:
-    """A GGUF file run by llama.cpp inside this process; prompts of one request follow each other.
+    """A GGUF file run by llama.cpp in a process of its own; prompts of one request follow each other.
 
     llama.cpp is asked for one token at a time (its prompt cache makes that as fast as asking for all): only so
     does it tell the id of every token, those that end a turn or are half a character included. The latter come
@@ -80,28 +85,21 @@ class Gguf:
     def __init__(self, path: Path, tokenizer: Tokenizer, limit_tokens: int | None) -> None:
         if not path.is_file():
             raise ArtifactError("no such file", where=path, expected="a .gguf file")
-        try:
-            import xllamacpp
-        except ImportError as error:
+        if importlib.util.find_spec("xllamacpp") is None:
             raise ArtifactError(
                 "serving GGUF files needs the package xllamacpp", where=path, todo="pip install 'freehold[export]'"
-            ) from error
+            )
         self._vocab_size = tokenizer.vocab_size
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(path)
-        parameters.n_ctx = limit_tokens or 0
-        parameters.n_parallel = 1
-        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
-        parameters.warmup, parameters.verbosity, parameters.cache_ram_mib = False, -1, 0
-        try:
-            self._server = xllamacpp.Server(parameters)
-        except RuntimeError as error:
-            raise ArtifactError("llama.cpp cannot open the file", where=path, found=error) from error
-        self._address = urllib.parse.urlsplit(self._server.listening_address)
-        self._connection = http.client.HTTPConnection(str(self._address.hostname), self._address.port)
+        self._llama = Llama(path, limit_tokens or 0, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+        address = urllib.parse.urlsplit(self._llama.address)
+        self._connection = http.client.HTTPConnection(str(address.hostname), address.port)
         context_tokens = int(self._ask("GET", "/props")["default_generation_settings"]["n_ctx"])
         self.limit_tokens = min(limit_tokens or context_tokens, context_tokens)
+
+    def close(self) -> None:
+        """End llama.cpp."""
+        self._connection.close()
+        self._llama.close()
 
     def decode(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> Iterator[tuple[int, Token]]:
         """Yield (number of the prompt, token), one prompt after the other."""

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,13 @@ def serve(config: StageConfig, ready: Callable[[str], None] | None = None) -> No
     """
     if config.path is None:
         raise ConfigError("what to serve is not said", where="serve.path", expected="a checkpoint, HF folder or .gguf")
-    with listen(config.host, config.port) as listener:  # before the model: a taken port is known at once
+    with ExitStack() as stack:
+        listener = stack.enter_context(listen(config.host, config.port))  # before the model: a taken port is known
         host, port = listener.getsockname()[:2]
         log = Log()
         log.say(f"opening {config.path}")
         served = open_model(config, config.path)
+        stack.callback(served.close)
         app = create_app(served, config, os.environ.get(KEY_VARIABLE))
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=GRACE_S)
