@@ -400,6 +400,14 @@ def test_thinking_that_is_cut_off_is_not_the_answer(script):
     assert choice.finish_reason == "length"
 
 
+def test_the_token_that_ends_an_answer_is_no_part_of_it(script):
+    script.text = "Paris."
+    answer = script.client.chat.completions.create(model=MODEL, messages=HELLO, logprobs=True)
+    assert answer.choices[0].message.content == "Paris."
+    assert "".join(c.token for c in answer.choices[0].logprobs.content) == "Paris."
+    assert answer.usage.completion_tokens == len(answer.choices[0].logprobs.content) + 1
+
+
 def test_a_key_is_asked_for(script):
     with pytest.raises(openai.AuthenticationError) as caught:
         script.client.with_options(api_key="wrong").models.list()

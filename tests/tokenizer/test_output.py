@@ -115,6 +115,18 @@ def test_stop_strings_are_found_across_tokens_and_not_shown(text, stop, shown, s
     assert ("".join(parts), found) == (shown, stopped)
 
 
+class Words(Letters):
+    """A vocabulary of whole words."""
+
+    def decode_bytes(self, ids, *, skip_specials=True):
+        return b"".join([b"one two three "][i] for i in ids)
+
+
+def test_the_first_of_two_stop_strings_in_one_token_counts():
+    text = TextStream(Words(), stop=["three", "two"])
+    assert (text.feed(0), text.stopped, text.feed(0), text.finish()) == ("one ", True, "", "")
+
+
 def test_control_tokens_and_unknown_ids_are_not_shown():
     assert "".join(stream([97, 3, 98, 1, 99999])[0]) == "ab"
 
