@@ -52,6 +52,7 @@ _UNSPACED = (
     r"\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0e7f"
     r"\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff"
 )
+_UNSPACED_CHARACTERS = codecs.decode(_UNSPACED, "unicode_escape")
 _DIGITS = r"(?<!\p{N})\p{N}{1,2}(?=(?:\p{N}{3})+(?!\p{N}))|\p{N}{1,3}"
 _ASCII_WORD = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
 _MAIN = _ASCII_WORD + r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -69,7 +70,7 @@ CHAIN: dict[str, Any] = {
     "type": "Sequence",
     "pretokenizers": [
         _split(_DIGITS, "MergedWithPrevious"),
-        _split(f"[{codecs.decode(_UNSPACED, 'unicode_escape')}]+", "Isolated"),
+        _split(f"[{_UNSPACED_CHARACTERS}]+", "Isolated"),
         _split(_MAIN, "Isolated"),
         _byte_level(),
     ],
@@ -101,8 +102,7 @@ def _one_pattern() -> str:
 # does not express; text with them goes through the chain itself.
 _OWN_DIGITS = re.compile(
     "[\u0e50-\u0e59\u0ed0-\u0ed9\u1040-\u1049\u1090-\u1099\u17e0-\u17e9\u17f0-\u17f9\ua620-\ua629\ua6e6-\ua6ef"
-    "\ua830-\ua835\ua8d0-\ua8d9\ua900-\ua909\ua9d0-\ua9d9\ua9f0-\ua9f9\uaa50-\uaa59\uabf0-\uabf9\uf96b\uf973\uf978"
-    "\uf9b2\uf9d1\uf9d3\uf9fd]"
+    "\ua830-\ua835\ua8d0-\ua8d9\ua900-\ua909\ua9d0-\ua9d9\ua9f0-\ua9f9\uaa50-\uaa59\uabf0-\uabf9]"
 )
 # tiktoken's expression engine gives up on runs of about a million characters of one class; longer texts go through
 # the chain, which does not.
@@ -153,7 +153,7 @@ def train(texts: Iterable[str], vocab_size: int, log: Log, *, digit_groups: bool
             todo="lower `vocab_size` or give more text",
         )
     log.say(f"tokenizer: {vocab_size:,} tokens, {len(merges):,} merges")
-    return Tokenizer(json.dumps(_file(merges), ensure_ascii=False, indent=1) + "\n")
+    return Tokenizer(json.dumps(tokenizer_file(merges), ensure_ascii=False, indent=1) + "\n")
 
 
 def _pre_tokenizer(steps: dict[str, Any]) -> Any:
@@ -173,7 +173,7 @@ def _digit_merges() -> list[tuple[str, str]]:
     return pairs + [(t[:2], t[2]) if t[:2] <= t[1:] else (t[0], t[1:]) for t in triples]
 
 
-def _file(merges: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def tokenizer_file(merges: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Return the whole `tokenizer.json` that follows from a list of merges."""
     names = [*SPECIALS, *sorted(_CHARACTERS), *(left + right for left, right in merges)]
     vocabulary = {name: number for number, name in enumerate(names)}
@@ -240,8 +240,8 @@ class Tokenizer:
         self._hidden = frozenset(t["id"] for t in self.data["added_tokens"] if t["special"])
         for number in (BOS, END_OF_TEXT, IM_START, IM_END, PAD):
             if self.specials.get(SPECIALS[number]) != number:
-                found = self.specials.get(SPECIALS[number])
-                raise DataError("a special token has another id", where=SPECIALS[number], found=found, expected=number)
+                found = self.specials.get(SPECIALS[number], "absent")
+                raise DataError(f"{SPECIALS[number]} is not the token it must be", found=found, expected=number)
         self.vocab_size = self._chain.get_vocab_size(with_added_tokens=True)
         special_ids = set(self.specials.values())
         try:
