@@ -18,6 +18,8 @@ from torch import Tensor
 from freehold.core.errors import RequestError
 
 MAX_TOP_LOGPROBS = 20
+RANKED = 1024
+"""Tokens ranked before a whole vocabulary is."""
 
 
 @dataclass(frozen=True)
@@ -160,19 +162,34 @@ def _replace_by_last(rows: list[Any], row: int) -> None:
 def _filter(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """Return the logits [B,V] with those outside top-k, top-p and min-p at minus infinity.
 
-    Top-k first, then the nucleus and min-p of what is left, as vLLM and transformers do. At least one stays;
-    of equal logits the lower id counts as the more probable.
+    Top-k first, then the nucleus and min-p of what is left, as vLLM and transformers do. At least one stays.
+    Sorting a vocabulary costs more than a decoding step of a small model, so only the best are ranked at first; a
+    row whose choice reaches beyond them is ranked whole. Which way a row goes depends on that row alone.
     """
-    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    top_k = torch.tensor([[s.top_k or logits.shape[1]] for s in settings], device=logits.device)
-    top_p = torch.tensor([[s.top_p] for s in settings], dtype=torch.float64, device=logits.device)
-    min_p = torch.tensor([[s.min_p] for s in settings], device=logits.device)
-    ranked = ranked.masked_fill(rank >= top_k, -torch.inf)
-    chances = ranked.softmax(dim=-1)
-    before = chances.cumsum(dim=-1, dtype=torch.float64) - chances
-    # top_p = 1 keeps everything, whatever the rounding of the sum.
-    outside = ((before >= top_p) & (top_p < 1)) | (chances < min_p * chances[:, :1])
-    outside[:, 0] = False
-    ranked = ranked.masked_fill(outside, -torch.inf)
-    return torch.full_like(logits, -torch.inf).scatter_(1, order, ranked)
+    filtered = torch.full_like(logits, -torch.inf)
+    rows = torch.arange(len(settings), device=logits.device)
+    for width in (RANKED, logits.shape[1]):
+        if width > logits.shape[1] or not len(rows):
+            continue
+        left = [settings[r] for r in rows.tolist()]
+        whole = width == logits.shape[1]
+        found = logits[rows]
+        ranked, order = found.sort(dim=-1, descending=True, stable=True) if whole else found.topk(width, dim=-1)
+        rank = torch.arange(width, device=logits.device)
+        top_k = torch.tensor([[s.top_k or logits.shape[1]] for s in left], device=logits.device)
+        top_p = torch.tensor([[s.top_p] for s in left], dtype=torch.float64, device=logits.device)
+        min_p = torch.tensor([[s.min_p] for s in left], device=logits.device)
+        total = ranked.masked_fill(rank >= top_k, -torch.inf).logsumexp(dim=-1, keepdim=True)
+        if not whole:
+            total = torch.where(top_k <= width, total, found.logsumexp(dim=-1, keepdim=True))
+        chances = (ranked - total).exp()
+        before = chances.cumsum(dim=-1, dtype=torch.float64) - chances
+        # top_p = 1 keeps everything, whatever the rounding of the sum.
+        inside = (rank < top_k) & ((before < top_p) | (top_p == 1)) & (chances >= min_p * chances[:, :1])
+        inside[:, 0] = True
+        # Who is inside is always a beginning of the ranking: when its end is outside, nobody beyond is inside.
+        done = torch.ones_like(inside[:, 0]) if whole else ~inside[:, -1]
+        chosen = torch.full_like(found, -torch.inf).scatter_(1, order, ranked.masked_fill(~inside, -torch.inf))
+        filtered[rows[done]] = chosen[done]
+        rows = rows[~done]
+    return filtered

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from freehold.core.errors import RequestError
+from freehold.infer import sampler as sampler_module
 from freehold.infer.sampler import Sampler, Sampling, check_ids
 
 CHANCES = [0.5, 0.25, 0.125, 0.0625, 0.0625]
@@ -58,6 +59,27 @@ def test_filters_leave_what_they_say(sampling, possible):
 
 def test_of_equal_logits_exactly_k_stay():
     assert set(draws(Sampling(top_k=2, seed=0), 200, torch.zeros(1, 6))) == {0, 1}
+
+
+def test_ranking_the_best_first_changes_nothing(monkeypatch):
+    logits = torch.randn(6, 3000, generator=torch.Generator().manual_seed(0)) * 2
+    settings = [
+        Sampling(top_p=0.3),  # ends among the best
+        Sampling(top_p=0.9999),  # reaches beyond them
+        Sampling(top_k=40, top_p=0.8),
+        Sampling(top_k=2000, top_p=0.99),
+        Sampling(min_p=0.05),
+        Sampling(min_p=1e-6, top_p=0.5),
+    ]
+    fast = sampler_module._filter(logits, settings)
+    monkeypatch.setattr(sampler_module, "RANKED", 10**9)
+    whole = sampler_module._filter(logits, settings)
+    assert torch.equal(fast, whole)
+    for row, s in enumerate(settings):
+        assert torch.equal(whole[row : row + 1], sampler_module._filter(logits[row : row + 1], [s]))
+    kept = (whole > -torch.inf).sum(dim=1).tolist()
+    assert kept[0] < 1024 < kept[1]
+    assert kept[2] < 40
 
 
 def test_penalties_count_what_was_generated():
