@@ -36,8 +36,8 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 well, 2 the user's mistake, 130 stopped."""
-    # Threads that spin while they wait make a step many times slower as soon as anything else runs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait by spinning for long make a step ten times slower as soon as anything else runs.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     for item in rest:  # argparse takes positionals in one place only; overrides may stand anywhere

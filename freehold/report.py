@@ -26,7 +26,7 @@ PARITY = {
     "passed": "proven",
 }
 # Things inside a stage's folder that people look for by name.
-NAMED = ("pretrain/truebase", "pretrain/base", "align/preview", "export/hf")
+NAMED = ("pretrain/truebase", "pretrain/base", "align/preview")
 
 
 def write_report(run_folder: Path) -> Path:
@@ -75,7 +75,24 @@ def summary(run_folder: Path, width: int = 118) -> str:
     missing = _missing(run_folder)
     if missing:
         console.print(Text(f"not finished, so left out: {', '.join(missing)}"))
+    else:
+        console.print(Text("\n".join(["", "next:", *(f"  {line}" for line in next_commands(run_folder))])))
     return out.getvalue()
+
+
+def next_commands(run_folder: Path) -> list[str]:
+    """Return what a user may want to type after a finished run."""
+    quantized = sorted((run_folder / "export" / "gguf").glob("*Q8_0.gguf"))
+    return [
+        f"freehold chat {run_folder}",
+        f"freehold serve {run_folder} --port 8000",
+        *(f"freehold serve {path}" for path in quantized),
+        f"freehold trace sotu --run {run_folder}"
+        if (run_folder / "tokenize/tokens/sotu.train.bin").exists()
+        else f"freehold trace --step 1 --run {run_folder}",
+        f"freehold lineage {run_folder}",
+        f"report: {run_folder / 'report.md'}, picture: {run_folder / 'report.png'}",
+    ]
 
 
 def training_rows(run_folder: Path) -> list[dict[str, Any]]:
@@ -108,11 +125,13 @@ def _made(run_folder: Path) -> Table:
     for relative in NAMED:
         manifest = _read_json(run_folder / relative / MANIFEST)
         if manifest:
-            rows.append([relative.rpartition("/")[2], relative + "/", manifest["content_sha256"][:12], "", ""])
+            what = _read_json(run_folder / relative / "trainer.json").get("stage_type", relative)
+            rows.append([what, relative + "/", manifest["content_sha256"][:12], "", ""])
     files = _read_json(run_folder / "export" / MANIFEST).get("files", {})
     for name, record in sorted(files.items()):
         if name.endswith((".gguf", ".safetensors")):
-            size = f"{name.rpartition('/')[2]} ({record['bytes'] / 1e6:,.1f} MB)"
+            kind = "HF" if name.endswith(".safetensors") else "GGUF"
+            size = f"{kind} {name.rpartition('/')[2]} ({record['bytes'] / 1e6:,.1f} MB)"
             rows.append([size, f"export/{name}", record["sha256"][:12], "", ""])
     return Table("What was made", ["what", "where", "sha256", "seconds", "peak GB"], rows, left=(0, 1, 2))
 

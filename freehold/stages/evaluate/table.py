@@ -5,17 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from freehold.core.table import Table
+from freehold.stages.evaluate.config import MADE_BY
+
+
+def in_order(checkpoints: dict[str, Any]) -> dict[str, Any]:
+    """Return results in the order the checkpoints are made; others follow by name (JSON keys are sorted)."""
+    made = [name for name in MADE_BY if name in checkpoints]
+    return {name: checkpoints[name] for name in [*made, *sorted(set(checkpoints) - set(made))]}
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
     """Return bits per byte beside the compressors, and, when tasks were done, accuracies and the gain."""
-    tested = {name: result["tasks"] for name, result in results["checkpoints"].items() if "tasks" in result}
+    tested = {name: result["tasks"] for name, result in in_order(results["checkpoints"]).items() if "tasks" in result}
     return [_bits(results), *([_tasks(tested, results["gain"])] if tested else [])]
 
 
 def parts(results: dict[str, Any]) -> Table:
     """Return the accuracy on each part of each task, for those who want to know where it comes from."""
-    tested = {name: result["tasks"]["tasks"] for name, result in results["checkpoints"].items() if "tasks" in result}
+    tested = {
+        name: result["tasks"]["tasks"] for name, result in in_order(results["checkpoints"]).items() if "tasks" in result
+    }
     first = next(iter(tested.values()))
     rows = []
     for task, record in first.items():
@@ -26,7 +35,7 @@ def parts(results: dict[str, Any]) -> Table:
 
 
 def _bits(results: dict[str, Any]) -> Table:
-    settings, text, checkpoints = results["settings"], results["text"], results["checkpoints"]
+    settings, text, checkpoints = results["settings"], results["text"], in_order(results["checkpoints"])
     rows = []
     for source in [*text["sources"], None]:
         plain = text["overall"] if source is None else text["sources"][source]
