@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 import typing
@@ -66,10 +67,8 @@ def parse_override(item: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError("the value of an override is not YAML", where=key, found=text) from error
     if isinstance(value, str):  # YAML 1.1 reads 3e-4 as a string, everyone else as a number
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            value = text
     result: Any = value
     for part in reversed(key.split(".")):
         result = {part: result}

@@ -91,6 +91,11 @@ def test_bad_recipes(tmp_path):
         parse_override("a=[1")
 
 
+def test_values_of_overrides_are_yaml():
+    texts = {"a=1": 1, "a=3e-4": 3e-4, "a=true": True, 'a="tiny"': "tiny", "a=x y": "x y", "a=[1, 2]": [1, 2], "a=": None}
+    assert {text: parse_override(text)["a"] for text in texts} == texts
+
+
 def test_null_takes_a_mapping_of_the_base_away():
     base = {"phases": {"stable": {"steps": 2}, "anneal": {"steps": 3}}, "n": 4}
     assert merge(base, {"phases": {"stable": None}, "n": None}) == {"phases": {"anneal": {"steps": 3}}, "n": None}
