@@ -40,8 +40,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 4, "route_scale": 2.448, "sliding_window": 4096, "max_position_embeddings": 524288,
     },
     "laptop": {
-        "vocab_size": 8192, "num_hidden_layers": 4, "num_dense_layers": 1, "hidden_size": 256,
-        "intermediate_size": 768, "moe_intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 4096, "num_hidden_layers": 4, "num_dense_layers": 1, "hidden_size": 128,
+        "intermediate_size": 384, "moe_intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1,
         "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 2, "sliding_window": 128,
         "max_position_embeddings": 2048,
     },
