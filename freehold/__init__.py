@@ -5,7 +5,7 @@ Importing the package never imports torch; `freehold.load(path)` does, when it i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: str | Path, *, dtype: str = "float32") -> Loaded:
+def load(path: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32") -> Loaded:
     """Open a Freehold checkpoint or an HF AFMoE folder; see `freehold.api.load`."""
     from freehold import api
 

@@ -116,7 +116,11 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _walk_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show the filled recipe and what it implies; do nothing")
-    parser.add_argument("--clean", action="store_true", help="make again what is damaged or was made by another recipe or code; a single stage: always")
+    parser.add_argument(
+        "--clean",
+        action="store_true",
+        help="make again what is damaged or was made by another recipe or code; a single stage: always",
+    )
     parser.add_argument("--fork", default="", metavar="NAME", help="keep this run; make the changed one as runs/NAME")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="say nothing but errors")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from freehold.core import artifact
 from freehold.core.artifact import MANIFEST, Workspace, read_manifest, sha256_json, write_json, write_manifest
@@ -54,8 +54,10 @@ KEY = "key.json"
 class Head(Config):
     """The part of a recipe that is about the whole run."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name of the run folder below runs_dir")
-    seed: int = Field(0, ge=0, description="the one seed every random choice follows from")
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # a run may be called 2024
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run folder below runs_dir")
+    seed: int = Field(0, ge=0, lt=2**63, description="the one seed every random choice follows from")
     runs_dir: Path = Field(Path("runs"), description="where run folders lie")
     until: str = Field("serve", description="last stage of the walk to run")
 

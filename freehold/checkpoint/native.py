@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from freehold.core.artifact import MANIFEST, atomic_folder, read_manifest, verify_files, write_json, write_manifest
 from freehold.core.errors import ArtifactError, CheckpointError
@@ -80,7 +81,7 @@ def load(folder: Path, parts: Iterable[str] | None = None, *, verify: bool = Tru
         flat: dict[str, Tensor] = {
             key: torch.empty(entry.size, dtype=entry.properties.dtype)
             for key, entry in metadata.items()
-            if parts is None or key.partition("/")[0] in parts
+            if isinstance(entry, TensorStorageMetadata) and (parts is None or key.partition("/")[0] in parts)
         }
         dcp.load(flat, storage_reader=reader)
     state: State = {part: {} for part in parts} if parts is not None else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import types
 import typing
 from pathlib import Path
@@ -23,23 +24,39 @@ RENAMED: dict[str, str] = {}
 class Config(pydantic.BaseModel):
     """The base of every declaration: frozen, unknown keys refused, defaults checked too."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML file whose top level is a mapping; ConfigError otherwise."""
-    if not path.exists():
+    if not path.is_file():
         known = sorted(p.as_posix() for p in Path("recipes").glob("*.yaml"))
         near = difflib.get_close_matches(path.as_posix(), known, n=1, cutoff=0.3)
         todo = f"did you mean {near[0]}?" if near else "recipes lie in recipes/"
         raise ConfigError("no such recipe", where=path, todo=todo)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        json.dumps(data, default=str)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ConfigError("the recipe is not YAML", where=path, found=error) from error
     if not isinstance(data, dict):
         raise ConfigError("the recipe is not a mapping", where=path, found=type(data).__name__, expected="key: value")
     return data
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its silent trap: a key given twice is an error, not the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping after looking for keys given twice."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep)
 
 
 def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, Any]:

@@ -35,11 +35,24 @@ class PhaseConfig(Config):
     shape: Literal["constant", "linear", "cosine"] = Field("constant", description="course of the rate")
     start: float = Field(1.0, ge=0, description="first rate, as a fraction of the peak")
     end: float = Field(1.0, ge=0, description="last rate, as a fraction of the peak (constant: same as start)")
-    checkpoint: str = Field("", description="name of the checkpoint kept at the end, e.g. truebase")
+    checkpoint: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
+        description="name of the checkpoint kept at the end, e.g. truebase",
+    )
     stage_type: str = Field("", description="what that checkpoint is called: TrueBase, Base, Preview ...")
     mixture: dict[str, float] = Field(
         default_factory=dict, description="weight per source of this phase; empty: in proportion to tokens"
     )
+
+
+def check_names(phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
+    """Refuse checkpoint names that would overwrite each other or the run's own folders; ValueError names them."""
+    names = [phase.checkpoint for phase in phases.values() if phase.checkpoint]
+    for name in names:
+        if name in ("checkpoints", "log") or names.count(name) > 1:
+            raise ValueError(f"checkpoint name {name!r} is " + ("reserved" if names.count(name) == 1 else "used twice"))
+    return phases
 
 
 class SmebuConfig(Config):

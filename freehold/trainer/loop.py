@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from freehold.checkpoint import native
-from freehold.core.errors import CheckpointError
+from freehold.core.errors import CheckpointError, FreeholdError
 from freehold.core.log import Log
 from freehold.data.loader import Order
 from freehold.data.packing import Batch
@@ -36,6 +36,10 @@ from freehold.trainer.loss import chunked_loss
 from freehold.trainer.monitor import LoadMonitor, gemm_flops_per_s
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+class TrainingError(FreeholdError):
+    """A run that cannot go on as its recipe says."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -157,7 +161,7 @@ class Trainer:
 
     # -- one step ----------------------------------------------------------------------------------------------
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
+    def train_step(self, batch: Batch) -> dict[str, Any]:
         """Run one optimizer step on a global batch; return its losses and gradient norm.
 
         A step whose loss or gradient is not finite changes nothing but the step count.
@@ -196,6 +200,15 @@ class Trainer:
         else:
             self.skipped.append(self.step)
             sources = sorted({f"{p.source}:{p.document_id}" for p in self.job.order.documents(self.step)})
+            last = self.job.trainer.max_skipped_steps
+            if self.skipped[-last:] == list(range(self.step - last + 1, self.step + 1)):
+                raise TrainingError(
+                    f"{last} steps in a row had no finite loss or gradient",
+                    where=f"{self.job.stage} step {self.step}",
+                    found=f"loss {cross_entropy / max(targets, 1)}, gradient norm {norm}",
+                    todo="lower optim.lr and optim.muon_lr, or look at the documents named above; "
+                    "the last good checkpoint is kept",
+                )
             self.log.warn(f"step {self.step} skipped: loss or gradient is not finite; documents: {', '.join(sources)}")
         for master in self.masters.values():
             master.grad = None
@@ -242,7 +255,7 @@ class Trainer:
         with _StopSignals() as stop:
             while self.step < schedule.total_steps:
                 position = schedule.at(self.step)
-                values = self.train_step(job.order.batch(self.step))
+                values: dict[str, Any] = self.train_step(job.order.batch(self.step))
                 monitor.add(self.model)
                 done = self.step
                 if done % config.log_every_steps == 0 or done in ends or stop.asked:

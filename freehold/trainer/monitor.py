@@ -49,7 +49,9 @@ class LoadMonitor:
         if self.layers:
             biases = [layer.expert_bias for layer in self.layers.values()]
             values["moe/bias_abs_max"] = max(float(b.abs().max()) for b in biases)
-            values["moe/router_logit_max"] = max(float(layer.last_router_logit_max) for layer in self.layers.values())
+            values["moe/router_logit_max"] = max(
+                float(layer.last_router_logit_max or 0) for layer in self.layers.values()
+            )
         values["moe/max_vio"] = sum(means) / max(len(means), 1)
         values["moe/entropy"] = sum(entropies) / max(len(entropies), 1)
         values["moe/dead"] = dead

@@ -66,9 +66,13 @@ def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def test_atomic_folder(tmp_path):
-    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "a") as folder:
-        (folder / "x").write_text("1")
-        _ = 1 / 0
+    def fail_half_way():
+        with atomic_folder(tmp_path / "a") as folder:
+            (folder / "x").write_text("1")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
     assert list(tmp_path.iterdir()) == []
     for text in ("1", "2"):
         with atomic_folder(tmp_path / "a") as folder:

@@ -51,13 +51,17 @@ def test_unknown_key_names_its_neighbour(override, says):
     [
         ("optim.lr=fast", "pretrain.optim.lr"),
         ("optim.lr=-1", "pretrain.optim.lr"),
+        ("optim.lr=.inf", "pretrain.optim.lr"),
+        ("phases.stable.checkpoint=../x", "pretrain.phases.stable.checkpoint"),
+        ("phases.stable.checkpoint=log", "pretrain.phases"),
+        ("trainer.threads=100000", "pretrain.trainer.threads"),
         ("batch.sequences=2.5", "pretrain.batch.sequences"),
         ("trainer.dtype=fp8", "pretrain.trainer.dtype"),
     ],
 )
 def test_wrong_type_names_key_found_and_expected(override, where):
     with pytest.raises(ConfigError, match="not a valid value") as error:
-        fill(StageConfig, parse_override(override), "pretrain")
+        fill(StageConfig, merge({"phases": {"stable": {"steps": 2}}}, parse_override(override)), "pretrain")
     assert error.value.where.startswith(where)
     assert error.value.found
     assert error.value.expected
@@ -81,6 +85,12 @@ def test_bad_recipes(tmp_path):
         load_recipe(write(tmp_path / "a.yaml", "a: [1"))
     with pytest.raises(ConfigError, match="not a mapping"):
         load_recipe(write(tmp_path / "b.yaml", "- 1"))
+    with pytest.raises(ConfigError, match="given twice"):
+        load_recipe(write(tmp_path / "f.yaml", "name: a\nname: b"))
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_recipe(write(tmp_path / "g.yaml", "a: &x [*x]"))
+    with pytest.raises(ConfigError, match="no such recipe"):
+        load_recipe(tmp_path)
     write(tmp_path / "d.yaml", "base: e.yaml")
     with pytest.raises(ConfigError, match="base of its own"):
         load_recipe(write(tmp_path / "c.yaml", "base: d.yaml") if write(tmp_path / "e.yaml", "name: e") else None)
@@ -92,7 +102,15 @@ def test_bad_recipes(tmp_path):
 
 
 def test_values_of_overrides_are_yaml():
-    texts = {"a=1": 1, "a=3e-4": 3e-4, "a=true": True, 'a="tiny"': "tiny", "a=x y": "x y", "a=[1, 2]": [1, 2], "a=": None}
+    texts = {
+        "a=1": 1,
+        "a=3e-4": 3e-4,
+        "a=true": True,
+        'a="tiny"': "tiny",
+        "a=x y": "x y",
+        "a=[1, 2]": [1, 2],
+        "a=": None,
+    }
     assert {text: parse_override(text)["a"] for text in texts} == texts
 
 

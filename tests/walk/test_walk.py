@@ -167,6 +167,7 @@ def test_dry_run_and_json(runs):
         (["pretrain", RECIPE, "optim.lrr=1"], "did you mean `lr`"),
         (["run", RECIPE, "until=nowhere"], "no such stage"),
         (["run", RECIPE, "name=a/b"], "name"),
+        (["run", RECIPE, "name=.."], "name"),
         (["trace"], "give a document"),
         (["lineage", "nowhere"], "no such run folder"),
         (["run", RECIPE, "--dry-run", "until=nowhere"], "no such stage"),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from freehold.core.config import Config
 from freehold.data.config import BatchConfig
-from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig
+from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig, check_names
 from freehold.trainer.config import TrainerConfig
 
 
@@ -31,6 +31,11 @@ class StageConfig(Config):
         min_length=1,
         description="named phases",
     )
+
+    @field_validator("phases")
+    @classmethod
+    def _names(cls, phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
+        return check_names(phases)
 
 
 def plan(config: StageConfig) -> list[str]:

@@ -219,6 +219,9 @@ def _walk(root: Path, source: FileSource, skipped: list[tuple[str, str]]) -> lis
             relative = path.relative_to(root).as_posix()
             if not wanted(relative, source):
                 continue
+            if not encodable(relative):
+                skipped.append((ascii(relative), "its name is not UTF-8"))
+                continue
             if path.is_symlink() or not path.is_file():
                 skipped.append((relative, "a symbolic link" if path.is_symlink() else "not a regular file"))
                 continue
@@ -231,6 +234,15 @@ def _walk(root: Path, source: FileSource, skipped: list[tuple[str, str]]) -> lis
             except OSError as error:
                 skipped.append((relative, f"cannot be read: {error.strerror}"))
     return sorted(members, key=lambda m: m.path)
+
+
+def encodable(text: str) -> bool:
+    """Tell whether text can be written as UTF-8: names of files and escapes in JSON can hold lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def too_large(size_bytes: int, limit_bytes: int) -> str:
@@ -259,6 +271,7 @@ def _sdist(name: str, source: Sdist, corpus_dir: Path) -> Origin:
     members: list[Member] = []
     skipped: list[tuple[str, str]] = []
     wrapper = ""
+    seen: set[str] = set()
     # Members are kept packed in memory: a .tar.gz can only be read from its start.
     try:
         with tarfile.open(archive, "r:gz") as tar:
@@ -271,6 +284,10 @@ def _sdist(name: str, source: Sdist, corpus_dir: Path) -> Origin:
                     wrapper = of_metadata(text).expression or ""
                 if info.isdir() or not wanted(path, source):
                     continue
+                if not encodable(path) or path in seen:
+                    skipped.append((ascii(path), "its name is not UTF-8" if path not in seen else "named twice"))
+                    continue
+                seen.add(path)
                 if outside or not info.isreg():
                     skipped.append((path, "its path leaves the archive" if outside else "not a regular file"))
                 elif info.size > source.max_document_bytes:

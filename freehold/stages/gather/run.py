@@ -18,7 +18,7 @@ from freehold.ledger.licence import normalise
 from freehold.ledger.policy import Claim, gate
 from freehold.stages.gather import generate
 from freehold.stages.gather.config import FileSource, Folder, Generated, JsonLines, Source, StageConfig
-from freehold.stages.gather.origins import Origin, check_evidence, date_of, find, missing
+from freehold.stages.gather.origins import Origin, check_evidence, date_of, encodable, find, missing
 from freehold.stages.gather.readers import READERS, Part, Reading
 
 # How many skipped files sources.json names for each source; the rest are counted.
@@ -157,7 +157,7 @@ def _files(name: str, source: FileSource, origin: Origin) -> tuple[list[Document
     parts = READERS[source.reader](ordered, reading)
     if source.reader == "bible":  # many documents in one file
         parts = iter(sorted(parts, key=lambda p: document_id(name, p.path)))
-    trimmed = (Part(p.member, p.anchor, cut(p.text, source.cut_bytes)) for p in parts)
+    trimmed = (Part(p.member, p.anchor, cut(p.text, source.cut_bytes)) for p in _sound(parts, reading))
     documents = [
         Document(
             id=document_id(name, part.path),
@@ -184,6 +184,15 @@ def _files(name: str, source: FileSource, origin: Origin) -> tuple[list[Document
         "files": {m.path: m.sha256 for m in origin.members if m.path in used},
         "skipped": _skips(reading.skipped),
     }
+
+
+def _sound(parts: Iterable[Part], reading: Reading) -> Iterator[Part]:
+    """Pass on what can be written; escapes in source code and JSON can hold half characters."""
+    for part in parts:
+        if encodable(part.text) and encodable(part.path):
+            yield part
+        else:
+            reading.skipped.append((ascii(part.path), "holds half a character (a lone surrogate)"))
 
 
 def _json_lines(name: str, source: JsonLines) -> tuple[list[Document], dict[str, Any]]:
@@ -219,8 +228,8 @@ def _json_rows(name: str, source: JsonLines, skipped: list[tuple[str, str]]) -> 
             except (ValueError, KeyError, TypeError, RecursionError):
                 skipped.append((where, "not a JSON object with a `text`"))
                 continue
-            if not isinstance(text, str) or not text.strip():
-                skipped.append((where, "empty"))
+            if not isinstance(text, str) or not text.strip() or not encodable(text):
+                skipped.append((where, "not text" if not isinstance(text, str) or text.strip() else "empty"))
                 continue
             yield Document(
                 id=document_id(name, where),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from freehold.core.config import Config
 from freehold.data.config import BatchConfig
 from freehold.model.config import ModelConfig, flops_per_token, parameter_counts
-from freehold.optim.config import BalanceConfig, OptimConfig, PhaseConfig, SmebuConfig
+from freehold.optim.config import BalanceConfig, OptimConfig, PhaseConfig, SmebuConfig, check_names
 from freehold.trainer.config import TrainerConfig
 
 
@@ -34,6 +34,11 @@ class StageConfig(Config):
         description="folder of a checkpoint to branch from: phases then go on from its step, optimizer and data "
         "position (e.g. another anneal from runs/laptop/pretrain/truebase)",
     )
+
+    @field_validator("phases")
+    @classmethod
+    def _names(cls, phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
+        return check_names(phases)
 
 
 def plan(config: StageConfig) -> list[str]:
