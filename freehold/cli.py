@@ -36,8 +36,8 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 well, 2 the user's mistake, 130 stopped."""
-    # Threads that wait by spinning for long make a step ten times slower as soon as anything else runs.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Threads that wait by spinning for long make a step five times slower as soon as anything else runs.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     for item in rest:  # argparse takes positionals in one place only; overrides may stand anywhere
@@ -233,9 +233,9 @@ def _trace(args: argparse.Namespace) -> int:
     from freehold.core.errors import ConfigError
     from freehold.ledger import trace
 
-    run = _run_folder(args.run)
     if (args.document is None) == (args.step is None):
         raise ConfigError("give a document, source or licence, or --step N", todo="see `freehold trace --help`")
+    run = _run_folder(args.run)
     if args.step is not None:
         answer = trace.trace_step(run, args.step, stage=args.stage)
     else:

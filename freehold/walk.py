@@ -8,6 +8,7 @@ Imports no torch: an up-to-date run answers in a second.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import fcntl
 import importlib
 import json
@@ -101,12 +102,18 @@ def resolve(path: Path, overrides: Sequence[str] = (), stage: str = "", fork: st
     full = []
     for item in overrides:
         first = item.removeprefix("--").partition("=")[0].partition(".")[0]
-        known = first in WALK or first in Head.model_fields
-        full.append(item if known or not stage else f"{stage}.{item.removeprefix('--')}")
+        whole = first in WALK or first in Head.model_fields
+        full.append(item if whole or not stage else f"{stage}.{item.removeprefix('--')}")
     for item in full:
         data = merge(data, parse_override(item))
     if fork:
         data = merge(data, {"name": fork})
+    known = [*Head.model_fields, *WALK]
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            todo = f"did you mean `{near[0]}`?" if near else f"known keys here: {', '.join(known)}"
+            raise ConfigError("unknown key", where=path, found=key, todo=todo)
     head = {key: value for key, value in data.items() if key not in WALK}
     filled = fill(Head, head, "")
     if filled.until not in WALK:
@@ -140,16 +147,17 @@ def state_of(recipe: Recipe, stage: str, *, verify: bool = False) -> tuple[str, 
     Files are compared by size, with `verify` also by hash.
     """
     folder = recipe.run_folder / stage
-    if not (folder / KEY).exists():
-        return "absent", []
-    try:
-        old = json.loads((folder / KEY).read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return "absent", []
-    changes = difference(old, key_of(recipe, stage))
     finished = (folder / MANIFEST).exists()
+    key = key_of(recipe, stage)
+    try:
+        old = read_manifest(folder, kind=stage) if finished else json.loads((folder / KEY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "absent", []
+    except (ArtifactError, ValueError) as error:
+        return "stale", [f"{folder}: {str(error).splitlines()[0]}"]
+    changes = difference({name: old.get(name) for name in key}, key)
     if finished:
-        for name, record in read_manifest(folder)["files"].items():
+        for name, record in old["files"].items():
             path = folder / name
             if not path.exists() or path.stat().st_size != record["bytes"]:
                 changes.append(f"{path}: missing or of another size")
@@ -171,9 +179,12 @@ def check_stage(recipe: Recipe, stage: str, options: Options) -> str:
     if state == "done" and not (options.clean and not options.parent):
         return "done"
     if state == "started" and stage in RESUMABLE:
+        for leftover in folder.glob("*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return "resume"
     worth_keeping = (folder / MANIFEST).exists() or (stage in RESUMABLE and any(folder.glob("checkpoints/step_*")))
-    if state == "stale" and worth_keeping and not options.clean:
+    if state != "done" and worth_keeping and not options.clean:
+        changes = changes or [f"{folder / KEY}: missing"]
         shown = changes[:12] + ([f"... and {len(changes) - 12} more"] if len(changes) > 12 else [])
         raise ArtifactError(
             f"{stage} was made by another recipe, other inputs or other code",
@@ -196,6 +207,8 @@ def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
     if what == "done":
         return read_manifest(folder)
     key = key_of(recipe, stage)
+    for name in WALK[stage]:
+        artifact.verify_files(recipe.run_folder / name, read_manifest(recipe.run_folder / name))
     log = Log(folder, quiet=options.quiet)
     log.say(f"== {stage}" + (" (going on)" if what == "resume" else ""))
     artifact.write_atomic(folder / "resolved.yaml", to_yaml(recipe.stages[stage]))

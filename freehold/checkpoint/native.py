@@ -135,13 +135,16 @@ def prune(folder: Path, *, keep_last: int, keep_every_steps: int, every_steps: i
     Ones off the `every_steps` grid (made by an interruption) go as soon as a newer one exists, so that what is
     left does not depend on when a run was stopped.
     """
-    paths = sorted(p for p in folder.glob("step_????????") if (p / MANIFEST).exists())
+    for leftover in folder.glob("step_*"):  # of a save or a removal that was killed
+        if leftover.suffix == ".tmp" or not (leftover / MANIFEST).exists():
+            shutil.rmtree(leftover)
+    paths = sorted(folder.glob("step_????????"))
     steps = [int(path.name.removeprefix("step_")) for path in paths]
     grid = [step for step in steps if step % every_steps == 0 or step == steps[-1]]
     kept = set(grid[-keep_last:]) | {s for s in grid if keep_every_steps and s % keep_every_steps == 0}
     for path, step in zip(paths, steps, strict=True):
         if step not in kept:
-            shutil.rmtree(path)
+            shutil.rmtree(path.rename(path.with_suffix(".tmp")))
 
 
 class _Writer(dcp.FileSystemWriter):

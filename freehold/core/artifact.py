@@ -122,7 +122,8 @@ def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         relative = path.relative_to(folder)
-        if relative.parts[0] != "log" and path.name not in NOT_CONTENT:
+        unfinished = any(part.endswith(".tmp") for part in relative.parts)
+        if relative.parts[0] != "log" and path.name not in NOT_CONTENT and not unfinished:
             files[relative.as_posix()] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
     return files
 
@@ -175,6 +176,8 @@ def read_manifest(folder: Path, *, kind: str | None = None, version: int = 1, ve
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError("the manifest is not JSON", where=path, found=error, todo="make the stage again") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ArtifactError("not a manifest", where=path, expected="an object with files", todo="make the stage again")
     if kind is not None and manifest.get("kind") != kind:
         raise ArtifactError("an artifact of another kind", where=folder, found=manifest.get("kind"), expected=kind)
     if manifest.get("format_version") != version:

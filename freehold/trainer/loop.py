@@ -244,6 +244,7 @@ class Trainer:
         if not self.restore():
             self.log.rewind(self.step)
         if self.step >= schedule.total_steps:
+            self._prune()
             return
         peak = gemm_flops_per_s(DTYPES[config.dtype])
         context = job.order.batch(self.step).input_ids.shape[1]
@@ -288,15 +289,17 @@ class Trainer:
                     raise Interrupted
 
     def _checkpoint(self, phase: str | None) -> None:
-        config = self.job.trainer
         if phase is not None and self.job.schedule.phases[phase].checkpoint:
             declared = self.job.schedule.phases[phase]
             self.save(self.job.folder / declared.checkpoint, stage_type=declared.stage_type)
             self.log.say(f"saved {declared.stage_type or 'checkpoint'}: {self.job.folder / declared.checkpoint}")
-        folder = self.job.folder / "checkpoints"
-        self.save(native.step_folder(folder, self.step), stage_type="step")
+        self.save(native.step_folder(self.job.folder / "checkpoints", self.step), stage_type="step")
+        self._prune()
+
+    def _prune(self) -> None:
+        config = self.job.trainer
         native.prune(
-            folder,
+            self.job.folder / "checkpoints",
             keep_last=config.keep_last,
             keep_every_steps=config.keep_every_steps,
             every_steps=config.checkpoint_every_steps,

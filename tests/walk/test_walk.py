@@ -105,6 +105,11 @@ def test_killed_and_run_again_ends_with_the_same_bits(runs, tmp_path, whole_grou
     (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
     process.wait()
     assert not (run / "pretrain" / "manifest.json").exists()
+    # What a kill in the middle of a write or of a removal can leave behind.
+    (run / "pretrain" / "manifest.json.tmp").write_text("{")
+    for leftover in ("step_00000003.tmp", "step_00000005"):
+        (run / "pretrain" / "checkpoints" / leftover / "state").mkdir(parents=True)
+        (run / "pretrain" / "checkpoints" / leftover / "state" / "__0_0.distcp").write_text("half")
     subprocess.run(command, check=True)
     assert hashes(run)["align"] == hashes(runs / "tiny")["align"]
     assert hashes(run)["pretrain"] == hashes(runs / "tiny")["pretrain"]
@@ -128,6 +133,40 @@ def test_bit_flipped_shard_stops_training_and_is_named(runs, tmp_path):
     assert "code.train.bin: missing or of another size" in result.stderr
     freehold("run", RECIPE, f"runs_dir={tmp_path}", "until=tokenize", "--clean")
     assert hashes(run) == {s: h for s, h in hashes(runs / "tiny").items() if s in ("gather", "curate", "tokenize")}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda run: (run / "tokenize" / "manifest.json").write_text("{"), "not JSON"),
+        (lambda run: (run / "tokenize" / "manifest.json").write_text("[]"), "not a manifest"),
+        (lambda run: (run / "tokenize" / "tokenizer" / "tokenizer.json").unlink(), "missing or of another size"),
+    ],
+)
+def test_damaged_stage_is_kept_until_clean_makes_it_again(runs, tmp_path, damage, says):
+    run = tmp_path / "tiny"
+    for stage in ("gather", "curate", "tokenize"):
+        shutil.copytree(runs / "tiny" / stage, run / stage)
+    damage(run)
+    result = freehold("run", RECIPE, f"runs_dir={tmp_path}", "until=tokenize", check=False)
+    assert result.returncode == 2
+    assert says in result.stderr
+    freehold("run", RECIPE, f"runs_dir={tmp_path}", "until=tokenize", "--clean")
+    assert hashes(run)["tokenize"] == hashes(runs / "tiny")["tokenize"]
+
+
+def test_damaged_input_is_found_before_it_is_used(runs, tmp_path):
+    run = tmp_path / "tiny"
+    for stage in ("gather", "curate"):
+        shutil.copytree(runs / "tiny" / stage, run / stage)
+    path = run / "curate" / "documents" / "code.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    result = freehold("run", RECIPE, f"runs_dir={tmp_path}", "until=tokenize", check=False)
+    assert result.returncode == 2
+    assert "code.parquet" in result.stderr
+    assert "hash differs" in result.stderr
 
 
 def test_two_runs_on_one_folder(tmp_path):

