@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -55,11 +56,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": {f: _text(getattr(error, f)) for f in fields}}))
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "code", 2)
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        # A full or read-only disk, a folder that may not be written, a file where a folder should be.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+                               errno.EEXIST, errno.EISDIR):  # fmt: skip
+            raise
+        print(
+            f"error: cannot write or read here: {error.strerror}\n  where:    {error.filename or ''}\n"
+            "  to do:    free some space or choose another runs_dir; nothing finished was touched",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,11 +6,10 @@ Reads only what the stages left in the run folder; a part whose stage has not ru
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
-from freehold.core.artifact import MANIFEST, write_atomic
+from freehold.core.artifact import MANIFEST, read_json, write_atomic
 from freehold.core.log import read_metrics
 from freehold.core.table import Table
 from freehold.stages.evaluate.table import tables as evaluation_tables
@@ -217,7 +216,7 @@ def _missing(run_folder: Path) -> list[str]:
 
 def _read_json(path: Path) -> Any:
     """Return a JSON file's value, or an empty mapping when the stage has not written it."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _median(rows: list[dict[str, Any]], key: str) -> float | None:

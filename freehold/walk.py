@@ -269,7 +269,7 @@ def run_walk(recipe: Recipe, options: Options, lock: int) -> dict[str, str]:
             result[stage] = "taken over"
             continue
         command = [sys.executable, "-m", "freehold.cli", stage, str(recipe.path), *recipe.overrides]
-        command += [f"name={recipe.head.name}", "--parent", str(os.getpid())]
+        command += [f"name={json.dumps(recipe.head.name)}", "--parent", str(os.getpid())]
         if options.clean:
             command.append("--clean")
         if options.quiet:
@@ -309,11 +309,12 @@ def _take_over(recipe: Recipe, stage: str) -> bool:
     """With --fork, hard-link a stage from the run the recipe names if it is the same; tell whether it was."""
     original = resolve(recipe.path, [o for o in recipe.overrides if not o.startswith("name=")])
     source, target = original.run_folder / stage, recipe.run_folder / stage
-    if not (source / MANIFEST).exists() or target.exists():
+    if target.exists() or not (source / MANIFEST).exists():
         return False
-    old = json.loads((source / KEY).read_text(encoding="utf-8"))
-    if difference(old, key_of(recipe, stage)):
+    key, old = key_of(recipe, stage), read_manifest(source, kind=stage)
+    if difference({name: old.get(name) for name in key}, key):
         return False
+    artifact.verify_files(source, old)
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary, copy_function=os.link)

@@ -69,6 +69,7 @@ def run_folder(tmp_path: Path, rows: list[dict[str, object]]) -> Path:
     (run / "export" / "gguf").mkdir()
     (run / "export" / "gguf" / "Small-F32.gguf").write_bytes(b"x" * 1_500_000)
     (run / "pretrain" / "base").mkdir()
+    (run / "pretrain" / "base" / "trainer.json").write_text('{"stage_type": "Base"}')
     write_manifest(run / "pretrain" / "base", kind="checkpoint")
     for stage in report.STAGES:
         write_manifest(run / stage, kind=stage, seconds=12.34, peak_memory_bytes=1_500_000_000)
@@ -108,7 +109,7 @@ def test_report_shows_what_each_stage_left(run_folder: Path) -> None:
     assert path == run_folder / "report.md"
     assert "| gather | gather/ |" in text
     assert "| 12.3 | 1.50 |" in text
-    assert f"| base | pretrain/base/ | {sha} |" in text
+    assert f"| Base | pretrain/base/ | {sha} |" in text
     assert "| Small-F32.gguf (1.5 MB) | export/gguf/Small-F32.gguf |" in text
     assert "| pretrain | 4 | 400 | 4.900 | 4.600 | 1,003 | 25.0 % | 2.00 |" in text
     assert "| plays | 1,000 | 2.500 | 2.600 | 2.000 (0.80) | 2.250 (0.90) |" in text

@@ -76,6 +76,14 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """Return the value of a JSON file; ArtifactError when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError("a file is not JSON: it is damaged", where=path, found=error, todo="--clean") from error
+
+
 def disk_error(error: OSError, path: Path) -> ArtifactError:
     """Turn an OSError while writing into an error that names the place and the free space."""
     parent = next(p for p in [path, *path.parents] if p.exists())

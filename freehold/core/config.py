@@ -83,7 +83,7 @@ def parse_override(item: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError("the value of an override is not YAML", where=key, found=text) from error
-    if isinstance(value, str):  # YAML 1.1 reads 3e-4 as a string, everyone else as a number
+    if isinstance(value, str) and text[0] not in "\"'":  # YAML 1.1 reads 3e-4 as a string, others as a number
         with contextlib.suppress(ValueError):
             value = float(value)
     result: Any = value

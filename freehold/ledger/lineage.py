@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from freehold.core.artifact import MANIFEST, read_manifest, sha256_json
+from freehold.core.artifact import MANIFEST, read_json, read_manifest, sha256_json
 from freehold.core.errors import ArtifactError
 from freehold.ledger.trace import read_checkpoints
 
@@ -171,7 +170,7 @@ def _part(name: str, kind: str, manifest: dict[str, Any], prefix: str) -> Node:
 def _sources(path: Path) -> list[tuple[str, str, str]]:
     if not path.exists():
         return []
-    sources = json.loads(path.read_text(encoding="utf-8"))
+    sources = read_json(path)
     return [
         (name, str(entry.get("version", "")), ", ".join(entry.get("licences", {})))
         for name, entry in sorted(sources.items())

@@ -7,13 +7,13 @@ made after S steps saw the steps 0 to S - 1. What an unfinished run cannot answe
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from freehold.core.artifact import MANIFEST, read_manifest
+from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def trace_document(run_folder: Path, query: str, *, limit: int | None = 50) -> d
     `documents` details the first `limit`; all counts are over every match. Raises DataError, with the
     nearest name there is, when nothing matches.
     """
-    with _Tables(run_folder) as tables:
+    with _readable(run_folder), _Tables(run_folder) as tables:
         matched_by = tables.match(query)
         answer: dict[str, Any] = {
             "query": query,
@@ -68,7 +68,7 @@ def trace_step(run_folder: Path, step: int, stage: str = "pretrain") -> dict[str
 
     Raises DataError when the stage has not finished or has no such step.
     """
-    with _Tables(run_folder) as tables:
+    with _readable(run_folder), _Tables(run_folder) as tables:
         if stage not in tables.traced:
             raise DataError(
                 f"{stage} has not finished: which documents its steps saw is written at its end",
@@ -151,7 +151,7 @@ def read_checkpoints(run_folder: Path) -> list[dict[str, Any]]:
         ]:
             if not (path.parent / MANIFEST).exists():
                 continue
-            facts = json.loads(path.read_text(encoding="utf-8"))
+            facts = read_json(path)
             manifest = read_manifest(path.parent)
             here.append(
                 {
@@ -175,6 +175,22 @@ def read_checkpoints(run_folder: Path) -> list[dict[str, Any]]:
             parent = by_hash[parent]["parent"]
         checkpoint["bounds"], checkpoint["outside"] = bounds, parent
     return found
+
+
+@contextlib.contextmanager
+def _readable(run_folder: Path) -> Iterator[None]:
+    """Turn what DuckDB says of a damaged table into one DataError."""
+    import duckdb
+
+    try:
+        yield
+    except duckdb.Error as error:
+        raise DataError(
+            "a table of the run cannot be read: it is damaged",
+            where=run_folder,
+            found=str(error).splitlines()[0],
+            todo="make the stage again with --clean",
+        ) from error
 
 
 class _Tables:

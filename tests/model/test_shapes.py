@@ -83,7 +83,8 @@ def test_counts_equal_the_built_model(hard: ModelConfig) -> None:
 
 def test_flops_count_the_visible_keys_only() -> None:
     shape = PRESETS["laptop"].model_dump() | {
-        "num_hidden_layers": 8, "layer_types": None, "num_experts": 32, "num_experts_per_tok": 4,
+        "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "initializer_range": None, "num_hidden_layers": 8, "layer_types": None, "num_experts": 32, "num_experts_per_tok": 4,
         "moe_intermediate_size": 128,
     }  # fmt: skip
     config = ModelConfig(**shape)

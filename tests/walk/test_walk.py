@@ -220,6 +220,27 @@ def test_mistakes_are_told(args, says):
     assert "Traceback" not in result.stderr
 
 
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = freehold("run", RECIPE, f"runs_dir={tmp_path / 'file'}", check=False)
+    assert result.returncode == 2
+    assert "cannot write or read here" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_trace_and_lineage_of_a_damaged_run(runs, tmp_path):
+    run = tmp_path / "tiny"
+    shutil.copytree(runs / "tiny", run)
+    (run / "pretrain" / "trace.parquet").write_bytes(b"PAR1 nonsense")
+    result = freehold("trace", "code", "--run", str(run), check=False)
+    assert result.returncode == 2
+    assert "damaged" in result.stderr
+    (run / "pretrain" / "base" / "trainer.json").write_text("{")
+    result = freehold("lineage", str(run), check=False)
+    assert result.returncode == 2
+    assert "trainer.json" in result.stderr
+
+
 def test_section_that_is_no_mapping(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("name: r\ngather: 3\n")
