@@ -84,8 +84,8 @@ def test_counts_equal_the_built_model(hard: ModelConfig) -> None:
 def test_flops_count_the_visible_keys_only() -> None:
     shape = PRESETS["laptop"].model_dump() | {
         "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "initializer_range": None, "num_hidden_layers": 8, "layer_types": None, "num_experts": 32, "num_experts_per_tok": 4,
-        "moe_intermediate_size": 128,
+        "num_key_value_heads": 2, "initializer_range": None, "num_hidden_layers": 8, "layer_types": None,
+        "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 128,
     }  # fmt: skip
     config = ModelConfig(**shape)
     # 6N = 49.69M (norms included there), attention 3.64M: taken from an independent count of this shape.
