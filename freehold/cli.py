@@ -221,6 +221,10 @@ def _serve(args: argparse.Namespace) -> int:
         data = merge(data, parse_override(item))
     data |= {key: getattr(args, key) for key in ("host", "port") if getattr(args, key) is not None}
     config = fill(StageConfig, data, "serve")
+    if args.parent:
+        from freehold import walk
+
+        walk.die_with(args.parent)
     from freehold.stages.serve.run import serve
 
     serve(config)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from freehold.core.artifact import MANIFEST, read_json, write_atomic
+from freehold.core.errors import ArtifactError
 from freehold.core.log import read_metrics
 from freehold.core.table import Table
 from freehold.stages.evaluate.table import tables as evaluation_tables
@@ -30,6 +31,8 @@ NAMED = ("pretrain/truebase", "pretrain/base", "align/preview")
 
 def write_report(run_folder: Path) -> Path:
     """Write report.png (when there are training metrics) and report.md; return the path of report.md."""
+    if not any((run_folder / stage / MANIFEST).exists() for stage in STAGES):
+        raise ArtifactError("not a run folder: no stage has finished in it", where=run_folder, todo="see runs/")
     rows = training_rows(run_folder)
     picture = run_folder / "report.png"
     picture.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import fcntl
 import importlib
 import json
@@ -224,9 +225,10 @@ def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
     started = time.monotonic()
     try:
         counts = importlib.import_module(f"freehold.stages.{stage}.run").run(recipe.stages[stage], work)
-    except OSError as error:
-        if error.errno in (28, 122):  # no space left, quota exceeded
-            raise artifact.disk_error(error, folder) from error
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or (not isinstance(error, FreeholdError) and "No space left" in str(error)):  # safetensors' own class
+            raise artifact.disk_error(OSError(errno.ENOSPC, "No space left on device"), folder) from error
         raise
     seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

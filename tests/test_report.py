@@ -12,6 +12,7 @@ import pytest
 
 from freehold import report
 from freehold.core.artifact import write_json, write_manifest
+from freehold.core.errors import ArtifactError
 from freehold.core.table import Table
 from freehold.figure import HEAT_COLUMNS, draw, heat_map, phase_spans
 
@@ -110,7 +111,7 @@ def test_report_shows_what_each_stage_left(run_folder: Path) -> None:
     assert "| gather | gather/ |" in text
     assert "| 12.3 | 1.50 |" in text
     assert f"| Base | pretrain/base/ | {sha} |" in text
-    assert "| Small-F32.gguf (1.5 MB) | export/gguf/Small-F32.gguf |" in text
+    assert "| GGUF Small-F32.gguf (1.5 MB) | export/gguf/Small-F32.gguf |" in text
     assert "| pretrain | 4 | 400 | 4.900 | 4.600 | 1,003 | 25.0 % | 2.00 |" in text
     assert "| plays | 1,000 | 2.500 | 2.600 | 2.000 (0.80) | 2.250 (0.90) |" in text
     assert "| capitals | 40 | 25 | 30.0 [20.0–40.0] | 60.0 [50.0–70.0] | +30.0 |" in text
@@ -141,11 +142,14 @@ def test_picture_is_a_png_of_readable_size(run_folder: Path) -> None:
 
 
 def test_empty_run_names_what_is_missing_and_draws_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="not a run folder"):
+        report.write_report(tmp_path)
+    write_manifest(tmp_path / "gather", kind="gather")
     (tmp_path / "report.png").write_bytes(b"of an earlier run")
     text = report.write_report(tmp_path).read_text(encoding="utf-8")
-    assert "the stage has not finished: gather, curate, tokenize, pretrain, align, evaluate, export, serve" in text
+    assert "the stage has not finished: curate, tokenize, pretrain, align, evaluate, export, serve" in text
     assert not (tmp_path / "report.png").exists()
-    assert "not finished, so left out: gather" in report.summary(tmp_path)
+    assert "not finished, so left out: curate" in report.summary(tmp_path)
 
 
 def test_summary_fits_the_terminal_and_holds_the_figures(run_folder: Path) -> None:

@@ -7,20 +7,31 @@ Keys are `<part>/<name>`, part being model, optimizer, balance or rng.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from freehold.core.artifact import MANIFEST, atomic_folder, read_manifest, verify_files, write_json, write_manifest
+from freehold.core.artifact import (
+    MANIFEST,
+    atomic_folder,
+    disk_error,
+    read_manifest,
+    verify_files,
+    write_json,
+    write_manifest,
+)
 from freehold.core.errors import ArtifactError, CheckpointError
 from freehold.model.config import ModelConfig, from_hf_dict, to_hf_dict
 
@@ -39,7 +50,7 @@ def save(
     """
     flat = {f"{part}/{name}": tensor for part, tensors in state.items() for name, tensor in tensors.items()}
     with atomic_folder(folder) as temporary:
-        with _quiet():
+        with _quiet(), _full_disk(temporary, sum(tensor.nbytes for tensor in flat.values())):
             dcp.save(flat, storage_writer=_Writer(temporary / STATE, sync_files=True))
         write_json(temporary / "config.json", to_hf_dict(config))
         write_json(temporary / "trainer.json", facts)
@@ -145,6 +156,18 @@ def prune(folder: Path, *, keep_last: int, keep_every_steps: int, every_steps: i
     for path, step in zip(paths, steps, strict=True):
         if step not in kept:
             shutil.rmtree(path.rename(path.with_suffix(".tmp")))
+
+
+@contextlib.contextmanager
+def _full_disk(folder: Path, needed_bytes: int) -> Iterator[None]:
+    """Name a full disk where torch's writer tells only of an unexpected position in its archive."""
+    before = shutil.disk_usage(folder).free
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        if before < needed_bytes or shutil.disk_usage(folder).free < 1 << 20:
+            raise disk_error(OSError(errno.ENOSPC, "No space left on device"), folder) from error
+        raise
 
 
 class _Writer(dcp.FileSystemWriter):

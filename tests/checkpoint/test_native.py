@@ -96,3 +96,16 @@ def test_last_good(tmp_path):
     told = []
     assert native.last_good(tmp_path, told.append) == native.step_folder(tmp_path, 2)
     assert "step_00000004" in told[0]
+
+
+def test_torch_s_word_for_a_full_disk_is_translated(tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+
+    monkeypatch.setattr(native.dcp, "save", full)
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        save(tmp_path / "x")
+    monkeypatch.setattr(native.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0})())
+    with pytest.raises(ArtifactError, match="No space left"):
+        save(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []

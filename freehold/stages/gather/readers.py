@@ -109,7 +109,7 @@ def read_docstrings(members: list[Member], reading: Reading) -> Iterator[Part]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # invalid escapes in other people's strings
                 tree = ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError) as error:
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             reading.skipped.append((member.path, f"not Python: {error}"))
             continue
         module = member.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")

@@ -138,7 +138,7 @@ def _started(config: StageConfig, path: Path, log_path: Path) -> Iterator[str]:
     settings = config.model_dump(mode="json", exclude=told_here, exclude_defaults=True)
     command = [sys.executable, "-m", "freehold.cli", "serve", str(path)]
     command += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
-    command += ["--host", config.host, "--port", str(port)]
+    command += ["--host", config.host, "--port", str(port), "--parent", str(os.getpid())]
     environment = {k: v for k, v in os.environ.items() if k != KEY_VARIABLE}
     address = f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{port}"
     log_path.parent.mkdir(parents=True, exist_ok=True)
