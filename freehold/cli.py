@@ -213,12 +213,10 @@ def _serve(args: argparse.Namespace) -> int:
     if args.path.endswith((".yaml", ".yml")):
         args.recipe, args.stage = Path(args.path), "serve"
         return _stage(args)
-    from freehold.core.config import fill, merge, parse_override
+    from freehold.core.config import fill, override
     from freehold.stages.serve.config import StageConfig
 
-    data: dict[str, Any] = {"path": args.path}
-    for item in args.overrides:
-        data = merge(data, parse_override(item))
+    data = override({"path": args.path}, args.overrides)
     data |= {key: getattr(args, key) for key in ("host", "port") if getattr(args, key) is not None}
     config = fill(StageConfig, data, "serve")
     if args.parent:
@@ -232,13 +230,10 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from freehold.core.config import fill, merge, parse_override
+    from freehold.core.config import fill, override
     from freehold.stages.chat.config import StageConfig
 
-    data: dict[str, Any] = {"path": args.path}
-    for item in args.overrides:
-        data = merge(data, parse_override(item))
-    config = fill(StageConfig, data, "chat")
+    config = fill(StageConfig, override({"path": args.path}, args.overrides), "chat")
     from freehold.stages.chat.run import chat
 
     chat(config)

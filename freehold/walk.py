@@ -8,7 +8,6 @@ Imports no torch: an up-to-date run answers in a second.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import fcntl
 import importlib
@@ -31,7 +30,7 @@ from pydantic import ConfigDict, Field
 from freehold.core import artifact
 from freehold.core.artifact import MANIFEST, Workspace, read_manifest, sha256_json, write_json, write_manifest
 from freehold.core.code import code_sha256
-from freehold.core.config import Config, difference, fill, load_recipe, merge, parse_override, to_yaml
+from freehold.core.config import Config, difference, fill, load_recipe, merge, override, to_yaml, unknown_key
 from freehold.core.errors import ArtifactError, ConfigError, FreeholdError
 from freehold.core.log import Log
 
@@ -105,16 +104,13 @@ def resolve(path: Path, overrides: Sequence[str] = (), stage: str = "", fork: st
         first = item.removeprefix("--").partition("=")[0].partition(".")[0]
         whole = first in WALK or first in Head.model_fields
         full.append(item if whole or not stage else f"{stage}.{item.removeprefix('--')}")
-    for item in full:
-        data = merge(data, parse_override(item))
+    data = override(data, full)
     if fork:
         data = merge(data, {"name": fork})
     known = [*Head.model_fields, *WALK]
     for key in data:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            todo = f"did you mean `{near[0]}`?" if near else f"known keys here: {', '.join(known)}"
-            raise ConfigError("unknown key", where=path, found=key, todo=todo)
+            raise unknown_key(path, str(key), known)
     head = {key: value for key, value in data.items() if key not in WALK}
     filled = fill(Head, head, "")
     if filled.until not in WALK:

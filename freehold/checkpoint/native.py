@@ -104,11 +104,15 @@ def load(folder: Path, parts: Iterable[str] | None = None, *, verify: bool = Tru
     return state
 
 
-def read_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return the config and the model's tensors (float32 masters, expert biases) of a checkpoint, verified."""
-    state = load(folder, ["model"])
-    config = from_hf_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    return config, state["model"]
+def read_config(folder: Path) -> ModelConfig:
+    """Return the shape of a checkpoint's model."""
+    return from_hf_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def read_model(folder: Path, *, verify: bool = True) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return the config and the model's tensors (float32 masters, expert biases) of a checkpoint."""
+    state = load(folder, ["model"], verify=verify)
+    return read_config(folder), state["model"]
 
 
 def match_keys(found: Iterable[str], expected: Iterable[str], folder: Path) -> None:

@@ -68,7 +68,12 @@ def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, A
         if "base" in base_data:
             raise ConfigError("a base recipe may not have a base of its own", where=base, found=base_data["base"])
         data = merge(base_data, data)
-    for item in overrides:
+    return override(data, overrides)
+
+
+def override(data: dict[str, Any], items: typing.Iterable[str]) -> dict[str, Any]:
+    """Return `data` with `a.b=value` overrides laid over it, the last one on top."""
+    for item in items:
         data = merge(data, parse_override(item))
     return data
 
@@ -143,17 +148,20 @@ def difference(old: Any, new: Any, at: str = "") -> list[str]:
     return [] if old == new else [f"{at}: {old} -> {new}"]
 
 
+def unknown_key(where: object, name: str, known: typing.Sequence[str]) -> ConfigError:
+    """Return the error for a key that is none of `known`; it names the successor, the nearest, or all of them."""
+    if name in RENAMED:
+        return ConfigError("this key was renamed", where=where, expected=RENAMED[name])
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    todo = f"did you mean `{near[0]}`?" if near else f"known keys here: {', '.join(known)}"
+    return ConfigError("unknown key", where=where, found=name, todo=todo)
+
+
 def _explain(cls: type[pydantic.BaseModel], problem: Any, where: str) -> ConfigError:
     location = [str(part) for part in problem["loc"]]
     key = ".".join([where, *location]) if where else ".".join(location)
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(cls, location[:-1])
-        name = location[-1]
-        if name in RENAMED:
-            return ConfigError("this key was renamed", where=key, expected=RENAMED[name])
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        todo = f"did you mean `{near[0]}`?" if near else f"known keys here: {', '.join(sorted(known))}"
-        return ConfigError("unknown key", where=key, found=name, todo=todo)
+        return unknown_key(key, location[-1], _fields_at(cls, location[:-1]))
     if problem["type"] == "missing":
         return ConfigError("a key is missing", where=key, expected="a value")
     return ConfigError("not a valid value", where=key, found=repr(problem.get("input")), expected=problem["msg"])

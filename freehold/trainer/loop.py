@@ -90,6 +90,7 @@ class Trainer:
         self.masters = {n: p.detach().clone().requires_grad_() for n, p in self.model.named_parameters()}
         self.model.to_compute(DTYPES[job.trainer.dtype])
         self.parameters = dict(self.model.named_parameters())
+        self.moe_layers = self.model.moe_layers()
         self.optimizers = Optimizers(self.masters, job.optim)
         self.balance = build_balance(job.balance)
         self.step = job.schedule.first_step
@@ -169,7 +170,7 @@ class Trainer:
         targets = batch.target_tokens
         cross_entropy = z = 0.0
         self.model.train()
-        for layer in self.model.moe_layers().values():
+        for layer in self.moe_layers.values():
             layer.load_counts.zero_()
         for start in range(0, len(batch.input_ids), self.job.micro_sequences):
             micro = batch.rows(start, start + self.job.micro_sequences)
@@ -195,7 +196,7 @@ class Trainer:
                 torch._foreach_mul_([m.grad for m in self.masters.values() if m.grad is not None], clip)
             self.optimizers.step(self.job.schedule.at(self.step).factor)
             self._publish()
-            for name, layer in self.model.moe_layers().items():
+            for name, layer in self.moe_layers.items():
                 self.balance.update(name, layer.expert_bias, layer.load_counts)
         else:
             self.skipped.append(self.step)
@@ -249,7 +250,7 @@ class Trainer:
         peak = gemm_flops_per_s(DTYPES[config.dtype])
         context = job.order.batch(self.step).input_ids.shape[1]
         flops = flops_per_token(job.model, context)
-        monitor = LoadMonitor(self.model)
+        monitor = LoadMonitor(self.moe_layers)
         ends = {end: name for name, end in schedule.ends().items()}
         process = psutil.Process()
         started, tokens_then, steps_then = time.monotonic(), self.tokens, self.step
@@ -257,7 +258,7 @@ class Trainer:
             while self.step < schedule.total_steps:
                 position = schedule.at(self.step)
                 values: dict[str, Any] = self.train_step(job.order.batch(self.step))
-                monitor.add(self.model)
+                monitor.add()
                 done = self.step
                 if done % config.log_every_steps == 0 or done in ends or stop.asked:
                     now = time.monotonic()

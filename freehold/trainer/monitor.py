@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 
 import torch
 
-from freehold.model.afmoe import Afmoe
+from freehold.model.moe import MoE
 from freehold.optim.balance import max_violation
 
 
@@ -17,14 +18,14 @@ class LoadMonitor:
     MaxVio, entropy and dead experts are those of the summed loads; the rule itself sees each step's.
     """
 
-    def __init__(self, model: Afmoe) -> None:
-        self.layers = model.moe_layers()
+    def __init__(self, layers: Mapping[str, MoE]) -> None:
+        self.layers = layers
         self.loads = {name: torch.zeros_like(layer.load_counts) for name, layer in self.layers.items()}
         self.violations: dict[str, list[float]] = {name: [] for name in self.layers}
 
-    def add(self, model: Afmoe) -> None:
+    def add(self) -> None:
         """Take the counts of one optimizer step."""
-        for name, layer in model.moe_layers().items():
+        for name, layer in self.layers.items():
             self.loads[name] += layer.load_counts
             self.violations[name].append(max_violation(layer.load_counts))
 

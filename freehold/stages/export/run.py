@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from freehold.checkpoint.hf import save_hf
 from freehold.checkpoint.native import read_model
-from freehold.core.artifact import Workspace, write_json
+from freehold.core.artifact import Workspace, read_json, write_json
 from freehold.core.errors import ExportError
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
@@ -42,7 +41,8 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         )
     checkpoint = work.input(stage) / name
     model_config, state = read_model(checkpoint)
-    reasons = check(model_config, config.types) + check_tokenizer(_json(checkpoint / TOKENIZER_FILES[0]), model_config)
+    reasons = check(model_config, config.types)
+    reasons += check_tokenizer(read_json(checkpoint / TOKENIZER_FILES[0]), model_config)
     if reasons:
         raise ExportError("this model cannot be exported", where=checkpoint, found="\n            ".join(reasons))
 
@@ -163,10 +163,6 @@ def _generation(config: StageConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "do_sample": how.temperature > 0,
         **sampling,
     }
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _megabytes(path: Path) -> str:

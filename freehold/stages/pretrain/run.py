@@ -25,11 +25,11 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     tokenizer = work.input("tokenize") / "tokenizer"
     shards = ShardSet.load(tokens, verify=True)
     model = with_vocabulary(config.model, shards.vocab_size)
-    parent_step, parent_tokens, parent_hash, consumed, weights = 0, 0, "", None, None
+    parent_step, parent_tokens, parent_hash, consumed = 0, 0, "", None
     if config.parent:
         parent = Path(config.parent)
         facts = native.check(parent)
-        parent_config, weights = native.read_model(parent)
+        parent_config = native.read_config(parent)
         if parent_config != model:
             raise CheckpointError(
                 "the parent is a model of another shape", where=parent, found=parent_config, expected=model
@@ -71,7 +71,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     )
     for name, epochs in order.epochs().items():
         work.log.say(f"  {name}: {epochs:.2f} epochs")
-    trainer = Trainer(job, work.log, seed=work.seed, weights=weights)
+    trainer = Trainer(job, work.log, seed=work.seed)
     if config.parent:
         trainer.adopt(native.load(Path(config.parent), verify=False), Path(config.parent))
     validation = {
