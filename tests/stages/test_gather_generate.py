@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gather_fixtures import gather, install_factbook
+from gather_fixtures import FREE, country, gather, install_factbook
 
 from freehold.core.document import Conversation, Document, read_rows
 from freehold.core.errors import ConfigError
@@ -180,6 +180,17 @@ def test_the_seed_decides_everything(tmp_path: Path) -> None:
     assert texts["a"] == texts["b"]
     assert texts["a"] != texts["c"]
     assert len(texts["a"]) == 3  # no factbook, so no tasks from it
+
+
+def test_a_file_of_the_factbook_that_is_no_country_has_no_facts(tmp_path: Path) -> None:
+    book = tmp_path / "book"
+    book.mkdir()
+    (book / "alia.json").write_text(country("Alia", 1))
+    (book / "broken.json").write_text("{")
+    folder = {"kind": "folder", "path": str(book), "members": ["*.json"], "reader": "factbook", **FREE}
+    gather(tmp_path / "out", {"book": folder, "made": {**GENERATED, "conversations": 20, "reasoning_items": 0}})
+    made = read_rows(tmp_path / "out/documents/made.parquet", Document)
+    assert any("Alia City" in document.text for document in made)
 
 
 @pytest.mark.parametrize(
