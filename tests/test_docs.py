@@ -121,12 +121,21 @@ def test_every_stage_has_its_page():
         assert len(text_of(path).splitlines()) <= 60, f"{page_id(path)} is longer than a page"
 
 
+def corpus_pins_beside_text() -> list[str]:
+    """Return the lines of recipes/corpus.txt whose package is no source of the laptop recipe."""
+    sources = walk.resolve(ROOT / "recipes/laptop.yaml").stages["gather"].sources.values()
+    text = {getattr(source, "distribution", "") for source in sources}
+    pins = re.findall(r"^([\w-]+==\S+)", text_of(ROOT / "recipes/corpus.txt"), re.M)
+    return [pin for pin in pins if pin.partition("==")[0] not in text]
+
+
 def test_dependencies_are_explained():
     project = tomllib.loads(text_of(ROOT / "pyproject.toml"))
     extras = project["project"]["optional-dependencies"]
     declared = {
         "Runtime": project["project"]["dependencies"],
         **{name.capitalize(): lines for name, lines in extras.items()},
+        "Exercises": corpus_pins_beside_text(),
         "Build": project["build-system"]["requires"],
     }
     wanted = {part: {re.split(r"[\[<>=~! ]", line)[0] for line in lines} for part, lines in declared.items()}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from freehold.core.config import Config
 from freehold.core.errors import LicenceError
@@ -35,16 +35,32 @@ FORBIDS: tuple[tuple[re.Pattern[str], Use, str], ...] = (
 )
 
 
+def _licence_id(text: str) -> str:
+    """Return the id as SPDX spells it; ValueError for what no licence's id could ever equal."""
+    if text in PERMISSIVE + PUBLIC_DOMAIN + ATTRIBUTION:  # no need to load the list of SPDX for the defaults
+        return text
+    try:
+        key = getattr(parse(text), "key", None)
+    except LicenceError as error:
+        raise ValueError(f"an SPDX id or LicenseRef-<name>; {error.found or error.what}") from None
+    if key is None:
+        raise ValueError("one id an entry: an expression is taken apart and each id in it looked up by itself")
+    return str(key)
+
+
+LicenceId = Annotated[str, AfterValidator(_licence_id)]
+
+
 class Policy(Config):
     """Which licences may enter, and what the model made of them must be free to do."""
 
-    allow: tuple[str, ...] = Field(
+    allow: tuple[LicenceId, ...] = Field(
         default=PERMISSIVE + PUBLIC_DOMAIN, description="SPDX ids and LicenseRefs that may be used"
     )
-    review: tuple[str, ...] = Field(
+    review: tuple[LicenceId, ...] = Field(
         default=ATTRIBUTION, description="ids a person decides on: they stop the run until moved to allow or refuse"
     )
-    refuse: tuple[str, ...] = Field(default=(), description="ids that never enter, even when allowed above")
+    refuse: tuple[LicenceId, ...] = Field(default=(), description="ids that never enter, even when allowed above")
     allow_copyleft: bool = Field(default=False, description="also allow the GPL, LGPL, MPL, CC-BY-SA, ... families")
     uses: tuple[Use, ...] = Field(
         default=("train", "distill", "redistribute", "commercial"),

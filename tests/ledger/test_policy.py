@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from freehold.core.errors import LicenceError
+from freehold.core.config import fill
+from freehold.core.errors import ConfigError, LicenceError
 from freehold.ledger.known import KNOWN, look_up, normalised_name
 from freehold.ledger.licence import normalise
 from freehold.ledger.policy import Claim, Policy, gate, judge, judge_row
@@ -60,6 +61,24 @@ def test_default_lists_hold_valid_ids() -> None:
     policy = Policy()
     for name in policy.allow + policy.review:
         assert normalise(name) == name
+
+
+@pytest.mark.parametrize(
+    "entry", ["Foo-9", "PSF-2.0 OR MIT", "MIT AND ISC", "GPL-2.0-only WITH Classpath-exception-2.0",
+              "Classpath-exception-2.0", "LicenseRef-", "", "free to use"]
+)  # fmt: skip
+@pytest.mark.parametrize("part", ["allow", "review", "refuse"])
+def test_lists_hold_single_ids(part: str, entry: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        fill(Policy, {part: ["MIT", entry]}, "policy")
+    assert (caught.value.where, caught.value.found) == (f"policy.{part}.1", repr(entry))
+
+
+def test_ids_are_read_however_they_are_spelled() -> None:
+    policy = Policy(allow=("mit", "apache-2.0", "LicenseRef-Own"), refuse=("GPL-2.0",), allow_copyleft=True)
+    assert policy.allow == ("MIT", "Apache-2.0", "LicenseRef-Own")
+    assert judge("MIT AND Apache-2.0 AND LicenseRef-Own", policy).decision == "allow"
+    assert judge("GPL-2.0-only", policy).decision == "refuse"
 
 
 def test_the_wrapper_does_not_decide() -> None:

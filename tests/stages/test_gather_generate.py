@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gather_fixtures import gather, install_factbook
+from gather_fixtures import FREE, country, gather, install, install_factbook
 
 from freehold.core.document import Conversation, Document, read_rows
-from freehold.core.errors import ConfigError
+from freehold.core.errors import ConfigError, DataError
 from freehold.stages.gather import dialogues, factbook
+from freehold.stages.gather.config import Generated
 from freehold.stages.gather.readers import strip_html
-from freehold.stages.gather.reasoning import HELD_OUT_SEEDS
+from freehold.stages.gather.reasoning import HELD_OUT_SEEDS, Gym, load
 
 SMALL = {
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
@@ -103,12 +108,10 @@ def test_rights_are_the_strictest_of_ours_and_the_source_s(made: Output) -> None
 
 
 def test_reasoning_answers_are_true_by_the_generator_s_own_scorer(made: Output) -> None:
-    import reasoning_gym
-
     for row in made.tasks["reasoning"]:
         task, seed = re.match(r"reasoning/reasoning_gym/(\w+)#(\d+)$", row["id"]).groups()
         assert int(seed) >= HELD_OUT_SEEDS
-        dataset = reasoning_gym.create_dataset(task, seed=int(seed), size=1, **SMALL[task])
+        dataset = load().create_dataset(task, seed=int(seed), size=1, **SMALL[task])
         entry = dataset[0]
         assert " ".join(entry["question"].split()) == row["prompt"][0]["content"]
         assert dataset.score_answer(row["answer"], entry) == 1.0
@@ -180,6 +183,61 @@ def test_the_seed_decides_everything(tmp_path: Path) -> None:
     assert texts["a"] == texts["b"]
     assert texts["a"] != texts["c"]
     assert len(texts["a"]) == 3  # no factbook, so no tasks from it
+
+
+def test_exercises_are_those_of_the_pinned_version() -> None:
+    """The digest was taken with every requirement of reasoning-gym installed, pycosat too."""
+    gym = Gym(Generated().reasoning, 17)
+    items = [*gym.held_out(60), *itertools.islice(gym.train(0), 240)]
+    text = "\n".join(f"{item.place}\t{item.question}\t{item.answer}" for item in items)
+    digest = "b3816914c04ef5b5bcaaad1baa5f21a7231f5fc56b93ca8103e3e3d2b8d72b6d"
+    assert hashlib.sha256(text.encode()).hexdigest() == digest
+
+
+def test_without_pycosat_only_the_task_that_calls_it_fails() -> None:
+    code = """
+import sys
+sys.modules["pycosat"] = None  # as if it were not installed
+from freehold.core.errors import ConfigError
+from freehold.stages.gather.reasoning import Gym
+print(next(Gym({"gcd": {}}, 1).train(0)).question)
+assert "pycosat" not in sys.modules  # sympy would take whatever has that name
+try:
+    next(Gym({"zebra_puzzles": {}}, 1).train(0))
+except ConfigError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    question, *error = done.stdout.splitlines()
+    assert question == next(Gym({"gcd": {}}, 1).train(0)).question
+    assert error[0] == "this reasoning-gym task needs pycosat, which is not installed"
+    assert "where:    reasoning.zebra_puzzles" in error[1]
+    assert "pip install pycosat==0.6.6" in error[2]
+
+
+def test_a_missing_generator_tells_the_pip_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "pip install --no-deps --require-hashes -r recipes/corpus.txt"
+    code = "import sys; sys.modules['zss'] = None; from freehold.stages.gather import reasoning; reasoning.load()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "DataError: reasoning-gym cannot be imported" in done.stderr
+    assert line in done.stderr
+    (tmp_path / "site").mkdir()
+    install(tmp_path / "site", "reasoning-gym", {})
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    with pytest.raises(DataError, match=r"made: found reasoning-gym==1\.0, .* for reasoning-gym==0\.1\.25") as caught:
+        gather(tmp_path / "out", {"made": {**GENERATED, "factbook": None}})
+    assert caught.value.todo == line
+
+
+def test_a_file_of_the_factbook_that_is_no_country_has_no_facts(tmp_path: Path) -> None:
+    book = tmp_path / "book"
+    book.mkdir()
+    (book / "alia.json").write_text(country("Alia", 1))
+    (book / "broken.json").write_text("{")
+    folder = {"kind": "folder", "path": str(book), "members": ["*.json"], "reader": "factbook", **FREE}
+    gather(tmp_path / "out", {"book": folder, "made": {**GENERATED, "conversations": 20, "reasoning_items": 0}})
+    made = read_rows(tmp_path / "out/documents/made.parquet", Document)
+    assert any("Alia City" in document.text for document in made)
 
 
 @pytest.mark.parametrize(

@@ -94,12 +94,9 @@ class _Factbook:
             return
         self.licence = origin.wrapper_licence if facts_source.licence == "wrapper" else facts_source.licence
         reading = Reading(facts_source.max_document_bytes)
-        for member in origin.members:
-            text = reading.text(member)
-            country = json.loads(text) if text else {}
-            for fact in facts(country, member.path, strip_html):
-                held = _unit(f"{HOLD_OUT}\0{fact.key}") < source.held_out_share
-                (self.held_out if held else self.train).append(fact)
+        for fact in reading.each(origin.members, lambda m, text: facts(json.loads(text), m.path, strip_html)):
+            held = _unit(f"{HOLD_OUT}\0{fact.key}") < source.held_out_share
+            (self.held_out if held else self.train).append(fact)
 
     def rights(self, name: str, source: Generated) -> dict[str, Any]:
         if self.origin is None:

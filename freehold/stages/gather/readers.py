@@ -7,12 +7,15 @@ import html
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from freehold.stages.gather import factbook
-from freehold.stages.gather.origins import Member
+from freehold.stages.gather.origins import HALF_CHARACTER, Member, encodable
+
+T = TypeVar("T")
 
 # Documentation shorter than this says little by itself.
 MIN_DOCSTRING_CHARS = 200
@@ -41,10 +44,12 @@ class Part:
 
 @dataclass
 class Reading:
-    """How to read: the limit for one file, and where to note what was skipped."""
+    """How to read: the limit for one file, where to note what was skipped, and what was said already."""
 
     limit_bytes: int
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    said: set[str] = field(default_factory=set)
+    """Texts that a reader takes only once from all files together."""
 
     def text(self, member: Member) -> str | None:
         """Return a member's text with `\\n` line ends, or None (and a note why not)."""
@@ -55,15 +60,37 @@ class Reading:
                 reason = f"more than max_document_bytes = {self.limit_bytes:,} (unpacked)"
             else:
                 text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-                if "\0" not in text and text.strip():
+                reason = unfit(text)
+                if not reason:
                     return text
-                reason = "binary: it has NUL characters" if text.strip() else "empty"
         except UnicodeDecodeError as error:
             reason = f"not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             reason = f"cannot be read: {error}"
         self.skipped.append((member.path, reason))
         return None
+
+    def each(self, members: Iterable[Member], read: Callable[[Member, str], Iterable[T]]) -> Iterator[T]:
+        """Yield what `read` makes of each member's text; a member that it stumbles over is skipped whole, and noted."""
+        for member in members:
+            text = self.text(member)
+            if text is None:
+                continue
+            try:
+                found = list(read(member, text))
+            except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+                self.skipped.append((member.path, f"not what its reader expects: {error!r}"))
+            else:
+                yield from found
+
+
+def unfit(text: str) -> str:
+    """Return why a text cannot be a document, or an empty string; one rule for files, JSON rows and readers."""
+    if not text.strip():
+        return "empty"
+    if "\0" in text:
+        return "binary: it has NUL characters"
+    return "" if encodable(text) else HALF_CHARACTER
 
 
 def strip_html(text: str) -> str:
@@ -78,114 +105,94 @@ def strip_html(text: str) -> str:
     return "\n".join(line for line in lines if line and line != "-")
 
 
-def read_text(members: list[Member], reading: Reading) -> Iterator[Part]:
+def read(reader: str, members: list[Member], reading: Reading) -> Iterator[Part]:
+    """Yield the texts that a reader finds in files, in the order of the files; no file is opened before its turn."""
+    chosen = _newest(members) if reader == "botocore" else members
+    return reading.each(chosen, lambda member, text: READERS[reader](member, text, reading))
+
+
+def read_text(member: Member, text: str, reading: Reading) -> Iterator[Part]:
     """One document a file; runs of blank lines shortened, line ends trimmed."""
-    for member in members:
-        text = reading.text(member)
-        if text is not None:
-            lines = "\n".join(line.rstrip() for line in text.split("\n"))
-            yield Part(member, "", re.sub(r"\n{4,}", "\n\n\n", lines).strip("\n") + "\n")
+    lines = "\n".join(line.rstrip() for line in text.split("\n"))
+    yield Part(member, "", re.sub(r"\n{4,}", "\n\n\n", lines).strip("\n") + "\n")
 
 
-def read_python(members: list[Member], reading: Reading) -> Iterator[Part]:
+def read_python(member: Member, text: str, reading: Reading) -> Iterator[Part]:
     """One document a module, as it is; modules with next to nothing in them are left out."""
-    for member in members:
-        text = reading.text(member)
-        if text is None:
-            continue
-        if len(text) < MIN_CODE_CHARS:
-            reading.skipped.append((member.path, f"fewer than {MIN_CODE_CHARS} characters"))
-        else:
-            yield Part(member, "", text)
+    if len(text) < MIN_CODE_CHARS:
+        reading.skipped.append((member.path, f"fewer than {MIN_CODE_CHARS} characters"))
+    else:
+        yield Part(member, "", text)
 
 
-def read_docstrings(members: list[Member], reading: Reading) -> Iterator[Part]:
+def read_docstrings(member: Member, text: str, reading: Reading) -> Iterator[Part]:
     """One document a module: its longer docstrings under the names and signatures they belong to."""
-    for member in members:
-        text = reading.text(member)
-        if text is None:
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-                tree = ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            reading.skipped.append((member.path, f"not Python: {error}"))
-            continue
-        module = member.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        found = list(_docstrings(tree, module))
-        if found:
-            yield Part(member, "", "\n\n\n".join(found) + "\n")
-        else:
-            reading.skipped.append((member.path, f"no docstring over {MIN_DOCSTRING_CHARS} characters"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reading.skipped.append((member.path, f"not Python: {error}"))
+        return
+    module = member.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    found = list(_docstrings(tree, module))
+    if found:
+        yield Part(member, "", "\n\n\n".join(found) + "\n")
+    else:
+        reading.skipped.append((member.path, f"no docstring over {MIN_DOCSTRING_CHARS} characters"))
 
 
-def read_bible(members: list[Member], reading: Reading) -> Iterator[Part]:
+def read_bible(member: Member, text: str, reading: Reading) -> Iterator[Part]:
     """One document a book, from a module of the pythonbible family, read as text and never imported.
 
     The module holds one string and two tables {verse id: offset} of starts and ends; a verse id is
     book * 1,000,000 + chapter * 1,000 + verse. Each chapter becomes a paragraph.
     """
-    for member in members:
-        text = reading.text(member)
-        if text is None:
-            continue
-        body = re.search(r'"""(.*?)"""', text, re.S)
-        tables = re.findall(r"\{((?:\s*\d+: \d+,)+)\s*\}", text)
-        names = dict(re.findall(r'Book\.(\w+): "([^"]+)"', text))
-        if body is None or len(tables) < 2 or not names:
-            reading.skipped.append((member.path, "not a module of the pythonbible family"))
-            continue
-        verses = body.group(1)
-        starts, ends = (dict(_pairs(table)) for table in tables[:2])
-        chapters: dict[int, dict[int, list[str]]] = {}
-        for verse, start in starts.items():
-            book, chapter = verse // 1_000_000, verse // 1000 % 1000
-            words = " ".join(verses[start : ends[verse]].replace("`", "'").split())
-            chapters.setdefault(book, {}).setdefault(chapter, []).append(words)
-        for number, title in enumerate(names.values(), start=1):
-            if number in chapters:
-                paragraphs = [f"Chapter {c}\n\n" + " ".join(filter(None, v)) for c, v in chapters[number].items()]
-                yield Part(member, f"{number:02d}", f"{title}\n\n" + "\n\n".join(paragraphs) + "\n")
+    body = re.search(r'"""(.*?)"""', text, re.S)
+    tables = re.findall(r"\{((?:\s*\d+: \d+,)+)\s*\}", text)
+    names = dict(re.findall(r'Book\.(\w+): "([^"]+)"', text))
+    if body is None or len(tables) < 2 or not names:
+        reading.skipped.append((member.path, "not a module of the pythonbible family"))
+        return
+    verses = body.group(1)
+    starts, ends = (dict(_pairs(table)) for table in tables[:2])
+    chapters: dict[int, dict[int, list[str]]] = {}
+    for verse, start in starts.items():
+        book, chapter = verse // 1_000_000, verse // 1000 % 1000
+        words = " ".join(verses[start : ends[verse]].replace("`", "'").split())
+        chapters.setdefault(book, {}).setdefault(chapter, []).append(words)
+    for number, title in enumerate(names.values(), start=1):
+        if number in chapters:
+            paragraphs = [f"Chapter {c}\n\n" + " ".join(filter(None, v)) for c, v in chapters[number].items()]
+            yield Part(member, f"{number:02d}", f"{title}\n\n" + "\n\n".join(paragraphs) + "\n")
 
 
-def read_factbook(members: list[Member], reading: Reading) -> Iterator[Part]:
+def read_factbook(member: Member, text: str, reading: Reading) -> Iterator[Part]:
     """One document a country: its longer fields as paragraphs under the section they belong to."""
-    for member in members:
-        country = _json(member, reading)
-        if isinstance(country, dict):
-            page = factbook.page(country, strip_html)
-            if page:
-                yield Part(member, "", page)
-            else:
-                reading.skipped.append((member.path, "no text in it"))
+    page = factbook.page(json.loads(text), strip_html)
+    if page:
+        yield Part(member, "", page)
+    else:
+        reading.skipped.append((member.path, "no text in it"))
 
 
-def read_botocore(members: list[Member], reading: Reading) -> Iterator[Part]:
-    """One document a service: what its newest API description says, each sentence block once in all services."""
-    newest: dict[str, str] = {}
-    for member in members:
-        service = member.path.rsplit("/", 2)[0]
-        newest[service] = max(newest.get(service, ""), member.path)
-    seen: set[str] = set()
-    for member in members:
-        if member.path not in newest.values():
-            continue
-        model = _json(member, reading)
-        if not isinstance(model, dict):
-            continue
-        title = str(model.get("metadata", {}).get("serviceFullName", ""))
-        opening = strip_html(str(model.get("documentation", "")))
-        blocks = [opening if opening.startswith(title) else f"{title}\n\n{opening}"]
-        for name, text in _documentation(model):
-            plain = strip_html(text)
-            if len(plain) >= MIN_API_CHARS and plain not in seen:
-                seen.add(plain)
-                blocks.append(f"{name}\n\n{plain}")
-        yield Part(member, "", "\n\n\n".join(block.strip() for block in blocks) + "\n")
+def read_botocore(member: Member, text: str, reading: Reading) -> Iterator[Part]:
+    """One document a service: what its API description says, each sentence block once in all services."""
+    model = json.loads(text)
+    title = model.get("metadata", {}).get("serviceFullName", "")
+    opening = strip_html(model.get("documentation", ""))
+    blocks = [opening if opening.startswith(title) else f"{title}\n\n{opening}"]
+    said: set[str] = set()
+    for name, html_text in _documentation(model):
+        plain = strip_html(html_text)
+        if len(plain) >= MIN_API_CHARS and plain not in reading.said and plain not in said:
+            said.add(plain)
+            blocks.append(f"{name}\n\n{plain}")
+    reading.said |= said
+    yield Part(member, "", "\n\n\n".join(block.strip() for block in blocks) + "\n")
 
 
-READERS: dict[str, Callable[[list[Member], Reading], Iterator[Part]]] = {
+READERS: dict[str, Callable[[Member, str, Reading], Iterator[Part]]] = {
     "text": read_text,
     "python": read_python,
     "docstrings": read_docstrings,
@@ -195,15 +202,13 @@ READERS: dict[str, Callable[[list[Member], Reading], Iterator[Part]]] = {
 }
 
 
-def _json(member: Member, reading: Reading) -> Any:
-    text = reading.text(member)
-    if text is None:
-        return None
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reading.skipped.append((member.path, f"not JSON: {error}"))
-        return None
+def _newest(members: list[Member]) -> list[Member]:
+    """Return the newest description of each service; paths are `.../<service>/<date>/<file>`."""
+    newest: dict[str, str] = {}
+    for member in members:
+        service = member.path.rsplit("/", 2)[0]
+        newest[service] = max(newest.get(service, ""), member.path)
+    return [member for member in members if member.path in newest.values()]
 
 
 def _documentation(model: dict[str, Any]) -> Iterator[tuple[str, str]]:

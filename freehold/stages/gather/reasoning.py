@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import importlib.util
 import itertools
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from freehold.core.errors import ConfigError
+from freehold.core.errors import ConfigError, DataError
 from freehold.ledger.licence import of_distribution
-from freehold.stages.gather.origins import date_of
+from freehold.stages.gather.origins import CORPUS_LINE, GYM, date_of
 
 # Seeds of training items lie below HELD_OUT_SEEDS, those of held-out items from there on.
 SEEDS_PER_RUN = 1_000_000
@@ -41,8 +45,8 @@ class Gym:
             "held_out": [HELD_OUT_SEEDS + self.base, HELD_OUT_SEEDS + self.base + SEEDS_PER_RUN - 1],
         }
         self.settings = settings
-        distribution = importlib.metadata.distribution("reasoning-gym")
-        self.version = f"reasoning-gym=={distribution.version}"
+        distribution = importlib.metadata.distribution(GYM)
+        self.version = f"{GYM}=={distribution.version}"
         self.licence = of_distribution(distribution).expression or ""
         self.acquired = date_of(Path(str(distribution.locate_file("reasoning_gym"))) / "__init__.py")
         self.held: set[str] = set()
@@ -79,12 +83,10 @@ class Gym:
             streams = alive
 
     def _items(self, task: str, settings: dict[str, bool | int], first_seed: int) -> Iterator[Item]:
-        # Imported here: a second of sympy and friends that a dry run does not need.
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-
-        if task not in DATASETS:
-            near = difflib.get_close_matches(task, DATASETS, n=1)
+        gym = load()
+        known = gym.factory.DATASETS
+        if task not in known:
+            near = difflib.get_close_matches(task, known, n=1)
             raise ConfigError(
                 "reasoning-gym has no such task",
                 where="reasoning",
@@ -92,7 +94,7 @@ class Gym:
                 todo=f"did you mean `{near[0]}`?" if near else "see reasoning_gym.factory.DATASETS",
             )
         try:
-            dataset = reasoning_gym.create_dataset(task, seed=first_seed, size=SEEDS_PER_RUN // 2, **settings)
+            dataset = gym.create_dataset(task, seed=first_seed, size=SEEDS_PER_RUN // 2, **settings)
         except (AssertionError, TypeError, ValueError) as error:
             raise ConfigError(
                 "reasoning-gym does not take these settings", where=f"reasoning.{task}", found=settings, expected=error
@@ -110,6 +112,36 @@ class Gym:
             repeated = 0
             seen.add(question)
             yield Item(question, answer, f"reasoning_gym/{task}#{first_seed + index}", task)
+
+
+def load() -> ModuleType:
+    """Return the module `reasoning_gym`; DataError when it, or something that it imports, is not there.
+
+    Imported only when called: it takes a second of sympy and friends, which a dry run does not need.
+    """
+    # pycosat is C that comes as source only, so it is not installed with the rest: of all tasks only zebra_puzzles
+    # calls it. reasoning-gym imports it for every task, so something has to stand in its place meanwhile. It is taken
+    # away again at once: sympy would solve with any module of that name.
+    absent = importlib.util.find_spec("pycosat") is None
+    if absent:
+        sys.modules["pycosat"] = stand_in = ModuleType("pycosat")
+        stand_in.__dict__.update(solve=_no_solver, itersolve=_no_solver)
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise DataError("reasoning-gym cannot be imported", found=error, todo=CORPUS_LINE) from error
+    finally:
+        if absent:
+            del sys.modules["pycosat"]
+    return reasoning_gym
+
+
+def _no_solver(*_: Any) -> None:
+    raise ConfigError(
+        "this reasoning-gym task needs pycosat, which is not installed",
+        where="reasoning.zebra_puzzles",
+        todo="take the task out, or (a C compiler is needed): pip install pycosat==0.6.6",
+    )
 
 
 def _words(question: str) -> list[str]:

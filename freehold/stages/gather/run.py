@@ -18,8 +18,8 @@ from freehold.ledger.licence import normalise
 from freehold.ledger.policy import Claim, gate
 from freehold.stages.gather import generate
 from freehold.stages.gather.config import FileSource, Folder, Generated, JsonLines, Source, StageConfig
-from freehold.stages.gather.origins import Origin, check_evidence, date_of, encodable, find, missing
-from freehold.stages.gather.readers import READERS, Part, Reading
+from freehold.stages.gather.origins import HALF_CHARACTER, Origin, check_evidence, date_of, encodable, find, missing
+from freehold.stages.gather.readers import Part, Reading, read, unfit
 
 # How many skipped files sources.json names for each source; the rest are counted.
 NAMED_SKIPS = 50
@@ -154,7 +154,7 @@ def _files(name: str, source: FileSource, origin: Origin) -> tuple[list[Document
     # Members, then documents, in the order of the hash of their id: the same choice everywhere, and files that
     # are not needed to reach the cap are not even read.
     ordered = sorted(origin.members, key=lambda m: document_id(name, m.path))
-    parts = READERS[source.reader](ordered, reading)
+    parts = read(source.reader, ordered, reading)
     if source.reader == "bible":  # many documents in one file
         parts = iter(sorted(parts, key=lambda p: document_id(name, p.path)))
     trimmed = (Part(p.member, p.anchor, cut(p.text, source.cut_bytes)) for p in _sound(parts, reading))
@@ -187,12 +187,13 @@ def _files(name: str, source: FileSource, origin: Origin) -> tuple[list[Document
 
 
 def _sound(parts: Iterable[Part], reading: Reading) -> Iterator[Part]:
-    """Pass on what can be written; escapes in source code and JSON can hold half characters."""
+    """Pass on what can be a document; escapes in JSON can hold NULs and half characters that its file does not."""
     for part in parts:
-        if encodable(part.text) and encodable(part.path):
-            yield part
+        reason = unfit(part.text)
+        if reason:
+            reading.skipped.append((part.path, reason))
         else:
-            reading.skipped.append((ascii(part.path), "holds half a character (a lone surrogate)"))
+            yield part
 
 
 def _json_lines(name: str, source: JsonLines) -> tuple[list[Document], dict[str, Any]]:
@@ -228,8 +229,11 @@ def _json_rows(name: str, source: JsonLines, skipped: list[tuple[str, str]]) -> 
             except (ValueError, KeyError, TypeError, RecursionError):
                 skipped.append((where, "not a JSON object with a `text`"))
                 continue
-            if not isinstance(text, str) or not text.strip() or not encodable(text):
-                skipped.append((where, "not text" if not isinstance(text, str) or text.strip() else "empty"))
+            licence = str(row.get("licence") or source.licence)
+            evidence = str(row.get("licence_evidence") or source.licence_evidence or "")
+            reason = unfit(text) if isinstance(text, str) else "its `text` is not text"
+            if reason or not encodable(licence + evidence):
+                skipped.append((where, reason or HALF_CHARACTER))
                 continue
             yield Document(
                 id=document_id(name, where),
@@ -239,8 +243,8 @@ def _json_rows(name: str, source: JsonLines, skipped: list[tuple[str, str]]) -> 
                 path=where,
                 sha256=hashlib.sha256(line).hexdigest(),
                 wrapper_licence="",
-                licence=str(row.get("licence") or source.licence),
-                licence_evidence=str(row.get("licence_evidence") or source.licence_evidence or ""),
+                licence=licence,
+                licence_evidence=evidence,
                 acquired=acquired,
                 kind=source.content,
                 synthetic_from="",
