@@ -2,7 +2,8 @@
 
 All read the same tokens in the same order from a finished `tokenize` stage, hold the same validation documents out,
 warm up for 20 steps and then keep their rates. Each way tries the same three multiples of its base rates with seed
-0; the best goes on with the other seeds. Only training steps are timed, from the second one on (so that compiling is free).
+0; the best goes on with the other seeds. Only training steps are timed, from the second one on, so that compiling is
+free.
 
 1 freehold       AFMoE, Muon + AdamW, SMEBU: what the laptop recipe does
 2 transformers   the same AFMoE in transformers, fused AdamW, bfloat16 autocast, torch.compile, no balancing
