@@ -1,8 +1,8 @@
 """Kill the walk with `kill -9` at random moments in every stage, run it again, and compare the bits.
 
 One run is never killed. Others are killed again and again: each kill waits until a given stage is at work, then a
-random part of that stage's own time, and hits either the whole process group or the walk alone (its stage must then
-end by itself). When its kills are used up the run is left to finish, and every stage's content hash must equal the
+random part of that stage's own time, and hits either all its processes or the walk alone (its stage must then end by
+itself). When its kills are used up the run is left to finish, and every stage's content hash must equal the
 undisturbed run's.
 
     python benchmarks/kills.py --kills 20 --runs 2 --json benchmarks/results/kills.json
@@ -11,17 +11,18 @@ undisturbed run's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from freehold import walk
 from freehold.core.artifact import package_versions
@@ -46,16 +47,19 @@ def finished(run: Path, stage: str) -> bool:
 
 def kill_in(stage: str, seconds: float, run: Path, start: list[str], rng: random.Random) -> dict[str, Any] | None:
     """Start the walk, kill it somewhere in `stage`; None when the stage was over before."""
-    process = subprocess.Popen(start, start_new_session=True)
+    process = subprocess.Popen(start)
     while process.poll() is None and not begun(run, stage):
         time.sleep(0.02)
     time.sleep(rng.uniform(0, seconds))
-    whole_group = rng.random() < 0.5
+    all_of_it = rng.random() < 0.5
     was_running = process.poll() is None and not finished(run, stage)
     if process.poll() is None:
-        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+        victims = [psutil.Process(process.pid)]
+        for victim in [*victims, *(victims[0].children(recursive=True) if all_of_it else [])]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
     process.wait()
-    return {"stage": stage, "target": "group" if whole_group else "walk alone"} if was_running else None
+    return {"stage": stage, "target": "all processes" if all_of_it else "walk alone"} if was_running else None
 
 
 def main() -> int:

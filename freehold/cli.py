@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from freehold import __version__
-from freehold.core.errors import FreeholdError
+from freehold.core.errors import ConfigError, FreeholdError
 
 STAGES = {
     "gather": "sources -> documents with licence evidence; the policy gate refuses what may not be used",
@@ -36,9 +35,42 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0 well, 2 the user's mistake, 130 stopped."""
+    """Run one command; return its exit code: 0 well, 2 the user's mistake, 130 stopped, 137 killed."""
     # Threads that wait by spinning for long make a step five times slower as soon as anything else runs.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        from freehold.core.machine import machine_limits
+
+        with machine_limits():
+            return _do(argv)
+    except FreeholdError as error:
+        return _fail(error, argv)
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        return _fail(Stopped("stopped", todo="run the same command again to go on"), argv)
+
+
+class Stopped(FreeholdError):
+    """The user stopped a command."""
+
+    code = 130
+
+
+def _fail(error: FreeholdError, argv: Sequence[str]) -> int:
+    """Tell why a command failed, on stderr and with --json on stdout too; return its exit code.
+
+    A stage of a walk hands the JSON to its parent, which tells it.
+    """
+    if "--json" in argv:
+        print(json.dumps({"error": error.to_dict()}))
+    if not ("--json" in argv and "--parent" in argv):
+        print(f"error: {error}", file=sys.stderr)
+    return getattr(error, "code", 2)
+
+
+def _do(argv: Sequence[str]) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     for item in rest:  # argparse takes positionals in one place only; overrides may stand anywhere
@@ -48,35 +80,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "do"):
         parser.print_help()
         return 2
-    try:
-        return int(args.do(args) or 0)
-    except FreeholdError as error:
-        if getattr(args, "json", False):
-            fields = ("what", "where", "found", "expected", "todo")
-            print(json.dumps({"error": {f: _text(getattr(error, f)) for f in fields}}))
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
-    except BrokenPipeError:
-        return 0
-    except OSError as error:
-        # A full or read-only disk, a folder that may not be written, a file where a folder should be.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
-                               errno.EEXIST, errno.EISDIR):  # fmt: skip
-            raise
-        print(
-            f"error: cannot write or read here: {error.strerror}\n  where:    {error.filename or ''}\n"
-            "  to do:    free some space or choose another runs_dir; nothing finished was touched",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
+    return int(args.do(args) or 0)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours: one message, as JSON too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ConfigError instead of leaving."""
+        raise ConfigError(message, where=self.prog, todo=f"see `{self.prog} --help`")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all verbs."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="freehold",
         description="Own a Trinity-class language model outright: data, training, alignment, proof, serving.",
         epilog=EXAMPLES,
@@ -168,7 +185,8 @@ def _stage(args: argparse.Namespace) -> int:
     recipe = walk.resolve(args.recipe, args.overrides, stage=args.stage, fork=args.fork)
     if args.dry_run:
         return _show_plan(recipe, [args.stage], args.json)
-    options = walk.Options(clean=args.clean, fork=args.fork, quiet=args.quiet or args.json)
+    quiet = args.quiet or (args.json and not args.parent)
+    options = walk.Options(clean=args.clean, fork=args.fork, quiet=quiet)
     if args.parent:
         walk.die_with(args.parent)
         manifest = walk.run_stage(recipe, args.stage, options)
@@ -241,7 +259,6 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _trace(args: argparse.Namespace) -> int:
-    from freehold.core.errors import ConfigError
     from freehold.ledger import trace
 
     if (args.document is None) == (args.step is None):
@@ -291,10 +308,6 @@ def _run_folder(given: Path | None) -> Path:
     if not runs:
         raise ArtifactError("there is no run yet", where="runs/", todo="freehold run recipes/laptop.yaml")
     return runs[-1]
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
 
 
 if __name__ == "__main__":

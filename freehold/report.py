@@ -35,8 +35,9 @@ def write_report(run_folder: Path) -> Path:
         raise ArtifactError("not a run folder: no stage has finished in it", where=run_folder, todo="see runs/")
     rows = training_rows(run_folder)
     picture = run_folder / "report.png"
-    picture.unlink(missing_ok=True)
-    if rows:
+    if not rows:
+        picture.unlink(missing_ok=True)  # of an earlier run
+    else:
         from freehold.figure import draw
 
         write_atomic(picture, draw(rows, _read_json(run_folder / "evaluate" / "results.json")))

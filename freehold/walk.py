@@ -8,7 +8,6 @@ Imports no torch: an up-to-date run answers in a second.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import importlib
 import json
@@ -16,6 +15,7 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -28,11 +28,12 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from freehold.core import artifact
-from freehold.core.artifact import MANIFEST, Workspace, read_manifest, sha256_json, write_json, write_manifest
+from freehold.core.artifact import MANIFEST, Workspace, read_json, read_manifest, write_json, write_manifest
 from freehold.core.code import code_sha256
 from freehold.core.config import Config, difference, fill, load_recipe, merge, override, to_yaml, unknown_key
 from freehold.core.errors import ArtifactError, ConfigError, FreeholdError
 from freehold.core.log import Log
+from freehold.core.machine import disk_error, machine_limits
 
 WALK: dict[str, tuple[str, ...]] = {
     "gather": (),
@@ -146,11 +147,11 @@ def state_of(recipe: Recipe, stage: str, *, verify: bool = False) -> tuple[str, 
     folder = recipe.run_folder / stage
     finished = (folder / MANIFEST).exists()
     key = key_of(recipe, stage)
-    try:
-        old = read_manifest(folder, kind=stage) if finished else json.loads((folder / KEY).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not finished and not (folder / KEY).exists():
         return "absent", []
-    except (ArtifactError, ValueError) as error:
+    try:
+        old = read_manifest(folder, kind=stage) if finished else read_json(folder / KEY)
+    except ArtifactError as error:
         return "stale", [f"{folder}: {str(error).splitlines()[0]}"]
     changes = difference({name: old.get(name) for name in key}, key)
     if finished:
@@ -220,23 +221,21 @@ def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
     )
     started = time.monotonic()
     try:
-        counts = importlib.import_module(f"freehold.stages.{stage}.run").run(recipe.stages[stage], work)
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or (not isinstance(error, FreeholdError) and "No space left" in str(error)):  # safetensors' own class
-            raise artifact.disk_error(OSError(errno.ENOSPC, "No space left on device"), folder) from error
-        raise
+        with machine_limits(folder):
+            counts = importlib.import_module(f"freehold.stages.{stage}.run").run(recipe.stages[stage], work)
+    finally:
+        log.live("")  # what is said next has a line of its own
     seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     timing = folder / "timing.json"
-    before = json.loads(timing.read_text(encoding="utf-8")) if timing.exists() else {}
+    before = read_json(timing) if timing.exists() else {}
     write_json(timing, {**before, "total_s": round(seconds, 1), "peak_memory_bytes": peak})
     manifest = write_manifest(
         folder,
         kind=stage,
         counts=counts,
         config=key["config"],
-        config_sha256=sha256_json(key["config"]),
+        config_sha256=artifact.sha256_json(key["config"]),
         code_sha256=key["code_sha256"],
         inputs=key["inputs"],
         seed=recipe.head.seed,
@@ -267,33 +266,85 @@ def run_walk(recipe: Recipe, options: Options, lock: int) -> dict[str, str]:
             result[stage] = "taken over"
             continue
         command = [sys.executable, "-m", "freehold.cli", stage, str(recipe.path), *recipe.overrides]
-        command += [f"name={json.dumps(recipe.head.name)}", "--parent", str(os.getpid())]
+        command += [f"name={json.dumps(recipe.head.name)}", "--parent", str(os.getpid()), "--json"]
         if options.clean:
             command.append("--clean")
         if options.quiet:
             command.append("--quiet")
-        child = subprocess.Popen(command, pass_fds=(lock,))
-        try:
-            code = child.wait()
-        except KeyboardInterrupt:  # the child got the signal too: let it save what it has
-            code = child.wait() or 130
+        code, answer, asked = in_own_process(command, lock)
         if code:
-            raise StageFailed(stage, code)
+            raise StageFailed(stage, 130 if asked and not answer else code, answer.get("error"))
         result[stage] = "made"
+        if asked and stage != recipe.head.until:
+            raise KeyboardInterrupt
     return result
 
 
-class StageFailed(FreeholdError):
-    """A stage's process ended with an error it has already told."""
+def in_own_process(command: Sequence[str], lock: int) -> tuple[int, dict[str, Any], bool]:
+    """Run a stage's command; return its exit code, its answer in JSON, and whether it was asked to stop.
 
-    def __init__(self, stage: str, code: int) -> None:
+    It has a process group of its own, so that a signal for the walk reaches it once, from here, wherever that came
+    from: SIGINT and SIGTERM are passed on and the stage is waited for, as it may have work to save.
+    """
+    asked: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, _: object) -> None:
+        asked.append(number)
+        if child is not None:
+            child.send_signal(number)
+
+    def suspend(number: int, _: object) -> None:
+        if child is not None:
+            child.send_signal(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)  # and here it goes on, some day
+        if child is not None:
+            child.send_signal(signal.SIGCONT)
+
+    handlers = {signal.SIGINT: pass_on, signal.SIGTERM: pass_on, signal.SIGTSTP: suspend}
+    before = {n: signal.signal(n, handlers[n]) for n in handlers if signal.getsignal(n) != signal.SIG_IGN}
+    try:
+        child = subprocess.Popen(command, pass_fds=(lock,), stdout=subprocess.PIPE, process_group=0)
+        for number in asked:  # came before there was anyone to pass it on to
+            child.send_signal(number)
+        output = None
+        while output is None:  # by the second: a signal that comes just before a system call is handled only after it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                output = child.communicate(timeout=1)[0]
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    *other, last = output.decode(errors="replace").splitlines() or [""]
+    try:
+        answer = dict(json.loads(last))
+    except (ValueError, TypeError):  # it ended without an answer: what it printed may say why
+        other, answer = [*other, last], {}
+    for line in filter(None, other):
+        print(line, file=sys.stderr)
+    return child.returncode, answer, bool(asked)
+
+
+class StageFailed(FreeholdError):
+    """A stage's process ended before its work did: its own error (`told`), or what its exit code says."""
+
+    def __init__(self, stage: str, code: int, told: dict[str, Any] | None = None) -> None:
         self.code = code if code > 0 else 128 - code
-        stopped = self.code in (130, 137, 143)
         again = "run the same command again: it goes on where it was"
-        super().__init__(
-            f"{stage} was stopped" if stopped else f"{stage} did not finish (exit code {code})",
-            todo=again if stopped else "see the message above; then run the same command again",
-        )
+        if self.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            super().__init__(f"{stage} was stopped", todo=again)
+        elif self.code == 128 + signal.SIGKILL:
+            memory = "lower batch.sequences or micro_sequences, batch.context_tokens or the model"
+            super().__init__(
+                f"{stage} was killed, perhaps by the system for lack of memory",
+                todo=f"if it was memory: {memory}; else {again}",
+            )
+        elif told:
+            what = told["what"] if told["what"].startswith(stage) else f"{stage}: {told['what']}"
+            super().__init__(**{**told, "what": what})
+        else:
+            super().__init__(
+                f"{stage} did not finish (exit code {code})", todo="see the message above; it is a mistake of ours"
+            )
 
 
 def take_over_before(recipe: Recipe, stage: str) -> None:
@@ -327,8 +378,12 @@ def locked(run_folder: Path, patience_s: float = 10.0) -> Iterator[int]:
 
     Waits a little for a killed run's last process to go. Raises ArtifactError when somebody else stays.
     """
-    run_folder.mkdir(parents=True, exist_ok=True)
-    with (run_folder / ".lock").open("w") as file:
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock = (run_folder / ".lock").open("w")
+    except OSError as error:
+        raise disk_error(error, run_folder) from error
+    with lock as file:
         deadline = time.monotonic() + patience_s
         while True:
             try:
@@ -354,6 +409,7 @@ def die_with(parent: int) -> None:
         os._exit(137)
 
     threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it may write to the terminal of a walk it is not in the group of
 
 
 def cpu_name() -> str:

@@ -152,6 +152,18 @@ def test_empty_run_names_what_is_missing_and_draws_nothing(tmp_path: Path) -> No
     assert "not finished, so left out: curate" in report.summary(tmp_path)
 
 
+def test_full_disk_keeps_the_old_picture(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run_folder / "report.png").write_bytes(b"of an earlier run")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ArtifactError, match="No space left"):
+        report.write_report(run_folder)
+    assert (run_folder / "report.png").read_bytes() == b"of an earlier run"
+
+
 def test_summary_fits_the_terminal_and_holds_the_figures(run_folder: Path) -> None:
     text = report.summary(run_folder, width=100)
     assert max(map(len, text.splitlines())) <= 100

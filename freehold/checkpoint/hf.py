@@ -8,7 +8,6 @@ refused by name.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from freehold.core.artifact import write_json
+from freehold.core.artifact import read_json, write_json
 from freehold.core.errors import CheckpointError
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig, from_hf_dict, to_hf_dict
@@ -164,14 +163,14 @@ def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
     Expert biases come back in fp32. Raises CheckpointError naming what is missing, left over or misshapen.
     """
-    config = from_hf_dict(_json(folder / "config.json"), str(folder / "config.json"))
+    config = from_hf_dict(read_json(folder / "config.json", CheckpointError, None), str(folder / "config.json"))
     table = key_table(config)
     expected = {name: shape for entry in table for name, shape in entry.shapes().items()}
-    files = sorted(set(_json(folder / INDEX)["weight_map"].values())) if (folder / INDEX).exists() else [SINGLE]
+    files = _indexed(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
     with contextlib.ExitStack() as stack:
         where: dict[str, safe_open] = {}
         for file in files:
-            if not (folder / file).exists():
+            if not (folder / file).is_file():
                 raise CheckpointError("a file of weights is missing", where=folder, found="nothing", expected=file)
             try:
                 opened = stack.enter_context(safe_open(folder / file, framework="pt"))
@@ -202,8 +201,16 @@ def _account(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]
             )
 
 
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError("cannot be read as JSON", where=path, found=error) from error
+def _indexed(path: Path) -> list[str]:
+    """Return the files an index names, in order; CheckpointError unless each is one that lies beside it."""
+    found = read_json(path, CheckpointError, None).get("weight_map")
+    names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
+    strange = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    if strange or not names:
+        raise CheckpointError(
+            "not an index of weights",
+            where=path,
+            found=strange[0] if strange else f"weight_map: {found}",
+            expected="weight_map: {tensor: a .safetensors file beside the index, ...}",
+        )
+    return names

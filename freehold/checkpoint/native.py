@@ -26,13 +26,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from freehold.core.artifact import (
     MANIFEST,
     atomic_folder,
-    disk_error,
     read_manifest,
     verify_files,
     write_json,
     write_manifest,
 )
 from freehold.core.errors import ArtifactError, CheckpointError
+from freehold.core.machine import disk_error
 from freehold.model.config import ModelConfig, from_hf_dict, to_hf_dict
 
 STATE = "state"

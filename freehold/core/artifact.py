@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from freehold import __version__
-from freehold.core.errors import ArtifactError
+from freehold.core.errors import ArtifactError, FreeholdError
 from freehold.core.log import Log
+from freehold.core.machine import machine_limits
 
 MANIFEST = "manifest.json"
 # What a stage writes for people, or about time: never part of what it made.
@@ -58,17 +59,18 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
     Raises ArtifactError when the disk is full; what was at `path` before is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
+    with machine_limits(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -76,24 +78,19 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Return the value of a JSON file; ArtifactError when it is damaged."""
+def read_json(
+    path: Path, error: type[FreeholdError] = ArtifactError, todo: str | None = "make the stage again with --clean"
+) -> dict[str, Any]:
+    """Return the object in a JSON file; `error` when it is missing, damaged, or holds something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError("a file is not JSON: it is damaged", where=path, found=error, todo="--clean") from error
-
-
-def disk_error(error: OSError, path: Path) -> ArtifactError:
-    """Turn an OSError while writing into an error that names the place and the free space."""
-    parent = next(p for p in [path, *path.parents] if p.exists())
-    free_bytes = shutil.disk_usage(parent).free
-    return ArtifactError(
-        f"could not write: {error.strerror or error}",
-        where=path,
-        found=f"{free_bytes / 1e6:,.0f} MB free",
-        todo="free some space or choose another `runs_dir`; nothing written before was touched, run again to go on",
-    )
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error("a file is missing", where=path, expected="a JSON file", todo=todo) from None
+    except (ValueError, RecursionError) as problem:
+        raise error("a file is not JSON: it is damaged", where=path, found=problem, todo=todo) from problem
+    if not isinstance(value, dict):
+        raise error("not a JSON object", where=path, found=type(value).__name__, expected="{...}", todo=todo)
+    return value
 
 
 @contextlib.contextmanager
@@ -102,14 +99,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise disk_error(error, path) from error
+        with machine_limits(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -180,12 +175,9 @@ def read_manifest(folder: Path, *, kind: str | None = None, version: int = 1, ve
             expected=MANIFEST,
             todo="run the stage that writes it (`freehold run RECIPE` runs all that is missing)",
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError("the manifest is not JSON", where=path, found=error, todo="make the stage again") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise ArtifactError("not a manifest", where=path, expected="an object with files", todo="make the stage again")
+    manifest = read_json(path)
+    if not isinstance(manifest.get("files"), dict):
+        raise ArtifactError("not a manifest", where=path, expected="files", todo="make the stage again with --clean")
     if kind is not None and manifest.get("kind") != kind:
         raise ArtifactError("an artifact of another kind", where=folder, found=manifest.get("kind"), expected=kind)
     if manifest.get("format_version") != version:

@@ -35,9 +35,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
         todo = f"did you mean {near[0]}?" if near else "recipes lie in recipes/"
         raise ConfigError("no such recipe", where=path, todo=todo)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        json.dumps(data, default=str)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        data = _parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError("the recipe is not YAML", where=path, found=error) from error
     if not isinstance(data, dict):
         raise ConfigError("the recipe is not a mapping", where=path, found=type(data).__name__, expected="key: value")
@@ -45,18 +44,59 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its silent trap: a key given twice is an error, not the last one."""
+    """YAML without its silent traps: keys are text and given once, and only what is plainly a number becomes one.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping after looking for keys given twice."""
+    `007`, `1e5`, `1.50`, `2024-01-15` and `on` stay as they are written: a field that holds a number, a date or a
+    truth value reads them (pydantic), one that holds text keeps them.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping, looking for keys that are not text (`1` is the text "1") or given twice."""
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.composer.ComposerError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is given twice", key.start_mark
-                )
-            seen.add(key.value if isinstance(key.value, str) else id(key))
-        return super().construct_mapping(node, deep)
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+            if key.tag != "tag:yaml.org,2002:merge":
+                key.tag = "tag:yaml.org,2002:str"
+        return node
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float | str:
+        """Return a number if that is exactly how it is written (400_000 too), else the text."""
+        text = str(self.construct_scalar(node))
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                value = kind(text)
+                if text in (str(value), f"{value:_}"):
+                    return value
+        return text
+
+    def construct_truth(self, node: yaml.ScalarNode) -> bool | str:
+        """Return what `true` and `false` say, else the text."""
+        text = str(self.construct_scalar(node))
+        return {"true": True, "false": False}.get(text.lower(), text)
+
+
+for _name, _construct in (
+    ("int", _Loader.construct_number),
+    ("float", _Loader.construct_number),
+    ("bool", _Loader.construct_truth),
+    ("timestamp", _Loader.construct_scalar),
+):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_name}", _construct)
+
+
+def _parse(text: str) -> Any:
+    """Return what YAML text says; ValueError when it is not YAML or holds itself."""
+    try:
+        data = yaml.load(text, _Loader)
+        json.dumps(data, default=str)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    return data
 
 
 def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, Any]:
@@ -79,19 +119,15 @@ def override(data: dict[str, Any], items: typing.Iterable[str]) -> dict[str, Any
 
 
 def parse_override(item: str) -> dict[str, Any]:
-    """Turn `optim.lr=3e-4` into `{"optim": {"lr": 0.0003}}`; the value is read as YAML."""
+    """Turn `optim.lr=0.5` into `{"optim": {"lr": 0.5}}`; the value is read as YAML."""
     key, equals, text = item.partition("=")
     key = key.strip().removeprefix("--")
     if not equals or not key or any(not part for part in key.split(".")):
         raise ConfigError("an override must look like key.subkey=value", found=item, expected="e.g. optim.lr=3e-4")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        result = _parse(text)
+    except ValueError as error:
         raise ConfigError("the value of an override is not YAML", where=key, found=text) from error
-    if isinstance(value, str) and text[0] not in "\"'":  # YAML 1.1 reads 3e-4 as a string, others as a number
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    result: Any = value
     for part in reversed(key.split(".")):
         result = {part: result}
     return result
@@ -110,26 +146,15 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill(cls: type[C], data: dict[str, Any], where: str) -> C:
-    """Validate `data` as `cls`; the first problem becomes one ConfigError naming key, found and expected."""
+    """Validate `data` as `cls`; one problem becomes one ConfigError naming key, found and expected.
+
+    A key that is unknown goes first: it may be the one that is missing, misspelt.
+    """
     try:
-        return cls.model_validate(numbers(data))
+        return cls.model_validate(data)
     except pydantic.ValidationError as error:
-        problem = error.errors()[0]
+        problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
         raise _explain(cls, problem, where) from None
-
-
-def numbers(data: Any) -> Any:
-    """Read `3e-4` as a number inside YAML data too (YAML 1.1 wants `3.0e-4`)."""
-    if isinstance(data, dict):
-        return {k: numbers(v) for k, v in data.items()}
-    if isinstance(data, list):
-        return [numbers(v) for v in data]
-    if isinstance(data, str) and data[:1] in "0123456789+-." and "e" in data.lower():
-        try:
-            return float(data)
-        except ValueError:
-            return data
-    return data
 
 
 def to_yaml(config: pydantic.BaseModel | dict[str, Any]) -> str:

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from freehold.core.artifact import disk_error
 from freehold.core.errors import DataError
+from freehold.core.machine import machine_limits
 
 R = TypeVar("R", "Document", "Conversation")
 
@@ -109,11 +109,9 @@ def write_rows(path: Path, rows: Iterable[Document] | Iterable[Conversation], cl
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a table as zstd parquet; ArtifactError when the disk is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with machine_limits(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, path, compression="zstd", row_group_size=4096)
-    except OSError as error:
-        raise disk_error(error, path) from error
 
 
 def read_rows(path: Path, cls: type[R]) -> Iterator[R]:

@@ -23,6 +23,11 @@ class FreeholdError(Exception):
                 lines.append(f"  {label + ':':<10}{value}")
         super().__init__("\n".join(lines))
 
+    def to_dict(self) -> dict[str, str | None]:
+        """Return what, where, found, expected and todo as text: the form for programs (`--json`)."""
+        fields = ("what", "where", "found", "expected", "todo")
+        return {name: None if (value := getattr(self, name)) is None else str(value) for name in fields}
+
 
 class ConfigError(FreeholdError):
     """A recipe or an override that does not say something we can do."""

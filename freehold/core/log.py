@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from freehold.core.errors import ArtifactError
+
 T = TypeVar("T")
 
 
@@ -101,12 +103,24 @@ class Log:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    """Read a `metrics.jsonl`; a last line cut off by a kill is left out. ArtifactError when it is something else."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        try:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    break
+                if not isinstance(row["step"], int):
+                    raise TypeError("a step is not a number")
+                rows.append(row)
+        except (UnicodeDecodeError, TypeError, KeyError) as error:
+            raise ArtifactError(
+                "damaged metrics",
+                where=path,
+                found=error,
+                expected='lines of {"step": ...}',
+                todo="remove the file: only the curves of the report are lost",
+            ) from error
     return rows

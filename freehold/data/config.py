@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from freehold.core.config import Config
+from freehold.core.errors import ConfigError
 
 
 class BatchConfig(Config):
@@ -23,6 +24,16 @@ class BatchConfig(Config):
     def micro(self) -> int:
         """Return the rows of one micro-batch."""
         return self.micro_sequences or self.sequences
+
+    def must_fit(self, max_position_embeddings: int, stage: str) -> None:
+        """Raise ConfigError when a row is longer than the model's context."""
+        if self.context_tokens > max_position_embeddings:
+            raise ConfigError(
+                "a row is longer than the model's context",
+                where=f"{stage}.batch.context_tokens",
+                found=self.context_tokens,
+                expected=f"at most max_position_embeddings = {max_position_embeddings}",
+            )
 
     @model_validator(mode="after")
     def _divides(self) -> BatchConfig:

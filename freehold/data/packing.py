@@ -44,6 +44,15 @@ def text_batch(rows: np.ndarray, separator: int) -> Batch:
     return Batch(inputs, rows[:, 1:].astype(np.int64), np.cumsum(inputs == separator, axis=1).astype(np.int32))
 
 
+def cut(ids: Sequence[int], context_tokens: int) -> list[list[int]]:
+    """Cut one sequence into windows of at most `context_tokens` predicted tokens and one before them.
+
+    The first token of the sequence is context only. Each later window begins with the last token that the
+    one before predicted, so every other token is predicted exactly once.
+    """
+    return [list(ids[at : at + context_tokens + 1]) for at in range(0, len(ids) - 1, context_tokens)]
+
+
 @dataclass(frozen=True)
 class Example:
     """One conversation as ids with a mask of the positions whose token carries loss."""

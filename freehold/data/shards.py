@@ -5,7 +5,6 @@ The format is described in `docs/formats.md`. Ids are little-endian uint16 when 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from freehold.core.artifact import disk_error, read_manifest, verify_files, write_json
+from freehold.core.artifact import read_json, read_manifest, verify_files, write_json
 from freehold.core.document import write_table
 from freehold.core.errors import ArtifactError, DataError
+from freehold.core.machine import machine_limits
 from freehold.data.loader import Source
 
 INDEX = "index.json"
@@ -40,7 +40,7 @@ def write_shard(
     path = folder / f"{name}.{split}.bin"
     columns: dict[str, list[Any]] = {column: [] for column in _SCHEMA.names}
     start = 0
-    try:
+    with machine_limits(path):
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             for document, ids, text_bytes in documents:
@@ -48,8 +48,6 @@ def write_shard(
                 for column, value in zip(columns.values(), (document, start, len(ids), text_bytes), strict=True):
                     column.append(value)
                 start += len(ids)
-    except OSError as error:
-        raise disk_error(error, path) from error
     write_table(path.with_suffix(".parquet"), pa.table(columns, schema=_SCHEMA))
     return {"tokens": start, "documents": len(columns["id"]), "bytes": sum(columns["bytes"])}
 
@@ -165,10 +163,7 @@ class ShardSet:
             manifest = read_manifest(folder.parent, kind="tokenize")
             files = {k: v for k, v in manifest["files"].items() if k.startswith(f"{folder.name}/")}
             verify_files(folder.parent, {"files": files})
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ArtifactError("no token shards here", where=path, found=error, todo="run tokenize") from error
+        index = read_json(path)
         if tokenizer_sha256 is not None and index["tokenizer_sha256"] != tokenizer_sha256:
             raise DataError(
                 "the shards were made with another tokenizer",

@@ -11,6 +11,9 @@ import pyarrow as pa
 from freehold.core.document import write_table
 from freehold.data.loader import Order
 
+ROW_BYTES = 200
+"""What a row of a batch takes in memory, roughly: its place in the order, then its documents in the trace."""
+
 
 def trace_rows(order: Order, steps: range, phase_of: Mapping[int, str]) -> list[dict[str, Any]]:
     """Return one row per (document, phase): the steps that saw it, and the tokens: `trace.parquet`."""

@@ -30,14 +30,14 @@ class OptimConfig(Config):
 class PhaseConfig(Config):
     """One named stretch of the schedule: its length, its learning rate, and what its end is called."""
 
-    steps: int = Field(gt=0, description="optimizer steps")
+    steps: int = Field(gt=0, le=1_000_000_000, description="optimizer steps")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up from zero to the phase's first rate")
     shape: Literal["constant", "linear", "cosine"] = Field("constant", description="course of the rate")
     start: float = Field(1.0, ge=0, description="first rate, as a fraction of the peak")
     end: float = Field(1.0, ge=0, description="last rate, as a fraction of the peak (constant: same as start)")
     checkpoint: str = Field(
         "",
-        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9_-]*)?$",  # no dots: files of the stage and unfinished folders have one
         description="name of the checkpoint kept at the end, e.g. truebase",
     )
     stage_type: str = Field("", description="what that checkpoint is called: TrueBase, Base, Preview ...")

@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text while training: whole documents, every token, each from a clean context.
+"""Bits per byte of held-out text while training, as `evaluate` counts them: each document alone, cut into windows.
 
 Shapes: B rows, T tokens a row.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from freehold.data.loader import Source
-from freehold.data.packing import IGNORE, PADDING, Batch, text_batch
+from freehold.data.packing import Batch, Example, conversation_batch, cut, pack
 from freehold.model.afmoe import Afmoe
 from freehold.trainer.loss import summed_nll
 
@@ -29,19 +29,20 @@ class HeldOut:
 def held_out(
     source: Source, document_bytes: np.ndarray, context_tokens: int, limit_tokens: int, separator: int
 ) -> HeldOut:
-    """Lay out a source's first validation documents, up to `limit_tokens` (0: all; at least one document)."""
+    """Lay out a source's first validation documents, up to `limit_tokens` (0: all; at least one document).
+
+    A document is coded after a separator (given, not paid for) and up to the one that ends it (paid for). A window that
+    is no full row shares a row with others, none of which it sees.
+    """
     count = len(source.lengths)
     if limit_tokens:
         count = max(1, int(np.searchsorted(np.cumsum(source.lengths), limit_tokens, side="right")))
-    parts = [source.tokens[s : s + n] for s, n in zip(source.starts[:count], source.lengths[:count], strict=True)]
-    stream = np.concatenate([np.array([separator], dtype=source.tokens.dtype), *parts])
-    rows = -(-(len(stream) - 1) // context_tokens)
-    padded = np.full(rows * context_tokens + 1, separator, dtype=np.int64)
-    padded[: len(stream)] = stream
-    index = np.arange(rows)[:, None] * context_tokens + np.arange(context_tokens + 1)
-    batch = text_batch(padded[index], separator)
-    real = index[:, :-1] < len(stream) - 1
-    batch = Batch(batch.input_ids, np.where(real, batch.targets, IGNORE), np.where(real, batch.document_ids, PADDING))
+    windows: list[Example] = []
+    for start, length in zip(source.starts[:count], source.lengths[:count], strict=True):
+        for ids in cut([separator, *source.tokens[start : start + length].tolist()], context_tokens):
+            windows.append(Example("", source.name, ids, [True] * len(ids)))
+    rows = pack([len(window.ids) - 1 for window in windows], context_tokens)
+    batch = conversation_batch([[windows[i] for i in row] for row in rows], context_tokens, separator)
     return HeldOut(batch, int(document_bytes[:count].sum()))
 
 

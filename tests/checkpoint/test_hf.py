@@ -179,6 +179,20 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         load_hf(tmp_path)
     shard.write_bytes(good)
+    index = tmp_path / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    (tmp_path / "y.safetensors").mkdir()
+    outside = [dict.fromkeys(names, file) for file in ("../../x", "../x.safetensors", "..", "", "/etc/passwd", 3)]
+    for weight_map in (None, [], {}, *outside):
+        index.write_text("{}" if weight_map is None else json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=r"(?s)not an index of weights.*index\.json"):
+            load_hf(tmp_path)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "y.safetensors")}))
+    with pytest.raises(CheckpointError, match="weights is missing"):
+        load_hf(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(CheckpointError, match="not a JSON object"):
+        load_hf(tmp_path)
     data = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(data | {"attention_sinks": True}))
     with pytest.raises(ConfigError, match="attention_sinks"):

@@ -1,12 +1,16 @@
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from freehold.core import artifact
-from freehold.core.artifact import atomic_folder, read_manifest, write_atomic, write_manifest
+from freehold.core.artifact import atomic_folder, read_json, read_manifest, write_atomic, write_manifest
 from freehold.core.document import Conversation, Document, document_id, read_rows, write_rows
-from freehold.core.errors import ArtifactError, DataError
+from freehold.core.errors import ArtifactError, CheckpointError, ConfigError, DataError
 from freehold.core.log import Log, read_metrics
+from freehold.core.machine import machine_limits, must_fit_memory
 
 
 def make(folder):
@@ -87,6 +91,51 @@ RIGHTS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "is missing"), (b"{", "not JSON"), (b"\xff", "not JSON"), (b"[1]", "not a JSON object")],
+)
+def test_damaged_json_is_named(tmp_path, content, says):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"(?s){says}.*x\.json"):
+        read_json(path, CheckpointError)
+
+
+def refuse(error):
+    with machine_limits(Path("here")):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(28, "No space left on device"), r"(?s)No space.*here.*MB free"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), r"(?s)No space.*here.*MB free"),
+        (PermissionError(13, "Permission denied"), r"(?s)Permission denied.*here"),
+        (MemoryError(), r"(?s)not enough memory.*here"),
+    ],
+)
+def test_what_the_machine_refuses(error, says):
+    with pytest.raises(ArtifactError, match=says):
+        refuse(error)
+    with pytest.raises(FileNotFoundError):  # a mistake of ours
+        refuse(FileNotFoundError(2, "No such file"))
+
+
+@pytest.mark.parametrize("allocate", [lambda: np.empty(10**15), lambda: torch.empty(10**15)])
+def test_libraries_that_run_out_of_memory(allocate):
+    with pytest.raises(ArtifactError, match="not enough memory"), machine_limits():
+        allocate()
+
+
+def test_more_than_the_memory_is_told_before():
+    must_fit_memory(10**6, "little", "x")
+    with pytest.raises(ConfigError, match="much: about 1,000,000 GB"):
+        must_fit_memory(10**15, "much", "x")
+
+
 def test_documents_and_conversations_round_trip(tmp_path):
     documents = [Document(id=document_id("s", str(i)), text=f"é\n{i}\0", **RIGHTS) for i in range(3)]
     talks = [Conversation(id="a", messages=[{"role": "user", "content": "ü"}], **RIGHTS)]
@@ -124,3 +173,10 @@ def test_log_keeps_attempts_and_rewinds(tmp_path, capsys):
     assert list(log.track(range(3), "things")) == [0, 1, 2]
     assert "one\ntwo" in capsys.readouterr().err
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0]) == {"step": 1, "loss/mean": 1}
+
+
+@pytest.mark.parametrize("line", [b'{"step": 1, "x": "\xff"}\n', b"[1]\n", b'{"loss": 1}\n', b'{"step": "a"}\n'])
+def test_damaged_metrics_are_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n' + line)
+    with pytest.raises(ArtifactError, match=r"(?s)damaged metrics.*metrics\.jsonl.*remove the file"):
+        Log(tmp_path, quiet=True).rewind(1)

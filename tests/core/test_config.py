@@ -19,9 +19,31 @@ def test_base_recipe_overrides(tmp_path):
     assert (config.optim.lr, config.batch.sequences, config.trainer.recompute) == (3e-4, 8, True)
 
 
-def test_scientific_numbers_in_yaml_are_numbers(tmp_path):
-    recipe = write(tmp_path / "r.yaml", "pretrain:\n  optim: {lr: 3e-4}\n")
-    assert fill(StageConfig, load_recipe(recipe)["pretrain"], "pretrain").optim.lr == 3e-4
+def test_numbers_however_they_are_written_are_numbers_where_a_number_is_wanted(tmp_path):
+    text = "pretrain:\n  optim: {lr: 3e-4, eps: .5, muon_lr: 0.020}\n  trainer: {keep_last: 007, recompute: yes}\n"
+    text += "  phases: {a: {steps: 400_000, mixture: {code: 1e-1}, stage_type: 1e5}}\n"
+    config = fill(StageConfig, load_recipe(write(tmp_path / "r.yaml", text))["pretrain"], "pretrain")
+    assert (config.optim.lr, config.optim.eps, config.optim.muon_lr) == (3e-4, 0.5, 0.02)
+    assert (config.trainer.keep_last, config.trainer.recompute) == (7, True)
+    assert (config.phases["a"].steps, config.phases["a"].mixture) == (400_000, {"code": 0.1})
+    assert config.phases["a"].stage_type == "1e5"
+
+
+def test_keys_are_text(tmp_path):
+    text = "1: a\n2024-01-01: b\non: c\nbase_of: &base {2: d, 3: e}\nmerged: {<<: *base, 3: f}\n"
+    assert load_recipe(write(tmp_path / "r.yaml", text)) == {
+        "1": "a", "2024-01-01": "b", "on": "c", "base_of": {"2": "d", "3": "e"}, "merged": {"2": "d", "3": "f"},
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="the key '1' is given twice"):
+        load_recipe(write(tmp_path / "t.yaml", '1: a\n"1": b\n'))
+
+
+@pytest.mark.parametrize("text", ["? [a, b]\n: 2", "? {a: 1}\n: 2", "a: !!map [1]", "a: !!set [1]", "[" * 3000])
+def test_what_is_no_recipe_is_an_error_not_a_traceback(tmp_path, text):
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_recipe(write(tmp_path / "r.yaml", text))
+    with pytest.raises(ConfigError, match="not YAML"):
+        parse_override(f"a={text}")
 
 
 @pytest.mark.parametrize(
@@ -46,9 +68,23 @@ def test_unknown_key_names_its_neighbour(override, says):
     assert "pretrain." in str(error.value)
 
 
+def test_unknown_key_beside_a_missing_one_is_the_one_that_is_named():
+    with pytest.raises(ConfigError, match="did you mean `steps`"):
+        fill(StageConfig, {"phases": {"stable": {"step": 24}}}, "pretrain")
+
+
+@pytest.mark.parametrize(
+    "name", ["base.tmp", "manifest.json", "metrics.jsonl", "key.json", "trace.parquet", ".x", "a/b", "a\n"]
+)
+def test_checkpoint_names_that_collide_with_files_of_the_stage(name):
+    with pytest.raises(ConfigError, match=r"phases\.a\.checkpoint"):
+        fill(StageConfig, {"phases": {"a": {"steps": 1, "checkpoint": name}}}, "pretrain")
+
+
 @pytest.mark.parametrize(
     ("override", "where"),
     [
+        ("phases.stable.steps=99999999999", "pretrain.phases.stable.steps"),
         ("optim.lr=fast", "pretrain.optim.lr"),
         ("optim.lr=-1", "pretrain.optim.lr"),
         ("optim.lr=.inf", "pretrain.optim.lr"),
@@ -57,6 +93,7 @@ def test_unknown_key_names_its_neighbour(override, says):
         ("trainer.threads=100000", "pretrain.trainer.threads"),
         ("batch.sequences=2.5", "pretrain.batch.sequences"),
         ("trainer.dtype=fp8", "pretrain.trainer.dtype"),
+        ("batch.sequences=1e9x", "pretrain.batch.sequences"),
     ],
 )
 def test_wrong_type_names_key_found_and_expected(override, where):
@@ -104,7 +141,10 @@ def test_bad_recipes(tmp_path):
 def test_values_of_overrides_are_yaml():
     texts = {
         "a=1": 1,
-        "a=3e-4": 3e-4,
+        "a=0.5": 0.5,
+        "a=3e-4": "3e-4",
+        "a=2024-13-45": "2024-13-45",
+        "a=!!bool foo": "foo",
         "a=true": True,
         'a="tiny"': "tiny",
         "a=x y": "x y",

@@ -108,10 +108,10 @@ def test_unfinished_folder_is_refused(folder: Path) -> None:
     with pytest.raises(ArtifactError, match="no manifest"):
         ShardSet.load(folder, verify=True)
     (folder / "index.json").write_text("{")
-    with pytest.raises(ArtifactError, match="no token shards here"):
+    with pytest.raises(ArtifactError, match=r"(?s)not JSON.*index\.json"):
         ShardSet.load(folder)
     (folder / "index.json").unlink()
-    with pytest.raises(ArtifactError, match="no token shards here"):
+    with pytest.raises(ArtifactError, match=r"(?s)missing.*index\.json"):
         ShardSet.load(folder)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -21,16 +22,19 @@ from freehold.core.config import fill
 from freehold.core.document import Document, write_rows
 from freehold.core.errors import ConfigError, DataError
 from freehold.core.log import Log
+from freehold.data.loader import Source
+from freehold.data.packing import cut
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.stages.evaluate.config import StageConfig, plan
 from freehold.stages.evaluate.items import Item, normalise, read_items, wilson
-from freehold.stages.evaluate.likelihood import batches, cut, score
+from freehold.stages.evaluate.likelihood import batches, score
 from freehold.stages.evaluate.run import evaluate_model, gain, run
 from freehold.stages.evaluate.tasks import do_tasks
 from freehold.stages.evaluate.text import bits_per_byte, compressors, held_out
 from freehold.tokenizer.bpe import train
 from freehold.tokenizer.chat import render_ids
+from freehold.trainer import validate
 
 QUIET = Log(quiet=True)
 WORDS = "the cat sat on a mat and the dog saw the cat; Paris is the capital of France. Zürich, 1914 – 1918."
@@ -130,6 +134,22 @@ def test_bits_per_byte_equals_one_forward_pass_a_token(loaded: Loaded, tmp_path:
     assert found["overall"]["tokens"] == sum(len(s) - 1 for s in sequences)
     assert found["overall"]["bytes"] == size
     assert max(len(s) for s in sequences) > 2 * CONFIG.context_tokens  # several windows were needed
+
+
+def test_training_and_evaluation_count_the_same_bits(loaded: Loaded, tmp_path: Path) -> None:
+    """Validation while training lays windows side by side; evaluation scores them one by one, through the cache."""
+    texts = [WORDS, "Zürich.", WORDS[::-1], "a", WORDS[:33]]
+    root = curated(tmp_path, tales=[("validation", t) for t in texts])
+    evaluated = bits_per_byte(loaded, held_out(root, None), CONFIG, QUIET, "base")["overall"]
+    documents = [[*loaded.tokenizer.encode(text), loaded.tokenizer.end_of_text] for text in texts]
+    lengths = np.array([len(ids) for ids in documents])
+    source = Source("tales", np.concatenate(documents), np.cumsum(lengths) - lengths, lengths, list("abcde"))
+    sizes = np.array([len(text.encode()) for text in texts])
+    held = validate.held_out(source, sizes, CONFIG.context_tokens, 0, loaded.tokenizer.end_of_text)
+    assert held.batch.target_tokens == evaluated["tokens"]
+    assert len(held.batch.input_ids) < sum(-(-n // CONFIG.context_tokens) for n in lengths)  # windows share rows
+    trained = validate.bits_per_byte(loaded.model, {"tales": held})["val/bpb"]
+    assert trained == pytest.approx(evaluated["bits_per_byte"], abs=2e-6)  # recorded with six digits
 
 
 def test_uniform_model_needs_log2_of_the_vocabulary_a_token(checkpoints: Folders, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from freehold.checkpoint import native
 from freehold.core.artifact import Workspace, write_manifest
-from freehold.core.config import fill, merge, parse_override
+from freehold.core.config import fill, merge
+from freehold.core.config import override as config_override
 from freehold.core.document import Conversation, Document, document_id, write_rows
 from freehold.core.errors import CheckpointError, ConfigError, DataError
 from freehold.core.log import Log
@@ -118,11 +119,13 @@ def _beside(run, tmp_path):
     [
         ("model.vocab_size=321", ConfigError, "disagree about the vocabulary"),
         ("phases.stable.mixture.zzz=1", DataError, "mixture.zzz"),
+        ("batch.context_tokens=65", ConfigError, r"(?s)pretrain\.batch\.context_tokens.*65.*= 64"),
+        ("phases.stable.steps=1_000_000_000 batch.sequences=1_000", ConfigError, r"(?s)memory.*pretrain\.phases"),
         ("model.hidden_size=32", CheckpointError, "another shape"),
     ],
 )
 def test_pretrain_mistakes(run, tmp_path, override, error, says):
-    data = merge(PRETRAIN, parse_override(override))
+    data = config_override(PRETRAIN, override.split())
     if error is CheckpointError:
         data = merge(data, {"parent": str(run / "pretrain/truebase")})
     with pytest.raises(error, match=says):
@@ -142,6 +145,20 @@ def test_another_tokenizer_is_refused(run, tmp_path):
     work = Workspace(tmp_path / "p", "pretrain", "t", 0, Log(None, quiet=True), {"tokenize": tmp_path / "tokenize"})
     with pytest.raises(CheckpointError, match="another tokenizer"):
         pretrain(fill(PretrainConfig, data, "pretrain"), work)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("batch.context_tokens=65", r"(?s)align\.batch\.context_tokens.*65.*= 64"),
+        ("phases.sft.steps=1_000_000_000 batch.sequences=1_000", r"(?s)memory.*align\.phases"),
+    ],
+)
+def test_align_mistakes(run, tmp_path, override, says):
+    config = fill(AlignConfig, config_override(ALIGN, override.split()), "align")
+    inputs = {name: run / name for name in ("pretrain", "tokenize", "curate")}
+    with pytest.raises(ConfigError, match=says):
+        align(config, Workspace(tmp_path / "align", "align", "t", 0, Log(None, quiet=True), inputs))
 
 
 def test_no_conversations(run, tmp_path):

@@ -189,7 +189,7 @@ def test_held_out_reads_every_token_once(tmp_path):
     text = source(seed=2)
     held = held_out(text, np.full(30, 50), 16, 0, separator=1)
     targets = held.batch.targets[held.batch.targets != IGNORE]
-    assert np.array_equal(targets, text.tokens)
+    assert sorted(targets) == sorted(text.tokens)
     assert held.text_bytes == 30 * 50
     trainer = make(tmp_path)
     bits = bits_per_byte(trainer.model, {"a": held})

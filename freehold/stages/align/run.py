@@ -8,9 +8,10 @@ from freehold.checkpoint import native
 from freehold.core.artifact import Workspace, read_manifest
 from freehold.core.document import Conversation, read_rows
 from freehold.core.errors import CheckpointError, DataError
+from freehold.core.machine import must_fit_memory
 from freehold.data.loader import ConversationOrder
 from freehold.data.packing import Example
-from freehold.data.trace import trace_rows, write_trace
+from freehold.data.trace import ROW_BYTES, trace_rows, write_trace
 from freehold.optim.schedule import Schedule
 from freehold.stages.align.config import StageConfig
 from freehold.tokenizer.bpe import Tokenizer
@@ -20,6 +21,8 @@ from freehold.trainer.loop import Job, Trainer
 
 def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     """Fine-tune to the end of the last phase; resumable at any step. Returns steps, conversations and epochs."""
+    rows = sum(phase.steps for phase in config.phases.values()) * config.batch.sequences
+    must_fit_memory(rows * ROW_BYTES, "the order of the rows", "align.phases")
     start = work.input("pretrain") / config.checkpoint
     facts = native.check(start)
     folder = work.input("tokenize") / "tokenizer"
@@ -32,6 +35,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
             expected=tokenizer.sha256[:16],
         )
     model, weights = native.read_model(start, verify=False)  # verified by `check`
+    config.batch.must_fit(model.max_position_embeddings, "align")
     examples, assistant_tokens = [], 0
     for path in sorted((work.input("curate") / "conversations").glob("*.parquet")):
         for row in work.log.track(read_rows(path, Conversation), f"render {path.stem}"):

@@ -8,15 +8,6 @@ from freehold.core.log import Log
 from freehold.infer.engine import PREFILL_TOKENS, Engine
 
 
-def cut(ids: Sequence[int], context_tokens: int) -> list[list[int]]:
-    """Cut one sequence into windows of at most `context_tokens` predicted tokens and one before them.
-
-    The first token of the sequence is context only. Each later window begins with the last token that the
-    one before predicted, so every other token is predicted exactly once.
-    """
-    return [list(ids[at : at + context_tokens + 1]) for at in range(0, len(ids) - 1, context_tokens)]
-
-
 def batches(lengths: Sequence[int], items: int) -> list[list[int]]:
     """Return batches of indices of similar length: little padding, at most `items` each, one forward pass each."""
     found: list[list[int]] = []

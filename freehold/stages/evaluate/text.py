@@ -68,7 +68,8 @@ def bits_per_byte(loaded: Loaded, texts: HeldOut, config: StageConfig, log: Log,
     A document is coded as in training: after an end-of-text token (given, not paid for), its tokens, then
     the end-of-text token that ends it (paid for: a code must say where a document stops).
     """
-    from freehold.stages.evaluate.likelihood import cut, score
+    from freehold.data.packing import cut
+    from freehold.stages.evaluate.likelihood import score
 
     end = loaded.tokenizer.end_of_text
     found: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from freehold.core.config import Config
 from freehold.data.config import BatchConfig
@@ -39,6 +39,11 @@ class StageConfig(Config):
     @classmethod
     def _names(cls, phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
         return check_names(phases)
+
+    @model_validator(mode="after")
+    def _fits(self) -> StageConfig:
+        self.batch.must_fit(self.model.max_position_embeddings, "pretrain")
+        return self
 
 
 def plan(config: StageConfig) -> list[str]:

@@ -8,9 +8,10 @@ from typing import Any
 from freehold.checkpoint import native
 from freehold.core.artifact import Workspace, read_manifest
 from freehold.core.errors import CheckpointError, ConfigError
+from freehold.core.machine import must_fit_memory
 from freehold.data.loader import PhaseRows, TextOrder
 from freehold.data.shards import ShardSet
-from freehold.data.trace import trace_rows, write_trace
+from freehold.data.trace import ROW_BYTES, trace_rows, write_trace
 from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
 from freehold.stages.pretrain.config import StageConfig
@@ -21,6 +22,8 @@ from freehold.trainer.validate import held_out, validator
 
 def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     """Train to the end of the last phase; resumable at any step. Returns steps, tokens and epochs per source."""
+    rows = sum(phase.steps for phase in config.phases.values()) * config.batch.sequences
+    must_fit_memory(rows * ROW_BYTES, "the order of the rows", "pretrain.phases")
     tokens = work.input("tokenize") / "tokens"
     tokenizer = work.input("tokenize") / "tokenizer"
     shards = ShardSet.load(tokens, verify=True)

@@ -1,0 +1,71 @@
+"""What the machine refuses: space, permission, memory. One boundary turns it into an error that says what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from freehold.core.errors import ArtifactError, ConfigError, FreeholdError
+
+# How a file system says no, where it is the user's to mend; any other OSError is a mistake of ours.
+REFUSALS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def machine_limits(path: Path | None = None) -> Iterator[None]:
+    """Turn what the disk or the memory refuses inside into one ArtifactError; everything else passes as it is.
+
+    The error names `path`, or the file that the system named.
+    """
+    try:
+        yield
+    except FreeholdError:
+        raise
+    except Exception as error:
+        # Some libraries tell of a full disk or of full memory in classes of their own: by these words alone.
+        if "No space left" in str(error):
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), getattr(error, "filename", None))
+        if isinstance(error, OSError) and error.errno in REFUSALS:
+            raise disk_error(error, path or Path(error.filename or ".")) from error
+        if isinstance(error, MemoryError) or "Cannot allocate memory" in str(error):
+            raise ArtifactError(
+                "there is not enough memory",
+                where=path,
+                found=str(error).partition("\n")[0] or None,
+                todo="ask for less (rows, context, model, steps), or use a machine with more memory",
+            ) from error
+        raise
+
+
+def disk_error(error: OSError, path: Path) -> ArtifactError:
+    """Turn an OSError while reading or writing into an error that names the place and, on a full disk, its space."""
+    what = f"could not write or read: {error.strerror or error}"
+    again = "nothing written before was touched, run again to go on"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ArtifactError(what, where=path, todo=f"mend that, or choose another `runs_dir`; {again}")
+    parent = next(p for p in [path, *path.parents] if os.path.exists(p))  # pathlib's raises where it may not look
+    return ArtifactError(
+        what,
+        where=path,
+        found=f"{shutil.disk_usage(parent).free / 1e6:,.0f} MB free",
+        todo=f"free some space or choose another `runs_dir`; {again}",
+    )
+
+
+def must_fit_memory(needed_bytes: int, what: str, where: str) -> None:
+    """Raise ConfigError when `what` needs more bytes than this machine has, before the system kills for them."""
+    has_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed_bytes > has_bytes:
+        raise ConfigError(
+            "more than fits the memory of this machine",
+            where=where,
+            found=f"{what}: about {needed_bytes / 1e9:,.0f} GB",
+            expected=f"less than {has_bytes / 1e9:,.0f} GB",
+        )
