@@ -35,7 +35,7 @@ def imports(path: Path) -> frozenset[str]:
 
 @cache
 def reachable(module: str) -> tuple[Path, ...]:
-    """Return the files of `module` and of everything of ours it can import, in path order."""
+    """Return the files of `module` and of everything of ours it can import or build, in path order."""
     seen: dict[Path, None] = {}
     todo = [module]
     while todo:
@@ -46,7 +46,8 @@ def reachable(module: str) -> tuple[Path, ...]:
             todo += imports(path)
             if "." in name:
                 todo.append(name.rpartition(".")[0])
-    return tuple(sorted(seen))
+    built = [path.with_suffix(".cpp") for path in seen]
+    return tuple(sorted([*seen, *(path for path in built if path.exists())]))
 
 
 def code_sha256(module: str) -> str:

@@ -105,7 +105,7 @@ class Afmoe(nn.Module):
         h = trunk.embed_tokens(input_ids)
         if config.mup_enabled:
             h = h * config.hidden_size**0.5
-        masks = {} if cache is not None else build_masks(config, tokens, device, positions, document_ids)
+        masks = {} if cache is not None else build_masks(config, h, positions, document_ids)
         where = torch.arange(tokens, device=device) if positions is None else positions
         cos, sin = rotary(where, config.head_dim, config.rope_theta, h.dtype)
         context = Context(cos, sin, masks, where, cache, token_mask)

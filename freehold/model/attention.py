@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freehold.kernels import native
 from freehold.model import ops
 from freehold.model.config import ModelConfig
 from freehold.model.layers import Linear, RMSNorm
@@ -20,13 +21,14 @@ from freehold.model.layers import Linear, RMSNorm
 class Mask(NamedTuple):
     """Who sees whom: `allowed` (bool, broadcastable to [B, 1, T, S]), or None for plain causal order if `causal`.
 
-    `blocks` is the same cut into the parts that are not empty, where that is the faster form.
+    `start` or `blocks` is the same in the form that the fast way of this device and dtype wants.
     """
 
     allowed: Tensor | None
     causal: bool
     window: int | None
     blocks: list[ops.Block] | None = None
+    start: Tensor | None = None
 
 
 class Cache(Protocol):
@@ -50,6 +52,8 @@ class Context(NamedTuple):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attend: q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D]."""
+    if mask.start is not None:
+        return ops.interval_attention(q, k, v, mask.start)
     if mask.blocks is not None:
         return ops.blockwise_attention(q, k, v, mask.blocks)
     return F.scaled_dot_product_attention(
@@ -58,14 +62,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 def build_masks(
-    config: ModelConfig, tokens: int, device: torch.device, positions: Tensor | None, document_ids: Tensor | None
+    config: ModelConfig, h: Tensor, positions: Tensor | None, document_ids: Tensor | None
 ) -> dict[str, Mask]:
-    """Return the mask of each kind of layer for `tokens` tokens that see each other only.
+    """Return the mask of each kind of layer for embedded tokens h [B, T, d] that see each other only.
 
     A token sees itself, and earlier ones of the same document within the window. `positions` None means
     0, 1, 2, ...; where causal order alone says it all, no matrix is built.
     """
     masks: dict[str, Mask] = {}
+    rows, tokens, device = len(h), h.shape[1], h.device
+    as_intervals = positions is None and tokens > 1 and native.available(h, config.head_dim)
     order = torch.arange(tokens, device=device) if positions is None else positions
     order = order.int().expand(1, -1) if order.ndim == 1 else order.int()
     blockwise = device.type == "cpu" and ops.BLOCK_TOKENS < tokens <= ops.BLOCKWISE_MAX_TOKENS
@@ -73,6 +79,10 @@ def build_masks(
     for kind in sorted(set(config.layer_types)):
         window = config.sliding_window if kind == "sliding_attention" else None
         narrow = window is not None and (positions is not None or window < tokens)
+        start = ops.first_seen(tokens, window, document_ids, rows) if as_intervals else None
+        if start is not None:
+            masks[kind] = Mask(None, False, window, start=start)
+            continue
         if positions is None and document_ids is None and not narrow and not blockwise:
             masks[kind] = Mask(None, True, window)
             continue
@@ -109,15 +119,19 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Map [B, T, d] to [B, T, d]."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
+        q, k, v = (project(x).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.kind == "sliding_attention":  # full layers have no positional encoding at all
-            q, k = (ops.rotate(x, context.cos, context.sin) for x in (q, k))
+            q, k = (
+                ops.norm_rotate(y, norm.weight, norm.eps, context.cos, context.sin)
+                for y, norm in ((q, self.q_norm), (k, self.k_norm))
+            )
+        else:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         if context.cache is None:
             mask = context.masks[self.kind]
         else:
             k, v, allowed = context.cache.update(self.layer_index, k, v, context.positions)
             mask = Mask(allowed, False, None)
         out = self.core(q, k, v, mask).transpose(1, 2).flatten(2)
-        return self.o_proj(out * torch.sigmoid(self.gate_proj(x)))
+        return self.o_proj(ops.gated(out, self.gate_proj(x)))

@@ -6,7 +6,6 @@ Shapes: B sequences, T tokens, d model width, f feed-forward width, D head width
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freehold.model import ops
@@ -20,6 +19,10 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Leave the weight as it is: initialising here would cost seconds and be overwritten."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., inputs] to [..., outputs]."""
+        return ops.linear(x, self.weight)
 
 
 class Embedding(nn.Embedding):
@@ -53,7 +56,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., d] to [..., d]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return ops.feed_forward(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

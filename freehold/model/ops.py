@@ -1,7 +1,8 @@
 """The operations that are worth a fast form, and the one place that chooses the form.
 
-Each has a plain reference (any device, any dtype, autograd through every step), which its fast form is tested
-against. Fast forms are deterministic: rows are moved by permutations, never added by atomics.
+Each has a plain reference (any device, any dtype, autograd through every step), which its fast forms are tested
+against: the CPU kernels of native.py where they are available, else PyTorch's operators put together with care.
+Fast forms are deterministic: rows are moved by permutations, never added by atomics.
 
 Shapes: N tokens, k experts per token, R = N k rows sorted by expert, E experts, d model width, i expert width;
 B sequences, T queries, S keys, H query heads, K key-value heads, D head width.
@@ -15,11 +16,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freehold.kernels import native
+
+# --- linear maps ------------------------------------------------------------------------------------------------
+
+# Below this the kernels' packing of the weight costs more than it gains (one token a sequence, when answering).
+NATIVE_MIN_ROWS = 32
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x weight^T: x [..., n], weight [m, n] -> [..., m]."""
+    if _native(x, *weight.shape):
+        return native.linear(x, weight)
+    return F.linear(x, weight)
+
+
+def linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x [n, d] and weight [m, d] of a linear map, for dy [n, m]."""
+    if _native(x, *weight.shape):
+        return native.linear_backward(dy, x, weight)
+    return torch.mm(dy, weight), torch.mm(dy.t(), x)
+
+
+def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Return down(silu(gate(x)) * up(x)): x [..., d], gate and up [f, d], down [d, f] -> [..., d]."""
+    if _native(x, *gate.shape):
+        return native.feed_forward(x, gate, up, down)[0]
+    return feed_forward_reference(x, gate, up, down)
+
+
+def feed_forward_reference(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The plain form."""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """Return x * sigmoid(gate), elementwise."""
+    return native.gated(x, gate) if _native(x, x.shape[-1]) else x * torch.sigmoid(gate)
+
+
+def _native(x: Tensor, *widths: int) -> bool:
+    """Tell whether the CPU kernels are the faster way for x [..., d]."""
+    return x.numel() >= NATIVE_MIN_ROWS * x.shape[-1] and native.available(x, *widths)
+
+
 # --- norms and rotation -----------------------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32 or finer, in the dtype of x."""
+    if gain.dtype == torch.float32 and _native(x, x.shape[-1]):
+        return native.norm(x, gain, eps, None, None)
     return rms_norm_reference(x, gain, eps) if x.is_cuda else _RMSNorm.apply(x, gain, eps)
 
 
@@ -50,6 +97,14 @@ class _RMSNorm(torch.autograd.Function):
         pull = product.mv(gain.to(exact)).mul_(scale).mul_(scale).mul_(scale).div_(-width)
         dx = torch.mul(drows, gain, out=product).mul_(scale[:, None]).addcmul_(rows, pull[:, None])
         return dx.to(x.dtype).view(x.shape), dgain, None
+
+
+def norm_rotate(x: Tensor, gain: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Normalise each head of [B, T, H, D] and rotate it by angles [B or 1, 1, T, D/2]; see `rms_norm` and `rotate`."""
+    half = cos.shape[-1]
+    if gain.dtype == cos.dtype == torch.float32 and _native(x, half):
+        return native.norm(x, gain, eps, cos.reshape(-1, half), sin.reshape(-1, half))
+    return rotate(rms_norm(x, gain, eps).transpose(1, 2), cos, sin).transpose(1, 2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -98,6 +153,8 @@ def grouped_swiglu(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> 
     """
     if x.is_cuda:
         return grouped_swiglu_gemm(x, counts, gate_up, down)
+    if _native(x, *down.shape[1:]):
+        return native.experts(x, counts, gate_up, down)[0]
     return _GroupedSwiGLU.apply(x, counts.tolist(), gate_up, down)
 
 
@@ -198,6 +255,8 @@ def route(chosen: Tensor) -> Route:
 
 def gather(x: Tensor, path: Route) -> Tensor:
     """Return each assignment's copy of its token, sorted by expert: [N, d] -> [R, d]."""
+    if _native(x, x.shape[-1]):
+        return native.gather(x, path.token, path.inverse)
     return _Gather.apply(x, path)
 
 
@@ -225,6 +284,8 @@ class _Gather(torch.autograd.Function):
 
 def combine(y: Tensor, path: Route, weights: Tensor, base: Tensor) -> Tensor:
     """Return base [N, d] plus each token's results y [R, d] weighted by `weights` [N, k], summed in fp32 or finer."""
+    if _native(y, y.shape[-1]) and weights.dtype == torch.float32:
+        return native.combine(y, path.inverse, weights, base)
     return _Combine.apply(y, path, weights, base)
 
 
@@ -259,11 +320,64 @@ class _Combine(torch.autograd.Function):
         return dy, None, dweights[path.inverse].view(weights.shape), dout
 
 
+# --- cross-entropy ----------------------------------------------------------------------------------------------
+
+# Few enough rows of logits to stay in a CPU's cache over all passes.
+LOGIT_ROWS = 128
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, scale: float, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Replace logits [n, V] by the gradient of scale * (nll + z_loss * log_partition^2), for targets [n].
+
+    Returns nll = log_partition - logit of the target, and log_partition = log(sum(exp(logits))), both [n], in fp32 or
+    finer.
+    """
+    if native.available(logits, logits.shape[-1]):
+        return native.cross_entropy_(logits, targets, scale, z_loss)
+    nll, log_partition = [], []
+    for start in range(0, len(logits), LOGIT_ROWS):
+        block, target = logits[start : start + LOGIT_ROWS], targets[start : start + LOGIT_ROWS, None]
+        x = block.to(torch.promote_types(block.dtype, torch.float32), copy=True)
+        chosen, largest = x.gather(1, target), x.amax(1, keepdim=True)
+        x.sub_(largest).exp_()
+        total = x.sum(1, keepdim=True)
+        partition = total.log() + largest
+        x.mul_((1 + 2 * z_loss * partition) * (scale / total))
+        x.scatter_add_(1, target, torch.full_like(chosen, -scale))
+        block.copy_(x)
+        nll.append((partition - chosen).squeeze(1))
+        log_partition.append(partition.squeeze(1))
+    return torch.cat(nll), torch.cat(log_partition)
+
+
 # --- attention --------------------------------------------------------------------------------------------------
 
 BLOCK_TOKENS = 128
 # Beyond this a matrix of who sees whom is too large to hold, and PyTorch's own kernel is used.
 BLOCKWISE_MAX_TOKENS = 4096
+
+
+def first_seen(tokens: int, window: int | None, document_ids: Tensor | None, rows: int) -> Tensor | None:
+    """Return the first key each query sees (int32 [B, T]) where it sees all from there to itself, else None.
+
+    That holds for causal order, a window, and documents that lie one after another (ids [B, T] never falling, with
+    padding, -1, at the end).
+    """
+    place = torch.arange(tokens, dtype=torch.int32)
+    start = torch.zeros(rows, tokens, dtype=torch.int32)
+    if document_ids is not None:
+        ids = document_ids.masked_fill(document_ids == -1, torch.iinfo(document_ids.dtype).max)
+        if bool((ids.diff(dim=1) < 0).any()):
+            return None
+        fresh = torch.zeros_like(start)
+        fresh[:, 1:] = (ids.diff(dim=1) != 0) * place[1:]
+        start = fresh.cummax(1).values
+    return start if window is None else torch.maximum(start, place - window + 1)
+
+
+def interval_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
+    """Attend from query t to keys start[b, t] .. t, q [B, H, T, D], k and v [B, K, T, D] -> [B, H, T, D]; a kernel."""
+    return native.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), start)[0].transpose(1, 2)
 
 
 class Block(NamedTuple):

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freehold.kernels import native
+
 # One (a, b, c) per iteration, from the defaults of the public dion repository (trinity.md, section 4).
 COEFFICIENTS = (
     (4.0848, -6.8946, 2.9270),
@@ -45,8 +47,13 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.transpose(-2, -1)
+    coefficients = COEFFICIENTS[-steps:] if steps < len(COEFFICIENTS) else COEFFICIENTS
+    if len(x) >= torch.get_num_threads() and native.available(x, *x.shape[-2:]):
+        x = x.contiguous() if tall or x.data_ptr() != matrices.data_ptr() else x.clone()
+        native.orthogonalize_(x, torch.tensor(coefficients))
+        return x.transpose(-2, -1) if tall else x
     x = x / (x.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7).to(x.dtype)
-    for a, b, c in COEFFICIENTS[-steps:] if steps < len(COEFFICIENTS) else COEFFICIENTS:
+    for a, b, c in coefficients:
         gram = torch.bmm(x, x.transpose(-2, -1))
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)

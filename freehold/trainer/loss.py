@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from freehold.data.packing import IGNORE
-
-BLOCK_ROWS = 128
+from freehold.model import ops
 
 
 class Losses(NamedTuple):
@@ -37,26 +36,16 @@ class _ChunkedLoss(torch.autograd.Function):
         cross_entropy = torch.zeros((), dtype=torch.float64, device=hidden.device)
         z = torch.zeros_like(cross_entropy)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
+        grad_weight = None
         for start in range(0, len(hidden), chunk):
             h = hidden[start : start + chunk]
-            logits = torch.mm(h, weight.t())
-            for first in range(0, len(h), BLOCK_ROWS):  # few enough rows to stay in the cache over all passes
-                block = logits[first : first + BLOCK_ROWS]
-                target = targets[start + first : start + first + len(block), None]
-                x = block.to(wide)
-                chosen = x.gather(1, target)
-                largest = x.amax(1, keepdim=True)
-                x.sub_(largest).exp_()
-                total = x.sum(1, keepdim=True)
-                log_partition = total.log() + largest
-                cross_entropy += (log_partition - chosen).sum(dtype=torch.float64)
-                z += log_partition.square().sum(dtype=torch.float64)
-                x.mul_((1 + 2 * z_loss * log_partition) * (scale / total))
-                x.scatter_add_(1, target, torch.full_like(chosen, -scale))
-                block.copy_(x)
-            torch.mm(logits, weight, out=grad_hidden[start : start + chunk])
-            grad_weight.addmm_(logits.t(), h)
+            logits = ops.linear(h, weight)
+            nll, log_partition = ops.cross_entropy_(logits, targets[start : start + chunk], scale, z_loss)
+            cross_entropy += nll.sum(dtype=torch.float64)
+            z += log_partition.square().sum(dtype=torch.float64)
+            grad_hidden[start : start + chunk], part = ops.linear_backward(logits, h, weight)
+            grad_weight = part if grad_weight is None else grad_weight.to(wide).add_(part)
+        grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(cross_entropy, z)
         return ((cross_entropy + z_loss * z) * scale).to(wide), cross_entropy, z

@@ -74,9 +74,14 @@ def test_a_window_is_exactly_w_tokens_with_the_current_one(
     assert (influence[-min(window, 20) :] > 0).all()
 
 
+def embedded(tokens: int) -> torch.Tensor:
+    """A stream in fp64, which the CPU kernels do not take: masks then have their general form."""
+    return torch.zeros(1, tokens, 1, dtype=torch.float64)
+
+
 def test_windows_and_documents_narrow_each_other(hard: ModelConfig) -> None:
     documents = torch.tensor([[0] * 9 + [1] * 3])
-    masks = build_masks(hard, 12, torch.device("cpu"), None, documents)
+    masks = build_masks(hard, embedded(12), None, documents)
     rows = torch.arange(12)
     distance = rows[:, None] - rows[None, :]
     same = documents[0][:, None] == documents[0][None, :]
@@ -89,21 +94,21 @@ def test_windows_and_documents_narrow_each_other(hard: ModelConfig) -> None:
 
 
 def test_where_causal_order_says_it_all_no_matrix_is_built(hard: ModelConfig) -> None:
-    masks = build_masks(hard, 5, torch.device("cpu"), None, None)
+    masks = build_masks(hard, embedded(5), None, None)
     assert all(mask.allowed is None and mask.causal for mask in masks.values())
-    masks = build_masks(hard, 6, torch.device("cpu"), None, None)
+    masks = build_masks(hard, embedded(6), None, None)
     assert masks["full_attention"].allowed is None
     assert masks["sliding_attention"].allowed is not None
     assert masks["sliding_attention"].blocks is None
 
 
 def test_long_sequences_are_cut_into_blocks_on_cpus_only(hard: ModelConfig) -> None:
-    masks = build_masks(hard, 300, torch.device("cpu"), None, None)
+    masks = build_masks(hard, embedded(300), None, None)
     assert all(mask.blocks for mask in masks.values())
-    masks = build_masks(hard, 300, torch.device("meta"), None, None)
+    masks = build_masks(hard, embedded(300).to("meta"), None, None)
     assert masks["full_attention"].causal
     assert all(mask.blocks is None for mask in masks.values())
-    masks = build_masks(hard, 5000, torch.device("cpu"), None, None)
+    masks = build_masks(hard, embedded(5000), None, None)
     assert masks["full_attention"].causal
     assert all(mask.blocks is None for mask in masks.values())
 
@@ -153,3 +158,21 @@ def test_a_cache_without_positions_or_with_documents_is_a_bug_of_ours(model: Afm
         model(ids, cache=Growing(model.config))
     with pytest.raises(ValueError, match="document_ids"):
         model(ids, cache=Growing(model.config), positions=torch.arange(10), document_ids=torch.zeros_like(ids))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_first_key_seen_says_the_same_as_the_mask(hard: ModelConfig, window: int | None) -> None:
+    documents = torch.tensor([[0] * 9 + [1] * 3, [3, 3, 4] + [7] * 7 + [-1, -1]])
+    start = ops.first_seen(12, window, documents, 2)
+    assert start is not None
+    kind = "sliding_attention" if window else "full_attention"
+    allowed = build_masks(hard, embedded(12).expand(2, -1, -1), None, documents)[kind].allowed
+    assert allowed is not None
+    keys = torch.arange(12)
+    assert torch.equal((keys >= start[:, :, None]) & (keys <= keys[:, None]), allowed[:, 0])
+
+
+def test_documents_that_come_back_are_no_interval() -> None:
+    assert ops.first_seen(3, None, torch.tensor([[0, 1, 0]]), 1) is None
+    assert ops.first_seen(3, None, torch.tensor([[0, -1, 0]]), 1) is None
+    assert torch.equal(ops.first_seen(3, 2, None, 2), torch.tensor([[0, 0, 1]] * 2, dtype=torch.int32))

@@ -1,0 +1,891 @@
+// CPU kernels of the training step: matrix products, experts, attention over windows, norms, cross-entropy.
+//
+// Plain C interface and no PyTorch headers, so that any C++17 compiler builds this file in seconds; native.py builds,
+// loads and registers it. Each function has a reference in ops.py which tests hold it to. Work is cut into tasks that
+// each write their own part of the output: the result does not depend on the number of threads or on who runs what.
+//
+// Matrices are row-major. A product C[rows, cols] = A . B reads B packed in panels of 64 columns of 32-bit words
+// [step][64]: a word is one float, or two bfloat16 that follow each other along the summed dimension, as the AVX-512
+// instruction vdpbf16ps wants them. Widths are multiples of 16; numbers of rows are free.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace {
+
+// --- numbers ---------------------------------------------------------------------------------------------------
+
+// Everything elementwise goes over vectors of 16 floats, whatever the numbers in memory are.
+constexpr int LANES = 16;
+typedef float vector __attribute__((vector_size(64)));
+typedef float vector_at_any_address __attribute__((vector_size(64), aligned(4)));
+typedef int32_t integers __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline vector load(const float* from) { return *reinterpret_cast<const vector_at_any_address*>(from); }
+inline vector load(const bf16* from) {
+    halves narrow;
+    std::memcpy(&narrow, from, 32);
+    return (vector)(__builtin_convertvector(narrow, words) << 16);
+}
+inline void store(float* to, vector x) { *reinterpret_cast<vector_at_any_address*>(to) = x; }
+inline void store(bf16* to, vector x) {  // to nearest, ties to even; not-a-number stays so
+#ifdef __AVX512BF16__
+    auto narrow = _mm512_cvtneps_pbh((__m512)x);
+#else
+    words wide = (words)x, rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+    halves narrow = __builtin_convertvector((wide & 0x7fffffff) > 0x7f800000 ? words{} + 0x7fc0 : rounded, halves);
+#endif
+    std::memcpy(to, &narrow, 32);
+}
+
+inline vector every(float x) { return vector{} + x; }
+inline float sum(vector x) { return _mm512_reduce_add_ps((__m512)x); }
+inline float maximum(vector x) { return _mm512_reduce_max_ps((__m512)x); }
+inline vector larger(vector x, vector y) { return x > y ? x : y; }
+
+// exp to 2 ulp for x <= 88; below -87 it is 0.
+inline vector exponential(vector x) {
+    constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it leaves no fraction
+    vector limited = x < -87.f ? every(-87.f) : (x > 88.f ? every(88.f) : x);
+    vector n = (limited * 1.44269504f + ROUND) - ROUND;
+    vector r = limited - n * 0.693359375f + n * 2.12194440e-4f;
+    vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    vector power = (vector)((__builtin_convertvector(n, integers) + 127) << 23);
+    vector result = x < -87.f ? vector{} : p * power;
+    return x == x ? result : x;
+}
+
+inline vector sigmoid(vector x) { return 1.f / (1.f + exponential(-x)); }
+
+// --- threads ---------------------------------------------------------------------------------------------------
+
+// libgomp's entry point, handed over by native.py: PyTorch's own pool of threads does the work.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Parallel parallel = nullptr;
+
+template <class F> struct Team {
+    F& work;
+    std::atomic<int64_t> next{0};
+    int64_t tasks;
+    static void run(void* self) {
+        auto& team = *static_cast<Team*>(self);
+        for (int64_t task; (task = team.next.fetch_add(1)) < team.tasks;) team.work(task);
+    }
+};
+
+// Call work(task) for every task, each on some thread.
+template <class F> void for_tasks(int threads, int64_t tasks, F work) {
+    Team<F> team{work, {0}, tasks};
+    if (threads > 1 && tasks > 1 && parallel) {
+        parallel(&Team<F>::run, &team, unsigned(threads), 0);
+    } else {
+        Team<F>::run(&team);
+    }
+}
+
+// Call work(first, last) for stretches of `rows` rows.
+template <class F> void for_rows(int threads, int64_t rows, int64_t stretch, F work) {
+    for_tasks(threads, (rows + stretch - 1) / stretch,
+              [&](int64_t task) { work(task * stretch, std::min(rows, (task + 1) * stretch)); });
+}
+
+// Memory of one thread that is kept from call to call.
+template <class T> T* scratch(int slot, int64_t size) {
+    thread_local std::vector<char> buffers[12];
+    auto& buffer = buffers[slot];
+    if (int64_t(buffer.size()) < int64_t(size * sizeof(T)) + 64) buffer.resize(size * sizeof(T) + 64);
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t(63));
+}
+
+// --- matrix products -------------------------------------------------------------------------------------------
+
+constexpr int PANEL = 64, TILE_ROWS = 6, BLOCK_ROWS = 120;
+
+using word = uint32_t;
+
+template <class T> constexpr int per_word = 4 / sizeof(T);
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+template <class T> inline int64_t steps_of(int64_t n) { return (n + per_word<T> - 1) / per_word<T>; }
+// Words that a packed matrix of `n` summed rows and `cols` columns takes.
+template <class T> inline int64_t packed_size(int64_t n, int64_t cols) { return steps_of<T>(n) * round_up(cols, PANEL); }
+
+template <class T> inline void multiply_add(vector& sum, word a, words b);
+template <> inline void multiply_add<float>(vector& sum, word a, words b) {
+    float value;
+    std::memcpy(&value, &a, 4);
+    sum += value * (vector)b;
+}
+#ifdef __AVX512BF16__
+template <> inline void multiply_add<bf16>(vector& sum, word a, words b) {
+    sum = (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
+}
+#else  // never chosen by native.py, but it must compile
+template <> inline void multiply_add<bf16>(vector& sum, word a, words b) {
+    words left = words{} + a;
+    sum += (vector)(left << 16) * (vector)(b << 16) + (vector)(left & 0xffff0000u) * (vector)(b & 0xffff0000u);
+}
+#endif
+
+inline void store(float* to, vector x, bool add) { store(to, add ? load(to) + x : x); }
+inline void store(bf16* to, vector x, bool) { store(to, x); }
+
+// The left side of a product: word (row, step) lies at data + row * row_bytes + step * step_bytes.
+struct Left {
+    const char* data;
+    int64_t row_bytes, step_bytes;
+    Left from_row(int64_t row) const { return {data + row * row_bytes, row_bytes, step_bytes}; }
+};
+template <class T> Left rows_of(const T* data, int64_t width) { return {(const char*)data, int64_t(width * sizeof(T)), 4}; }
+// Rows of the transpose of a matrix packed by `pack_left`: its column j is row j here.
+inline Left columns_of(const word* packed, int64_t cols) { return {(const char*)packed, 4, cols * 4}; }
+
+// R rows times V vectors of one panel, all sums held in registers.
+template <class T, class Out, int R, int V>
+void tile(Left a, const word* b, int64_t steps, Out* c, int64_t ldc, bool add) {
+    vector sum[R][V] = {};
+    for (int64_t step = 0; step < steps; step++) {
+        words right[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) right[v] = *reinterpret_cast<const words*>(b + step * PANEL + v * LANES);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+            word left;
+            std::memcpy(&left, a.data + r * a.row_bytes + step * a.step_bytes, 4);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) multiply_add<T>(sum[r][v], left, right[v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) store(c + r * ldc + v * LANES, sum[r][v], add);
+}
+
+template <class T, class Out, int V>
+void tiles_down(Left a, int64_t rows, const word* b, int64_t steps, Out* c, int64_t ldc, bool add) {
+    int64_t row = 0;
+    for (; row + TILE_ROWS <= rows; row += TILE_ROWS)
+        tile<T, Out, TILE_ROWS, V>(a.from_row(row), b, steps, c + row * ldc, ldc, add);
+    a = a.from_row(row), c += row * ldc;
+    switch (rows - row) {
+        case 1: return tile<T, Out, 1, V>(a, b, steps, c, ldc, add);
+        case 2: return tile<T, Out, 2, V>(a, b, steps, c, ldc, add);
+        case 3: return tile<T, Out, 3, V>(a, b, steps, c, ldc, add);
+        case 4: return tile<T, Out, 4, V>(a, b, steps, c, ldc, add);
+        case 5: return tile<T, Out, 5, V>(a, b, steps, c, ldc, add);
+    }
+}
+
+// C[rows, cols] = (or +=) A . packed B; cols is a multiple of 16. A panel holds `panel_steps` steps (0: just `steps`).
+template <class T, class Out>
+void multiply(Left a, int64_t rows, const word* b, int64_t steps, int64_t cols, Out* c, int64_t ldc, bool add = false,
+              int64_t panel_steps = 0) {
+    if (!panel_steps) panel_steps = steps;
+    for (int64_t first = 0; first < rows; first += BLOCK_ROWS) {
+        int64_t some = std::min<int64_t>(BLOCK_ROWS, rows - first);
+        for (int64_t col = 0; col < cols; col += PANEL) {
+            const word* panel = b + col * panel_steps;
+            Left left = a.from_row(first);
+            Out* out = c + first * ldc + col;
+            switch (std::min<int64_t>(PANEL, cols - col) / LANES) {
+                case 1: tiles_down<T, Out, 1>(left, some, panel, steps, out, ldc, add); break;
+                case 2: tiles_down<T, Out, 2>(left, some, panel, steps, out, ldc, add); break;
+                case 3: tiles_down<T, Out, 3>(left, some, panel, steps, out, ldc, add); break;
+                default: tiles_down<T, Out, 4>(left, some, panel, steps, out, ldc, add);
+            }
+        }
+    }
+}
+
+template <int S, size_t... I> inline void swap_blocks(words& a, words& b, std::index_sequence<I...>) {
+    words even = __builtin_shufflevector(a, b, int((I & S) ? I - S + LANES : I)...);
+    words odd = __builtin_shufflevector(a, b, int((I & S) ? I + LANES : I + S)...);
+    a = even, b = odd;
+}
+template <int S> inline void transpose_stage(words* rows) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        if (!(i & S)) swap_blocks<S>(rows[i], rows[i + S], std::make_index_sequence<LANES>());
+}
+
+// Pack the transpose of source [cols, n] (the weight of a linear map, or keys): column j of a panel is source row j.
+template <class T> void pack_transposed(const T* source, int64_t ld, int64_t n, int64_t cols, word* packed) {
+    int64_t steps = steps_of<T>(n), row_words = ld / per_word<T>;
+    auto* from = reinterpret_cast<const word*>(source);
+    for (int64_t col = 0; col < round_up(cols, PANEL); col += LANES) {
+        word* to = packed + col / PANEL * PANEL * steps + col % PANEL;
+        for (int64_t step = 0; step < steps; step += LANES) {
+            int64_t deep = std::min<int64_t>(LANES, steps - step);
+            words rows[LANES];
+            for (int i = 0; i < LANES; i++) {
+                const word* row = from + (col + i) * row_words + step;
+                rows[i] = words{};
+                if (col + i < cols && deep == LANES) std::memcpy(&rows[i], row, 4 * LANES);
+                else if (col + i < cols) std::memcpy(&rows[i], row, 4 * deep);
+            }
+            transpose_stage<1>(rows), transpose_stage<2>(rows), transpose_stage<4>(rows), transpose_stage<8>(rows);
+            for (int64_t i = 0; i < deep; i++) *reinterpret_cast<words*>(to + (step + i) * PANEL) = rows[i];
+        }
+    }
+}
+
+// One row of words out of `per_word` source rows that follow each other; a missing second row counts as zero.
+inline void interleave(const float* first, const float*, int64_t cols, word* to) { std::memcpy(to, first, cols * 4); }
+inline void interleave(const bf16* first, const bf16* second, int64_t cols, word* to) {
+    for (int64_t j = 0; j < cols; j++) to[j] = uint32_t(first[j].bits) | (second ? uint32_t(second[j].bits) << 16 : 0u);
+}
+
+// Pack source [n, cols] as it is: column j of a panel is source column j.
+template <class T> void pack_straight(const T* source, int64_t ld, int64_t n, int64_t cols, word* packed) {
+    int64_t steps = steps_of<T>(n);
+    for (int64_t step = 0; step < steps; step++) {
+        const T* first = source + step * per_word<T> * ld;
+        const T* second = step * per_word<T> + 1 < n ? first + ld : nullptr;
+        for (int64_t col = 0; col < cols; col += PANEL)
+            interleave(first + col, second ? second + col : nullptr, std::min<int64_t>(PANEL, cols - col),
+                       packed + col * steps + step * PANEL);
+    }
+}
+
+// Pack source [n, cols] as the left side of a product that sums over n: [steps, cols].
+template <class T> void pack_left(const T* source, int64_t ld, int64_t n, int64_t cols, word* packed) {
+    for (int64_t step = 0; step < steps_of<T>(n); step++) {
+        const T* first = source + step * per_word<T> * ld;
+        interleave(first, step * per_word<T> + 1 < n ? first + ld : nullptr, cols, packed + step * cols);
+    }
+}
+
+// dW[outs, ins] = dY^T . X over `rows` rows, for the columns [first, last) of X; float sums, blocks of rows.
+constexpr int64_t SUM_ROWS = 512;
+template <class T>
+void weight_gradient(const T* dy, int64_t ld_dy, int64_t outs, const T* x, int64_t ld_x, int64_t first, int64_t last,
+                     int64_t rows, T* dw, int64_t ld_dw) {
+    int64_t cols = last - first, block = std::min(rows, SUM_ROWS);
+    word* left = scratch<word>(0, steps_of<T>(block) * outs);
+    word* right = scratch<word>(1, packed_size<T>(block, cols));
+    bool direct = rows <= SUM_ROWS;
+    float* sums = direct ? nullptr : scratch<float>(2, outs * cols);
+    for (int64_t row = 0; row < rows; row += SUM_ROWS) {
+        int64_t some = std::min(SUM_ROWS, rows - row);
+        pack_left(dy + row * ld_dy, ld_dy, some, outs, left);
+        pack_straight(x + row * ld_x + first, ld_x, some, cols, right);
+        Left a = columns_of(left, outs);
+        if (direct)
+            multiply<T, T>(a, outs, right, steps_of<T>(some), cols, dw + first, ld_dw);
+        else
+            multiply<T, float>(a, outs, right, steps_of<T>(some), cols, sums, cols, row > 0);
+    }
+    if (direct) return;
+    for (int64_t i = 0; i < outs; i++)
+        for (int64_t j = 0; j < cols; j += LANES)
+            store(dw + i * ld_dw + first + j, load(sums + i * cols + j));
+}
+
+// --- linear maps -----------------------------------------------------------------------------------------------
+
+constexpr int64_t TASK_ROWS = 480;
+
+inline int64_t stretch_of(int64_t rows, int threads) { return std::min(TASK_ROWS, round_up((rows + threads - 1) / threads, TILE_ROWS)); }
+
+// y[rows, outs] = x[rows, ins] . w[outs, ins]^T
+template <class T>
+void linear(int threads, const T* x, const T* w, T* y, int64_t rows, int64_t ins, int64_t outs) {
+    word* packed = scratch<word>(11, packed_size<T>(ins, outs));
+    int64_t steps = steps_of<T>(ins);
+    for_rows(threads, outs, PANEL, [&](int64_t first, int64_t last) {
+        pack_transposed(w + first * ins, ins, ins, last - first, packed + first * steps);
+    });
+    for_rows(threads, rows, stretch_of(rows, threads), [&](int64_t first, int64_t last) {
+        multiply<T, T>(rows_of(x + first * ins, ins), last - first, packed, steps, outs, y + first * outs, outs);
+    });
+}
+
+// dx[rows, ins] = dy[rows, outs] . w[outs, ins]
+template <class T>
+void linear_input_gradient(int threads, const T* dy, const T* w, T* dx, int64_t rows, int64_t ins, int64_t outs) {
+    word* packed = scratch<word>(11, packed_size<T>(outs, ins));
+    int64_t steps = steps_of<T>(outs);
+    for_rows(threads, ins, PANEL, [&](int64_t first, int64_t last) {
+        pack_straight(w + first, ins, outs, last - first, packed + first * steps);
+    });
+    for_rows(threads, rows, stretch_of(rows, threads), [&](int64_t first, int64_t last) {
+        multiply<T, T>(rows_of(dy + first * outs, outs), last - first, packed, steps, ins, dx + first * ins, ins);
+    });
+}
+
+// dw[outs, ins] = dy[rows, outs]^T . x[rows, ins]
+template <class T>
+void linear_weight_gradient(int threads, const T* dy, const T* x, T* dw, int64_t rows, int64_t ins, int64_t outs) {
+    // Long sides are cut in two ways so that the float sums of a task stay in its cache.
+    int64_t wide = std::max<int64_t>(PANEL, round_up((ins + threads - 1) / threads, PANEL)), high = 256;
+    wide = std::min<int64_t>(wide, 512);
+    int64_t across = (ins + wide - 1) / wide, down = (outs + high - 1) / high;
+    for_tasks(threads, across * down, [&](int64_t task) {
+        int64_t col = task % across * wide, row = task / across * high;
+        weight_gradient(dy + row, outs, std::min(high, outs - row), x, ins, col, std::min(ins, col + wide), rows,
+                        dw + row * ins, ins);
+    });
+}
+
+// --- experts ---------------------------------------------------------------------------------------------------
+
+struct Part {
+    int64_t expert, first, last;
+};
+
+// The rows of each expert in parts of at most TASK_ROWS.
+std::vector<Part> parts_of(const int64_t* counts, int64_t experts) {
+    std::vector<Part> parts;
+    for (int64_t e = 0, start = 0; e < experts; start += counts[e++])
+        for (int64_t row = 0; row < counts[e]; row += TASK_ROWS)
+            parts.push_back({e, start + row, start + std::min(counts[e], row + TASK_ROWS)});
+    return parts;
+}
+
+template <class T> void silu_product(const T* both, T* product, int64_t rows, int64_t inner) {
+    for (int64_t row = 0; row < rows; row++) {
+        const T *gate = both + row * 2 * inner, *up = gate + inner;
+        for (int64_t j = 0; j < inner; j += LANES) {
+            vector g = load(gate + j);
+            store(product + row * inner + j, g * sigmoid(g) * load(up + j));
+        }
+    }
+}
+
+// y = down(silu(gate(x)) * up(x)) for rows sorted by expert; `both` keeps gate(x) and up(x), [rows, 2 inner].
+// Matrices of expert e lie at gate + e * stride, up + e * stride and down + e * width * inner.
+template <class T>
+void swiglu(int threads, const T* x, const int64_t* counts, int64_t experts, const T* gate, const T* up, int64_t stride,
+            const T* down, T* both, T* y, int64_t width, int64_t inner) {
+    auto parts = parts_of(counts, experts);
+    int64_t steps = steps_of<T>(width), size = packed_size<T>(width, inner);
+    for_tasks(threads, parts.size(), [&](int64_t task) {
+        auto [e, first, last] = parts[task];
+        int64_t rows = last - first;
+        word* packed = scratch<word>(0, std::max(2 * size, packed_size<T>(inner, width)));
+        pack_transposed(gate + e * stride, width, width, inner, packed);
+        pack_transposed(up + e * stride, width, width, inner, packed + size);
+        Left in = rows_of(x + first * width, width);
+        T* kept = both + first * 2 * inner;
+        multiply<T, T>(in, rows, packed, steps, inner, kept, 2 * inner);
+        multiply<T, T>(in, rows, packed + size, steps, inner, kept + inner, 2 * inner);
+        T* product = scratch<T>(1, rows * inner);
+        silu_product(kept, product, rows, inner);
+        pack_transposed(down + e * width * inner, inner, inner, width, packed);
+        multiply<T, T>(rows_of(product, inner), rows, packed, steps_of<T>(inner), width, y + first * width, width);
+    });
+}
+
+// All gradients of `swiglu`. `product` [rows, inner] and `dboth` [rows, 2 inner] are room to work in.
+// dx, or the three weight gradients together, may be null. An idle expert's weight gradient is zero.
+template <class T>
+void swiglu_backward(int threads, const T* dy, const T* x, const T* both, const int64_t* counts, int64_t experts,
+                     const T* gate, const T* up, int64_t stride, const T* down, T* product, T* dboth, T* dx, T* dgate,
+                     T* dup, T* ddown, int64_t width, int64_t inner) {
+    auto parts = parts_of(counts, experts);
+    int64_t size = packed_size<T>(inner, width);
+    for_tasks(threads, parts.size(), [&](int64_t task) {
+        auto [e, first, last] = parts[task];
+        int64_t rows = last - first;
+        word* packed = scratch<word>(0, std::max(2 * size, packed_size<T>(width, inner)));
+        float* dproduct = scratch<float>(1, rows * inner);
+        pack_straight(down + e * width * inner, inner, width, inner, packed);
+        multiply<T, float>(rows_of(dy + first * width, width), rows, packed, steps_of<T>(width), inner, dproduct, inner);
+        for (int64_t row = 0; row < rows; row++) {
+            const T *g = both + (first + row) * 2 * inner, *u = g + inner;
+            T *dg = dboth + (first + row) * 2 * inner, *du = dg + inner, *p = product + (first + row) * inner;
+            const float* d = dproduct + row * inner;
+            for (int64_t j = 0; j < inner; j += LANES) {
+                vector a = load(g + j), b = load(u + j), s = sigmoid(a), up_stream = load(d + j);
+                store(p + j, a * s * b);
+                store(du + j, up_stream * a * s);
+                store(dg + j, up_stream * b * s * (1.f + a * (1.f - s)));
+            }
+        }
+        if (!dx) return;
+        pack_straight(gate + e * stride, width, inner, width, packed);
+        pack_straight(up + e * stride, width, inner, width, packed + size);
+        // Panel by panel the steps of gate and up lie apart, so their products are summed in two passes.
+        float* sums = scratch<float>(2, rows * width);
+        const T* d = dboth + first * 2 * inner;
+        int64_t steps = steps_of<T>(inner);
+        multiply<T, float>(rows_of(d, 2 * inner), rows, packed, steps, width, sums, width);
+        multiply<T, float>(rows_of(d + inner, 2 * inner), rows, packed + size, steps, width, sums, width, true);
+        for (int64_t j = 0; j < rows * width; j += LANES)
+            store(dx + first * width + j, load(sums + j));
+    });
+    if (!dgate) return;
+    std::vector<int64_t> starts(experts + 1, 0);
+    for (int64_t e = 0; e < experts; e++) starts[e + 1] = starts[e] + counts[e];
+    // With few experts their matrices are cut, so that every thread has work.
+    int64_t cuts = experts >= 4 * threads ? 1 : std::min<int64_t>(std::min(width, inner) / LANES, 2 * threads);
+    auto cut = [&](int64_t n, int64_t piece) { return n / LANES * piece / cuts * LANES; };
+    for_tasks(threads, experts * cuts, [&](int64_t task) {
+        int64_t e = task / cuts, piece = task % cuts, first = starts[e], rows = counts[e];
+        T *to_gate = dgate + e * stride, *to_up = dup + e * stride, *to_down = ddown + e * width * inner;
+        int64_t x0 = cut(width, piece), x1 = cut(width, piece + 1), p0 = cut(inner, piece), p1 = cut(inner, piece + 1);
+        if (rows == 0) {
+            for (int64_t i = 0; i < inner; i++) {
+                std::memset(to_gate + i * width + x0, 0, (x1 - x0) * sizeof(T));
+                std::memset(to_up + i * width + x0, 0, (x1 - x0) * sizeof(T));
+            }
+            for (int64_t i = 0; i < width; i++) std::memset(to_down + i * inner + p0, 0, (p1 - p0) * sizeof(T));
+            return;
+        }
+        const T *from = x + first * width, *d = dboth + first * 2 * inner;
+        weight_gradient(d, 2 * inner, inner, from, width, x0, x1, rows, to_gate, width);
+        weight_gradient(d + inner, 2 * inner, inner, from, width, x0, x1, rows, to_up, width);
+        weight_gradient(dy + first * width, width, width, product + first * inner, inner, p0, p1, rows, to_down, inner);
+    });
+}
+
+// --- moving rows -----------------------------------------------------------------------------------------------
+
+constexpr int64_t ROWS = 128;
+
+// to[r] = from[index[r]]
+template <class T>
+void take_rows(int threads, const T* from, const int64_t* index, T* to, int64_t rows, int64_t width) {
+    for_rows(threads, rows, ROWS, [&](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; r++) std::memcpy(to + r * width, from + index[r] * width, width * sizeof(T));
+    });
+}
+
+// to[n] = base[n] + sum over j of weights[n, j] * from[inverse[n, j]]; base and weights may be null (0 and 1).
+template <class T>
+void sum_rows(int threads, const T* from, const int64_t* inverse, const float* weights, const T* base, T* to,
+              int64_t tokens, int64_t k, int64_t width) {
+    for_rows(threads, tokens, ROWS, [&](int64_t first, int64_t last) {
+        for (int64_t n = first; n < last; n++)
+            for (int64_t i = 0; i < width; i += LANES) {
+                vector total = base ? load(base + n * width + i) : vector{};
+                for (int64_t j = 0; j < k; j++)
+                    total += (weights ? weights[n * k + j] : 1.f) * load(from + inverse[n * k + j] * width + i);
+                store(to + n * width + i, total);
+            }
+    });
+}
+
+// The gradients of `sum_rows`: dfrom[inverse[n, j]] = weights[n, j] dto[n], dweights[n, j] = dto[n] . from[inverse[n, j]].
+template <class T>
+void sum_rows_backward(int threads, const T* dto, const T* from, const int64_t* inverse, const float* weights, T* dfrom,
+                       float* dweights, int64_t tokens, int64_t k, int64_t width) {
+    for_rows(threads, tokens, ROWS, [&](int64_t first, int64_t last) {
+        for (int64_t n = first; n < last; n++)
+            for (int64_t j = 0; j < k; j++) {
+                const T *row = from + inverse[n * k + j] * width, *d = dto + n * width;
+                T* to = dfrom + inverse[n * k + j] * width;
+                vector dot{};
+                for (int64_t i = 0; i < width; i += LANES) {
+                    vector value = load(d + i);
+                    dot += value * load(row + i);
+                    store(to + i, weights[n * k + j] * value);
+                }
+                dweights[n * k + j] = sum(dot);
+            }
+    });
+}
+
+// --- norms, rotation and gates ---------------------------------------------------------------------------------
+
+// y = x / sqrt(mean(x^2) + eps) * gain for each row; with angles, its halves then rotated by row / heads % angle_rows.
+template <class T>
+void norm(int threads, const T* x, const float* gain, float eps, const float* cos, const float* sin, int64_t angle_rows,
+          int64_t heads, T* y, int64_t rows, int64_t width) {
+    for_rows(threads, rows, ROWS, [&](int64_t first, int64_t last) {
+        int64_t half = width / 2;
+        for (int64_t r = first; r < last; r++) {
+            const T* from = x + r * width;
+            T* to = y + r * width;
+            vector square{};
+            for (int64_t i = 0; i < width; i += LANES) square += load(from + i) * load(from + i);
+            float scale = 1.f / std::sqrt(sum(square) / float(width) + eps);
+            for (int64_t i = 0; i < width; i += LANES) store(to + i, load(from + i) * scale * load(gain + i));
+            if (!cos) continue;
+            // From memory, so rounded in between as the two operations one after the other are.
+            const float *c = cos + r / heads % angle_rows * half, *s = sin + r / heads % angle_rows * half;
+            for (int64_t i = 0; i < half; i += LANES) {
+                vector a = load(to + i), b = load(to + half + i);
+                store(to + i, a * load(c + i) - b * load(s + i));
+                store(to + half + i, b * load(c + i) + a * load(s + i));
+            }
+        }
+    });
+}
+
+template <class T>
+void norm_backward(int threads, const T* dy, const T* x, const float* gain, float eps, const float* cos,
+                   const float* sin, int64_t angle_rows, int64_t heads, T* dx, float* dgain, int64_t rows,
+                   int64_t width) {
+    int64_t stretch = 512, stretches = (rows + stretch - 1) / stretch, half = width / 2;
+    std::vector<float> parts(stretches * width, 0.f);
+    for_rows(threads, rows, stretch, [&](int64_t first, int64_t last) {
+        float *value = scratch<float>(0, width), *own = parts.data() + first / stretch * width;
+        for (int64_t r = first; r < last; r++) {
+            const T *from = x + r * width, *d = dy + r * width;
+            if (cos) {  // the gradient is rotated back
+                const float *c = cos + r / heads % angle_rows * half, *s = sin + r / heads % angle_rows * half;
+                for (int64_t i = 0; i < half; i += LANES) {
+                    vector a = load(d + i), b = load(d + half + i);
+                    store(value + i, a * load(c + i) + b * load(s + i));
+                    store(value + half + i, b * load(c + i) - a * load(s + i));
+                }
+            } else {
+                for (int64_t i = 0; i < width; i += LANES) store(value + i, load(d + i));
+            }
+            vector square{}, along{};
+            for (int64_t i = 0; i < width; i += LANES) {
+                vector v = load(from + i);
+                square += v * v;
+                along += v * load(value + i) * load(gain + i);
+            }
+            float scale = 1.f / std::sqrt(sum(square) / float(width) + eps);
+            float pull = sum(along) * scale * scale * scale / float(width);
+            for (int64_t i = 0; i < width; i += LANES) {
+                vector v = load(from + i), g = load(value + i) * scale;
+                store(own + i, load(own + i) + v * g);
+                store(dx + r * width + i, g * load(gain + i) - v * pull);
+            }
+        }
+    });
+    for (int64_t i = 0; i < width; i++) {
+        dgain[i] = 0.f;
+        for (int64_t part = 0; part < stretches; part++) dgain[i] += parts[part * width + i];
+    }
+}
+
+// y = x * sigmoid(gate)
+template <class T> void gated(int threads, const T* x, const T* gate, T* y, int64_t size) {
+    for_rows(threads, size, 16384, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i += LANES) store(y + i, load(x + i) * sigmoid(load(gate + i)));
+    });
+}
+
+template <class T>
+void gated_backward(int threads, const T* dy, const T* x, const T* gate, T* dx, T* dgate, int64_t size) {
+    for_rows(threads, size, 16384, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i += LANES) {
+            vector d = load(dy + i), s = sigmoid(load(gate + i));
+            store(dx + i, d * s);
+            store(dgate + i, d * load(x + i) * s * (1.f - s));
+        }
+    });
+}
+
+// --- attention -------------------------------------------------------------------------------------------------
+
+constexpr int64_t QUERIES = 64;
+
+struct Heads {  // of one tensor [batch, tokens, heads, width]
+    int64_t tokens, heads, width;
+    int64_t at(int64_t row, int64_t token, int64_t head) const { return ((row * tokens + token) * heads + head) * width; }
+    int64_t ld() const { return heads * width; }
+};
+
+// Queries [first, last) see keys from `low` (a whole panel) to `high`; the first key seen by query t is start[t].
+struct Span {
+    int64_t first, last, low, high, keys;
+};
+inline Span span_of(int64_t first, int64_t tokens, const int32_t* start) {
+    int64_t last = std::min(first + QUERIES, tokens);
+    int64_t low = *std::min_element(start + first, start + last) / PANEL * PANEL;
+    return {first, last, low, last, round_up(last - low, LANES)};
+}
+
+// Give the numbers of a line outside [from, to) one value.
+inline void hide(float* line, int64_t from, int64_t to, int64_t size, float value) {
+    std::fill(line, line + from, value), std::fill(line + to, line + size, value);
+}
+
+// q [B, T, H, D], k and v [B, T, K, D]: query t of row b sees keys start[b, t] .. t. out [B, T, H, D], and per query
+// log(sum(exp(score))) [B, H, T].
+template <class T>
+void attention(int threads, const T* q, const T* k, const T* v, const int32_t* start, float scale, T* out,
+               float* log_sums, int64_t batch, int64_t tokens, int64_t heads, int64_t groups, int64_t width) {
+    Heads hq{tokens, heads, width}, hk{tokens, groups, width};
+    int64_t steps = steps_of<T>(width), all = round_up(tokens, PANEL), each = heads / groups;
+    for_tasks(threads, batch * groups, [&](int64_t task) {
+        int64_t row = task / groups, group = task % groups;
+        word* keys = scratch<word>(0, packed_size<T>(width, tokens));
+        word* values = scratch<word>(1, packed_size<T>(tokens, width));
+        pack_transposed(k + hk.at(row, 0, group), hk.ld(), width, tokens, keys);
+        pack_straight(v + hk.at(row, 0, group), hk.ld(), tokens, width, values);
+        float* scores = scratch<float>(2, QUERIES * all);
+        T* shares = scratch<T>(3, QUERIES * all);
+        float* sums = scratch<float>(4, QUERIES * width);
+        for (int64_t at = 0; at < tokens; at += QUERIES) {
+            Span s = span_of(at, tokens, start + row * tokens);
+            for (int64_t head = group * each; head < (group + 1) * each; head++) {
+                Left query{(const char*)(q + hq.at(row, s.first, head)), int64_t(hq.ld() * sizeof(T)), 4};
+                multiply<T, float>(query, s.last - s.first, keys + s.low * steps, steps, s.keys, scores, s.keys);
+                float inverse[QUERIES];
+                for (int64_t t = s.first; t < s.last; t++) {
+                    float* line = scores + (t - s.first) * s.keys;
+                    T* share = shares + (t - s.first) * s.keys;
+                    int64_t from = start[row * tokens + t] - s.low, to = t + 1 - s.low;
+                    hide(line, from, to, s.keys, -INFINITY);
+                    vector most = every(-INFINITY), total{};
+                    for (int64_t j = 0; j < s.keys; j += LANES) most = larger(load(line + j), most);
+                    float largest = maximum(most);
+                    for (int64_t j = 0; j < s.keys; j += LANES) {
+                        vector p = exponential((load(line + j) - largest) * scale);
+                        store(share + j, p);
+                        total += p;
+                    }
+                    inverse[t - s.first] = 1.f / sum(total);
+                    log_sums[(row * heads + head) * tokens + t] = largest * scale + std::log(sum(total));
+                }
+                // The panels of `values` hold all tokens: start within them at the step of key `low`.
+                int64_t whole = steps_of<T>(tokens), skip = s.low / per_word<T> * PANEL;
+                multiply<T, float>(rows_of(shares, s.keys), s.last - s.first, values + skip, steps_of<T>(s.high - s.low),
+                                   width, sums, width, false, whole);
+                for (int64_t t = s.first; t < s.last; t++) {
+                    T* to = out + hq.at(row, t, head);
+                    for (int64_t i = 0; i < width; i += LANES)
+                        store(to + i, load(sums + (t - s.first) * width + i) * inverse[t - s.first]);
+                }
+            }
+        }
+    });
+}
+
+template <class T>
+void attention_backward(int threads, const T* dout, const T* q, const T* k, const T* v, const T* out,
+                        const float* log_sums, const int32_t* start, float scale, T* dq, T* dk, T* dv, int64_t batch,
+                        int64_t tokens, int64_t heads, int64_t groups, int64_t width) {
+    Heads hq{tokens, heads, width}, hk{tokens, groups, width};
+    int64_t steps = steps_of<T>(width), all = round_up(tokens, PANEL), each = heads / groups;
+    for_tasks(threads, batch * groups, [&](int64_t task) {
+        int64_t row = task / groups, group = task % groups;
+        word* keys = scratch<word>(0, packed_size<T>(width, tokens));
+        word* values = scratch<word>(1, packed_size<T>(width, tokens));
+        word* keys_straight = scratch<word>(2, packed_size<T>(tokens, width));
+        pack_transposed(k + hk.at(row, 0, group), hk.ld(), width, tokens, keys);
+        pack_transposed(v + hk.at(row, 0, group), hk.ld(), width, tokens, values);
+        pack_straight(k + hk.at(row, 0, group), hk.ld(), tokens, width, keys_straight);
+        float *scores = scratch<float>(3, QUERIES * all), *dshares = scratch<float>(4, QUERIES * all);
+        T *shares = scratch<T>(5, QUERIES * all), *dscores = scratch<T>(6, QUERIES * all);
+        word* left = scratch<word>(7, QUERIES * all);
+        word* right = scratch<word>(8, packed_size<T>(QUERIES, width));
+        float *sum_k = scratch<float>(9, all * width), *sum_v = scratch<float>(10, all * width);
+        std::memset(sum_k, 0, all * width * 4), std::memset(sum_v, 0, all * width * 4);
+        for (int64_t at = 0; at < tokens; at += QUERIES) {
+            Span s = span_of(at, tokens, start + row * tokens);
+            int64_t queries = s.last - s.first;
+            for (int64_t head = group * each; head < (group + 1) * each; head++) {
+                const T *queried = q + hq.at(row, s.first, head), *given = dout + hq.at(row, s.first, head);
+                int64_t row_bytes = hq.ld() * sizeof(T);
+                multiply<T, float>({(const char*)queried, row_bytes, 4}, queries, keys + s.low * steps, steps, s.keys,
+                                   scores, s.keys);
+                multiply<T, float>({(const char*)given, row_bytes, 4}, queries, values + s.low * steps, steps, s.keys,
+                                   dshares, s.keys);
+                for (int64_t t = s.first; t < s.last; t++) {
+                    float *line = scores + (t - s.first) * s.keys, *d = dshares + (t - s.first) * s.keys;
+                    T *share = shares + (t - s.first) * s.keys, *dscore = dscores + (t - s.first) * s.keys;
+                    int64_t from = start[row * tokens + t] - s.low, to = t + 1 - s.low;
+                    const T *o = out + hq.at(row, t, head), *g = dout + hq.at(row, t, head);
+                    vector along{};
+                    for (int64_t i = 0; i < width; i += LANES) along += load(o + i) * load(g + i);
+                    float log_sum = log_sums[(row * heads + head) * tokens + t], mean = sum(along);
+                    hide(line, from, to, s.keys, -INFINITY);
+                    hide(d, from, to, s.keys, 0.f);
+                    for (int64_t j = 0; j < s.keys; j += LANES) {
+                        vector p = exponential(load(line + j) * scale - log_sum);
+                        store(share + j, p);
+                        store(dscore + j, p * (load(d + j) - mean) * scale);
+                    }
+                }
+                float* sums = scratch<float>(11, QUERIES * width);
+                int64_t whole = steps_of<T>(tokens), skip = s.low / per_word<T> * PANEL;
+                multiply<T, float>(rows_of(dscores, s.keys), queries, keys_straight + skip, steps_of<T>(s.high - s.low),
+                                   width, sums, width, false, whole);
+                for (int64_t t = 0; t < queries; t++)
+                    for (int64_t i = 0; i < width; i += LANES)
+                        store(dq + hq.at(row, s.first + t, head) + i, load(sums + t * width + i));
+                pack_left(dscores, s.keys, queries, s.keys, left);
+                pack_straight(queried, hq.ld(), queries, width, right);
+                multiply<T, float>(columns_of(left, s.keys), s.high - s.low, right, steps_of<T>(queries), width,
+                                   sum_k + s.low * width, width, true);
+                pack_left(shares, s.keys, queries, s.keys, left);
+                pack_straight(given, hq.ld(), queries, width, right);
+                multiply<T, float>(columns_of(left, s.keys), s.high - s.low, right, steps_of<T>(queries), width,
+                                   sum_v + s.low * width, width, true);
+            }
+        }
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t i = 0; i < width; i += LANES) {
+                store(dk + hk.at(row, t, group) + i, load(sum_k + t * width + i));
+                store(dv + hk.at(row, t, group) + i, load(sum_v + t * width + i));
+            }
+    });
+}
+
+// --- cross-entropy ---------------------------------------------------------------------------------------------
+
+// Turn logits [rows, vocab] into the gradient of scale * (-log p(target) + z_loss * log_partition^2), in place;
+// nll and log_partition [rows] in float.
+template <class T>
+void cross_entropy(int threads, T* logits, const int64_t* targets, float scale, float z_loss, float* nll,
+                   float* log_partition, int64_t rows, int64_t vocab) {
+    for_rows(threads, rows, 16, [&](int64_t first, int64_t last) {
+        float* value = scratch<float>(0, vocab);
+        for (int64_t r = first; r < last; r++) {
+            T* line = logits + r * vocab;
+            vector most = every(-INFINITY), sums{};
+            for (int64_t j = 0; j < vocab; j += LANES) {
+                store(value + j, load(line + j));
+                most = larger(load(value + j), most);
+            }
+            float largest = maximum(most), chosen = value[targets[r]];
+            for (int64_t j = 0; j < vocab; j += LANES) {
+                store(value + j, exponential(load(value + j) - largest));
+                sums += load(value + j);
+            }
+            float total = sum(sums);
+            log_partition[r] = std::log(total) + largest;
+            nll[r] = log_partition[r] - chosen;
+            float factor = (1.f + 2.f * z_loss * log_partition[r]) * (scale / total);
+            value[targets[r]] -= scale / factor;
+            for (int64_t j = 0; j < vocab; j += LANES) store(line + j, load(value + j) * factor);
+        }
+    });
+}
+
+// --- Newton-Schulz ---------------------------------------------------------------------------------------------
+
+// C = S . B for a symmetric result: only blocks on and right of the diagonal are computed, the others mirrored.
+// `blend(row, col, product)` turns 16 sums into what is stored.
+template <class T, class F>
+void symmetric_product(Left a, const word* b, int64_t steps, int64_t n, float* room, T* c, F blend) {
+    for (int64_t row = 0; row < n; row += PANEL) {
+        int64_t rows = std::min<int64_t>(PANEL, n - row), cols = n - row;
+        multiply<T, float>(a.from_row(row), rows, b + row * steps, steps, cols, room, cols);
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < cols; j += LANES)
+                store(c + (row + i) * n + row + j, blend(row + i, row + j, load(room + i * cols + j)));
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = PANEL; j < cols; j++) c[(row + j) * n + row + i] = c[(row + i) * n + row + j];
+    }
+}
+
+// Draw the singular values of each of n matrices [rows, cols], rows <= cols, towards 1, in place: with G = X X^T,
+// X <- a X + (b G + c G G) X for each of the `steps` triples (a, b, c), after scaling to Frobenius norm 1.
+template <class T>
+void orthogonalize(int threads, T* matrices, const float* coefficients, int64_t steps, int64_t n, int64_t rows,
+                   int64_t cols) {
+    for_tasks(threads, n, [&](int64_t task) {
+        T *x = matrices + task * rows * cols, *gram = scratch<T>(0, rows * rows), *mixed = scratch<T>(1, rows * rows);
+        word* packed = scratch<word>(2, std::max(packed_size<T>(cols, rows), packed_size<T>(rows, std::max(rows, cols))));
+        float* room = scratch<float>(3, std::max(PANEL * rows, rows * cols));
+        vector square{};
+        for (int64_t i = 0; i < rows * cols; i += LANES) square += load(x + i) * load(x + i);
+        float scale = 1.f / (std::sqrt(sum(square)) + 1e-7f);
+        for (int64_t i = 0; i < rows * cols; i += LANES) store(x + i, load(x + i) * scale);
+        for (int64_t step = 0; step < steps; step++) {
+            float a = coefficients[3 * step], b = coefficients[3 * step + 1], c = coefficients[3 * step + 2];
+            pack_transposed(x, cols, cols, rows, packed);
+            symmetric_product(rows_of(x, cols), packed, steps_of<T>(cols), rows, room, gram,
+                              [](int64_t, int64_t, vector product) { return product; });
+            pack_straight(gram, rows, rows, rows, packed);
+            symmetric_product(rows_of(gram, rows), packed, steps_of<T>(rows), rows, room, mixed,
+                              [&](int64_t i, int64_t j, vector product) { return b * load(gram + i * rows + j) + c * product; });
+            pack_straight(x, cols, rows, cols, packed);
+            multiply<T, float>(rows_of(mixed, rows), rows, packed, steps_of<T>(rows), cols, room, cols);
+            for (int64_t i = 0; i < rows * cols; i += LANES) store(x + i, a * load(x + i) + load(room + i));
+        }
+    });
+}
+
+}  // namespace
+
+// --- the C interface: `wide` chooses float, otherwise bfloat16 -------------------------------------------------
+
+struct any {  // passed like void*, taken as a pointer to whatever the function asks for
+    void* address;
+    template <class T> operator T*() const { return static_cast<T*>(address); }
+};
+using integer = int64_t;
+
+#define EXPORT(name, parameters, ...)                                                                        \
+    extern "C" __attribute__((visibility("default"))) void freehold_##name parameters {                      \
+        wide ? name<float>(threads, __VA_ARGS__) : name<bf16>(threads, __VA_ARGS__);                          \
+    }
+
+extern "C" __attribute__((visibility("default"))) void freehold_threads(any entry) {
+    parallel = reinterpret_cast<Parallel>(entry.address);
+}
+extern "C" __attribute__((visibility("default"))) int freehold_bf16() {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+EXPORT(linear, (int wide, int threads, any x, any w, any y, integer rows, integer ins, integer outs),
+       x, w, y, rows, ins, outs)
+EXPORT(linear_input_gradient, (int wide, int threads, any dy, any w, any dx, integer rows, integer ins, integer outs),
+       dy, w, dx, rows, ins, outs)
+EXPORT(linear_weight_gradient, (int wide, int threads, any dy, any x, any dw, integer rows, integer ins, integer outs),
+       dy, x, dw, rows, ins, outs)
+EXPORT(swiglu,
+       (int wide, int threads, any x, any counts, integer experts, any gate, any up, integer stride, any down, any both,
+        any y, integer width, integer inner),
+       x, counts, experts, gate, up, stride, down, both, y, width, inner)
+EXPORT(swiglu_backward,
+       (int wide, int threads, any dy, any x, any both, any counts, integer experts, any gate, any up, integer stride,
+        any down, any product, any dboth, any dx, any dgate, any dup, any ddown, integer width, integer inner),
+       dy, x, both, counts, experts, gate, up, stride, down, product, dboth, dx, dgate, dup, ddown, width, inner)
+EXPORT(take_rows, (int wide, int threads, any from, any index, any to, integer rows, integer width),
+       from, index, to, rows, width)
+EXPORT(sum_rows,
+       (int wide, int threads, any from, any inverse, any weights, any base, any to, integer tokens, integer k,
+        integer width),
+       from, inverse, weights, base, to, tokens, k, width)
+EXPORT(sum_rows_backward,
+       (int wide, int threads, any dto, any from, any inverse, any weights, any dfrom, any dweights, integer tokens,
+        integer k, integer width),
+       dto, from, inverse, weights, dfrom, dweights, tokens, k, width)
+EXPORT(norm,
+       (int wide, int threads, any x, any gain, float eps, any cos, any sin, integer angle_rows, integer heads, any y,
+        integer rows, integer width),
+       x, gain, eps, cos, sin, angle_rows, heads, y, rows, width)
+EXPORT(norm_backward,
+       (int wide, int threads, any dy, any x, any gain, float eps, any cos, any sin, integer angle_rows, integer heads,
+        any dx, any dgain, integer rows, integer width),
+       dy, x, gain, eps, cos, sin, angle_rows, heads, dx, dgain, rows, width)
+EXPORT(gated, (int wide, int threads, any x, any gate, any y, integer size), x, gate, y, size)
+EXPORT(gated_backward, (int wide, int threads, any dy, any x, any gate, any dx, any dgate, integer size),
+       dy, x, gate, dx, dgate, size)
+EXPORT(attention,
+       (int wide, int threads, any q, any k, any v, any start, float scale, any out, any log_sums, integer batch,
+        integer tokens, integer heads, integer groups, integer width),
+       q, k, v, start, scale, out, log_sums, batch, tokens, heads, groups, width)
+EXPORT(attention_backward,
+       (int wide, int threads, any dout, any q, any k, any v, any out, any log_sums, any start, float scale, any dq,
+        any dk, any dv, integer batch, integer tokens, integer heads, integer groups, integer width),
+       dout, q, k, v, out, log_sums, start, scale, dq, dk, dv, batch, tokens, heads, groups, width)
+EXPORT(cross_entropy,
+       (int wide, int threads, any logits, any targets, float scale, float z_loss, any nll, any log_partition,
+        integer rows, integer vocab),
+       logits, targets, scale, z_loss, nll, log_partition, rows, vocab)
+EXPORT(orthogonalize, (int wide, int threads, any matrices, any coefficients, integer steps, integer n, integer rows, integer cols),
+       matrices, coefficients, steps, n, rows, cols)

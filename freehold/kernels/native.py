@@ -1,0 +1,465 @@
+"""The CPU kernels of native.cpp: built on first use, loaded, and registered with PyTorch as `freehold::` operators.
+
+They need a C++ compiler (c++, g++ or clang++, $CXX, or the `ziglang` package) and a CPU with AVX-512; bfloat16 needs
+its bf16 instructions too. Where something is missing `available` says False, ops.py takes PyTorch's own way, and
+`describe` tells why. FREEHOLD_NATIVE=0 switches them off. Each operator has a fake form (shapes without data, for
+`torch.compile`) and a gradient; what they compute is documented in ops.py, which holds the references.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+WIDTH_MULTIPLE = 16
+_C_TYPES = {"any": ctypes.c_void_p, "integer": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
+
+
+class _Missing(Exception):
+    """Why there are no kernels."""
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """Return the loaded kernels, or why there are none."""
+    try:
+        if os.environ.get("FREEHOLD_NATIVE", "1") == "0":
+            raise _Missing("switched off by FREEHOLD_NATIVE=0")
+        if torch.backends.cpu.get_cpu_capability() != "AVX512":
+            raise _Missing("this CPU has no AVX-512")
+        library = ctypes.CDLL(str(_built()))
+    except (_Missing, OSError) as problem:
+        return str(problem)
+    for name, parameters in re.findall(r"EXPORT\((\w+),\s*\(([^)]*)\)", SOURCE.read_text(encoding="utf-8")):
+        function = getattr(library, f"freehold_{name}")
+        function.argtypes = [_C_TYPES[parameter.split()[0]] for parameter in parameters.split(",")]
+        function.restype = None
+    entry = getattr(_openmp(), "GOMP_parallel", None)
+    library.freehold_threads(ctypes.cast(entry, ctypes.c_void_p) if entry else None)
+    return library
+
+
+def _openmp() -> ctypes.CDLL | None:
+    """Return the OpenMP library PyTorch runs on, so that both share one pool of threads."""
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    try:
+        return ctypes.CDLL(str(bundled[0]) if bundled else "libgomp.so.1")
+    except OSError:
+        return None
+
+
+def _compiler() -> list[str]:
+    """Return the command that compiles C++, or raise _Missing."""
+    if os.environ.get("CXX"):
+        return os.environ["CXX"].split()
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    if importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "c++"]
+    raise _Missing("no C++ compiler was found (apt install g++, or pip install ziglang)")
+
+
+def _built() -> Path:
+    """Return the shared library for this source, compiler and CPU, building it when it is not in the cache."""
+    command = [*_compiler(), *FLAGS, str(SOURCE)]
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else [platform.processor()]
+    chip = sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    key = hashlib.sha256("\0".join([*command[:-1], *chip, SOURCE.read_text(encoding="utf-8")]).encode()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freehold"
+    library = folder / f"native-{key[:16]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as room:
+        fresh = Path(room) / library.name
+        print(f"building the CPU kernels with {command[0]} (once; up to a minute)", file=sys.stderr)
+        try:
+            done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, timeout=600)
+        except (OSError, subprocess.TimeoutExpired) as problem:
+            raise _Missing(f"{command[0]} could not be run: {problem}") from problem
+        if done.returncode:
+            log = library.with_suffix(".log")
+            log.write_text(" ".join(command) + "\n" + done.stdout + done.stderr, encoding="utf-8")
+            raise _Missing(f"{command[0]} failed; what it said is in {log}")
+        os.replace(fresh, library)
+    return library
+
+
+def available(x: Tensor, *widths: int) -> bool:
+    """Tell whether the kernels take tensors like `x` with rows of these widths; a refused shape is told once."""
+    library = _library()
+    if isinstance(library, str) or x.device.type != "cpu":
+        return False
+    if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and library.freehold_bf16()):
+        return False
+    if any(width % WIDTH_MULTIPLE for width in widths):
+        _tell(f"widths {widths} are not all multiples of {WIDTH_MULTIPLE}: PyTorch's operators are used there")
+        return False
+    return True
+
+
+def describe(dtype: torch.dtype) -> str:
+    """Return in a few words which operators a model of this dtype runs on, on CPU: for logs and manifests."""
+    library = _library()
+    if isinstance(library, str):
+        return f"PyTorch ({library})"
+    if dtype == torch.float32 or (dtype == torch.bfloat16 and library.freehold_bf16()):
+        return f"native kernels ({Path(library._name).stem.removeprefix('native-')})"
+    return f"PyTorch (the kernels have no {str(dtype).removeprefix('torch.')} on this CPU)"
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    print(f"kernels: {line}", file=sys.stderr)
+
+
+def _call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> None:
+    """Run a kernel in the dtype of `like`; tensors must be contiguous."""
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    getattr(_library(), f"freehold_{name}")(like.dtype == torch.float32, torch.get_num_threads(), *values)
+
+
+# --- operators: schema, kernel, shapes ---------------------------------------------------------------------------
+
+_ops = torch.library.Library("freehold", "DEF")
+
+
+def _operator(schema: str, shapes: Any) -> Any:
+    """Register a kernel under a schema; `shapes` makes its empty outputs from the same arguments."""
+    name = schema.partition("(")[0]
+
+    def register(function: Any) -> Any:
+        _ops.define(schema)
+        _ops.impl(name, function, "CPU")
+        torch.library.register_fake(f"freehold::{name}", shapes, lib=_ops)
+        return getattr(torch.ops.freehold, name).default
+
+    return register
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _linear_shapes(x: Tensor, w: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], w.shape[0])
+
+
+@_operator("linear(Tensor x, Tensor w) -> Tensor", _linear_shapes)
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """Return x w^T."""
+    x, y = x.contiguous(), _linear_shapes(x, w)
+    _call("linear", x, x, w, y, _rows(x), w.shape[1], w.shape[0])
+    return y
+
+
+@_operator(
+    "linear_backward(Tensor dy, Tensor x, Tensor w) -> (Tensor, Tensor)",
+    lambda dy, x, w: (torch.empty_like(x), torch.empty_like(w)),
+)
+def linear_backward(dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and w."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx, dw = torch.empty_like(x), torch.empty_like(w)
+    shape = (_rows(x), w.shape[1], w.shape[0])
+    _call("linear_input_gradient", x, dy, w, dx, *shape)
+    _call("linear_weight_gradient", x, dy, x, dw, *shape)
+    return dx, dw
+
+
+def _experts_shapes(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(len(x), gate_up.shape[1])
+
+
+@_operator("experts(Tensor x, Tensor counts, Tensor gate_up, Tensor down) -> (Tensor, Tensor)", _experts_shapes)
+def experts(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's SwiGLU by its expert, and gate(x) and up(x) for the backward pass."""
+    y, both = _experts_shapes(x, counts, gate_up, down)
+    number, width, inner = down.shape
+    up = gate_up.data_ptr() + inner * width * gate_up.element_size()
+    _call("swiglu", x, x, counts, number, gate_up, up, 2 * inner * width, down, both, y, width, inner)
+    return y, both
+
+
+@_operator(
+    "experts_backward(Tensor dy, Tensor x, Tensor both, Tensor counts, Tensor gate_up, Tensor down, bool weights) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda dy, x, both, counts, gate_up, down, weights: (
+        torch.empty_like(x), torch.empty_like(gate_up), torch.empty_like(down)
+    ),
+)  # fmt: skip
+def experts_backward(
+    dy: Tensor, x: Tensor, both: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, weights: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, gate_up and down (the latter two empty unless `weights`)."""
+    number, width, inner = down.shape
+    dy, dx, dboth, product = dy.contiguous(), torch.empty_like(x), torch.empty_like(both), x.new_empty(len(x), inner)
+    dgate_up, ddown = (torch.empty_like(gate_up), torch.empty_like(down)) if weights else (x.new_empty(0),) * 2
+    half = inner * width * gate_up.element_size()
+    outputs = (dgate_up, dgate_up.data_ptr() + half, ddown) if weights else (None, None, None)
+    _call(
+        "swiglu_backward", x, dy, x, both, counts, number, gate_up, gate_up.data_ptr() + half, 2 * inner * width, down,
+        product, dboth, dx, *outputs, width, inner,
+    )  # fmt: skip
+    return dx, dgate_up, ddown
+
+
+def _feed_forward_shapes(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(_rows(x), 2 * len(gate))
+
+
+@_operator("feed_forward(Tensor x, Tensor gate, Tensor up, Tensor down) -> (Tensor, Tensor)", _feed_forward_shapes)
+def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the SwiGLU of every row, and gate(x) and up(x) for the backward pass."""
+    x = x.contiguous()
+    y, both = _feed_forward_shapes(x, gate, up, down)
+    inner, width = gate.shape
+    _call("swiglu", x, x, torch.tensor([_rows(x)]), 1, gate, up, 0, down, both, y, width, inner)
+    return y, both
+
+
+@_operator(
+    "feed_forward_backward(Tensor dy, Tensor x, Tensor both, Tensor gate, Tensor up, Tensor down) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, x, both, gate, up, down: (
+        torch.empty_like(x), torch.empty_like(gate), torch.empty_like(up), torch.empty_like(down)
+    ),
+)  # fmt: skip
+def feed_forward_backward(
+    dy: Tensor, x: Tensor, both: Tensor, gate: Tensor, up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, gate, up and down."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx, dgate, dup, ddown = (torch.empty_like(t) for t in (x, gate, up, down))
+    inner, width = gate.shape
+    product, dboth = x.new_empty(_rows(x), inner), torch.empty_like(both)
+    _call(
+        "swiglu_backward", x, dy, x, both, torch.tensor([_rows(x)]), 1, gate, up, 0, down,
+        product, dboth, dx, dgate, dup, ddown, width, inner,
+    )  # fmt: skip
+    return dx, dgate, dup, ddown
+
+
+@_operator(
+    "gather(Tensor x, Tensor token, Tensor inverse) -> Tensor",
+    lambda x, token, inverse: x.new_empty(len(token), x.shape[1]),
+)
+def gather(x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
+    """Return x[token]."""
+    x, y = x.contiguous(), x.new_empty(len(token), x.shape[1])
+    _call("take_rows", x, x, token, y, len(token), x.shape[1])
+    return y
+
+
+@_operator(
+    "gather_backward(Tensor dy, Tensor inverse, int tokens) -> Tensor",
+    lambda dy, inverse, tokens: dy.new_empty(tokens, dy.shape[1]),
+)
+def gather_backward(dy: Tensor, inverse: Tensor, tokens: int) -> Tensor:
+    """Return the gradient of x: the sum of each token's rows."""
+    dy, dx = dy.contiguous(), dy.new_empty(tokens, dy.shape[1])
+    _call("sum_rows", dy, dy, inverse, None, None, dx, tokens, len(inverse) // tokens, dy.shape[1])
+    return dx
+
+
+@_operator(
+    "combine(Tensor y, Tensor inverse, Tensor weights, Tensor base) -> Tensor",
+    lambda y, inverse, weights, base: torch.empty_like(base),
+)
+def combine(y: Tensor, inverse: Tensor, weights: Tensor, base: Tensor) -> Tensor:
+    """Return base plus each token's weighted rows of y."""
+    y, base, out = y.contiguous(), base.contiguous(), base.new_empty(base.shape)
+    _call("sum_rows", y, y, inverse, weights.contiguous(), base, out, *weights.shape, y.shape[1])
+    return out
+
+
+@_operator(
+    "combine_backward(Tensor dout, Tensor y, Tensor inverse, Tensor weights) -> (Tensor, Tensor)",
+    lambda dout, y, inverse, weights: (torch.empty_like(y), torch.empty_like(weights)),
+)
+def combine_backward(dout: Tensor, y: Tensor, inverse: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of y and weights."""
+    weights = weights.contiguous()
+    dy, dweights = torch.empty_like(y), torch.empty_like(weights)
+    _call("sum_rows_backward", y, dout.contiguous(), y, inverse, weights, dy, dweights, *weights.shape, y.shape[1])
+    return dy, dweights
+
+
+def _norm_sizes(x: Tensor, cos: Tensor | None) -> tuple[int, int]:
+    """Return the rows of angles there are, and the heads that share each."""
+    return (1, 1) if cos is None else (cos.numel() // cos.shape[-1], x.shape[-2])
+
+
+@_operator(
+    "norm(Tensor x, Tensor gain, float eps, Tensor? cos, Tensor? sin) -> Tensor",
+    lambda x, gain, eps, cos, sin: torch.empty_like(x),
+)
+def norm(x: Tensor, gain: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Return x normalised over its last dimension; with angles [T or B T, D/2], [B, T, H, D] then rotated."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _call("norm", x, x, gain, eps, cos, sin, *_norm_sizes(x, cos), y, _rows(x), x.shape[-1])
+    return y
+
+
+@_operator(
+    "norm_backward(Tensor dy, Tensor x, Tensor gain, float eps, Tensor? cos, Tensor? sin) -> (Tensor, Tensor)",
+    lambda dy, x, gain, eps, cos, sin: (torch.empty_like(x), torch.empty_like(gain)),
+)
+def norm_backward(
+    dy: Tensor, x: Tensor, gain: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and gain."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx, dgain = torch.empty_like(x), torch.empty_like(gain)
+    _call("norm_backward", x, dy, x, gain, eps, cos, sin, *_norm_sizes(x, cos), dx, dgain, _rows(x), x.shape[-1])
+    return dx, dgain
+
+
+@_operator("gated(Tensor x, Tensor gate) -> Tensor", lambda x, gate: torch.empty_like(x))
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """Return x sigmoid(gate)."""
+    x, gate = x.contiguous(), gate.contiguous()
+    y = torch.empty_like(x)
+    _call("gated", x, x, gate, y, x.numel())
+    return y
+
+
+@_operator(
+    "gated_backward(Tensor dy, Tensor x, Tensor gate) -> (Tensor, Tensor)",
+    lambda dy, x, gate: (torch.empty_like(x), torch.empty_like(gate)),
+)
+def gated_backward(dy: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and gate."""
+    dy, x, gate = dy.contiguous(), x.contiguous(), gate.contiguous()
+    dx, dgate = torch.empty_like(x), torch.empty_like(gate)
+    _call("gated_backward", x, dy, x, gate, dx, dgate, x.numel())
+    return dx, dgate
+
+
+def _attention_shapes(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = q.shape
+    return torch.empty_like(q), q.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+@_operator("attention(Tensor q, Tensor k, Tensor v, Tensor start) -> (Tensor, Tensor)", _attention_shapes)
+def attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Attend from each query t to the keys start[b, t] .. t; q [B, T, H, D], k, v [B, T, K, D], start int32 [B, T]."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out, log_sums = _attention_shapes(q, k, v, start)
+    batch, tokens, heads, width = q.shape
+    _call("attention", q, q, k, v, start, width**-0.5, out, log_sums, batch, tokens, heads, k.shape[2], width)
+    return out, log_sums
+
+
+@_operator(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor start, Tensor out, Tensor log_sums) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda dout, q, k, v, start, out, log_sums: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+)
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor, out: Tensor, log_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    batch, tokens, heads, width = q.shape
+    _call(
+        "attention_backward", q, dout.contiguous(), q, k, v, out, log_sums, start, width**-0.5, dq, dk, dv,
+        batch, tokens, heads, k.shape[2], width,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@_operator(
+    "cross_entropy_(Tensor(a!) logits, Tensor targets, float scale, float z_loss) -> (Tensor, Tensor)",
+    lambda logits, targets, scale, z_loss: (
+        logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
+    ),
+)  # fmt: skip
+def cross_entropy_(logits: Tensor, targets: Tensor, scale: float, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Turn logits into the gradient of scale (nll + z_loss log_partition^2); return nll and log_partition by row."""
+    nll, log_partition = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+    _call("cross_entropy", logits, logits, targets, scale, z_loss, nll, log_partition, *logits.shape)
+    return nll, log_partition
+
+
+@_operator("orthogonalize_(Tensor(a!) matrices, Tensor coefficients) -> ()", lambda matrices, coefficients: None)
+def orthogonalize_(matrices: Tensor, coefficients: Tensor) -> None:
+    """Take the Newton-Schulz steps [s, 3] (float32) on each matrix [n, r, c], r <= c, in place."""
+    _call("orthogonalize", matrices, matrices, coefficients, len(coefficients), *matrices.shape)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------
+
+
+def _autograd(name: str, keep: Any, backward: Any) -> None:
+    """Register the gradient of an operator: `keep(inputs, output)` are the tensors its backward pass reads."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # outputs kept for the backward pass have no gradient of their own
+        ctx.save_for_backward(*keep(inputs, output))
+        ctx.inputs = tuple(None if isinstance(value, Tensor) else value for value in inputs)
+        ctx.rows = len(inputs[0])
+
+    torch.library.register_autograd(f"freehold::{name}", backward, setup_context=setup_context, lib=_ops)
+
+
+_autograd("linear", lambda i, o: i, lambda ctx, dy: linear_backward(dy, *ctx.saved_tensors))
+
+
+def _experts_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, both, counts, gate_up, down = ctx.saved_tensors
+    weights = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    dx, dgate_up, ddown = experts_backward(dy, x, both, counts, gate_up, down, weights)
+    return (dx, None, dgate_up, ddown) if weights else (dx, None, None, None)
+
+
+_autograd("experts", lambda i, o: (i[0], o[1], *i[1:]), _experts_gradients)
+_autograd(
+    "feed_forward",
+    lambda i, o: (i[0], o[1], *i[1:]),
+    lambda ctx, dy, _: feed_forward_backward(dy, *ctx.saved_tensors),
+)
+_autograd(
+    "gather",
+    lambda i, o: (i[2],),
+    lambda ctx, dy: (gather_backward(dy, ctx.saved_tensors[0], ctx.rows), None, None),
+)
+_autograd(
+    "combine",
+    lambda i, o: i[:3],
+    lambda ctx, d: ((g := combine_backward(d, *ctx.saved_tensors))[0], None, g[1], d),
+)
+
+
+def _norm_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, gain, cos, sin = ctx.saved_tensors
+    return *norm_backward(dy, x, gain, ctx.inputs[2], cos, sin), None, None, None
+
+
+_autograd("norm", lambda i, o: (i[0], i[1], i[3], i[4]), _norm_gradients)
+_autograd("gated", lambda i, o: i, lambda ctx, dy: gated_backward(dy, *ctx.saved_tensors))
+_autograd(
+    "attention",
+    lambda i, o: (*i, *o),
+    lambda ctx, d, _: (*attention_backward(d, *ctx.saved_tensors), None),
+)
