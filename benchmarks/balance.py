@@ -94,7 +94,7 @@ def build(args: argparse.Namespace, shards: ShardSet, experts: int, balance: Bal
     job = Job(
         folder=Path(),
         model=model,
-        trainer=TrainerConfig(dtype="float32", threads=1),
+        trainer=TrainerConfig(threads=1),
         optim=OptimConfig(matrices="adamw", lr=3e-3),
         balance=balance,
         schedule=Schedule({"stable": PhaseConfig(steps=args.steps, warmup_steps=20)}),
@@ -285,8 +285,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=Path, default=Path("runs/balance/tokenize/tokens"))
     parser.add_argument("--cases", type=Path, default=Path("runs/balance/cases"), help="finished cases")
     parser.add_argument("--experts", type=int, nargs="+", default=[32, 128, 256])
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--window", type=int, default=150, help="steps whose loads are summed")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--window", type=int, default=200, help="steps whose loads are summed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--picture", type=Path, help="draw the result here")
