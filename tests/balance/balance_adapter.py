@@ -97,6 +97,8 @@ class Adapter(Protocol):
 
     rules: ClassVar[tuple[str, ...]]
     """The rules that move the bias, at least one of: `smebu` (kappa 2, beta 0.5), `sign` (re-centred)."""
+    losses: ClassVar[tuple[str, ...]]
+    """The losses there are, of: `sequence_loss`, `z_loss`, `router_z_loss`; others are not asked for."""
 
     def __init__(self, setup: Setup) -> None: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +28,7 @@ class FreeholdAdapter:
     """One Trainer; steps, validation and gradients are its own."""
 
     rules: ClassVar[tuple[str, ...]] = ("smebu", "sign")
+    losses: ClassVar[tuple[str, ...]] = ("sequence_loss", "z_loss", "router_z_loss")
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -69,8 +71,13 @@ class FreeholdAdapter:
         return sorted(self.moe)
 
     def step(self, rows: Rows) -> None:
-        object.__setattr__(self.trainer.job, "micro_sequences", len(rows.ids) // self.setup.micro_batches)
-        self.trainer.train_step(Batch(*(tensor.numpy() for tensor in rows)))
+        self.report(rows)
+
+    def report(self, rows: Rows) -> dict[str, Any]:
+        """Run a step and return what the loop writes to metrics.jsonl of it."""
+        rows_at_once = len(rows.ids) // self.setup.micro_batches
+        self.trainer.job = dataclasses.replace(self.trainer.job, micro_sequences=rows_at_once)
+        return self.trainer.train_step(Batch(*(tensor.numpy() for tensor in rows)))
 
     def evaluate(self, rows: Rows) -> None:
         bits_per_byte(self.trainer.model, {"text": HeldOut(Batch(*(tensor.numpy() for tensor in rows)), 1)})

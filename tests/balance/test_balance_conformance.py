@@ -7,10 +7,10 @@ docs/balancing.md says who had which leak. test_balance_leaks.py proves that eac
 from __future__ import annotations
 
 import torch
-from balance_adapter import IGNORE, PADDING, Routed, Rows, Setup
+from balance_adapter import IGNORE, PADDING, Routed, Rows, Setup, Unsupported
 from torch import Tensor
 
-LOSSES = {"sequence_loss": 1.0, "router_z_loss": 0.1, "z_loss": 0.1}
+WEIGHTS = {"sequence_loss": 1.0, "router_z_loss": 0.1, "z_loss": 0.1}
 """Weights large enough that an error in a loss is not lost in the gradient of the cross-entropy."""
 
 
@@ -54,8 +54,14 @@ def close(a: dict, b: dict, tolerance: float = 1e-5) -> bool:
     )
 
 
+def losses_of(build) -> dict[str, float]:
+    return {name: WEIGHTS[name] for name in build.losses}
+
+
 def from_losses(build, rows: Rows, **losses: float) -> dict[str, Tensor]:
     """Return the part of each router's gradient (and the head's) that comes from the losses named."""
+    for name in losses.keys() - set(build.losses):
+        raise Unsupported(name)
     with_them, without = (build(Setup(**kind)).gradients(rows) for kind in (losses, {}))
     return {key: with_them[key] - without[key] for key in without if key.startswith(("router", "head"))}
 
@@ -88,7 +94,7 @@ def test_validation_leaves_no_trace(build):
 
 
 def test_recompute_counts_once(build):
-    rows, setup = text(), {"rule": build.rules[0], **LOSSES}
+    rows, setup = text(), {"rule": build.rules[0], **losses_of(build)}
     plain, again = build(Setup(**setup)), build(Setup(**setup, recompute=True))
     assert close(again.gradients(rows), plain.gradients(rows))
     plain.step(rows)
@@ -98,7 +104,7 @@ def test_recompute_counts_once(build):
 
 
 def test_micro_batches_add_up(build):
-    rows, setup = padded(text(), [16, 16, 9, 2]), {"rule": build.rules[0], **LOSSES}
+    rows, setup = padded(text(), [16, 16, 9, 2]), {"rule": build.rules[0], **losses_of(build)}
     whole, parts = build(Setup(**setup)), build(Setup(**setup, micro_batches=4))
     assert close(parts.gradients(rows), whole.gradients(rows))
     whole.step(rows)
@@ -139,7 +145,7 @@ def test_each_layer_moves_by_its_own_counts(build):
 
 
 def test_a_model_without_experts_trains(build):
-    adapter = build(Setup(dense_layers=4, rule=build.rules[0], **LOSSES))
+    adapter = build(Setup(dense_layers=4, rule=build.rules[0], **losses_of(build)))
     before = adapter.weights()["head"]
     adapter.step(text())
     assert adapter.moe_layers == []
@@ -148,7 +154,7 @@ def test_a_model_without_experts_trains(build):
 
 def test_a_layer_without_tokens_rests(build):
     for rule in build.rules:
-        adapter = build(Setup(rule=rule, **LOSSES))
+        adapter = build(Setup(rule=rule, **losses_of(build)))
         adapter.step(padded(text(), [0, 0, 0, 0]))
         assert all(int(n.sum()) == 0 for n in counts(adapter).values())
         assert all(torch.equal(b, torch.zeros(8)) for b in biases(adapter).values())
@@ -156,7 +162,7 @@ def test_a_layer_without_tokens_rests(build):
 
 
 def test_nothing_but_the_rule_moves_the_bias(build):
-    adapter = build(Setup(rule="", weight_decay=0.1, **LOSSES))
+    adapter = build(Setup(rule="", weight_decay=0.1, **losses_of(build)))
     start = {layer: torch.linspace(-0.2, 0.3, 8) for layer in adapter.moe_layers}
     for layer, values in start.items():
         adapter.set_bias(layer, values)
@@ -249,7 +255,7 @@ def test_the_sequence_loss_is_of_sequences_not_of_the_batch(build):
 def test_padding_does_not_enter_the_losses(build):
     rows = padded(text(), [10, 10, 10, 10])
     short = Rows(*(tensor[:, :10] for tensor in rows))
-    adapter = build(Setup(**LOSSES))
+    adapter = build(Setup(**losses_of(build)))
     expected = adapter.gradients(short)
     assert close(adapter.gradients(rows), expected)
     assert close(adapter.gradients(padded(text(), [10, 10, 10, 10], filler=50)), expected)

@@ -10,7 +10,6 @@ from test_balance_conformance import padded, text
 
 from freehold.core.config import fill
 from freehold.core.errors import ConfigError
-from freehold.data.packing import Batch
 from freehold.model.moe import Routing
 from freehold.optim.balance import router_losses, sequence_loss
 from freehold.optim.config import NoBalanceConfig, SmebuConfig
@@ -19,7 +18,7 @@ REAL = torch.ones(1, 4, dtype=torch.bool)
 
 
 def routing(*chosen, experts=4):
-    """Scores of 1/2 and 1/6 (logits whose sigmoids are 3/4 and 1/4): each token chooses one expert, and means it."""
+    """Each token chooses one expert at score 3/4, the others have 1/4: shares of 1/2 and 1/6."""
     logits = torch.full((len(chosen), experts), 0.25).logit()
     logits[torch.arange(len(chosen)), list(chosen)] = torch.tensor(0.75).logit()
     return Routing(logits, torch.tensor(chosen)[:, None], torch.zeros(experts))
@@ -45,16 +44,11 @@ def test_losses_are_summed_over_layers_and_only_those_asked_for():
     assert float(only.total) == pytest.approx(0.25 * 0.1 * 12, rel=1e-6)
 
 
-def report(setup, rows):
-    adapter = FreeholdAdapter(setup)
-    object.__setattr__(adapter.trainer.job, "micro_sequences", 2)
-    return adapter.trainer.train_step(rows)
-
-
 def test_the_loop_reports_means_over_tokens_and_layers():
-    rows = Batch(*(tensor.numpy() for tensor in padded(text(), [16, 16, 9, 0])))
-    assert not {"loss/sequence", "loss/router_z"} & report(Setup(), rows).keys()
-    values = report(Setup(sequence_loss=1e-3, router_z_loss=1e-3), rows)
+    rows = padded(text(), [16, 16, 9, 0])
+    assert not {"loss/sequence", "loss/router_z"} & FreeholdAdapter(Setup()).report(rows).keys()
+    setup = Setup(sequence_loss=1e-3, router_z_loss=1e-3, micro_batches=2)
+    values = FreeholdAdapter(setup).report(rows)
     assert 0.9 < values["loss/sequence"] < 2.0
     assert values["loss/router_z"] == pytest.approx(math.log(8) ** 2, rel=0.1)
 
