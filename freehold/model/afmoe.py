@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from freehold.model.attention import Attention, Cache, Context, build_masks
 from freehold.model.config import ModelConfig
 from freehold.model.layers import Embedding, Linear, RMSNorm, SwiGLU, rotary
-from freehold.model.moe import MoE
+from freehold.model.moe import MoE, Routing
 
 
 class Block(nn.Module):
@@ -30,18 +30,18 @@ class Block(nn.Module):
         dense = index < config.num_dense_layers
         self.mlp: SwiGLU | MoE = SwiGLU(width, config.intermediate_size) if dense else MoE(config)
 
-    def forward(self, h: Tensor, context: Context) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the stream after this layer, and from a MoE its assignment counts and largest router logit.
+    def forward(self, h: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
+        """Return the stream after this layer, and from a MoE its routing.
 
-        The counts are returned rather than kept, so that a layer run again for its gradient counts nothing.
+        The routing is returned rather than kept, so that a layer run again for its gradient counts nothing.
         """
         h = h + self.post_attention_layernorm(self.self_attn(self.input_layernorm(h), context))
-        x, counts, logit_max = self.pre_mlp_layernorm(h), None, None
+        x, routing = self.pre_mlp_layernorm(h), None
         if isinstance(self.mlp, MoE):
-            f, counts, logit_max = self.mlp(x, context.token_mask)
+            f, routing = self.mlp(x, context.token_mask)
         else:
             f = self.mlp(x)
-        return h + self.post_mlp_layernorm(f), counts, logit_max
+        return h + self.post_mlp_layernorm(f), routing
 
 
 class Trunk(nn.Module):
@@ -86,12 +86,14 @@ class Afmoe(nn.Module):
         document_ids: Tensor | None = None,
         cache: Cache | None = None,
         token_mask: Tensor | None = None,
+        routings: list[Routing] | None = None,
     ) -> Tensor:
         """Return what the head is applied to, [B, T, d].
 
         positions [T] or [B, T]: 0, 1, 2, ... when None; required with a cache. document_ids [B, T]: tokens see
         only tokens of the same id; -1 is padding. token_mask [B, T] bool: False tokens (and padding) are
-        computed but not counted in expert loads.
+        computed but not counted in expert loads. routings: a list to which the routing of each MoE layer is added,
+        for losses on it; their logits then live until the backward pass, recompute or not.
         """
         config, trunk = self.config, self.model
         if cache is not None and (positions is None or document_ids is not None):
@@ -109,13 +111,15 @@ class Afmoe(nn.Module):
         context = Context(cos, sin, masks, where, cache, token_mask)
         for block in trunk.layers.values():
             if self.recompute and self.training and torch.is_grad_enabled():
-                h, counts, logit_max = checkpoint(block, h, context, use_reentrant=False)
+                h, routing = checkpoint(block, h, context, use_reentrant=False)
             else:
-                h, counts, logit_max = block(h, context)
+                h, routing = block(h, context)
             if isinstance(block.mlp, MoE):
-                block.mlp.last_router_logit_max = logit_max
+                block.mlp.last_router_logit_max = routing.logits.detach().amax()
                 if self.training:
-                    block.mlp.load_counts += counts
+                    block.mlp.load_counts += routing.counts
+                if routings is not None:
+                    routings.append(routing)
         return trunk.norm(h)
 
     def moe_layers(self) -> dict[str, MoE]:

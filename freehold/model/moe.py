@@ -5,7 +5,7 @@ Shapes: N tokens, k experts per token, E experts, d model width, i expert width.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,17 @@ class LocalDispatcher:
     def combine(self, y: Tensor, context: None) -> Tensor:
         """Return the rows as they are."""
         return y
+
+
+class Routing(NamedTuple):
+    """What the router of one layer decided for the tokens of one forward pass."""
+
+    logits: Tensor
+    """[N, E] fp32, in the graph: what a loss on the routing reads"""
+    chosen: Tensor
+    """[N, k] experts of each token"""
+    counts: Tensor
+    """int64 [E] assignments per expert, of tokens that count"""
 
 
 class Router(nn.Module):
@@ -104,8 +115,8 @@ class MoE(nn.Module):
             self.expert_bias = exact.to(self.expert_bias.device)
         return self
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return [B, T, d], the assignments per expert of tokens that count (int64 [E]), and the largest logit."""
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Return [B, T, d] and how its tokens were routed; `token_mask` [B, T] False: computed but not counted."""
         flat = x.flatten(0, -2)
         logits, weights, chosen = self.router(flat, self.expert_bias)
         experts = self.expert_bias.numel()
@@ -115,4 +126,4 @@ class MoE(nn.Module):
         results = self.dispatcher.combine(self.experts(rows, local_counts), context)
         out = ops.combine(results, path, weights, self.shared_experts(flat))
         counted = counts if token_mask is None else chosen[token_mask.flatten()].flatten().bincount(minlength=experts)
-        return out.view_as(x), counted, logits.detach().amax()
+        return out.view_as(x), Routing(logits, chosen, counted)

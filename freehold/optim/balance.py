@@ -1,17 +1,22 @@
-"""Expert balancing outside the gradient: one rule reads how many tokens each expert got, and moves its bias.
+"""Expert balancing, all of it: what moves the selection bias, and what acts on the router through the gradient.
 
-Counts are those of a whole optimizer step: over micro-batches, and over all ranks once there are several.
-Shapes: E experts; n_i tokens routed to expert i; n-bar their mean.
+A rule (`build_balance`) reads how many tokens each expert got in a whole optimizer step, over micro-batches and ranks,
+and moves the bias outside the gradient. `router_losses` is added to the training loss. A recipe chooses one rule and
+the weight of each loss.
+
+Shapes: B rows, T tokens a row, N = B T tokens, k experts per token, E experts; n_i tokens routed to expert i; n-bar
+their mean.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from freehold.optim.config import BalanceConfig, NoBalanceConfig, SignConfig, SmebuConfig
+from freehold.optim.config import BalanceConfig, NoBalanceConfig, RouterLossConfig, SignConfig, SmebuConfig
 
 
 class BalanceRule(Protocol):
@@ -31,6 +36,7 @@ class Smebu:
     """Soft-clamped Momentum Expert Bias Updates (trinity report, section 2.2).
 
     v = (n-bar - n) / n-bar; step = lambda * tanh(kappa v), centred; m = beta m + (1 - beta) step; b += m.
+    A step is bounded by 2 lambda, depends on shares only, and is 0 at balance.
     """
 
     def __init__(self, config: SmebuConfig) -> None:
@@ -59,7 +65,10 @@ class Smebu:
 
 
 class Sign:
-    """The sign rule of auxiliary-loss-free balancing (Wang et al. 2024), re-centred as in Trinity Nano and Mini."""
+    """The sign rule of auxiliary-loss-free balancing (Wang et al. 2024, algorithm 1), as in Trinity Nano and Mini.
+
+    b += gamma * sign(n-bar - n); b -= mean(b) (trinity report, section 2.2).
+    """
 
     def __init__(self, config: SignConfig) -> None:
         self.config = config
@@ -100,6 +109,69 @@ def build_balance(config: BalanceConfig) -> BalanceRule:
             return Sign(config)
         case NoBalanceConfig():
             return NoBalance()
+
+
+class Routing(Protocol):
+    """What the losses read of one layer: router logits [N, E] in the graph, chosen experts [N, k]."""
+
+    @property
+    def logits(self) -> Tensor:
+        """Router logits before the sigmoid, without the bias."""
+
+    @property
+    def chosen(self) -> Tensor:
+        """Experts each token uses, chosen with the bias."""
+
+
+class RouterLosses(NamedTuple):
+    """Sums over layers and over the tokens that count; `total` carries the gradient."""
+
+    total: Tensor
+    """scale * (alpha * sequence + weight * z)"""
+    sequence: Tensor
+    """sum of T_s * sum_i f_i P_i over sequences s: 1 a token at perfect balance"""
+    z: Tensor
+    """sum of log(sum(exp(router logits)))^2"""
+
+
+def router_losses(config: RouterLossConfig, routings: Iterable[Routing], real: Tensor, *, scale: float) -> RouterLosses:
+    """Return the losses on the routing of some rows; `real` [B, T] bool is False where a token is padding.
+
+    `scale` is 1 / (real tokens of the whole global step), so that micro-batches and ranks simply add up. A row is a
+    sequence, however many documents are packed into it: of a document shorter than E / k tokens no load can be even.
+    Layers are summed: each router gets the published weight. A term of weight 0 is not computed.
+    """
+    sequence = z = torch.zeros((), device=real.device)
+    for routing in routings:
+        if config.sequence_loss:
+            sequence = sequence + sequence_loss(routing.logits, routing.chosen, real)
+        if config.router_z_loss:
+            z = z + router_z_loss(routing.logits, real)
+    total = scale * (config.sequence_loss * sequence + config.router_z_loss * z)
+    return RouterLosses(total, sequence.detach(), z.detach())
+
+
+def sequence_loss(logits: Tensor, chosen: Tensor, real: Tensor) -> Tensor:
+    """Return the sum of T * L over the rows, L the complementary sequence-wise loss of one layer without its alpha.
+
+    L = sum_i f_i P_i (DeepSeek-V3 report, equations 17 to 20; trinity report, section 2.2), with
+    f_i = E / (k T) * (tokens of the row that chose i, bias included) and P_i = mean over the row's tokens of
+    s_i / sum_j s_j, s the sigmoid scores without the bias. The gradient goes through P only. T counts real tokens.
+    """
+    (rows, tokens), experts, k = real.shape, logits.shape[-1], chosen.shape[-1]
+    scores = logits.sigmoid().view(rows, tokens, experts)
+    share = ((scores / scores.sum(-1, keepdim=True)) * real.unsqueeze(-1)).sum(1)
+    place = chosen.view(rows, tokens, k) + experts * torch.arange(rows, device=chosen.device)[:, None, None]
+    load = place[real].flatten().bincount(minlength=rows * experts).view(rows, experts)
+    return experts / k * ((load * share).sum(1) / real.sum(1).clamp_min(1)).sum()
+
+
+def router_z_loss(logits: Tensor, real: Tensor) -> Tensor:
+    """Return the sum over real tokens of the squared log-partition of the logits (ST-MoE, Zoph et al. 2022, eq. 5).
+
+    Sigmoid scores have no partition; the term is kept as published, for what it does: it holds the logits down.
+    """
+    return (torch.logsumexp(logits, -1).square() * real.flatten()).sum()
 
 
 def max_violation(counts: Tensor) -> float:

@@ -55,7 +55,23 @@ def check_names(phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
     return phases
 
 
-class SmebuConfig(Config):
+class RouterLossConfig(Config):
+    """Terms of balancing that act through the gradient, beside any rule that moves the bias."""
+
+    sequence_loss: float = Field(
+        0.0, ge=0, description="alpha of the sequence-wise balance loss (Trinity Large: 1e-4); 0: none"
+    )
+    router_z_loss: float = Field(
+        0.0, ge=0, description="weight of the squared log-partition of the router's logits (ST-MoE: 1e-3); 0: none"
+    )
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the model must hand out its routings for a loss."""
+        return self.sequence_loss > 0 or self.router_z_loss > 0
+
+
+class SmebuConfig(RouterLossConfig):
     """Soft-clamped Momentum Expert Bias Updates (trinity report, section 2.2)."""
 
     kind: Literal["smebu"] = "smebu"
@@ -64,15 +80,15 @@ class SmebuConfig(Config):
     kappa: float = Field(2.0, gt=0, description="steepness of the tanh clamp")
 
 
-class SignConfig(Config):
+class SignConfig(RouterLossConfig):
     """Auxiliary-loss-free balancing by the sign of the violation (Wang et al. 2024), re-centred."""
 
     kind: Literal["sign"] = "sign"
     rate: float = Field(1e-3, gt=0, description="gamma: the step")
 
 
-class NoBalanceConfig(Config):
-    """No balancing: the bias stays as it is."""
+class NoBalanceConfig(RouterLossConfig):
+    """The bias stays as it is; a loss may balance alone."""
 
     kind: Literal["none"] = "none"
 

@@ -24,10 +24,11 @@ from freehold.checkpoint import native
 from freehold.core.errors import CheckpointError, FreeholdError
 from freehold.core.log import Log
 from freehold.data.loader import Order
-from freehold.data.packing import Batch
+from freehold.data.packing import PADDING, Batch
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig, flops_per_token
-from freehold.optim.balance import build_balance
+from freehold.model.moe import Routing
+from freehold.optim.balance import build_balance, router_losses
 from freehold.optim.build import Optimizers
 from freehold.optim.config import BalanceConfig, OptimConfig
 from freehold.optim.schedule import Schedule
@@ -167,15 +168,16 @@ class Trainer:
 
         A step whose loss or gradient is not finite changes nothing but the step count.
         """
-        targets = batch.target_tokens
-        cross_entropy = z = 0.0
+        targets, tokens = batch.target_tokens, int((batch.document_ids != PADDING).sum())
+        cross_entropy = z = sequence = router_z = 0.0
         self.model.train()
         for layer in self.moe_layers.values():
             layer.load_counts.zero_()
         for start in range(0, len(batch.input_ids), self.job.micro_sequences):
             micro = batch.rows(start, start + self.job.micro_sequences)
             documents = torch.from_numpy(micro.document_ids)
-            hidden = self.model.hidden(torch.from_numpy(micro.input_ids), document_ids=documents)
+            routings: list[Routing] | None = [] if self.job.balance.has_loss else None
+            hidden = self.model.hidden(torch.from_numpy(micro.input_ids), document_ids=documents, routings=routings)
             losses = chunked_loss(
                 hidden,
                 self.model.lm_head.weight,
@@ -184,7 +186,13 @@ class Trainer:
                 z_loss=self.job.trainer.z_loss,
                 chunk_tokens=self.job.trainer.loss_chunk_tokens,
             )
-            losses.total.backward()
+            total = losses.total
+            if routings:
+                router = router_losses(self.job.balance, routings, documents != PADDING, scale=1 / max(tokens, 1))
+                total = total + router.total
+                sequence += float(router.sequence)
+                router_z += float(router.z)
+            total.backward()
             cross_entropy += float(losses.cross_entropy)
             z += float(losses.z)
             self._collect()
@@ -215,7 +223,13 @@ class Trainer:
             master.grad = None
         self.step += 1
         self.tokens += batch.input_ids.size
-        return {"loss/mean": cross_entropy / max(targets, 1), "loss/z": z / max(targets, 1), "optim/grad_norm": norm}
+        values = {"loss/mean": cross_entropy / max(targets, 1), "loss/z": z / max(targets, 1), "optim/grad_norm": norm}
+        routed = max(tokens * len(self.moe_layers), 1)
+        if self.job.balance.sequence_loss:
+            values["loss/sequence"] = sequence / routed
+        if self.job.balance.router_z_loss:
+            values["loss/router_z"] = router_z / routed
+        return values
 
     def _collect(self) -> None:
         """Add the micro-batch's gradients to those of the masters, in float32."""

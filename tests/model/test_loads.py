@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freehold.model.afmoe import Afmoe
+from freehold.model.moe import Routing
 
 
 def loads(model: Afmoe) -> Tensor:
@@ -30,11 +31,11 @@ def test_every_assignment_of_every_token_is_counted_and_added_up(model: Afmoe) -
 def test_counts_are_those_of_the_router(model: Afmoe) -> None:
     moe = model.moe_layers()["model.layers.1.mlp"]
     x = torch.randn(2, 7, 32)
-    _, counts, logit_max = moe(x)
+    _, routing = moe(x)
     logits = x.flatten(0, 1) @ moe.router.gate.weight.T
     chosen = (logits.sigmoid() + moe.expert_bias).topk(3).indices
-    assert torch.equal(counts, chosen.flatten().bincount(minlength=8))
-    torch.testing.assert_close(logit_max, logits.max())
+    assert torch.equal(routing.counts, chosen.flatten().bincount(minlength=8))
+    torch.testing.assert_close(routing.logits, logits)
 
 
 def test_weights_come_from_unbiased_scores_and_have_the_scale(model: Afmoe) -> None:
@@ -102,3 +103,13 @@ def test_the_largest_router_logit_is_shown(model: Afmoe) -> None:
         assert moe.last_router_logit_max is not None
         assert moe.last_router_logit_max.isfinite()
         assert not moe.last_router_logit_max.requires_grad
+
+
+def test_routings_are_collected_when_asked_for(model: Afmoe) -> None:
+    routings: list[Routing] = []
+    model.hidden(ids(), routings=routings)
+    assert len(routings) == 4
+    for moe, routing in zip(model.moe_layers().values(), routings, strict=True):
+        assert routing.logits.requires_grad
+        assert moe.last_router_logit_max == routing.logits.max()
+        assert torch.equal(routing.counts, routing.chosen.flatten().bincount(minlength=8))
