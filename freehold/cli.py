@@ -33,8 +33,8 @@ EXAMPLES = """examples:
   freehold lineage runs/laptop                        from sources to GGUF
 """
 
-# Read when a process starts (so by the stages of a walk) or loads PyTorch. Threads that wait by spinning for long make a
-# step five times slower as soon as anything else runs; fresh pages for every large tensor cost a tenth of a step.
+# Read when a process starts (so by the stages of a walk) or loads PyTorch. Threads that wait by spinning for long make
+# a step five times slower as soon as anything else runs; fresh pages for every large tensor cost a tenth of a step.
 PROCESS = {
     "GOMP_SPINCOUNT": "3000",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",

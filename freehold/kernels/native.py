@@ -111,23 +111,32 @@ def available(x: Tensor, *widths: int) -> bool:
     if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and library.freehold_bf16()):
         return False
     if any(width % WIDTH_MULTIPLE for width in widths):
-        _tell(f"widths {widths} are not all multiples of {WIDTH_MULTIPLE}: PyTorch's operators are used there")
+        _tell_of_widths()
         return False
     return True
 
 
-def describe(dtype: torch.dtype) -> str:
-    """Return in a few words which operators a model of this dtype runs on, on CPU: for logs and manifests."""
+def operators(dtype: torch.dtype) -> str:
+    """Return the name of the operators a model of this dtype runs on, on CPU: other names, other bits."""
     library = _library()
-    if isinstance(library, str):
-        return f"PyTorch ({library})"
-    if dtype == torch.float32 or (dtype == torch.bfloat16 and library.freehold_bf16()):
-        return f"native kernels ({Path(library._name).stem.removeprefix('native-')})"
-    return f"PyTorch (the kernels have no {str(dtype).removeprefix('torch.')} on this CPU)"
+    if isinstance(library, ctypes.CDLL) and available(torch.empty(0, dtype=dtype)):
+        return Path(library._name).stem
+    return "pytorch"
+
+
+def describe(dtype: torch.dtype) -> str:
+    """Return the same for people, with the reason why there are no kernels."""
+    name, library = operators(dtype), _library()
+    if name != "pytorch":
+        return f"CPU kernels ({name})"
+    missing = f"the kernels have no {str(dtype).removeprefix('torch.')} on this CPU"
+    return f"PyTorch ({library if isinstance(library, str) else missing})"
 
 
 @functools.cache
-def _tell(line: str) -> None:
+def _tell_of_widths() -> None:
+    """Print, once, that some rows are not for the kernels."""
+    line = f"row widths that are no multiples of {WIDTH_MULTIPLE} run on PyTorch's operators"
     print(f"kernels: {line}", file=sys.stderr)
 
 

@@ -25,6 +25,7 @@ from freehold.core.errors import CheckpointError, FreeholdError
 from freehold.core.log import Log
 from freehold.data.loader import Order
 from freehold.data.packing import PADDING, Batch
+from freehold.kernels import native as kernels
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig, flops_per_token
 from freehold.model.moe import Routing
@@ -97,6 +98,7 @@ class Trainer:
         self.step = job.schedule.first_step
         self.tokens = job.tokens_before
         self.skipped: list[int] = []
+        self.operators = kernels.operators(DTYPES[job.trainer.dtype])
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -120,6 +122,7 @@ class Trainer:
             "phase": position.phase,
             "parent": self.job.parent,
             "skipped_steps": self.skipped,
+            "operators": self.operators,
             "optim": self.job.optim.model_dump(mode="json"),
             "balance": self.job.balance.model_dump(mode="json"),
             "phases": {n: p.model_dump(mode="json") for n, p in self.job.schedule.phases.items()},
@@ -138,6 +141,11 @@ class Trainer:
         self.step, self.tokens, self.skipped = facts["step"], facts["tokens"], list(facts["skipped_steps"])
         self.log.rewind(self.step)
         self.log.say(f"resumed from {folder.name}")
+        if facts["operators"] != self.operators:
+            self.log.warn(
+                f"steps so far ran on {facts['operators']}, the rest will on {self.operators}: "
+                "the run is sound, but its bits are not those of a run on either alone"
+            )
         return True
 
     def adopt(self, state: native.State, folder: Path) -> None:
@@ -261,6 +269,7 @@ class Trainer:
         if self.step >= schedule.total_steps:
             self._prune()
             return
+        self.log.say(f"operators: {kernels.describe(DTYPES[config.dtype])}")
         peak = gemm_flops_per_s(DTYPES[config.dtype])
         context = job.order.batch(self.step).input_ids.shape[1]
         flops = flops_per_token(job.model, context)

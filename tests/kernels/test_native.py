@@ -251,4 +251,4 @@ def test_a_shape_they_do_not_take_is_told_once(tmp_path: Path) -> None:
     if not native.available(torch.empty(1)):
         pytest.skip(native.describe(torch.float32))
     _, told = run(tmp_path, width=24, XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME", ""))
-    assert told == "kernels: widths (24, 24) are not all multiples of 16: PyTorch's operators are used there"
+    assert told == "kernels: row widths that are no multiples of 16 run on PyTorch's operators"

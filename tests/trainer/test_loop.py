@@ -13,6 +13,7 @@ from freehold.core.errors import CheckpointError
 from freehold.core.log import Log, read_metrics
 from freehold.data.loader import PhaseRows, Source, TextOrder
 from freehold.data.packing import IGNORE, PADDING, Batch
+from freehold.kernels import native as kernels
 from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
@@ -100,6 +101,15 @@ def test_killed_and_resumed_ends_with_the_same_bits(straight, tmp_path, killed_a
     make(tmp_path).run()
     assert hashes(tmp_path) == hashes(straight)
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_going_on_with_other_operators_is_told(tmp_path, capsys, monkeypatch):
+    trainer = make(tmp_path)
+    trainer.train_step(trainer.job.order.batch(0))
+    trainer._checkpoint(None)
+    monkeypatch.setattr(kernels, "operators", lambda dtype: "others")
+    assert make(tmp_path, quiet=False).restore()
+    assert f"ran on {trainer.operators}, the rest will on others" in capsys.readouterr().err
 
 
 def test_interrupt_saves_and_leaves_the_same_bits(straight, tmp_path):
