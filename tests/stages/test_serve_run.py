@@ -162,6 +162,24 @@ def test_a_gguf_file_stops_draws_and_repeats(gguf):
     assert list(gguf.backend.decode([prompt], [Sampling(max_tokens=0)])) == []
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-300, 1e-7])
+def test_a_temperature_next_to_0_is_greedy_on_a_gguf_file(gguf, temperature):
+    prompt = [0, 40, 50, 60, 41, 51]
+    greedy, sharp = (
+        [t.id for _, t in gguf.backend.decode([prompt], [Sampling(temperature=t, max_tokens=12, seed=0)])]
+        for t in (0, temperature)
+    )
+    assert sharp == greedy
+
+
+def test_a_connection_that_llama_cpp_closed_is_opened_anew(gguf):
+    """It closes one that was idle for five seconds."""
+    prompt, sampling = [0, 40, 50, 60, 41, 51], Sampling(temperature=0, max_tokens=4)
+    before = [t.id for _, t in gguf.backend.decode([prompt], [sampling])]
+    gguf.backend._llama._connection.sock.shutdown(socket.SHUT_RDWR)
+    assert [t.id for _, t in gguf.backend.decode([prompt], [sampling])] == before
+
+
 def test_penalties_mean_the_same_on_a_gguf_file(gguf, tiny_checkpoint):
     engine, prompt = api.load(tiny_checkpoint).engine, [0, 40, 50, 60, 41, 51]
     sampling = Sampling(temperature=0, max_tokens=16, presence_penalty=1.5, frequency_penalty=0.5, logit_bias={99: 2.0})
@@ -196,8 +214,9 @@ def test_what_is_no_gguf_file_is_refused(exported, tmp_path):
     with pytest.raises(ArtifactError, match="no such file"):
         open_model(StageConfig(tokenizer=exported / "hf"), tmp_path / "model.gguf")
     (tmp_path / "model.gguf").write_bytes(b"not one")
-    with pytest.raises(ArtifactError, match="cannot open"):
+    with pytest.raises(ArtifactError, match="cannot open") as caught:
         open_model(StageConfig(tokenizer=exported / "hf"), tmp_path / "model.gguf")
+    assert "invalid magic characters" in str(caught.value)  # llama.cpp's own words
 
 
 def test_without_xllamacpp_gguf_files_are_refused(exported, monkeypatch):
