@@ -44,7 +44,7 @@ class Llama:
         self.path = path
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
-        self._log = tempfile.TemporaryFile() if log is None else log.open("w+b")
+        self._log = tempfile.TemporaryFile() if log is None else log.open("w+b")  # noqa: SIM115  (`close` closes it)
         options = {"path": str(path), "context_tokens": context_tokens, "threads": threads, "exact": exact}
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, json.dumps(options)],

@@ -46,6 +46,12 @@ def test_the_walk_asks_a_real_server_and_keeps_the_answer(tiny_checkpoint, tmp_p
     assert sorted(kept) == ["answer", "finish_reason", "model", "question", "usage"]
 
 
+def test_a_question_that_is_refused_fails_the_stage_with_the_reason(tiny_checkpoint, tmp_path):
+    config = StageConfig(answer_tokens=8, max_model_len=16)
+    with pytest.raises(serve_run.ServeError, match="found 33 tokens; expected at most 16"):
+        serve_run.run(config, workspace(tmp_path / "serve", tiny_checkpoint))
+
+
 def test_a_server_that_cannot_start_is_told_with_its_log(tmp_path):
     log = tmp_path / "server.txt"
     log.write_text("opening\nno model here\n")
@@ -217,6 +223,15 @@ def test_what_is_no_gguf_file_is_refused(exported, tmp_path):
     with pytest.raises(ArtifactError, match="cannot open") as caught:
         open_model(StageConfig(tokenizer=exported / "hf"), tmp_path / "model.gguf")
     assert "invalid magic characters" in str(caught.value)  # llama.cpp's own words
+
+
+def test_a_llama_cpp_that_died_is_told_as_that(exported):
+    served = open_model(StageConfig(), exported / "gguf" / "Tiny-F32.gguf")
+    served.backend._llama.process.kill()
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match="died at /completion"):
+            list(served.backend.decode([[0]], [Sampling(max_tokens=1)]))
+    served.close()
 
 
 def test_without_xllamacpp_gguf_files_are_refused(exported, monkeypatch):

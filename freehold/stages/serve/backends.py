@@ -41,6 +41,8 @@ class Served:
     name: str
     backend: Backend
     tokenizer: Tokenizer
+    at_once: int = 1
+    """Requests that may take turns."""
     close: Callable[[], None] = lambda: None
     """Ends what does not end by itself."""
 
@@ -50,10 +52,11 @@ def open_model(config: StageConfig, path: Path) -> Served:
     if path.suffix == ".gguf":
         tokenizer = Tokenizer.load(_tokenizer_folder(config, path))
         gguf = Gguf(path, tokenizer, config.max_model_len)
-        return Served(config.model_name or path.stem, gguf, tokenizer, gguf.close)
+        # One at a time: llama.cpp keeps the keys and values of one conversation, and would read each anew every turn.
+        return Served(config.model_name or path.stem, gguf, tokenizer, close=gguf.close)
     folder = api.find_model(path)
     loaded = api.load(folder, config.dtype, max_batch=config.max_batch, limit_tokens=config.max_model_len)
-    return Served(config.model_name or folder.resolve().name, loaded.engine, loaded.tokenizer)
+    return Served(config.model_name or folder.resolve().name, loaded.engine, loaded.tokenizer, config.max_running)
 
 
 def _tokenizer_folder(config: StageConfig, path: Path) -> Path:
