@@ -52,28 +52,36 @@ class Loaded:
         return (self.tokenizer.eos, self.tokenizer.end_of_text)
 
     def generate(
-        self, prompt: str | Sequence[Message], *, max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+        self, prompt: str | Sequence[Message], *, max_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> str:
         """Answer a question (one user message) or a conversation (`[{"role", "content"}, ...]`).
 
-        Returns the answer without its reasoning or tool calls; `answer` yields those too. ContextOverflow when
-        prompt and answer do not fit the model's context.
+        Returns the answer without its reasoning or tool calls; `answer` yields those too. `max_tokens` None = until
+        the model ends or its context is full. ContextOverflow when prompt and `max_tokens` do not fit the context.
         """
         sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, stop_ids=self.stop_ids)
         return "".join(piece.text for piece in self.answer(prompt, sampling) if piece.kind == "content")
 
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Return a question or a conversation as the ids the model is given, ready for its answer."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return render_ids(self.tokenizer, messages, generation=True)[0]
+
     def answer(self, prompt: str | Sequence[Message], sampling: Sampling) -> Iterator[Piece]:
         """Yield the pieces of an answer as they become certain: content, reasoning, tool calls."""
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        ids, _ = render_ids(self.tokenizer, messages, generation=True)
         text, parser = TextStream(self.tokenizer), AnswerParser()
-        for token in self.engine.stream(ids, sampling):
+        for token in self.engine.stream(self.prompt_ids(prompt), sampling):
             yield from parser.feed(text.feed(token.id))
         yield from parser.feed(text.finish())
         yield from parser.finish()
 
-    def complete(self, text: str, *, max_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
-        """Go on with a text, as a model does that was not taught to converse; returns what follows it."""
+    def complete(
+        self, text: str, *, max_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
+    ) -> str:  # fmt: skip
+        """Go on with a text, as a model does that was not taught to converse; returns what follows it.
+
+        `max_tokens` and ContextOverflow as in `generate`.
+        """
         sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, stop_ids=self.stop_ids)
         ids = self.tokenizer.encode(text) or [self.tokenizer.end_of_text]
         stream = TextStream(self.tokenizer)

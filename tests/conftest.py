@@ -62,3 +62,17 @@ def tiny_checkpoint(tiny_model, tiny_tokenizer, tmp_path_factory):
     folder.parent.mkdir(parents=True)
     native.save(folder, {"model": tiny_model.state_dict()}, tiny_model.config, facts, files)
     return folder
+
+
+@pytest.fixture(scope="session")
+def short_folder(tiny_model, tiny_tokenizer, tmp_path_factory):
+    """The tiny model in HF form, with a context of 40 tokens."""
+    import torch
+
+    from freehold.checkpoint import hf
+
+    folder = tmp_path_factory.mktemp("short")
+    config = tiny_model.config.model_copy(update={"max_position_embeddings": 40})
+    hf.save_hf(folder, config, tiny_model.state_dict(), torch.float32)
+    tiny_tokenizer.save(folder)
+    return folder

@@ -22,6 +22,17 @@ def test_three_lines_to_an_answer(tiny_checkpoint):
     assert answer == model.generate([{"role": "user", "content": "What is the capital of France?"}], max_tokens=8)
 
 
+def test_without_max_tokens_the_context_is_the_end(short_folder):
+    model = api.load(short_folder)
+    ids = model.prompt_ids("hi")
+    answer = model.engine.generate([ids], Sampling(temperature=0, stop_ids=model.stop_ids))[0]
+    assert len(ids) + len(answer.ids) == 40  # or else this shows nothing
+    assert model.generate("hi") == model.generate("hi", max_tokens=40 - len(ids))
+    assert model.complete("hi") == model.complete("hi", max_tokens=40 - len(model.tokenizer.encode("hi")))
+    with pytest.raises(ContextOverflow, match="at most 40"):
+        model.generate("hi", max_tokens=40)
+
+
 def test_temperature_and_seed(tiny_checkpoint):
     model = api.load(tiny_checkpoint)
     answers = [model.generate("Hello", max_tokens=12, temperature=1.5, seed=s) for s in (1, 1, 2)]

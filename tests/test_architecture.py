@@ -42,7 +42,7 @@ ROOMS = {
 ONE_ROOM = {
     "transformers": {"stages/export"},
     "gguf": {"stages/export"},
-    "xllamacpp": {"stages/export", "stages/serve"},
+    "xllamacpp": {"infer/llama.py"},
     "tokenizers": {"tokenizer"},
     "tiktoken": {"tokenizer"},
     "rensa": {"stages/curate"},

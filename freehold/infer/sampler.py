@@ -52,7 +52,7 @@ class Sampling:
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0, 2)
         _check("top_p", self.top_p, 0, 1, above=True)
-        _check("top_k", self.top_k, 0, math.inf)
+        _check("top_k", self.top_k, 0, 2**31 - 1)  # what llama.cpp can hold
         _check("min_p", self.min_p, 0, 1)
         _check("presence_penalty", self.presence_penalty, -2, 2)
         _check("frequency_penalty", self.frequency_penalty, -2, 2)

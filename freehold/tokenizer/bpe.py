@@ -254,6 +254,7 @@ class Tokenizer:
             raise DataError("not a byte-level tokenizer", found=f"a token with {error}") from error
         self._bytes = {number: token for token, number in ranks.items()}
         self._bytes.update({number: name.encode() for name, number in self.specials.items()})
+        self.longest_token_bytes = max(map(len, self._bytes.values()))
         self._fast = None
         if self.data["pre_tokenizer"] == CHAIN:
             self._fast = tiktoken.Encoding(

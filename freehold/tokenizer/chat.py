@@ -131,7 +131,7 @@ def _encode_run(tokenizer: Tokenizer, run: list[Piece], ids: list[int], mask: li
         return
     ends, end = [], 0
     for piece in run:
-        end += len(piece.text.encode(errors="replace"))
+        end += len(piece.text.encode(errors="surrogatepass"))  # three bytes, as many as what replaces it
         ends.append((end, piece.learned))
     at, start = 0, 0
     for number in new:
@@ -235,7 +235,7 @@ def _call(call: Any, where: str) -> str:
     arguments = function.get("arguments")
     try:
         read = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # not JSON, a number of thousands of digits, or a thousand brackets
         read = None
     if not isinstance(read, Mapping):
         found = repr(arguments)[:100]

@@ -151,7 +151,7 @@ def parse_call(text: str) -> Piece | None:
     """Read `{"name": ..., "arguments": {...}}`; None when it is something else."""
     try:
         call: Any = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return None

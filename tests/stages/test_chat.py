@@ -8,6 +8,7 @@ import io
 import pytest
 
 from freehold import api
+from freehold.infer.engine import ContextOverflow
 from freehold.stages.chat import run as chat_run
 from freehold.stages.chat.config import StageConfig, plan
 
@@ -36,6 +37,19 @@ def typed(monkeypatch, *lines) -> None:
     monkeypatch.setattr(builtins, "input", answer)
 
 
+def watch(monkeypatch) -> list:
+    """Return a list that will hold the messages of each answer asked for."""
+    seen: list = []
+    original = api.Loaded.answer
+
+    def watched(self, prompt, sampling):
+        seen.append(list(prompt))
+        return original(self, prompt, sampling)
+
+    monkeypatch.setattr(api.Loaded, "answer", watched)
+    return seen
+
+
 def test_a_pipe_gets_one_answer_a_line(tiny_checkpoint):
     out = io.StringIO()
     chat_run.chat(config(tiny_checkpoint), io.StringIO("Hello\n\nHow are you?\nHello\n"), out)
@@ -46,18 +60,12 @@ def test_a_pipe_gets_one_answer_a_line(tiny_checkpoint):
 
 
 def test_a_conversation_goes_on_until_it_is_reset(tiny_checkpoint, monkeypatch):
-    seen = []
-    original = api.Loaded.answer
-
-    def watched(self, prompt, sampling):
-        seen.append([m["role"] for m in prompt])
-        return original(self, prompt, sampling)
-
-    monkeypatch.setattr(api.Loaded, "answer", watched)
+    seen = watch(monkeypatch)
     typed(monkeypatch, "Hello", "And?", "/reset", "", "Hello", "/system Be brief.", "Hello", "/help", "/quit", "never")
     out = Terminal()
     chat_run.chat(config(tiny_checkpoint), Terminal(), out)
-    assert seen == [["user"], ["user", "assistant", "user"], ["user"], ["system", "user"]]
+    roles = [[m["role"] for m in messages] for messages in seen]
+    assert roles == [["user"], ["user", "assistant", "user"], ["user"], ["system", "user"]]
     monkeypatch.undo()
     assert api.load(tiny_checkpoint).generate("Hello", max_tokens=8) in out.getvalue()
     assert "(forgotten)" in out.getvalue()
@@ -85,12 +93,48 @@ def test_ctrl_c_stops_an_answer_not_the_chat(tiny_checkpoint, monkeypatch):
     assert "/quit" in out.getvalue()
 
 
-def test_a_conversation_that_became_too_long_says_so(tiny_checkpoint, monkeypatch):
-    typed(monkeypatch, "word " * 2000, "Hello")
+def test_a_message_that_is_too_long_is_refused_and_nothing_is_forgotten(tiny_checkpoint, monkeypatch):
+    seen = watch(monkeypatch)
+    typed(monkeypatch, "Hi", "word " * 2000, "Hello")
     out = Terminal()
     chat_run.chat(config(tiny_checkpoint), Terminal(), out)
     assert "at most 1024 tokens" in out.getvalue()
-    assert api.load(tiny_checkpoint).generate("Hello", max_tokens=8) in out.getvalue()
+    assert "forgotten" not in out.getvalue().replace(chat_run.HELP, "")
+    assert [m["content"] for m in seen[-1] if m["role"] == "user"] == ["Hi", "Hello"]
+
+
+def test_a_line_of_a_pipe_that_is_too_long_is_an_error(tiny_checkpoint):
+    out = io.StringIO()
+    with pytest.raises(ContextOverflow, match="at most 1024 tokens") as caught:
+        chat_run.chat(config(tiny_checkpoint), io.StringIO("Hello\n\n" + "word " * 2000 + "\n"), out)
+    assert caught.value.where == "line 3"
+    assert out.getvalue().count("\n") == 1
+
+
+def test_a_long_conversation_loses_its_oldest_turns_and_says_so(tiny_checkpoint, monkeypatch):
+    seen = watch(monkeypatch)
+    asked = [f"question {n} " + "word " * 90 for n in range(12)]
+    typed(monkeypatch, *asked)
+    out = Terminal()
+    chat_run.chat(config(tiny_checkpoint, system="Be kind."), Terminal(), out)
+    loaded = api.load(tiny_checkpoint)
+    told = "(the conversation no longer fits the context: its oldest question and answer are forgotten)"
+    turns = [[m["content"].split(" word")[0] for m in messages if m["role"] == "user"] for messages in seen]
+    assert [found[-1] for found in turns] == [f"question {n}" for n in range(12)]  # all were answered
+    assert turns[-1][0] != "question 0"
+    assert len(turns[-1]) > 2
+    assert out.getvalue().count(told) == 12 - len(turns[-1])
+    for messages, found in zip(seen, turns, strict=True):
+        assert messages[0] == {"role": "system", "content": "Be kind."}
+        assert [m["role"] for m in messages[1:]] == ["user", "assistant"] * (len(found) - 1) + ["user"]
+        assert len(loaded.prompt_ids(messages)) + 8 <= 1024
+
+
+@pytest.mark.parametrize("more", [{}, {"max_tokens": 512}])
+def test_answers_end_with_the_context(short_folder, more):
+    out = io.StringIO()
+    chat_run.chat(StageConfig(path=short_folder, temperature=0, **more), io.StringIO("hi\n"), out)
+    assert out.getvalue() == " ".join(api.load(short_folder).generate("hi").split("\n")) + "\n"
 
 
 @pytest.mark.parametrize("shown", [True, False])

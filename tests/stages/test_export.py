@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from freehold.checkpoint import native
 from freehold.core.artifact import Workspace, hash_files
-from freehold.core.errors import ExportError
+from freehold.core.errors import ArtifactError, ExportError, RequestError
 from freehold.core.log import Log
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import PRESETS, ModelConfig
 from freehold.stages.export import check, gguf_writer, reference, samples
 from freehold.stages.export.config import Proof, StageConfig, plan
-from freehold.stages.export.llama import Llama
+from freehold.stages.export.llama import ExactLlama
 from freehold.stages.export.proof import probes, prove_gguf, prove_hf
 from freehold.stages.export.run import run
 from freehold.tokenizer import bpe
@@ -398,14 +398,14 @@ def test_routing_that_is_all_ties_proves_nothing(align: Path, tmp_path: Path) ->
 def test_llama_errors_are_told_with_its_log(exported: Exported, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(exported.gguf("F32").read_bytes().replace(b"blk.3.exp_probs_b.bias", b"blk.3.exp_prxbs_b.bias"))
-    with pytest.raises(ExportError, match=r"E llama_model_load.*exp_probs_b.bias"), Llama(path, 64, tmp_path / "log"):
-        pass
-    with Llama(exported.gguf("F32"), 64, tmp_path / "log") as llama:
-        with pytest.raises(ExportError, match="refused /completion"):
+    with pytest.raises(ArtifactError, match=r"E llama_model_load.*exp_probs_b.bias"):
+        ExactLlama(path, 64, tmp_path / "log")
+    with ExactLlama(exported.gguf("F32"), 64, tmp_path / "log") as llama:
+        with pytest.raises(RequestError, match="refused /completion"):
             llama.log_probabilities([5] * 400, exported.config.vocab_size)
         llama.process.kill()
         llama.process.wait()
-        with pytest.raises(ExportError, match="died at /tokenize"):
+        with pytest.raises(ArtifactError, match="died at /tokenize"):
             llama.tokenize("x")
 
 

@@ -14,10 +14,12 @@ import pytest
 import uvicorn
 
 from freehold import api
+from freehold.core.errors import ArtifactError
 from freehold.infer.sampler import Sampling
 from freehold.stages.serve.app import create_app
 from freehold.stages.serve.backends import Served
 from freehold.stages.serve.config import StageConfig
+from freehold.stages.serve.worker import Worker
 from freehold.tokenizer.chat import render_ids
 
 MODEL = "tiny"
@@ -251,6 +253,13 @@ def metric(server, name: str) -> float:
 
 CHAT = {"model": MODEL, "messages": HELLO, "max_tokens": 2}
 TEXT = {"model": MODEL, "prompt": "a", "max_tokens": 2}
+CALL = {"role": "assistant", "content": None}
+JSON = {"content-type": "application/json"}
+
+
+def calls(arguments: str) -> dict:
+    """Return a tool call."""
+    return {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}
 
 
 @pytest.mark.parametrize(
@@ -273,20 +282,36 @@ TEXT = {"model": MODEL, "prompt": "a", "max_tokens": 2}
         (CHAT | {"top_logprobs": 2}, 400, "top_logprobs", "invalid_value"),
         (CHAT | {"logit_bias": {"a": 1}}, 400, "logit_bias", "invalid_value"),
         (CHAT | {"logit_bias": {"4711": 1}}, 400, "logit_bias", "invalid_value"),
+        (CHAT | {"logit_bias": {"--5": 1}}, 400, "logit_bias", "invalid_value"),
+        (CHAT | {"logit_bias": {"5" * 5000: 1}}, 400, "logit_bias", "invalid_value"),
+        (CHAT | {"logit_bias": {"\u0663": 1}}, 400, "logit_bias", "invalid_value"),  # an Arabic three
+        (CHAT | {"logit_bias": {"\ud800": 1}}, 400, "logit_bias", "invalid_value"),
+        (CHAT | {"logit_bias": {str(i): 1 for i in range(1025)}}, 400, "logit_bias", "invalid_type"),
+        (CHAT | {"top_k": 2**63}, 400, "top_k", "invalid_value"),
+        (CHAT | {"model": "\ud800"}, 404, "model", "model_not_found"),
+        (CHAT | {"\ud800": 1}, 400, None, None),
+        (CHAT | {"tool_choice": "\ud800"}, 400, "tool_choice", "invalid_value"),
+        (CHAT | {"messages": [{"role": "user", "content": [{"type": "\ud800"}]}]}, 400, "messages.0.content", None),
+        (CHAT | {"messages": [{"role": "\ud800", "content": ""}]}, 400, "messages[0]", "invalid_value"),
+        (CHAT | {"messages": [CALL | {"tool_calls": [calls("[" * 5000)]}]}, 400, "messages[0].tool_calls[0]", None),
+        (CHAT | {"messages": [CALL | {"tool_calls": [calls("9" * 5000)]}]}, 400, "messages[0].tool_calls[0]", None),
         (CHAT | {"stop": ""}, 400, "stop", "invalid_value"),
+        (CHAT | {"stop": ["a"] * 65}, 400, "stop", "invalid_value"),
         (CHAT | {"stream": True, "max_tokens": 5000}, 400, "max_tokens", "context_length_exceeded"),
         (TEXT | {"prompt": ""}, 400, "prompt", "invalid_value"),
         (TEXT | {"prompt": []}, 400, "prompt", "invalid_value"),
+        (TEXT | {"prompt": ["a"] * 1025}, 400, "prompt", "invalid_value"),
+        (TEXT | {"prompt": [[1]] * 9, "n": 128}, 400, "prompt", "invalid_value"),
         (TEXT | {"prompt": [[1, 99999]]}, 400, "prompt", "invalid_value"),
         (TEXT | {"prompt": [1.5]}, 400, "prompt", "invalid_type"),
         (TEXT | {"best_of": 3}, 400, "best_of", "invalid_value"),
         (TEXT | {"suffix": "b"}, 400, "suffix", "invalid_value"),
     ],
-    ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
+    ids=lambda value: ascii(value)[:60] if isinstance(value, dict) else "",
 )
 def test_a_request_that_cannot_be_answered_is_refused_by_name(server, body, status, param, code):
     route = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
-    answer = httpx.post(server.address + route, json=body)
+    answer = httpx.post(server.address + route, content=json.dumps(body), headers=JSON)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, param)
     assert code in (None, error["code"])
@@ -294,10 +319,79 @@ def test_a_request_that_cannot_be_answered_is_refused_by_name(server, body, stat
     assert error["message"]
 
 
-def test_broken_json_and_unknown_paths(server, client):
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ({"tool_choice": "required"}, "nothing makes it call a tool"),
+        ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, "nothing makes it call a tool"),
+        ({"response_format": {"type": "json_object"}}, "nothing makes it write JSON"),
+    ],
+)
+def test_what_would_need_forced_words_is_refused_with_the_reason(server, body, why):
+    answer = httpx.post(server.address + "/v1/chat/completions", json=CHAT | body)
+    assert answer.status_code == 400
+    assert why in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/completions", lambda text: TEXT | {"prompt": text}),
+        ("/v1/completions", lambda text: TEXT | {"prompt": ["a", text]}),
+        ("/v1/chat/completions", lambda text: CHAT | {"messages": [{"role": "user", "content": text}]}),
+    ],
+    ids=["text", "texts", "chat"],
+)
+class TestLongPrompts:
+    def test_the_server_listens_while_a_prompt_is_encoded(self, server, loaded, monkeypatch, route, body):
+        begun, go_on, encode = threading.Event(), threading.Event(), loaded.tokenizer.encode
+
+        def slow(text, **options):
+            begun.set()
+            assert go_on.wait(30)
+            return encode(text, **options)
+
+        monkeypatch.setattr(loaded.tokenizer, "encode", slow)
+        found = []
+        asking = threading.Thread(
+            target=lambda: found.append(httpx.post(server.address + route, json=body("hello"), timeout=60))
+        )
+        asking.start()
+        assert begun.wait(30)
+        assert httpx.get(server.address + "/health", timeout=30).status_code == 200
+        assert not found
+        go_on.set()
+        asking.join(60)
+        assert found[0].status_code == 200
+
+    def test_what_cannot_fit_is_refused_before_it_is_encoded(self, server, loaded, monkeypatch, route, body):
+        encoded, encode = [], loaded.tokenizer.encode
+        monkeypatch.setattr(loaded.tokenizer, "encode", lambda text, **_: encoded.append(text) or encode(text))
+        longest = max(len(loaded.tokenizer.token_bytes(i)) for i in range(loaded.tokenizer.vocab_size))
+        answer = httpx.post(server.address + route, json=body("b" * (1024 * longest + 1)))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert not any("b" in text for text in encoded)
+
+    @pytest.mark.parametrize("chunked", [False, True])
+    def test_a_body_beyond_the_limit_is_not_even_read(self, server, route, body, chunked):
+        data = json.dumps(body("b" * (2**20 + 64 * 1024))).encode()
+        answer = httpx.post(server.address + route, content=iter([data]) if chunked else data, headers=JSON)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["type"]) == (413, "request_too_large", "invalid_request_error")
+        within = json.dumps(body("b" * 2**20)).encode()
+        assert httpx.post(server.address + route, content=within, headers=JSON).status_code == 400
+
+
+def test_half_a_surrogate_pair_in_a_conversation_is_read_as_any_text(server):
+    messages = [CALL | {"content": "\ud800\ud800\ud800 abc"}, CALL | {"reasoning_content": "\udc00"}, *HELLO]
     answer = httpx.post(
-        server.address + "/v1/completions", content=b"{'a", headers={"content-type": "application/json"}
+        server.address + "/v1/chat/completions", content=json.dumps(CHAT | {"messages": messages}), headers=JSON
     )
+    assert answer.status_code == 200
+
+
+def test_broken_json_and_unknown_paths(server, client):
+    answer = httpx.post(server.address + "/v1/completions", content=b"{'a", headers=JSON)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
     answer = httpx.get(server.address + "/v1/nothing")
     assert (answer.status_code, answer.json()["error"]["type"]) == (404, "invalid_request_error")
@@ -321,11 +415,14 @@ class Script:
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer, self.text, self.reason, self.pause_s, self.closed = tokenizer, "", "stop", 0.0, 0
+        self.error = None
 
     def decode(self, prompts, settings):
         from freehold.infer.engine import Token
 
         ids = self.tokenizer.encode(self.text, specials=True)
+        if self.error:
+            raise self.error
         try:
             for number in range(len(prompts)):
                 for token in ids:
@@ -392,6 +489,15 @@ def test_only_a_tool_call_has_no_content(script):
     assert choice.finish_reason == "stop"
 
 
+def test_a_tool_name_that_no_text_can_hold_is_no_error(script):
+    script.text = '<tool_call>\n{"name": "\\ud800", "arguments": {}}\n</tool_call>'
+    options = {"model": MODEL, "messages": HELLO, "tools": [TOOL]}
+    message = script.client.chat.completions.create(**options).choices[0].message
+    assert message.tool_calls[0].function.name == "?"
+    deltas = [c.choices[0].delta.tool_calls for c in script.client.chat.completions.create(**options, stream=True)]
+    assert [calls[0].function.name for calls in deltas if calls] == ["?"]
+
+
 def test_thinking_that_is_cut_off_is_not_the_answer(script):
     script.text, script.reason = "<think>\nlet me see, hm", "length"
     choice = script.client.chat.completions.create(model=MODEL, messages=HELLO).choices[0]
@@ -442,6 +548,56 @@ def test_a_full_queue_says_so(script):
     assert refused[0].code == "queue_full"
     assert refused[0].response.headers["retry-after"] == "1"
     working.close()
+
+
+def test_a_backend_that_died_is_not_the_clients_mistake(script):
+    script.error = ArtifactError("llama.cpp died at /completion", where="model.gguf")
+    with pytest.raises(openai.InternalServerError) as caught:
+        script.client.completions.create(model=MODEL, prompt="a")
+    assert "model.gguf" not in caught.value.message
+
+
+def test_work_takes_turns():
+    def endless():
+        while True:
+            yield 0
+
+    async def both():
+        worker = Worker(limit=4, at_once=2)
+        long, short = worker.run(endless()), worker.run(iter_of(1, 2, 3))
+        await anext(long)
+        try:
+            return [item async for item in short]
+        finally:
+            await long.aclose()
+            await asyncio.to_thread(worker.stop)
+
+    def iter_of(*items):
+        yield from items
+
+    assert asyncio.run(asyncio.wait_for(both(), 60)) == [1, 2, 3]
+
+
+def test_requests_that_take_turns_get_what_they_get_alone(loaded):
+    served = Served(MODEL, loaded.engine, loaded.tokenizer, at_once=3)
+    asked = [
+        {"prompt": "The capital of France", "max_tokens": 40, "seed": 1, "n": 2},
+        {"prompt": ["def add", "x" * 50], "max_tokens": 30, "seed": 2, "top_p": 0.9},
+        {"prompt": "A", "max_tokens": 60, "seed": 3, "frequency_penalty": 1.0},
+    ]
+
+    async def answers(client, options):
+        answer = await client.completions.create(model=MODEL, logprobs=2, **options)
+        return [(c.text, c.logprobs.token_logprobs) for c in answer.choices]
+
+    async def ask(address):
+        client = openai.AsyncOpenAI(base_url=address + "/v1", api_key="none", max_retries=0)
+        alone = [await answers(client, options) for options in asked]
+        return alone, await asyncio.gather(*(answers(client, options) for options in asked))
+
+    with Running(create_app(served, StageConfig())) as running:
+        alone, together = asyncio.run(ask(running.address))
+    assert together == alone
 
 
 def test_our_own_bug_is_a_500_in_openais_form(script, caplog):

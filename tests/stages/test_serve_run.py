@@ -46,6 +46,12 @@ def test_the_walk_asks_a_real_server_and_keeps_the_answer(tiny_checkpoint, tmp_p
     assert sorted(kept) == ["answer", "finish_reason", "model", "question", "usage"]
 
 
+def test_a_question_that_is_refused_fails_the_stage_with_the_reason(tiny_checkpoint, tmp_path):
+    config = StageConfig(answer_tokens=8, max_model_len=16)
+    with pytest.raises(serve_run.ServeError, match="found 33 tokens; expected at most 16"):
+        serve_run.run(config, workspace(tmp_path / "serve", tiny_checkpoint))
+
+
 def test_a_server_that_cannot_start_is_told_with_its_log(tmp_path):
     log = tmp_path / "server.txt"
     log.write_text("opening\nno model here\n")
@@ -162,6 +168,24 @@ def test_a_gguf_file_stops_draws_and_repeats(gguf):
     assert list(gguf.backend.decode([prompt], [Sampling(max_tokens=0)])) == []
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-300, 1e-7])
+def test_a_temperature_next_to_0_is_greedy_on_a_gguf_file(gguf, temperature):
+    prompt = [0, 40, 50, 60, 41, 51]
+    greedy, sharp = (
+        [t.id for _, t in gguf.backend.decode([prompt], [Sampling(temperature=t, max_tokens=12, seed=0)])]
+        for t in (0, temperature)
+    )
+    assert sharp == greedy
+
+
+def test_a_connection_that_llama_cpp_closed_is_opened_anew(gguf):
+    """It closes one that was idle for five seconds."""
+    prompt, sampling = [0, 40, 50, 60, 41, 51], Sampling(temperature=0, max_tokens=4)
+    before = [t.id for _, t in gguf.backend.decode([prompt], [sampling])]
+    gguf.backend._llama._connection.sock.shutdown(socket.SHUT_RDWR)
+    assert [t.id for _, t in gguf.backend.decode([prompt], [sampling])] == before
+
+
 def test_penalties_mean_the_same_on_a_gguf_file(gguf, tiny_checkpoint):
     engine, prompt = api.load(tiny_checkpoint).engine, [0, 40, 50, 60, 41, 51]
     sampling = Sampling(temperature=0, max_tokens=16, presence_penalty=1.5, frequency_penalty=0.5, logit_bias={99: 2.0})
@@ -196,8 +220,18 @@ def test_what_is_no_gguf_file_is_refused(exported, tmp_path):
     with pytest.raises(ArtifactError, match="no such file"):
         open_model(StageConfig(tokenizer=exported / "hf"), tmp_path / "model.gguf")
     (tmp_path / "model.gguf").write_bytes(b"not one")
-    with pytest.raises(ArtifactError, match="cannot open"):
+    with pytest.raises(ArtifactError, match="cannot open") as caught:
         open_model(StageConfig(tokenizer=exported / "hf"), tmp_path / "model.gguf")
+    assert "invalid magic characters" in str(caught.value)  # llama.cpp's own words
+
+
+def test_a_llama_cpp_that_died_is_told_as_that(exported):
+    served = open_model(StageConfig(), exported / "gguf" / "Tiny-F32.gguf")
+    served.backend._llama.process.kill()
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match="died at /completion"):
+            list(served.backend.decode([[0]], [Sampling(max_tokens=1)]))
+    served.close()
 
 
 def test_without_xllamacpp_gguf_files_are_refused(exported, monkeypatch):

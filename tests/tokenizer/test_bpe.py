@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from freehold.core.errors import ArtifactError, DataError
 from freehold.core.log import Log
-from freehold.stages.export.llama import Llama
+from freehold.stages.export.llama import ExactLlama
 from freehold.stages.export.samples import KINDS, SCRIPTS
 from freehold.tokenizer import bpe
 from freehold.tokenizer.bpe import SPECIALS, Tokenizer, tokenizer_file, train
@@ -160,7 +160,7 @@ def test_digits_of_unspaced_scripts_are_all_known() -> None:
 
 
 @pytest.fixture(scope="module")
-def llama(probe: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llama]:
+def llama(probe: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExactLlama]:
     """llama.cpp with the probe's vocabulary and `pre: afmoe`, in a tiny model of another kind."""
     folder = tmp_path_factory.mktemp("llama")
     vocabulary = sorted(probe.data["model"]["vocab"].items(), key=lambda item: item[1])
@@ -190,16 +190,16 @@ def llama(probe: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with Llama(folder / "probe.gguf", 64, folder / "log.txt") as process:
+    with ExactLlama(folder / "probe.gguf", 64, folder / "log.txt") as process:
         yield process
 
 
-def test_text_is_cut_as_llama_cpp_does(probe: Tokenizer, llama: Llama) -> None:
+def test_text_is_cut_as_llama_cpp_does(probe: Tokenizer, llama: ExactLlama) -> None:
     for text in [*KINDS.values(), *SCRIPTS.values(), *ODD[:-1], every_character(assigned=True)]:
         assert probe.encode(text) == llama.tokenize(text), text[:200]
 
 
-def test_random_text_is_cut_as_llama_cpp_does(probe: Tokenizer, llama: Llama) -> None:
+def test_random_text_is_cut_as_llama_cpp_does(probe: Tokenizer, llama: ExactLlama) -> None:
     letters = sorted(set("".join(ODD)) - {"\U000e0001"})
 
     @QUICK

@@ -18,7 +18,9 @@ class StageConfig(Config):
     temperature: float = Field(0.7, ge=0, le=2, description="0 = always the most probable token.")
     top_p: float = Field(0.95, gt=0, le=1, description="Choose among the tokens that together have this probability.")
     top_k: int = Field(50, ge=0, description="Choose among so many most probable tokens; 0 = all.")
-    max_tokens: int = Field(512, gt=0, description="Longest answer, in tokens.")
+    max_tokens: int | None = Field(
+        None, gt=0, description="Longest answer, in tokens; default: until the context is full."
+    )
     seed: int | None = Field(None, description="The same seed gives the same answers; default: other ones each time.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format to compute in.")
     show_reasoning: bool = Field(True, description="Show what the model thinks before it answers, dimmed.")

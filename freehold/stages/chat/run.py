@@ -12,6 +12,8 @@ from freehold.infer.sampler import Sampling
 from freehold.stages.chat.config import StageConfig
 
 HELP = "/reset forgets the conversation · /system TEXT sets the system message · /quit ends · Ctrl-C stops an answer"
+FAIR_SHARE = 4
+"""One part in so many of the context is kept for an answer, before older turns are."""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -19,16 +21,21 @@ def chat(config: StageConfig, lines: TextIO | None = None, out: TextIO | None = 
     """Talk until /quit or the end of the input.
 
     On a terminal the answers are streamed and the conversation goes on; from a pipe each line is a conversation
-    of its own and each answer one line.
+    of its own and each answer one line. ContextOverflow for a line of a pipe that does not fit the context.
     """
     lines, out = lines or sys.stdin, out or sys.stdout
     loaded = api.load(config.path, config.dtype)
     talk = Talk(loaded, config, out)
     if not lines.isatty():
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 talk.reset()
-                talk.say(line.strip())
+                try:
+                    talk.say(line.strip())
+                except ContextOverflow as error:
+                    raise ContextOverflow(
+                        error.what, where=f"line {number}", found=error.found, expected=error.expected
+                    ) from None
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() a history and editing)
@@ -44,8 +51,13 @@ def chat(config: StageConfig, lines: TextIO | None = None, out: TextIO | None = 
             continue
         if line == "/quit":
             return
-        if line:
-            talk.command(line) if line.startswith("/") else talk.say(line)
+        if line.startswith("/"):
+            talk.command(line)
+        elif line:
+            try:
+                talk.say(line)
+            except ContextOverflow as error:
+                print(f"({error.what}: {error.found}, {error.expected})", file=out)
 
 
 class Talk:
@@ -76,27 +88,42 @@ class Talk:
             print(HELP, file=self.out)
 
     def say(self, text: str) -> None:
-        """Answer one message; what was interrupted stays in the conversation as far as it came."""
-        self.messages.append({"role": "user", "content": text})
-        content = ""
-        try:
-            content = self._answer()
-        except ContextOverflow as error:
-            print(f"({error.what}: {error.found}, {error.expected}; /reset begins anew)", file=self.out)
-            self.messages.pop()
-            return
-        self.messages.append({"role": "assistant", "content": content})
+        """Answer one message; what was interrupted stays in the conversation as far as it came.
 
-    def _answer(self) -> str:
+        A conversation that became too long loses its oldest questions and answers. ContextOverflow when the message
+        does not fit even alone; the conversation is then as it was.
+        """
+        kept, room_tokens = self._fitting([*self.messages, {"role": "user", "content": text}])
+        lost = (len(self.messages) + 1 - len(kept)) // 2
+        if lost and room_tokens > 0:
+            what = "question and answer are" if lost == 1 else f"{lost} questions and answers are"
+            print(f"(the conversation no longer fits the context: its oldest {what} forgotten)", file=self.out)
+        self.messages = [*kept, {"role": "assistant", "content": self._answer(kept, room_tokens)}]
+
+    def _fitting(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+        """Return the messages without the oldest turns that leave no fair room for an answer, and the room left."""
+        limit = self.loaded.engine.limit_tokens
+        fair = min(self.config.max_tokens or limit, limit // FAIR_SHARE)
+        first = 1 if messages[0]["role"] == "system" else 0
+        for cut in range(first, len(messages), 2):
+            kept = messages[:first] + messages[cut:]
+            room_tokens = limit - len(self.loaded.prompt_ids(kept))
+            if room_tokens >= fair:
+                break
+        return kept, room_tokens
+
+    def _answer(self, messages: list[dict[str, Any]], room_tokens: int) -> str:
         """Show an answer as it comes; return its content."""
         c = self.config
+        # Without room the engine is to say so.
+        longest = min(c.max_tokens or room_tokens, room_tokens) if room_tokens > 0 else None
         sampling = Sampling(
-            c.temperature, c.top_p, c.top_k, max_tokens=c.max_tokens, seed=c.seed, stop_ids=self.loaded.stop_ids
+            c.temperature, c.top_p, c.top_k, max_tokens=longest, seed=c.seed, stop_ids=self.loaded.stop_ids
         )
         live = self.out.isatty()
         content, shown = "", "content"
         try:
-            for piece in self.loaded.answer(self.messages, sampling):
+            for piece in self.loaded.answer(messages, sampling):
                 if live and piece.kind != shown:
                     print(PLAIN if piece.kind == "content" else DIM, end="", file=self.out)
                     print("" if shown == "content" and not content else "\n", end="", file=self.out)

@@ -20,7 +20,7 @@ from freehold.model.config import ModelConfig
 from freehold.stages.export import samples
 from freehold.stages.export.config import Proof
 from freehold.stages.export.gguf_writer import differing_tensors
-from freehold.stages.export.llama import Llama
+from freehold.stages.export.llama import ExactLlama
 from freehold.stages.export.reference import Agreement, Passage, log_probabilities, watch_routing
 from freehold.tokenizer import chat
 from freehold.tokenizer.bpe import Tokenizer
@@ -90,7 +90,7 @@ def prove_gguf(
     """Read a GGUF file back, open it with llama.cpp and compare weights, distributions, token ids and template."""
     failures = _first(list(differing_tensors(path, hf_folder, config, file_type)))
     agreement = Agreement.empty()
-    with Llama(path, max(len(p.ids) for p in passages) + 16, log, limits.threads) as llama:
+    with ExactLlama(path, max(len(p.ids) for p in passages) + 16, log, limits.threads) as llama:
         for passage, length in probes(passages, limits.gguf_positions):
             candidate = llama.log_probabilities(passage.ids[:length], config.vocab_size)
             agreement.add(log_probabilities(passage.logits[length - 1]), candidate)

@@ -288,11 +288,16 @@ async def text_chunks(
         yield head.body([], usage=usage(usage_of_prompt_tokens, choices))
 
 
-async def server_sent(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def server_sent(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
     """Return chunks as server-sent events, `[DONE]` last."""
     async for chunk in chunks:
-        yield f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
-    yield "data: [DONE]\n\n"
+        yield b"data: " + to_bytes(chunk) + b"\n\n"
+    yield b"data: [DONE]\n\n"
+
+
+def to_bytes(body: Any) -> bytes:
+    """Return JSON in UTF-8; half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes `?`."""
+    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(errors="replace")
 
 
 def _bytes(tokenizer: Tokenizer, token: int) -> bytes:

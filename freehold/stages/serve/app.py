@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Generator
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header
@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from freehold import __version__
-from freehold.core.errors import FreeholdError, RequestError
+from freehold.core.errors import RequestError
 from freehold.infer.engine import ContextOverflow, Scored
 from freehold.stages.serve import answers
 from freehold.stages.serve.answers import Choice, Echo, Head, TextLogprobs
@@ -26,22 +26,23 @@ from freehold.stages.serve.backends import Served
 from freehold.stages.serve.config import StageConfig
 from freehold.stages.serve.schema import ChatRequest, CompletionRequest, Request
 from freehold.stages.serve.worker import Overloaded, Worker
-from freehold.tokenizer.chat import render_ids
+from freehold.tokenizer.chat import render, render_ids
 from freehold.tokenizer.output import AnswerParser, TextStream
 
 DEFAULT_COMPLETION_TOKENS = 16
 CLIENT_GONE = 499
+BODY_BYTES, BODY_BYTES_PER_TOKEN = 1 << 20, 64
+"""Longest body: so much, and so much for each token of the context (a token of escaped JSON seldom has 20 bytes)."""
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """An answer that is an error, in OpenAI's form."""
 
     def __init__(
         self, status: int, message: str, code: str | None, *, param: str | None = None,
         kind: str = "invalid_request_error",
     ) -> None:  # fmt: skip
-        super().__init__(message)
-        self.status = status
+        super().__init__(status, message)
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -69,7 +70,7 @@ class Front:
     def __init__(self, served: Served, config: StageConfig) -> None:
         self.served, self.config = served, config
         self.tokenizer, self.backend = served.tokenizer, served.backend
-        self.worker = Worker(config.max_queue)
+        self.worker = Worker(config.max_queue, served.at_once)
         self.metrics = Metrics(self.worker)
         self.stop_ids = (self.tokenizer.eos, self.tokenizer.end_of_text)
         self.started = int(time.time())
@@ -96,17 +97,17 @@ class Front:
         request.check()
         tools = request.offered_tools
         messages = [message.plain(number) for number, message in enumerate(request.messages)]
-        prompt, _ = render_ids(self.tokenizer, messages, tools=tools, generation=True)
+        prompt = await asyncio.to_thread(self._render, messages, tools)
         limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         top = request.top_logprobs or 0
         numbers = range(request.n or 1)
         settings = [request.sampling(self.stop_ids, choice=i, logprobs=top, max_tokens=limit) for i in numbers]
         choices = [Choice(self._text(request), AnswerParser(tools=bool(tools))) for _ in numbers]
 
-        def work() -> Iterator[answers.Event]:
+        def work() -> Generator[answers.Event]:
             yield from self.backend.decode([prompt] * len(settings), settings)
 
-        events = self.worker.run(work)
+        events = self.worker.run(work())
         moves = await self._started(events, choices, len(prompt))
         if request.stream:
             chunks = answers.chat_chunks(
@@ -126,38 +127,40 @@ class Front:
             for number, choice in enumerate(choices)
         ]
         head = Head.new("chatcmpl", self.served.name, "chat.completion")
-        return JSONResponse(head.body(bodies, usage=answers.usage(len(prompt), choices)))
+        return Json(head.body(bodies, usage=answers.usage(len(prompt), choices)))
 
     async def complete(self, request: CompletionRequest) -> Response:
         """Answer `POST /v1/completions`."""
         self.check_model(request.model)
         request.check()
-        prompts = self._prompts(request.prompt)
+        prompts = await asyncio.to_thread(lambda: [self._encode(prompt) for prompt in request.prompts])
         prompt_tokens = sum(map(len, prompts))
         limit = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
         top = request.logprobs or 0
         per_prompt = request.n or 1
-        owners = [prompt for prompt in prompts for _ in range(per_prompt)]
-        settings = [
-            request.sampling(self.stop_ids, choice=i % per_prompt, logprobs=top, max_tokens=limit)
-            for i in range(len(owners))
+        owners = [number for number in range(len(prompts)) for _ in range(per_prompt)]
+        settings = len(prompts) * [
+            request.sampling(self.stop_ids, choice=i, logprobs=top, max_tokens=limit) for i in range(per_prompt)
         ]
         choices = [Choice(self._text(request), None) for _ in owners]
         scoring = bool(request.echo) and request.logprobs is not None
 
-        def work() -> Iterator[answers.Event]:
+        def work() -> Generator[answers.Event]:
             if scoring:
                 yield self.backend.score_top(prompts, top)
-            yield from self.backend.decode(owners, settings)
+            yield from self.backend.decode([prompts[number] for number in owners], settings)
 
-        events = self.worker.run(work)
+        events = self.worker.run(work())
         scored: list[Scored] | None = None
         if scoring:
             first = await anext(events)
             assert isinstance(first, list)
-            scored = [score for score in first for _ in range(per_prompt)]
+            scored = first
         moves = await self._started(events, choices, prompt_tokens)
-        echoes = [self._echo(request, ids, scored[i] if scored else None) for i, ids in enumerate(owners)]
+        echoes: list[Echo | None] = [None] * len(owners)
+        if request.echo:
+            told = await asyncio.to_thread(lambda: [self._decode(ids) for ids in prompts])
+            echoes = [Echo(told[i], prompts[i], scored[i] if scored else None) for i in owners]
         logprobs = [
             TextLogprobs(self.tokenizer, top, 0 if echo is None or echo.scored else len(echo.text))
             if request.logprobs is not None else None
@@ -173,26 +176,37 @@ class Front:
             answers.text_choice(number, choice, echoes[number], logprobs[number])
             for number, choice in enumerate(choices)
         ]
-        return JSONResponse(head.body(bodies, usage=answers.usage(prompt_tokens, choices)))
+        return Json(head.body(bodies, usage=answers.usage(prompt_tokens, choices)))
 
     def _text(self, request: Request) -> TextStream:
         return TextStream(self.tokenizer, request.stops)
 
-    def _prompts(self, prompt: str | list[Any]) -> list[list[int]]:
-        """Return a request's prompts as ids: a text, texts, ids, or lists of ids."""
-        if isinstance(prompt, str):
-            prompt = [prompt]
-        if not prompt:
-            raise RequestError("the prompt is empty", where="prompt", expected="at least one token")
-        if isinstance(prompt[0], int):
-            return [prompt]
-        return [self.tokenizer.encode(p) if isinstance(p, str) else p for p in prompt]
+    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
+        """Return a conversation as ids; slow when it is long, so not for the thread that listens."""
+        self._check_length(render(messages, tools=tools, generation=True))
+        return render_ids(self.tokenizer, messages, tools=tools, generation=True)[0]
 
-    def _echo(self, request: CompletionRequest, ids: list[int], scored: Scored | None) -> Echo | None:
-        if not request.echo:
-            return None
+    def _encode(self, prompt: str | list[int]) -> list[int]:
+        """Return a prompt as ids; slow when it is long, so not for the thread that listens."""
+        if not isinstance(prompt, str):
+            return prompt
+        self._check_length(prompt)
+        return self.tokenizer.encode(prompt)
+
+    def _check_length(self, text: str) -> None:
+        """Refuse what cannot fit the context however well it is encoded, and spare us encoding it."""
+        size = len(text.encode(errors="replace"))
+        if size > self.backend.limit_tokens * self.tokenizer.longest_token_bytes:
+            raise ContextOverflow(
+                "the prompt is longer than the context",
+                where="prompt",
+                found=f"{size} bytes",
+                expected=f"at most {self.backend.limit_tokens} tokens",
+            )
+
+    def _decode(self, ids: list[int]) -> str:
         text = TextStream(self.tokenizer)
-        return Echo("".join(text.feed(i) for i in ids) + text.finish(), ids, scored)
+        return "".join(text.feed(i) for i in ids) + text.finish()
 
     async def _started(
         self, events: answers.Events, choices: list[Choice], prompt_tokens: int
@@ -242,6 +256,38 @@ class CountRequests:
             self.counter.labels(getattr(scope.get("route"), "path", "other"), status).inc()
 
 
+class LimitBody:
+    """Refuses long bodies before they are read: parsing one keeps all others waiting."""
+
+    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+        self.app, self.limit_bytes = app, limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on."""
+        read_bytes = 0
+
+        async def counting() -> Message:
+            nonlocal read_bytes
+            message = await receive()
+            read_bytes += len(message.get("body", b""))
+            if read_bytes > self.limit_bytes:
+                told = (
+                    f"The body of the request is longer than {self.limit_bytes} bytes; no such prompt fits the context."
+                )
+                raise ApiError(413, told, "request_too_large")
+            return message
+
+        await self.app(scope, counting, send)
+
+
+class Json(JSONResponse):
+    """A body of JSON."""
+
+    def render(self, content: Any) -> bytes:
+        """Return its bytes."""
+        return answers.to_bytes(content)
+
+
 def create_app(served: Served, config: StageConfig, api_key: str | None = None) -> FastAPI:
     """Return the application; its worker thread ends with it."""
     front = Front(served, config)
@@ -251,7 +297,8 @@ def create_app(served: Served, config: StageConfig, api_key: str | None = None) 
         yield
         await asyncio.to_thread(front.worker.stop)
 
-    app = FastAPI(title="Freehold", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="Freehold", version=__version__, lifespan=lifespan, default_response_class=Json)
+    app.add_middleware(LimitBody, limit_bytes=BODY_BYTES + BODY_BYTES_PER_TOKEN * served.backend.limit_tokens)
     app.add_middleware(CountRequests, counter=front.metrics.requests)
     _add_errors(app)
 
@@ -319,10 +366,10 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def api_error(request: HttpRequest, error: ApiError) -> Response:
-        return JSONResponse(error.body, error.status)
+        return Json(error.body, error.status_code)
 
-    @app.exception_handler(FreeholdError)
-    async def refused(request: HttpRequest, error: FreeholdError) -> Response:
+    @app.exception_handler(RequestError)
+    async def refused(request: HttpRequest, error: RequestError) -> Response:
         message = "; ".join(
             f"{label}{text}"
             for label, text in (("", error.what), ("found ", error.found), ("expected ", error.expected))
@@ -331,23 +378,23 @@ def _add_errors(app: FastAPI) -> None:
         param = None if error.where is None else str(error.where)
         if isinstance(error, Overloaded):
             told = ApiError(429, message, "queue_full", kind="rate_limit_error")
-            return JSONResponse(told.body, told.status, headers={"Retry-After": "1"})
+            return Json(told.body, told.status_code, headers={"Retry-After": "1"})
         code = "context_length_exceeded" if isinstance(error, ContextOverflow) else "invalid_value"
-        return JSONResponse(ApiError(400, message, code, param=param).body, 400)
+        return Json(ApiError(400, message, code, param=param).body, 400)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: HttpRequest, error: RequestValidationError) -> Response:
-        return JSONResponse(_explain(error.errors()[0]).body, 400)
+        return Json(_explain(error.errors()[0]).body, 400)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: HttpRequest, error: HTTPException) -> Response:
         message = f"{error.detail}: {request.method} {request.url.path}"
-        return JSONResponse(ApiError(error.status_code, message, None).body, error.status_code, headers=error.headers)
+        return Json(ApiError(error.status_code, message, None).body, error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)
     async def broken(request: HttpRequest, error: Exception) -> Response:
         told = ApiError(500, "The server had an error; its log says more.", None, kind="server_error")
-        return JSONResponse(told.body, 500)
+        return Json(told.body, 500)
 
 
 def _explain(problem: dict[str, Any]) -> ApiError:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
-import importlib.util
-import json
 import math
 import os
 import random
-import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +14,9 @@ from typing import Any, Protocol
 from freehold import api
 from freehold.core.errors import ArtifactError, RequestError
 from freehold.infer.engine import ContextOverflow, Scored, Token
+from freehold.infer.llama import Llama
 from freehold.infer.sampler import Sampling, check_ids
 from freehold.stages.serve.config import StageConfig
-from freehold.stages.serve.llama import Llama
 from freehold.tokenizer.bpe import Tokenizer
 
 
@@ -45,6 +41,8 @@ class Served:
     name: str
     backend: Backend
     tokenizer: Tokenizer
+    at_once: int = 1
+    """Requests that may take turns."""
     close: Callable[[], None] = lambda: None
     """Ends what does not end by itself."""
 
@@ -54,10 +52,11 @@ def open_model(config: StageConfig, path: Path) -> Served:
     if path.suffix == ".gguf":
         tokenizer = Tokenizer.load(_tokenizer_folder(config, path))
         gguf = Gguf(path, tokenizer, config.max_model_len)
-        return Served(config.model_name or path.stem, gguf, tokenizer, gguf.close)
+        # One at a time: llama.cpp keeps the keys and values of one conversation, and would read each anew every turn.
+        return Served(config.model_name or path.stem, gguf, tokenizer, close=gguf.close)
     folder = api.find_model(path)
     loaded = api.load(folder, config.dtype, max_batch=config.max_batch, limit_tokens=config.max_model_len)
-    return Served(config.model_name or folder.resolve().name, loaded.engine, loaded.tokenizer)
+    return Served(config.model_name or folder.resolve().name, loaded.engine, loaded.tokenizer, config.max_running)
 
 
 def _tokenizer_folder(config: StageConfig, path: Path) -> Path:
@@ -83,22 +82,14 @@ class Gguf:
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, limit_tokens: int | None) -> None:
-        if not path.is_file():
-            raise ArtifactError("no such file", where=path, expected="a .gguf file")
-        if importlib.util.find_spec("xllamacpp") is None:
-            raise ArtifactError(
-                "serving GGUF files needs the package xllamacpp", where=path, todo="pip install 'freehold[export]'"
-            )
         self._vocab_size = tokenizer.vocab_size
-        self._llama = Llama(path, limit_tokens or 0, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
-        address = urllib.parse.urlsplit(self._llama.address)
-        self._connection = http.client.HTTPConnection(str(address.hostname), address.port)
-        context_tokens = int(self._ask("GET", "/props")["default_generation_settings"]["n_ctx"])
+        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        self._llama = Llama(path, limit_tokens or 0, threads=threads)
+        context_tokens = int(self._llama.ask("/props")["default_generation_settings"]["n_ctx"])
         self.limit_tokens = min(limit_tokens or context_tokens, context_tokens)
 
     def close(self) -> None:
         """End llama.cpp."""
-        self._connection.close()
         self._llama.close()
 
     def decode(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> Iterator[tuple[int, Token]]:
@@ -139,7 +130,7 @@ class Gguf:
         draws = random.Random(sampling.seed) if sampling.seed is not None else random.Random()
         budget = self.limit_tokens - len(ids) if sampling.max_tokens is None else sampling.max_tokens
         for left in range(budget - 1, -1, -1):
-            answer = self._ask("POST", "/completion", self._body(ids, sampling, counts, draws.getrandbits(31)))
+            answer = self._llama.ask("/completion", self._body(ids, sampling, counts, draws.getrandbits(31)))
             token = int(answer["tokens"][0])
             ids.append(token)
             counts[token] += 1
@@ -164,7 +155,8 @@ class Gguf:
             "n_predict": 1,
             "return_tokens": True,
             "n_probs": max(1, sampling.logprobs),
-            "temperature": sampling.temperature,
+            # Next to 0 llama.cpp overflows, and draws anything.
+            "temperature": sampling.temperature if sampling.temperature > 1e-6 else 0.0,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
@@ -173,10 +165,3 @@ class Gguf:
             "seed": seed,
             "cache_prompt": True,
         }
-
-    def _ask(self, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        self._connection.request(method, route, json.dumps(body), {"Content-Type": "application/json"})
-        answer: dict[str, Any] = json.loads(self._connection.getresponse().read())
-        if "error" in answer:
-            raise RequestError("llama.cpp refused the request", found=answer["error"].get("message"))
-        return answer

@@ -30,6 +30,9 @@ class StageConfig(Config):
         None, gt=0, description="Longest context in tokens, prompt and answer together; default: the model's."
     )
     max_batch: int = Field(32, gt=0, description="Prompts (or choices, `n`) of one request that are decoded together.")
+    max_running: int = Field(
+        8, gt=0, description="Requests answered at the same time, in turns of a token; a .gguf file: always one."
+    )
     max_queue: int = Field(64, gt=0, description="Requests that may wait; one more is answered with status 429.")
     question: str = Field("What is the capital of France?", description="What the walk asks, over HTTP.")
     answer_tokens: int = Field(64, gt=0, description="Longest answer to that question, in tokens.")

@@ -105,16 +105,18 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     with _started(config, path, log_path) as address:
         work.log.say(f"asking {config.question!r} at {address}")
         model = _get(f"{address}/v1/models")["data"][0]["id"]
-        answer = _get(
-            f"{address}/v1/chat/completions",
-            {
-                "model": model,
-                "messages": [{"role": "user", "content": config.question}],
-                "temperature": 0,
-                "seed": work.seed,
-                "max_tokens": config.answer_tokens,
-            },
-        )
+        asked = {
+            "model": model,
+            "messages": [{"role": "user", "content": config.question}],
+            "temperature": 0,
+            "seed": work.seed,
+            "max_tokens": config.answer_tokens,
+        }
+        try:
+            answer = _get(f"{address}/v1/chat/completions", asked)
+        except urllib.error.HTTPError as error:
+            told = json.load(error)["error"]["message"]
+            raise ServeError("the server does not answer the question", where="serve", found=told) from error
     choice = answer["choices"][0]
     text = choice["message"]["content"]
     work.log.say(f"it says: {text!r}")

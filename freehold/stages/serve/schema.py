@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pydantic
@@ -11,6 +12,9 @@ from freehold.core.errors import RequestError
 from freehold.infer.sampler import MAX_TOP_LOGPROBS, Sampling
 
 MAX_CHOICES = 128
+MAX_BIASES, MAX_STOPS = 1024, 64
+MAX_ANSWERS = 1024
+"""Prompts of one request times choices of each."""
 Ids = list[int]
 
 
@@ -41,7 +45,7 @@ class Request(_Part):
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES)
     max_tokens: int | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
@@ -56,10 +60,12 @@ class Request(_Part):
 
     @property
     def stops(self) -> list[str]:
-        """The stop strings; an empty one is refused."""
+        """The stop strings; RequestError for an empty one, or too many."""
         stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         if "" in stops:
             raise RequestError("a stop string is empty", where="stop", expected="at least one character")
+        if len(stops) > MAX_STOPS:
+            raise RequestError("too many stop strings", where="stop", found=len(stops), expected=f"at most {MAX_STOPS}")
         return stops
 
     @property
@@ -73,8 +79,8 @@ class Request(_Part):
         """Return how choice number `choice` is sampled: with its own draws, but the same ones every time."""
         bias: dict[int, float] = {}
         for key, value in (self.logit_bias or {}).items():
-            if not key.lstrip("-").isdecimal():
-                raise RequestError("logit_bias maps token ids to numbers", where="logit_bias", found=key)
+            if not re.fullmatch("[0-9]{1,9}", key):
+                raise RequestError("logit_bias maps token ids to numbers", where="logit_bias", found=key[:100])
             bias[int(key)] = value
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -90,12 +96,13 @@ class Request(_Part):
             logprobs=logprobs,
         )
 
-    def refuse(self, name: str, *accepted: Any) -> None:
+    def refuse(self, name: str, *accepted: Any, why: str = "") -> None:
         """Raise RequestError when a field asks for what this server cannot do."""
         value = getattr(self, name)
         if value is not None and value not in accepted:
             expected = " or ".join(repr(a) for a in accepted) if accepted else "nothing: it is not supported here"
-            raise RequestError(f"{name} is not supported with this value", where=name, found=value, expected=expected)
+            what = f"{name} is not supported with this value" + (f": {why}" if why else "")
+            raise RequestError(what, where=name, found=repr(value)[:100], expected=expected)
 
 
 class CompletionRequest(Request):
@@ -107,10 +114,26 @@ class CompletionRequest(Request):
     best_of: int | None = None
     suffix: str | None = None
 
+    @property
+    def prompts(self) -> list[Any]:
+        """The prompts, one or many: texts or lists of ids."""
+        one = isinstance(self.prompt, str) or bool(self.prompt) and isinstance(self.prompt[0], int)
+        return [self.prompt] if one else list(self.prompt)
+
     def check(self) -> None:
         """Refuse what cannot be done as asked."""
         self.refuse("best_of", 1, self.n or 1)
         self.refuse("suffix", "")
+        count = len(self.prompts)
+        if count == 0:
+            raise RequestError("the prompt is empty", where="prompt", expected="at least one token")
+        if count * (self.n or 1) > MAX_ANSWERS:
+            raise RequestError(
+                "too many prompts in one request",
+                where="prompt",
+                found=f"{count} prompts, n = {self.n or 1}",
+                expected=f"at most {MAX_ANSWERS} answers",
+            )
 
 
 class ChatMessage(_Part):
@@ -173,8 +196,9 @@ class ChatRequest(Request):
 
     def check(self) -> None:
         """Refuse what cannot be done as asked."""
-        self.refuse("tool_choice", "none", "auto")
-        self.refuse("response_format", {"type": "text"})
+        free = "the model writes freely, nothing makes it"
+        self.refuse("tool_choice", "none", "auto", why=f"{free} call a tool")
+        self.refuse("response_format", {"type": "text"}, why=f"{free} write JSON")
         self.refuse("modalities", ["text"])
         for name in ("functions", "function_call", "audio", "prediction", "web_search_options"):
             self.refuse(name)

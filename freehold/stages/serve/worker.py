@@ -1,11 +1,13 @@
-"""One thread that does the model's work, one request after the other, while the server listens."""
+"""One thread that does the model's work, a few requests in turn, while the server listens."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,7 +22,7 @@ class Overloaded(RequestError):
 
 @dataclass
 class _Job:
-    make: Callable[[], Iterator[Any]]
+    items: Generator[Any]
     deliver: Callable[[str, Any], None]
     """Called in the worker's thread with ("item", x), ("error", e) or ("end", None)."""
     left: threading.Event = field(default_factory=threading.Event)
@@ -28,9 +30,10 @@ class _Job:
 
 
 class Worker:
-    """Runs iterators in a thread of its own; at most `limit` wait."""
+    """Runs generators in a thread of its own: `at_once` of them in turn, an item each; at most `limit` more wait."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, at_once: int = 1) -> None:
+        self._at_once = at_once
         self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=limit)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="freehold-model", daemon=True)
@@ -49,18 +52,19 @@ class Worker:
         self._jobs.put(None)
         self._thread.join(timeout=10)
 
-    async def run(self, make: Callable[[], Iterator[T]]) -> AsyncGenerator[T, None]:
-        """Yield what `make()` yields in the worker's thread; whoever stops listening stops the work.
+    async def run(self, items: Generator[T]) -> AsyncGenerator[T, None]:
+        """Yield what `items` yields in the worker's thread; whoever stops listening stops the work.
 
-        Raises Overloaded when the queue is full, and whatever the iterator raises.
+        Raises Overloaded when the queue is full, and whatever the generator raises.
         """
         loop = asyncio.get_running_loop()
         results: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
 
         def deliver(what: str, value: Any) -> None:
-            loop.call_soon_threadsafe(results.put_nowait, (what, value))
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server is going down
+                loop.call_soon_threadsafe(results.put_nowait, (what, value))
 
-        job = _Job(make, deliver)
+        job = _Job(items, deliver)
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
@@ -79,24 +83,37 @@ class Worker:
             job.left.set()
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if job.left.is_set():
-                continue
-            try:
-                self._work(job)
-            except RuntimeError as error:  # the loop that listened is closed: the server is going down
-                if not self._stopping.is_set() and "loop" not in str(error):
-                    raise
+        running: deque[_Job] = deque()
+        while not self._stopping.is_set():
+            self._begin(running)
+            if running and self._turn(job := running.popleft()):
+                running.append(job)
+        for job in running:
+            job.items.close()
 
-    def _work(self, job: _Job) -> None:
+    def _begin(self, running: deque[_Job]) -> None:
+        """Take jobs that wait; wait for one when there is nothing to do."""
+        while len(running) < self._at_once:
+            try:
+                job = self._jobs.get(block=not running)
+            except queue.Empty:
+                return
+            if job is None:
+                return
+            running.append(job)
+
+    def _turn(self, job: _Job) -> bool:
+        """Make one item; return whether there may be more."""
+        if job.left.is_set():
+            job.items.close()
+            return False
         try:
-            items = job.make()
-            for item in items:
-                job.deliver("item", item)
-                if job.left.is_set() or self._stopping.is_set():
-                    items.close()  # type: ignore[attr-defined]
-                    break
+            item = next(job.items)
+        except StopIteration:
+            job.deliver("end", None)
+            return False
         except Exception as error:
             job.deliver("error", error)
-        else:
-            job.deliver("end", None)
+            return False
+        job.deliver("item", item)
+        return True
