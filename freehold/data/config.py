@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import Field, model_validator
 
 from freehold.core.config import Config
@@ -39,4 +41,43 @@ class BatchConfig(Config):
     def _divides(self) -> BatchConfig:
         if self.sequences % self.micro:
             raise ValueError(f"sequences ({self.sequences}) must be a multiple of micro_sequences ({self.micro})")
+        return self
+
+
+class StreamConfig(Config):
+    """One permuted document after another, cut into rows; the rows of a phase are shuffled."""
+
+    kind: Literal["stream"] = "stream"
+
+
+class BufferConfig(Config):
+    """The Random Sequential Document Buffer: rows from documents picked at random, each document read in order."""
+
+    kind: Literal["buffer"] = "buffer"
+    documents: int = Field(
+        8,
+        ge=1,
+        description="documents of a source at which its buffer is filled up again; what it holds should be a small "
+        "part of what the run reads of that source",
+    )
+    refill: float = Field(2.0, ge=1, description="to how many times that number it is filled")
+    workers: int = Field(
+        1, ge=1, description="parts that rows, documents and slots are split into; the order depends on it"
+    )
+
+
+class TextBatchConfig(BatchConfig):
+    """Rows of running text, and the order in which documents get into them."""
+
+    order: Annotated[StreamConfig | BufferConfig, Field(discriminator="kind")] = Field(
+        default_factory=StreamConfig, description="order of the text: stream or buffer"
+    )
+
+    @model_validator(mode="after")
+    def _splits(self) -> TextBatchConfig:
+        if isinstance(self.order, BufferConfig):
+            workers = self.order.workers
+            for name, n in (("sequences", self.sequences), ("order.documents", self.order.documents)):
+                if n % workers:
+                    raise ValueError(f"{name} ({n}) must be a multiple of order.workers ({workers})")
         return self

@@ -20,6 +20,10 @@ import numpy as np
 from freehold.core.errors import DataError
 from freehold.data.packing import Batch, Example, conversation_batch, pack, text_batch
 
+Span = tuple[int, int, int]
+"""A stretch of a document: (document number, first token within it, tokens)."""
+WHOLE = slice(None)
+
 
 def generator(*parts: object) -> np.random.Generator:
     """Return a random generator that depends on nothing but the parts given (seed, names, numbers)."""
@@ -29,7 +33,7 @@ def generator(*parts: object) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Piece:
-    """A document's share of a step: how many of its tokens were inputs."""
+    """A document's share of a step: how many of its tokens were read."""
 
     document_id: str
     source: str
@@ -74,8 +78,8 @@ class PhaseRows:
 class TextOrder:
     """The order of pre-training: phases over weighted sources.
 
-    `consumed` are the rows each source had given when a parent checkpoint was made; a branch goes on from there.
-    Raises DataError for a mixture that names no known source.
+    A lane is an endless stream of rows; here each source is one. `consumed` are the rows each lane had given when a
+    parent checkpoint was made; a branch goes on from there. Raises DataError for a mixture that names no known source.
     """
 
     def __init__(
@@ -96,51 +100,49 @@ class TextOrder:
         self.context_tokens, self.sequences, self.seed, self.separator = context_tokens, sequences, seed, separator
         self.first_step = first_step
         self.phases: list[tuple[int, int, str, np.ndarray]] = []
-        """(first step, end step, name, rows [steps * B, 2] of (source number, row number in its stream))"""
+        """(first step, end step, name, rows [steps * B, 2] of (lane number, row number in its stream))"""
         self.names = list(self.sources)
-        done = {name: int((consumed or {}).get(name, 0)) for name in self.names}
+        self.lanes = self._lanes()
+        self.consumed = {lane: int((consumed or {}).get(lane, 0)) for lane in self.lanes}
         step = first_step
         for phase in phases:
             counts = apportion(self._weights(phase), phase.steps * sequences)
-            rows = np.concatenate(
-                [
-                    np.stack([np.full(n, number), np.arange(done[name], done[name] + n)], axis=1)
-                    for number, (name, n) in enumerate(counts.items())
-                ]
-            )
-            rows = rows[generator(seed, "rows", phase.name, step).permutation(len(rows))]
+            rows = self._arrange(list(counts.values()), generator(seed, "rows", phase.name, step))
             self.phases.append((step, step + phase.steps, phase.name, rows))
-            for name, n in counts.items():
-                done[name] += n
+            for lane, n in self._count(rows).items():
+                self.consumed[lane] += n
             step += phase.steps
-        self.consumed = done
         self.last_step = step
 
     def consumed_at(self, step: int) -> dict[str, int]:
-        """Return the rows each source has given when a phase ends after `step` steps (or at the start)."""
+        """Return the rows each lane has given when a phase ends after `step` steps (or at the start)."""
         taken = dict(self.consumed)
         for first, _, _, rows in self.phases:
             if first >= step:
-                for number, n in zip(*np.unique(rows[:, 0], return_counts=True), strict=True):
-                    taken[self.names[number]] -= int(n)
+                for lane, n in self._count(rows).items():
+                    taken[lane] -= n
         return taken
 
     def epochs(self) -> dict[str, float]:
         """Return how often each source has been read once all phases are done."""
-        return {n: self.consumed[n] * self.context_tokens / self.sources[n].total_tokens for n in self.names}
+        rows = dict.fromkeys(self.names, 0)
+        for lane, name in self.lanes.items():
+            rows[name] += self.consumed[lane]
+        return {name: n * self.context_tokens / self.sources[name].total_tokens for name, n in rows.items()}
 
     def rows(self, step: int) -> list[tuple[str, int]]:
-        """Return (source, row number in its stream) of each row of a step."""
+        """Return (lane, row number in its stream) of each row of a step."""
+        lanes = list(self.lanes)
         for first, end, _, rows in self.phases:
             if first <= step < end:
                 at = (step - first) * self.sequences
-                return [(self.names[number], int(row)) for number, row in rows[at : at + self.sequences]]
+                return [(lanes[number], int(row)) for number, row in rows[at : at + self.sequences]]
         raise IndexError(f"step {step} is not in {self.first_step}..{self.last_step - 1}")
 
-    def batch(self, step: int) -> Batch:
-        """Return the rows of one optimizer step; targets are the next tokens."""
+    def batch(self, step: int, part: slice = WHOLE) -> Batch:
+        """Return the rows of one optimizer step, or a part of them; targets are the next tokens."""
         t = self.context_tokens
-        rows = [self._read(self.sources[name], row * t, t + 1) for name, row in self.rows(step)]
+        rows = [self._read(self.sources[name], row * t, t + 1) for name, row in self.rows(step)[part]]
         return text_batch(np.stack(rows), self.separator)
 
     def documents(self, step: int) -> list[Piece]:
@@ -152,6 +154,24 @@ class TextOrder:
             for document, _, tokens in self._spans(source, row * t, t):
                 pieces.append(Piece(source.ids[document], name, tokens))
         return pieces
+
+    def _lanes(self) -> dict[str, str]:
+        """Return each lane's name and source."""
+        return {name: name for name in self.names}
+
+    def _arrange(self, counts: list[int], rng: np.random.Generator) -> np.ndarray:
+        """Return a phase's rows [N, 2] of (lane number, row number): the next `counts` of each source, shuffled."""
+        firsts = [self.consumed[name] for name in self.names]
+        rows = np.concatenate(
+            [
+                np.stack([np.full(n, number), np.arange(first, first + n)], axis=1)
+                for number, (first, n) in enumerate(zip(firsts, counts, strict=True))
+            ]
+        )
+        return rows[rng.permutation(len(rows))]
+
+    def _count(self, rows: np.ndarray) -> dict[str, int]:
+        return dict(zip(self.lanes, np.bincount(rows[:, 0], minlength=len(self.lanes)).tolist(), strict=True))
 
     def _weights(self, phase: PhaseRows) -> dict[str, float]:
         unknown = sorted(set(phase.mixture) - set(self.names))
@@ -165,8 +185,8 @@ class TextOrder:
             return {name: float(phase.mixture.get(name, 0.0)) for name in self.names}
         return {name: float(self.sources[name].total_tokens) for name in self.names}
 
-    def _spans(self, source: Source, start: int, length: int) -> list[tuple[int, int, int]]:
-        """Return (document number, first token within it, tokens) along a stretch of a source's stream."""
+    def _spans(self, source: Source, start: int, length: int) -> list[Span]:
+        """Return the stretches of documents along a stretch of a source's stream."""
         spans = []
         while length > 0:
             epoch, offset = divmod(start, source.total_tokens)

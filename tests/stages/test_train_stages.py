@@ -110,6 +110,22 @@ def test_decay_branch_from_truebase(run, tmp_path):
     assert all((branch[name] == whole[name]).all() for name in whole)
 
 
+def test_buffer_order_and_its_branch(run, tmp_path):
+    """A branch goes on in its parent's buffer; the parent of another order is no place to go on from."""
+    data = merge(PRETRAIN, parse_override("batch.order={kind: buffer, documents: 4, workers: 2}"))
+    pretrain(fill(PretrainConfig, data, "pretrain"), _beside(run, tmp_path / "whole"))
+    only_anneal = {"phases": {"stable": None}}
+    branch = merge(data, {"parent": str(tmp_path / "whole/pretrain/truebase"), **only_anneal})
+    pretrain(fill(PretrainConfig, branch, "pretrain"), _beside(run, tmp_path / "branch"))
+    weights = [native.load(tmp_path / name / "pretrain/base")["model"] for name in ("whole", "branch")]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    work = _beside(run, tmp_path / "other")
+    pretrain(fill(PretrainConfig, merge(branch, {"parent": str(run / "pretrain/truebase")}), "pretrain"), work)
+    facts = [native.check(tmp_path / name / "pretrain/base") for name in ("branch", "other")]
+    assert sum(facts[0]["consumed"]["6"].values()) == 6 * 2
+    assert sum(facts[1]["consumed"]["6"].values()) == 2 * 2
+
+
 def _beside(run, tmp_path):
     return Workspace(tmp_path / "pretrain", "pretrain", "t", 0, Log(None, quiet=True), {"tokenize": run / "tokenize"})
 

@@ -120,6 +120,28 @@ def test_killed_and_run_again_ends_with_the_same_bits(runs, tmp_path, victim):
     assert "resumed from step_" in (run / "pretrain" / "log" / "attempt_2.txt").read_text()
 
 
+def test_buffer_order_killed_and_run_again_ends_with_the_same_bits(runs, tmp_path):
+    said = ["pretrain.batch.order={kind: buffer, documents: 4, workers: 2}", "pretrain.phases.stable.steps=12"]
+    for name in ("whole", "killed"):
+        for stage in ("gather", "curate", "tokenize"):
+            shutil.copytree(runs / "tiny" / stage, tmp_path / name / stage)
+    # The name of a run is no part of any stage's content.
+    command = [sys.executable, "-m", "freehold.cli", "run", RECIPE, f"runs_dir={tmp_path}", *said, "until=pretrain"]
+    subprocess.run([*command, "name=whole", "--quiet"], check=True)
+    process = subprocess.Popen([*command, "name=killed", "--quiet"], start_new_session=True)
+    while not list(tmp_path.glob("killed/pretrain/checkpoints/step_*/manifest.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run([*command, "name=killed", "--quiet"], check=True)
+    assert "resumed from step_" in (tmp_path / "killed/pretrain/log/attempt_2.txt").read_text()
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
+    assert hashes(tmp_path / "whole")["pretrain"] != hashes(runs / "tiny")["pretrain"]
+    step = json.loads(freehold("trace", "--step", "3", "--run", str(tmp_path / "killed"), "--json").stdout)
+    assert sum(document["tokens"] for document in step["documents"]) == 4 * 128
+
+
 def test_bit_flipped_shard_stops_training_and_is_named(runs, tmp_path):
     run = tmp_path / "tiny"
     for stage in ("gather", "curate", "tokenize"):

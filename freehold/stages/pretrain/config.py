@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, field_validator, model_validator
 
 from freehold.core.config import Config
-from freehold.data.config import BatchConfig
+from freehold.data.config import TextBatchConfig
 from freehold.model.config import ModelConfig, flops_per_token, parameter_counts
 from freehold.optim.config import BalanceConfig, OptimConfig, PhaseConfig, SmebuConfig, check_names
 from freehold.trainer.config import TrainerConfig
@@ -17,7 +17,7 @@ class StageConfig(Config):
     model: ModelConfig = Field(
         default_factory=lambda: ModelConfig.model_validate({"preset": "laptop"}), description="the shape"
     )
-    batch: BatchConfig = Field(default_factory=BatchConfig, description="rows and tokens of a step")
+    batch: TextBatchConfig = Field(default_factory=TextBatchConfig, description="rows and tokens of a step")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="Muon and AdamW")
     balance: BalanceConfig = Field(default_factory=SmebuConfig, description="expert balancing: smebu, sign or none")
     trainer: TrainerConfig = Field(default_factory=TrainerConfig, description="precision, loss, checkpoints, reports")

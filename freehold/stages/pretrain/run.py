@@ -9,7 +9,8 @@ from freehold.checkpoint import native
 from freehold.core.artifact import Workspace, read_manifest
 from freehold.core.errors import CheckpointError, ConfigError
 from freehold.core.machine import must_fit_memory
-from freehold.data.loader import PhaseRows, TextOrder
+from freehold.data.buffer import text_order
+from freehold.data.loader import PhaseRows
 from freehold.data.shards import ShardSet
 from freehold.data.trace import ROW_BYTES, trace_rows, write_trace
 from freehold.model.config import ModelConfig
@@ -41,12 +42,14 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
             raise CheckpointError("the parent was trained with another tokenizer", where=parent)
         parent_step, parent_tokens, consumed = facts["step"], facts["tokens"], facts["consumed"][str(facts["step"])]
         parent_hash = read_manifest(parent)["content_sha256"]
+        if facts.get("order", {"kind": "stream"}) != config.batch.order.model_dump():
+            consumed = None
+            work.log.warn("the parent read its text in another order: this one starts at its beginning")
     schedule = Schedule(config.phases, first_step=parent_step)
-    order = TextOrder(
+    order = text_order(
+        config.batch,
         shards.sources("train"),
         [PhaseRows(name, phase.steps, phase.mixture) for name, phase in config.phases.items()],
-        context_tokens=config.batch.context_tokens,
-        sequences=config.batch.sequences,
         seed=work.seed,
         separator=END_OF_TEXT,
         first_step=parent_step,
@@ -69,6 +72,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
             "tokenizer_sha256": shards.tokenizer_sha256,
             "seed": work.seed,
             "context_tokens": config.batch.context_tokens,
+            "order": config.batch.order.model_dump(),
             "consumed": {str(end): order.consumed_at(end) for end in schedule.ends().values()},
         },
     )
