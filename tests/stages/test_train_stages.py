@@ -6,7 +6,7 @@ import pytest
 
 from freehold.checkpoint import native
 from freehold.core.artifact import Workspace, write_manifest
-from freehold.core.config import fill, merge
+from freehold.core.config import fill, merge, parse_override
 from freehold.core.config import override as config_override
 from freehold.core.document import Conversation, Document, document_id, write_rows
 from freehold.core.errors import CheckpointError, ConfigError, DataError
