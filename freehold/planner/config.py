@@ -8,10 +8,13 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field
 
-from freehold.core.config import Config
+from freehold.core.config import Config, unknown_key
 from freehold.core.errors import ConfigError
 from freehold.model.config import ModelConfig
 from freehold.planner.hardware import DEVICES, INTERRUPTIONS_PER_DEVICE_HOUR, Device
+
+PARTS = ("attention_per_layer", "norms_per_layer", "dense_ffn", "expert", "shared_experts", "router")
+"""What `parts` may replace; see `parameter_counts`."""
 
 
 class ParallelConfig(Config):
@@ -57,6 +60,9 @@ class MachineConfig(Config):
     mfu_error: float = Field(0.2, ge=0, lt=1, description="how wrong that may be, relative")
     overlap: float = Field(0.8, ge=0, le=1, description="share of communication hidden behind arithmetic")
     imbalance: float = Field(1.2, ge=1, description="busiest expert rank's tokens over the mean")
+    dispatch: float = Field(
+        1.0, gt=0, le=1, description="rows sent to experts over top-k; less where copies for one machine are merged"
+    )
     kernels: Literal["fused", "native", "plain"] = Field(
         "fused", description="who decides what is kept for the backward pass: our ops, our CPU kernels, plain PyTorch"
     )
@@ -100,6 +106,14 @@ class PlanConfig(Config):
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="compute dtype; masters are float32")
     loss_chunk_tokens: int = Field(2048, ge=0, description="tokens whose logits exist at one time (0: all)")
 
+    @pydantic.field_validator("parts")
+    @classmethod
+    def _parts(cls, parts: dict[str, int]) -> dict[str, int]:
+        for name in parts:
+            if name not in PARTS:
+                raise unknown_key(f"plan.parts.{name}", name, PARTS)
+        return parts
+
     @property
     def sequences(self) -> int:
         """Return the rows of one optimizer step."""
@@ -138,8 +152,7 @@ class PlanConfig(Config):
                 expected=f"machine.devices = {self.machine.devices}",
                 todo="change a degree or machine.devices; --search proposes degrees",
             )
-        moe = m.num_hidden_layers > m.num_dense_layers
-        if moe and m.num_experts % p.expert:
+        if m.num_experts % p.expert:
             raise ConfigError(
                 "the experts cannot be dealt evenly",
                 where="parallel.expert",

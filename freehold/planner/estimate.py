@@ -43,7 +43,7 @@ def traffic(config: PlanConfig) -> list[Traffic]:
     """Return the communication of one optimizer step by axis; ranks are laid out expert, shard, context, replicate,
     pipeline from the inside, so that expert groups stay inside a machine as long as they fit.
     """
-    m, p, spec, b = config.model, config.parallel, config.machine.spec, config.bytes_per_value
+    m, p, machine, spec, b = config.model, config.parallel, config.machine, config.machine.spec, config.bytes_per_value
     counts = parameter_counts(m, config.parts)
     moe_layers = (m.num_hidden_layers - m.num_dense_layers) / p.pipeline
     experts = moe_layers * counts["expert"] * m.num_experts
@@ -52,13 +52,14 @@ def traffic(config: PlanConfig) -> list[Traffic]:
     forwards = 2 if p.recompute == "full" else 1
     found: list[Traffic] = []
 
-    def add(axis: str, ranks: int, stride: int, received: float) -> None:
+    def add(axis: str, ranks: int, stride: int, received: float, *, same: bool = False) -> None:
         if ranks < 2 or received <= 0:
             return
         inside = max(1, min(ranks, spec.per_node // stride))
         local = ranks * stride <= spec.per_node
-        # Ranks of one machine share what comes in over its network cards.
-        rate = spec.node_bytes_s if local else min(spec.node_bytes_s, spec.network_bytes_s * inside)
+        # What all ranks of a machine need alike comes in once over all its cards; else only neighbours' parts stay off.
+        cards = inside if same else (ranks - 1) / max(ranks - inside, 1)
+        rate = spec.node_bytes_s if local else min(spec.node_bytes_s, spec.network_bytes_s * cards)
         found.append(Traffic(axis, "node" if local else "network", ranks, received, received / rate))
 
     def gathered(parameters: float, ranks: int) -> float:
@@ -66,9 +67,10 @@ def traffic(config: PlanConfig) -> list[Traffic]:
         return parameters * (ranks - 1) / ranks * (2 * b + 4) * passes
 
     replicas_of_experts = p.group // p.expert
-    add("shard", p.group, 1, gathered(rest, p.group))
-    add("shard of experts", replicas_of_experts, p.expert, gathered(experts / p.expert, replicas_of_experts))
-    rows = tokens * m.num_experts_per_tok * m.hidden_size * b * config.machine.imbalance
+    add("shard", p.group, 1, gathered(rest, p.group), same=True)
+    split = gathered(experts / p.expert, replicas_of_experts)
+    add("shard of experts", replicas_of_experts, p.expert, split, same=True)
+    rows = tokens * m.num_experts_per_tok * m.hidden_size * b * machine.imbalance * machine.dispatch
     add("expert", p.expert, 1, rows * (p.expert - 1) / p.expert * 2 * (forwards + 1) * moe_layers)
     add("replicate", p.replicate, p.group, (experts + rest) / p.group * 4 * 2 * (p.replicate - 1) / p.replicate)
     full = m.num_full_layers / p.pipeline
@@ -100,8 +102,11 @@ def muon_flops(config: PlanConfig) -> float:
     return sum(5 * n * (4 * min(a, b) ** 2 * max(a, b) + 2 * min(a, b) ** 3) for n, a, b in matrices)
 
 
-def estimate(config: PlanConfig) -> dict[str, Any]:
-    """Return the plan: `figures` by slash names, `traffic`, `problems` (sentences) and the config it rests on."""
+def estimate(config: PlanConfig, *, judge: bool = True) -> dict[str, Any]:
+    """Return the plan: `figures` by slash names, `traffic`, `problems` (sentences) and the config it rests on.
+
+    With `judge=False` nothing is said about what does not fit, for that may take a search.
+    """
     m, p, machine, spec = config.model, config.parallel, config.machine, config.machine.spec
     counts = parameter_counts(m, config.parts)
     figures: dict[str, Figure] = {
@@ -176,7 +181,7 @@ def estimate(config: PlanConfig) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
         "figures": figures,
         "traffic": rows,
-        "problems": problems(config, parts["peak"]),
+        "problems": problems(config, parts["peak"]) if judge else [],
     }
 
 
@@ -250,7 +255,7 @@ def problems(config: PlanConfig, peak_bytes: float) -> list[str]:
     for factor in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         best = search(config, devices=p.devices * factor, keep=1)
         if best:
-            degrees = {"parallel": best[0].parallel.model_dump(), "batch": {"micro_sequences": 1}}
+            degrees = {"parallel": best[0].parallel.model_dump(), "batch": best[0].batch.model_dump()}
             where = "these devices" if factor == 1 else f"{p.devices * factor:,} devices"
             return [f"{said} It fits on {where} with {_spell(degrees)}."]
     return [f"{said} No degrees up to {p.devices * 256:,} devices make it fit; take a larger device."]
@@ -277,13 +282,15 @@ def search(config: PlanConfig, devices: int = 0, keep: int = 5) -> list[PlanConf
     devices = devices or config.parallel.devices
     found = []
     for degrees in _degrees(config, devices):
-        machine = {"devices": devices}
-        sequences = config.sequences + -config.sequences % (degrees["replicate"] * degrees["shard"])
-        batch = {"sequences": sequences, "micro_sequences": 1}
-        other = changed(config, {"parallel": degrees, "machine": machine, "batch": batch})
-        if other is not None and fits(other):
-            # problems() is not asked for: it would search again.
-            found.append((-_speed(other), _spell({"parallel": degrees}), other))
+        data = degrees["replicate"] * degrees["shard"]
+        rows = -(-config.sequences // data)  # of one data rank in a step
+        for micro in (n for n in (8, 4, 2, 1) if rows % n == 0):  # fewer passes gather the weights less often
+            batch = {"sequences": rows * data, "micro_sequences": micro}
+            other = changed(config, {"parallel": degrees, "machine": {"devices": devices}, "batch": batch})
+            if other is not None and fits(other):
+                speed = estimate(other, judge=False)["figures"]["step/tokens_per_device"].value
+                found.append((-speed, _spell({"parallel": degrees}), other))
+                break
     return [other for _, _, other in sorted(found, key=lambda item: item[:2])[:keep]]
 
 
@@ -298,7 +305,3 @@ def _degrees(config: PlanConfig, devices: int) -> Iterator[dict[str, Any]]:
                         replicate = devices // (pipeline * context * shard)
                         yield {"replicate": replicate, "shard": shard, "expert": expert, "context": context,
                                "pipeline": pipeline, "recompute": recompute}  # fmt: skip
-
-
-def _speed(config: PlanConfig) -> float:
-    return float(estimate(config)["figures"]["step/tokens_per_device"].value)

@@ -73,9 +73,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "parts": {"attention_per_layer": 187_105_280, "norms_per_layer": 2 * 7168 + 1536 + 512},
         "tokens": 14.8e12, "matrices": "adamw", "batch": {"context_tokens": 4096, "sequences": 15360},
         "parallel": {"shard": 128, "expert": 64, "pipeline": 16},
-        # The 37 % are of the whole run: communication, bubble (DualPipe) and stops are inside.
+        # At most 4 machines for 8 experts (node-limited routing). The 37 % are of the whole run: communication,
+        # bubble (DualPipe) and stops are inside.
         "machine": {
-            "device": "h800", "mfu": 0.37, "overlap": 1.0, "bubble": 0.0, "interruptions_per_device_hour": 0.0,
+            "device": "h800", "mfu": 0.37, "overlap": 1.0, "bubble": 0.0, "dispatch": 0.5,
+            "interruptions_per_device_hour": 0.0,
         },
     },
     "mixtral-8x7b": {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from freehold.core.config import fill
 from freehold.core.table import Table
 from freehold.planner.config import PlanConfig
 from freehold.planner.estimate import Figure, estimate
-from freehold.planner.published import PUBLISHED
+from freehold.planner.published import PRESETS, PUBLISHED
 
 TITLES = {
     "parameters": "Parameters",
@@ -95,7 +96,11 @@ def tables(plan: dict[str, Any]) -> list[Table]:
 
 
 def comparison(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return our figure beside each published one of this preset; none when the plan is of something else."""
+    """Return our figure beside each published one of this preset; none for another shape or number of tokens."""
+    preset = PRESETS.get(plan["name"], {})
+    asked = fill(PlanConfig, preset, "preset").model_dump(mode="json") if preset else {}
+    if any(plan["config"][key] != asked.get(key) for key in ("model", "parts", "tokens")):
+        return []
     return [
         {
             "figure": row.figure,
@@ -131,15 +136,15 @@ def search_table(plans: list[PlanConfig]) -> Table:
     """Return the table of `--search`: degrees that fit, the fastest first."""
     rows = []
     for config in plans:
-        p, figures = config.parallel, estimate(config)["figures"]
+        p, figures = config.parallel, estimate(config, judge=False)["figures"]
         rows.append([
             f"replicate={p.replicate} shard={p.shard} expert={p.expert} context={p.context} "
-            f"pipeline={p.pipeline} recompute={p.recompute}",
+            f"pipeline={p.pipeline} recompute={p.recompute} micro_sequences={config.micro_sequences}",
             number(figures["memory/peak"].value, "bytes", binary=True),
             number(figures["step/time"].value, "s"),
             number(figures["step/tokens_per_device"].value, "tokens/s"),
         ])  # fmt: skip
-    note = "Powers of two, one sequence a pass, 8 % of memory kept free. Errors as in the plan itself."
+    note = "Powers of two, 8 % of memory kept free. Errors as in the plan itself."
     return Table("Degrees that fit", ("parallel", "peak memory", "step", "each device"), rows, note)
 
 
