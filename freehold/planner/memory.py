@@ -43,9 +43,9 @@ def kept_bytes(config: PlanConfig) -> tuple[float, float]:
 def training_bytes(config: PlanConfig, *, states: bool = True) -> dict[str, float]:
     """Return the peak bytes of the fullest rank by part; the values add up to `peak`.
 
-    The peak is the worse of two moments: at the loss (all that is kept, plus logits) and in the backward pass of
-    the widest block (its weights and gradients whole, its activations made again under recompute). With
-    `states=False` gradients and optimizer are left out: what a forward and backward alone needs the first time.
+    The peak is the worst of four moments: at the loss, in the first and in the last block of the backward pass, and
+    at the optimizer's step. With `states=False` gradients and optimizer are left out: what a forward and backward
+    alone needs the first time.
     Not counted: communication library buffers, allocator fragmentation, the device's own context.
     """
     m, p, b = config.model, config.parallel, config.bytes_per_value
@@ -68,37 +68,43 @@ def training_bytes(config: PlanConfig, *, states: bool = True) -> dict[str, floa
     in_flight = min(p.pipeline, config.micro_batches)  # micro-batches whose activations the first stage holds (1F1B)
     whole = (moe_layers * moe + dense_layers * dense) * tokens
     kept = (layers * boundary if p.recompute == "full" else whole) * in_flight + 4 * boundary
-    # Two copies in the compute dtype and two in float32: logits, their gradient, and the softmax between.
-    logits = min(chunk, tokens) * m.vocab_size * (2 * b + 2 * 4)
+    if config.machine.kernels == "plain":
+        # Two copies in the compute dtype and two in float32: logits, their gradient, and the softmax between.
+        logits = min(chunk, tokens) * m.vocab_size * (2 * b + 2 * 4)
+    else:  # a chunk becomes its own gradient in place while the one before still lies there; the head's gradient
+        logits = min(2 * chunk, tokens) * m.vocab_size * b + counts["head"] * (4 + b)
+    busy = config.machine.imbalance if p.expert > 1 else 1.0
     exchange = 0.0
     if p.expert > 1 and moe_layers:
-        exchange = 2 * tokens * m.num_experts_per_tok * m.hidden_size * b * config.machine.imbalance
+        exchange = 2 * tokens * m.num_experts_per_tok * m.hidden_size * b * busy
+    # Gradients of activations that lie side by side in the backward pass of a block: rows, gate, up and product.
+    rows = m.num_experts_per_tok * (2 * m.hidden_size + 3 * m.moe_intermediate_size) * busy if moe_layers else 0.0
+    passing = max(rows, 3 * m.intermediate_size if dense_layers else 0) * b * tokens
     widest = max(
         expert_layer / p.expert + small_layer if moe_layers else 0, other + counts["dense_ffn"] if dense_layers else 0
     )
     # With no group to gather from, all weights lie here in the compute dtype, beside their float32 masters.
     at_loss = float(ends * b if p.group > 1 else held * b)
     in_block = ends * b + 2 * widest * b if p.group > 1 else at_loss
-    always = {
-        "masters": 4 * held,
-        "gradients": 4 * held * states,
-        "optimizer": (4 * muon + 8 * (held - muon)) * states,
-    }
+    summed = 4 * held * states  # gradients of all passes, in float32
+    before = summed if config.micro_batches > 1 else 0.0
+    fresh = (summed + widest * b if p.group > 1 else before + held * b) * states
+    always = {"masters": 4 * held, "optimizer": (4 * muon + 8 * (held - muon)) * states}
+    again = block if p.recompute == "full" else 0.0
     moments = [
-        {"weights": at_loss, "activations": kept, "logits": logits, "all_to_all": 0.0},
+        {"weights": at_loss, "gradients": before, "activations": kept, "logits": logits},
+        {"weights": in_block, "gradients": before, "activations": kept + again + passing, "all_to_all": exchange},
         {
             "weights": in_block,
-            "activations": kept + (block if p.recompute == "full" else 0.0),
-            "logits": 0.0,
+            "gradients": fresh,
+            "activations": 4 * boundary + block + passing,
             "all_to_all": exchange,
         },
+        {"weights": at_loss, "gradients": summed},
     ]
-    if states:  # gradients in the compute dtype, before they are added to those of the masters
-        fresh = widest * b if p.group > 1 else held * b
-        moments[1]["gradients"] = fresh + (always["gradients"] if p.group > 1 or config.micro_batches > 1 else 0.0)
     worst = max(({**always, **moment} for moment in moments), key=lambda parts: sum(parts.values()))
     order = ("weights", "masters", "gradients", "optimizer", "activations", "logits", "all_to_all")
-    return {name: worst[name] for name in order} | {"peak": sum(worst.values())}
+    return {name: worst.get(name, 0.0) for name in order} | {"peak": sum(worst.values())}
 
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
