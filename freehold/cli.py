@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   freehold pretrain recipes/laptop.yaml optim.lr=3e-4 --fork lr3e-4
   freehold chat runs/laptop                           talk to the model
   freehold serve runs/laptop --port 8000              OpenAI-compatible server
+  freehold plan large                                 what training it takes, before anything starts
   freehold trace sotu                                 where did this source go?
   freehold lineage runs/laptop                        from sources to GGUF
 """
@@ -135,6 +136,14 @@ def build_parser() -> argparse.ArgumentParser:
     lineage.add_argument("--json", action="store_true", help="machine-readable graph")
     report = _verb(verbs, "report", "write report.md and report.png of a run, and show its summary", _report)
     report.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
+    plan = _verb(
+        verbs, "plan", "memory, time, money and failures of a run, from its recipe alone; starts nothing", _plan
+    )
+    plan.add_argument("recipe", help="YAML recipe, or a preset: nano, mini, large, trillion, deepseek-v3, ...")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.shard=64 machine.device=h200")
+    plan.add_argument("--search", action="store_true", help="propose degrees that fit, the fastest first")
+    plan.add_argument("--picture", type=Path, metavar="FILE", help="also draw the plan as a PNG")
+    plan.add_argument("--json", action="store_true", help="machine-readable plan on stdout")
     schema = _verb(verbs, "schema", "print the JSON Schema of a stage's section of the recipe", _schema)
     schema.add_argument("stage", choices=[*STAGES, "serve", "chat"])
     return parser
@@ -295,6 +304,42 @@ def _report(args: argparse.Namespace) -> int:
     run = _run_folder(args.run)
     print(report.write_report(run))
     print(report.summary(run))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from freehold.core.config import fill, override, unknown_key
+    from freehold.planner import show
+    from freehold.planner.config import PlanConfig, plan_of_recipe
+    from freehold.planner.estimate import estimate, search
+    from freehold.planner.published import PRESETS
+
+    if args.recipe.endswith((".yaml", ".yml")):
+        from freehold import walk
+
+        recipe = walk.resolve(Path(args.recipe))
+        data = plan_of_recipe(recipe.head.name, recipe.stages["pretrain"].model_dump(mode="json"))
+    elif args.recipe in PRESETS:
+        data = {"name": args.recipe, **PRESETS[args.recipe]}
+    else:
+        raise unknown_key("plan", args.recipe, [*PRESETS, "RECIPE.yaml"])
+    config = fill(PlanConfig, override(data, args.overrides), "plan")
+    proposals = search(config) if args.search else []
+    plan = estimate(config)
+    if args.picture:
+        from freehold.core.artifact import write_atomic
+        from freehold.figure import draw_plan
+
+        write_atomic(args.picture, draw_plan(show.to_json(plan)))
+    if args.json:
+        degrees = {"search": [p.model_dump(mode="json") for p in proposals]} if args.search else {}
+        print(json.dumps({**show.to_json(plan), **degrees}))
+        return 0
+    print(f"{plan['name']}\n\n{show.assumptions(config)}\n")
+    for table in [*show.tables(plan), *([show.search_table(proposals)] if args.search else [])]:
+        print(table.text())
+    for sentence in plan["problems"]:
+        print(sentence)
     return 0
 
 

@@ -56,6 +56,52 @@ def draw(rows: list[dict[str, Any]], results: dict[str, Any]) -> bytes:
     return out.getvalue()
 
 
+def draw_plan(plan: dict[str, Any]) -> bytes:
+    """Return a PNG of a plan in its JSON form: memory by part, the step by part, ours over the published figures."""
+    figures = {name: (f["value"], f["value"] * f["error"]) for name, f in plan["figures"].items()}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(13, 4.2), dpi=130, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+        memory, step, beside = figure.subplots(1, 3, width_ratios=(1.1, 1.1, 1))
+        parts = ("weights", "masters", "gradients", "optimizer", "activations", "logits", "all_to_all")
+        _stack(memory, [(part, figures[f"memory/{part}"][0] / 2**30) for part in parts], "GiB",
+               figures["memory/peak"][1] / 2**30)  # fmt: skip
+        device = figures["memory/device"][0] / 2**30
+        memory.axvline(device, color=INK, linestyle=(0, (5, 3)), linewidth=1.2)
+        memory.set_xlim(0, max(memory.get_xlim()[1], device * 1.05))
+        memory.set_title("Memory of a rank (dashed: device)")
+        times = [(part, figures[f"step/{part}"][0]) for part in ("arithmetic", "optimizer", "bubble", "exposed")]
+        _stack(step, times, "s", figures["step/time"][1])
+        step.set_title("One optimizer step")
+        rows = plan["published"]
+        beside.set_title("Ours over the published figure")
+        if not rows:
+            _note(beside, "nothing published to lay beside it")
+        for y, row in enumerate(rows):
+            wrong = figures[row["figure"]][1] / row["published"]
+            beside.errorbar(row["planned"] / row["published"], y, xerr=wrong, fmt="o", color=BLUE, capsize=3)
+        if rows:
+            beside.axvline(1, color=MUTED, linewidth=1)
+            beside.set_yticks(range(len(rows)), [row["figure"] for row in rows])
+            beside.invert_yaxis()
+        out = io.BytesIO()
+        figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _stack(axes: Axes, parts: list[tuple[str, float]], unit: str, wrong: float) -> None:
+    """Draw parts one below the other, each starting where the last ended, and their sum with its error bar."""
+    start = 0.0
+    for y, (_, value) in enumerate(parts):
+        axes.barh(y, value, left=start, color=BLUE, alpha=0.75)
+        axes.text(start + value, y, f" {value:.3g}", va="center", color=MUTED, fontsize=8.5)
+        start += value
+    axes.barh(len(parts), start, xerr=wrong, color=ORANGE, alpha=0.75, ecolor=INK, capsize=3)
+    axes.set_yticks(range(len(parts) + 1), [*(name.replace("_", " ") for name, _ in parts), "sum"])
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.set_xlim(0, max(start + wrong, 1e-9) * 1.15)
+
+
 def phase_spans(rows: list[dict[str, Any]]) -> list[tuple[str, int, int]]:
     """Return (phase, first step, last step) of each run of equal phases; neighbours touch.
 

@@ -37,7 +37,8 @@ ROOMS = {
     "figure": {"core"},
     "report": {"core", "figure", "stages"},
     "walk": {"core", "stages"},
-    "cli": {"core", "ledger", "stages", "walk", "report"},
+    "planner": {"core", "model"},
+    "cli": {"core", "ledger", "planner", "stages", "walk", "figure", "report"},
 }
 ONE_ROOM = {
     "transformers": {"stages/export"},
@@ -91,6 +92,12 @@ def test_imports_only_rooms_below(path):
             assert other in ROOMS[room], f"{path}: {room} may not import {module}"
 
 
+def test_the_planner_knows_shapes_only():
+    for path in (PACKAGE / "planner").glob("*.py"):
+        ours = {m for m in imports(path) if m.startswith("freehold.model")}
+        assert all(m.startswith("freehold.model.config") for m in ours), f"{path}: {ours}"
+
+
 def test_no_relative_imports():
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -109,6 +116,7 @@ def test_a_third_party_package_belongs_to_one_room():
     [
         "import freehold",
         "import freehold.cli, freehold.walk, freehold.report",
+        "import freehold.planner.show",
         "import freehold.core.document, freehold.ledger.trace, freehold.ledger.lineage, freehold.ledger.policy",
         "from freehold import walk; [walk.stage_config_class(s) for s in [*walk.WALK, 'chat']]",
     ],

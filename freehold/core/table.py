@@ -24,3 +24,18 @@ class Table:
         lines = ["| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]]]
         note = f"\n{self.note}\n" if self.note else ""
         return f"{'#' * level} {self.title}\n\n" + "\n".join(lines) + "\n" + note
+
+    def text(self) -> str:
+        """Return title, table and note as aligned plain text."""
+        lines = [self.header, *self.rows]
+        widths = [max(len(row[i]) for row in lines) for i in range(len(self.header))]
+        body = [
+            "  ".join(
+                c.ljust(w) if i in self.left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in lines
+        ]
+        body.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+        return "\n".join(
+            [self.title, *(f"  {line}".rstrip() for line in body), *([self.note] if self.note else []), ""]
+        )

@@ -9,6 +9,7 @@ import functools
 import math
 import random
 import statistics
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pydantic
@@ -201,19 +202,21 @@ def compute_route_scale(num_experts: int, num_experts_per_tok: int) -> float:
 PRESETS: dict[str, ModelConfig] = {name: ModelConfig.model_validate(shape) for name, shape in SHAPES.items()}
 
 
-def parameter_counts(config: ModelConfig) -> dict[str, int]:
+def parameter_counts(config: ModelConfig, parts: Mapping[str, int] | None = None) -> dict[str, int]:
     """Return parameters in all, per token, under Muon, and of each part; `expert_bias` is a buffer and not counted.
 
-    `active` is what one token touches, embedding and head included.
+    `active` is what one token touches, embedding and head included. `parts` replaces what one layer counts
+    under a name of the result (`attention_per_layer`, `norms_per_layer`, `dense_ffn`, `expert`, `shared_experts`,
+    `router`): so other architectures are counted by the same arithmetic.
     """
-    d, layers = config.hidden_size, config.num_hidden_layers
+    d, layers, parts = config.hidden_size, config.num_hidden_layers, parts or {}
     moe_layers = layers - config.num_dense_layers
-    attention = 3 * d * config.query_width + 2 * d * config.key_width
-    norms = 4 * d + 2 * config.head_dim
-    dense_ffn = 3 * d * config.intermediate_size
-    expert = 3 * d * config.moe_intermediate_size
-    shared = expert * config.num_shared_experts
-    router = d * config.num_experts
+    attention = parts.get("attention_per_layer", 3 * d * config.query_width + 2 * d * config.key_width)
+    norms = parts.get("norms_per_layer", 4 * d + 2 * config.head_dim)
+    dense_ffn = parts.get("dense_ffn", 3 * d * config.intermediate_size)
+    expert = parts.get("expert", 3 * d * config.moe_intermediate_size)
+    shared = parts.get("shared_experts", expert * config.num_shared_experts)
+    router = parts.get("router", d * config.num_experts)
     moe_layer = expert * config.num_experts + shared + router
     embedding = config.vocab_size * d
     always = layers * (attention + norms) + config.num_dense_layers * dense_ffn + moe_layers * (shared + router) + d
@@ -237,13 +240,13 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def flops_per_token(config: ModelConfig, context_tokens: int) -> float:
+def flops_per_token(config: ModelConfig, context_tokens: int, parts: Mapping[str, int] | None = None) -> float:
     """Return the FLOPs of training on one token (forward and backward) in sequences of `context_tokens`.
 
     6 x matrix parameters a token meets (head included, embedding look-up not) + 12 x query width x keys seen,
-    averaged over the sequence. A forward pass alone is a third of it.
+    averaged over the sequence. A forward pass alone is a third of it. `parts` as in `parameter_counts`.
     """
-    counts = parameter_counts(config)
+    counts = parameter_counts(config, parts)
     norms = config.num_hidden_layers * counts["norms_per_layer"] + config.hidden_size
     seen = 0.0
     for kind in config.layer_types:

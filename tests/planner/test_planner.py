@@ -1,0 +1,387 @@
+"""The planner against what was published, tracked, counted by autograd, and against its own arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from freehold import cli, walk
+from freehold.core.config import fill, merge
+from freehold.core.errors import ConfigError
+from freehold.kernels import native
+from freehold.model.afmoe import Afmoe
+from freehold.model.config import PRESETS as SHAPES
+from freehold.model.config import flops_per_token, parameter_counts
+from freehold.planner import estimate, memory, show
+from freehold.planner.config import PlanConfig, plan_of_recipe
+from freehold.planner.hardware import DEVICES, INTERRUPTIONS_PER_DEVICE_HOUR
+from freehold.planner.published import PRESETS, PUBLISHED
+
+GIB = 2**30
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def plan_of(name: str, **change: object) -> PlanConfig:
+    return fill(PlanConfig, merge({"name": name, **PRESETS[name]}, change), "plan")
+
+
+def figures_of(name: str, **change: object) -> dict[str, estimate.Figure]:
+    return estimate.estimate(plan_of(name, **change))["figures"]
+
+
+# --- beside what was published ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_figures_come_out(name):
+    figures = figures_of(name)
+    for row in PUBLISHED[name]:
+        ours = figures[row.figure].value
+        assert ours == pytest.approx(row.value, rel=row.tolerance), f"{row.figure}: {row.source}"
+
+
+@pytest.mark.parametrize(
+    ("name", "replicate", "total", "rank", "master_gib"),
+    [
+        ("large", 16, 398_635_272_192, 3_114_338_064, 11.60),
+        ("mini", 4, 26_123_970_560, 204_093_520, 0.76),
+        ("nano", 2, 6_119_996_416, 47_812_472, 0.18),
+    ],
+)
+def test_fake_world_totals(name, replicate, total, rank, master_gib):
+    """As a 2048-rank world of meta tensors counted them; masters alone, with AdamW twice that again."""
+    figures = figures_of(name, parallel={"replicate": replicate}, matrices="adamw")
+    assert figures["parameters/rank"].value == rank
+    assert figures["parameters/total"].value == pytest.approx(total, rel=1e-6)
+    assert figures["memory/masters"].value / GIB == pytest.approx(master_gib, abs=0.01)
+    assert figures["memory/optimizer"].value == pytest.approx(2 * figures["memory/masters"].value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "recompute", "tracked_gib"),
+    [(10, "none", 46.26), (14, "none", 58.75), (14, "full", 23.24), (22, "full", 25.32), (60, "full", 35.0),
+     (60, "none", 200.0)],
+)  # fmt: skip
+def test_memory_of_the_tracked_world(layers, recompute, tracked_gib):
+    """FSDPMemTracker's peak of Large, one sequence of 8192, whole logits, plain operations (60: extrapolated)."""
+    config = plan_of(
+        "large",
+        model={"num_hidden_layers": layers},
+        parallel={"recompute": recompute},
+        batch={"sequences": 2048, "micro_sequences": 1},
+        machine={"kernels": "plain", "imbalance": 1.0},
+        loss_chunk_tokens=0,
+    )
+    assert memory.training_bytes(config, states=False)["peak"] / GIB == pytest.approx(tracked_gib, rel=0.03)
+
+
+def test_large_in_33_days_says_which_utilisation_that_is():
+    figures = figures_of("large")
+    assert figures["run/days"].value == pytest.approx(33, abs=0.5)
+    assert figures["run/mfu"].value == pytest.approx(0.118, abs=0.002)
+    # 17T / 33 days / 2048 devices, stops included.
+    through = figures["step/tokens_per_device"].value * figures["risk/goodput"].value
+    assert through == pytest.approx(2911, rel=0.01)
+    assert figures["run/device_hours"].value == pytest.approx(1.62e6, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["nano", "mini"])
+def test_the_small_ones_fit_512_h200(name):
+    plan = estimate.estimate(plan_of(name))
+    assert plan["config"]["machine"]["device"] == "h200"
+    assert plan_of(name).parallel.devices == 512
+    assert plan["problems"] == []
+    assert 1 < plan["figures"]["run/days"].value < 60
+
+
+def test_trillion_is_a_trillion_on_4096_devices():
+    config, figures = plan_of("trillion"), figures_of("trillion")
+    assert config.parallel.devices == 4096
+    assert (config.model.num_experts, config.model.num_experts_per_tok) == (512, 4)
+    assert figures["parameters/total"].value == pytest.approx(1e12, rel=0.01)
+    assert 30e6 < figures["run/cost"].value < 120e6
+    assert estimate.estimate(config)["problems"] == []
+
+
+def test_cache_of_large_at_262144_tokens():
+    """15 GiB in global layers and about 0.7 GiB in windows."""
+    assert memory.cache_bytes(SHAPES["large"], 262_144) / GIB == pytest.approx(15 + 0.7, abs=0.05)
+
+
+def test_qlora_base_is_four_bits_and_the_rest_is_not():
+    config = plan_of("mini")
+    counts = parameter_counts(config.model)
+    bare = counts["total"] * memory.NF4_BITS / 8
+    total = memory.qlora_bytes(config)["total"]
+    assert bare < total < 2 * counts["total"]
+    assert memory.qlora_bytes(config, rank=32)["adapters"] == 2 * memory.qlora_bytes(config, rank=16)["adapters"]
+
+
+# --- what autograd keeps --------------------------------------------------------------------------------------------
+
+
+def kept_by_autograd(model_config: dict, tokens: int = 48) -> float:
+    """Return the bytes a token leaves saved for the backward pass, parameters left out."""
+    config = fill(type(SHAPES["laptop"]), model_config, "model")
+    model = Afmoe(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model = model.to_compute(torch.bfloat16).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.hidden(torch.arange(tokens)[None] % config.vocab_size)
+    return sum(storage.nbytes() for storage in kept.values()) / tokens
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        # Widths the CPU kernels refuse, so that the operations counted are those of a GPU.
+        {"hidden_size": 200, "head_dim": 20, "num_attention_heads": 10, "num_key_value_heads": 5,
+         "intermediate_size": 600, "moe_intermediate_size": 100, "num_experts": 8, "num_experts_per_tok": 2},
+        {"hidden_size": 100, "head_dim": 20, "num_attention_heads": 10, "num_key_value_heads": 2,
+         "intermediate_size": 300, "moe_intermediate_size": 60, "num_experts": 16, "num_experts_per_tok": 4,
+         "num_shared_experts": 2},
+        # And widths they take: what this machine has decides which count holds.
+        {"hidden_size": 160, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 480, "moe_intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 2},
+    ],
+)  # fmt: skip
+def test_kept_bytes_are_what_autograd_keeps(shape):
+    base = {"vocab_size": 64, "sliding_window": 32, "max_position_embeddings": 128, **shape}
+    layers = [{"num_hidden_layers": 1, "num_dense_layers": 1}, {"num_hidden_layers": 2, "num_dense_layers": 2}]
+    layers.append({"num_hidden_layers": 2, "num_dense_layers": 1})
+    one, dense, moe = (kept_by_autograd({**base, **n}) for n in layers)
+    d = shape["hidden_size"]
+    kernels = "native" if native.available(torch.empty(1, d, dtype=torch.bfloat16), d) else "fused"
+    planned = memory.kept_bytes(
+        fill(PlanConfig, {"model": {**base, **layers[2]}, "machine": {"kernels": kernels}}, "plan")
+    )
+    assert planned[0] == pytest.approx(dense - one, rel=0.03)
+    assert planned[1] == pytest.approx(moe - one, rel=0.03)
+
+
+# --- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+def test_parts_add_up_and_recompute_saves():
+    for name in PRESETS:
+        parts = memory.training_bytes(plan_of(name))
+        assert parts.pop("peak") == pytest.approx(sum(parts.values())), name
+        figures = figures_of(name)
+        assert figures["memory/peak_recompute_full"].value < figures["memory/peak_recompute_none"].value, name
+
+
+def test_sharding_divides_the_states():
+    one, two = (memory.training_bytes(plan_of("mini", parallel={"shard": n})) for n in (64, 128))
+    assert one["masters"] == pytest.approx(2 * two["masters"])
+    assert one["optimizer"] == pytest.approx(2 * two["optimizer"])
+
+
+def test_time_follows_its_inputs():
+    slow, fast = (figures_of("large", machine={"mfu": mfu}) for mfu in (0.1, 0.2))
+    assert slow["step/arithmetic"].value == pytest.approx(2 * fast["step/arithmetic"].value)
+    hidden, shown = (figures_of("large", machine={"overlap": share}) for share in (1.0, 0.0))
+    assert hidden["step/exposed"].value == 0
+    assert shown["step/exposed"].value == pytest.approx(shown["step/communication"].value)
+    dear = figures_of("large", machine={"usd_hour": 12.0})
+    assert dear["run/cost"].value == pytest.approx(2 * figures_of("large")["run/cost"].value)
+
+
+def test_arithmetic_is_the_models_own_flops():
+    config, figures = (
+        plan_of("mini", parallel={"recompute": "none"}),
+        figures_of("mini", parallel={"recompute": "none"}),
+    )
+    flops = flops_per_token(config.model, 4096) * 8192 * 4096
+    assert figures["step/flops"].value == flops
+    assert figures["step/arithmetic"].value == pytest.approx(flops / 512 / (0.3 * DEVICES["h200"].flops))
+
+
+def test_pipeline_bubble_of_1f1b():
+    figures = figures_of("mini", parallel={"replicate": 1, "pipeline": 4}, batch={"micro_sequences": 4})
+    passes = 8192 // (128 * 4)
+    assert figures["step/bubble"].value == pytest.approx(figures["step/arithmetic"].value * 3 / passes)
+
+
+def test_traffic_by_axis():
+    config = plan_of("large", machine={"imbalance": 1.0}, parallel={"recompute": "none"})
+    rows = {row.axis: row for row in estimate.traffic(config)}
+    assert {name: (row.link, row.ranks) for name, row in rows.items()} == {
+        "shard": ("network", 128),
+        "shard of experts": ("network", 16),
+        "expert": ("node", 8),
+        "replicate": ("network", 16),
+        "muon": ("network", 128),
+    }
+    # Two passes of 4 x 8192 tokens, 4 rows of 3072 bf16 values each, there and back, forward and backward, 54 layers.
+    assert rows["expert"].received_bytes == 2 * 4 * 8192 * 4 * 3072 * 2 * 7 / 8 * 4 * 54
+    assert not estimate.traffic(plan_of("laptop"))
+
+
+def test_rows_between_machines_cross_the_network_alone():
+    """64 expert ranks on 8 machines: 56 of a rank's 63 partners are elsewhere, and nobody wants the same rows."""
+    row = next(r for r in estimate.traffic(plan_of("large", parallel={"expert": 64})) if r.axis == "expert")
+    assert row.link == "network"
+    assert row.seconds == pytest.approx(row.received_bytes * 56 / 63 / DEVICES["b300"].network_bytes_s)
+
+
+def test_context_ranks_exchange_keys_and_values():
+    whole = plan_of("large", batch={"context_tokens": 32768}, parallel={"shard": 32, "context": 4})
+    row = next(r for r in estimate.traffic(whole) if r.axis == "context")
+    assert row.ranks == 4
+    assert row.received_bytes > 0
+    assert whole.micro_tokens == 4 * 8192
+    assert whole.chunk_tokens == 8192
+
+
+def test_checkpoint_interval_loses_least():
+    """Young and Daly: no other interval loses less to saving and to work done twice."""
+    figures = figures_of("large")
+    write, between = figures["risk/checkpoint_write"].value, figures["risk/between_stops"].value * 3600
+    every = figures["risk/checkpoint_every"].value * 60
+
+    def lost(interval: float) -> float:
+        return write / interval + interval / 2 / between
+
+    assert lost(every) < min(lost(every * 0.9), lost(every * 1.1))
+    assert figures["risk/goodput"].value == pytest.approx(1 - lost(every) - 600 / between)
+    hours_of_16384 = 1 / INTERRUPTIONS_PER_DEVICE_HOUR / 16384
+    assert hours_of_16384 == pytest.approx(3.1, abs=0.05)
+
+
+def test_a_run_that_never_advances_is_refused():
+    with pytest.raises(ConfigError, match="never advance"):
+        figures_of("large", machine={"storage_bytes_s": 1e5})
+
+
+def test_no_failures_no_checkpoint_interval():
+    figures = figures_of("large", machine={"interruptions_per_device_hour": 0})
+    assert figures["risk/goodput"].value == 1
+    assert "risk/checkpoint_every" not in figures
+
+
+# --- what does not fit, and what would ------------------------------------------------------------------------------
+
+
+def test_a_misfit_says_what_would_fit():
+    change = {"parallel": {"recompute": "none"}, "machine": {"device": "h200"}}
+    (sentence,) = estimate.estimate(plan_of("large", **change))["problems"]
+    assert "Memory does not fit" in sentence
+    assert "It fits with parallel.recompute=full" in sentence
+    assert estimate.fits(plan_of("large", **merge(change, {"parallel": {"recompute": "full"}})))
+
+
+def test_a_misfit_is_given_more_devices():
+    change = {"parallel": {"replicate": 1, "shard": 1, "expert": 1}, "machine": {"device": "h100"}}
+    (sentence,) = estimate.estimate(plan_of("mini", **change))["problems"]
+    assert "devices with parallel.replicate=" in sentence
+
+
+def test_a_misfit_that_nothing_mends_says_so():
+    # One row alone is too long for every device there could be.
+    change = {
+        "batch": {"context_tokens": 2**34, "sequences": 512, "micro_sequences": 1},
+        "parallel": {"recompute": "full"},
+    }
+    (sentence,) = estimate.estimate(plan_of("mini", **change))["problems"]
+    assert "take a larger device" in sentence
+
+
+def test_search_proposes_degrees_that_fit():
+    config = plan_of("mini", parallel={"replicate": 1, "shard": 64})
+    found = estimate.search(config)
+    assert found
+    speeds = [estimate.estimate(c)["figures"]["step/tokens_per_device"].value for c in found]
+    assert speeds == sorted(speeds, reverse=True)
+    for other in found:
+        assert other.parallel.devices == 64
+        assert estimate.fits(other)
+    assert speeds[0] >= estimate.estimate(config)["figures"]["step/tokens_per_device"].value
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "said"),
+    [
+        ({"machine": {"devices": 1000}}, "parallel", "do not multiply to the devices"),
+        ({"parallel": {"expert": 24, "shard": 48}}, "parallel.expert", "cannot be dealt evenly"),
+        ({"parallel": {"expert": 64, "shard": 96}}, "parallel.expert", "inside shard x context"),
+        ({"parallel": {"context": 4}}, "parallel.context", "shorter than the window"),
+        ({"parallel": {"pipeline": 61}}, "parallel.pipeline", "more stages than layers"),
+        ({"batch": {"sequences": 1000}}, "batch.sequences", "rows of a step"),
+        ({"machine": {"device": "h1000"}}, "machine.device", "no such device"),
+        ({"parallel": {"recompute": "some"}}, "plan.parallel.recompute", "not a valid value"),
+        ({"parallel": {"tensor": 2}}, "plan.parallel.tensor", "unknown key"),
+        ({"parts": {"attention": 2}}, "plan.parts.attention", "unknown key"),
+    ],
+)
+def test_bad_degrees(change, where, said):
+    with pytest.raises(ConfigError, match=said) as error:
+        plan_of("large", **change)
+    assert error.value.where == where
+
+
+def test_a_mesh_larger_than_any_machine_is_fine():
+    plan = estimate.estimate(plan_of("large", parallel={"replicate": 128}, batch={"sequences": 65536}))
+    assert plan["figures"]["run/days"].value < 33
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_number_has_a_unit_and_an_error(name):
+    plan = estimate.estimate(plan_of(name))
+    for key, figure in plan["figures"].items():
+        assert figure.unit, key
+        assert math.isfinite(figure.value), key
+        assert 0 <= figure.error < 1, key
+    for table in show.tables(plan):
+        assert all(len(row) == len(table.header) and all(row) for row in table.rows), table.title
+
+
+def test_command_prints_json_and_a_picture(tmp_path, capsys):
+    assert cli.main(["plan", "large", "parallel.replicate=8", "--json", "--picture", str(tmp_path / "p.png")]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["config"]["parallel"]["replicate"] == 8
+    assert plan["figures"]["parameters/total"] == {"value": 398635272192, "unit": "parameters", "error": 0.0}
+    assert {row["figure"] for row in plan["published"]} >= {"run/days", "files/Q4_K_M"}
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_shape_is_not_compared():
+    assert show.comparison(estimate.estimate(plan_of("nano")))
+    assert show.comparison(estimate.estimate(plan_of("nano", model={"num_experts": 64}))) == []
+
+
+def test_command_on_a_recipe(capsys):
+    assert cli.main(["plan", str(RECIPES / "laptop.yaml"), "--search"]) == 0
+    text = capsys.readouterr().out
+    assert "The run" in text
+    assert "Degrees that fit" in text
+    pretrain = walk.resolve(RECIPES / "laptop.yaml").stages["pretrain"]
+    config = fill(PlanConfig, plan_of_recipe("laptop", pretrain.model_dump(mode="json")), "plan")
+    assert config.model == pretrain.model
+    assert config.tokens == sum(phase.steps for phase in pretrain.phases.values()) * pretrain.batch.step_tokens
+    assert config.micro_sequences == pretrain.batch.micro
+
+
+def test_command_refuses_what_it_does_not_know(capsys):
+    assert cli.main(["plan", "lage"]) == 2
+    assert "did you mean `large`?" in capsys.readouterr().err
+    assert cli.main(["plan", "large", "parallel.shard=64", "machine.devices=2048"]) == 2
+    assert "do not multiply" in capsys.readouterr().err
