@@ -1,4 +1,4 @@
-"""The picture of a training run: loss and bits per byte, learning rate, expert load, balance."""
+"""The picture of a training run: loss and bits per byte, learning rate, expert load, balance, the router's health."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 INK, MUTED, FAINT = "#1f2933", "#7b8794", "#d5dbe1"
-BLUE, ORANGE, GREEN = "#2563a8", "#d9772b", "#2f8f6b"
+BLUE, ORANGE, GREEN, RED = "#2563a8", "#d9772b", "#2f8f6b", "#b3261e"
 PHASES = ("#eef3f8", "#fbf1e6", "#e9f4ee", "#f3eef8", "#f7f0f0")
 STYLE: Any = {
-    "font.size": 9.5,
+    "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": MUTED,
@@ -27,33 +28,43 @@ STYLE: Any = {
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9,
 }
 HEAT_COLUMNS = 100
 """Most step bins of the heat map; more steps than that are summed."""
+HEAT_LAYERS = 6
+"""Most layers of the heat map; of more, so many are shown, evenly spaced, the first and the last among them."""
 
 
 def draw(rows: list[dict[str, Any]], results: dict[str, Any]) -> bytes:
     """Return a PNG drawn from metrics rows (`step`, `phase`, slash names) and evaluate's results (may be empty)."""
+    out = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        picture(rows, results).savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def picture(rows: list[dict[str, Any]], results: dict[str, Any]) -> Figure:
+    """Return the same as a matplotlib figure."""
     with matplotlib.rc_context(STYLE):
         # A Figure of its own, not pyplot: no window system is touched and no state is left behind.
-        figure = Figure(figsize=(13, 7.2), dpi=130, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
-        grid = figure.add_gridspec(2, 2, height_ratios=(2.3, 1))
-        loss, heat, rate, balance = (figure.add_subplot(grid[r, c]) for r, c in ((0, 0), (0, 1), (1, 0), (1, 1)))
+        figure = Figure(figsize=(12.2, 8.8), dpi=130, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+        grid = figure.add_gridspec(3, 2, height_ratios=(2.3, 1, 1))
+        panels = [figure.add_subplot(grid[row, column]) for row in range(3) for column in range(2)]
+        loss, heat, rate, balance, router, evenness = panels
         spans = phase_spans(rows)
         _loss(loss, rows, results)
-        _heat(heat, balance, rows)
+        _heat(heat, [balance, evenness], rows)
         _rate(rate, rows)
         _balance(balance, rows)
-        for axes in (loss, heat, rate, balance):
+        _router(router, rows)
+        _evenness(evenness, rows)
+        for axes in panels:
             _shade(axes, spans, names=axes in (loss, heat))
-        for axes in (loss, heat, rate, balance):
             axes.set_xlim(spans[0][1], spans[-1][2])
-        for axes in (rate, balance):
+        for axes in (router, evenness):
             axes.set_xlabel("optimizer step")
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+    return figure
 
 
 def draw_plan(plan: dict[str, Any]) -> bytes:
@@ -177,9 +188,12 @@ def _rate(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _heat(axes: Axes, below: Axes, rows: list[dict[str, Any]]) -> None:
-    axes.set_title("Load of every expert, 1 = an equal share", pad=18)
+def _heat(axes: Axes, below: list[Axes], rows: list[dict[str, Any]]) -> None:
     names, edges, relative = heat_map(rows)
+    shown = np.unique(np.linspace(0, len(names) - 1, min(HEAT_LAYERS, len(names))).round().astype(int))
+    some = f" ({len(shown)} of {len(names)} layers)" if len(shown) < len(names) else ""
+    axes.set_title(f"Load of every expert, 1 = an equal share{some}", pad=18)
+    names, relative = [names[i] for i in shown], relative[:, shown]
     axes.tick_params(axis="y", length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
     if not names:
@@ -194,7 +208,7 @@ def _heat(axes: Axes, below: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_yticks([(i + 0.5) * experts for i in range(layers)], [f"layer {n}" for n in names])
     axes.invert_yaxis()
     # Beside both axes of the column, so that their steps stay one above the other.
-    place: Any = {"ax": [axes, below], "shrink": 0.45, "aspect": 24, "pad": 0.015, "anchor": (0, 0.93)}
+    place: Any = {"ax": [axes, *below], "shrink": 0.36, "aspect": 24, "pad": 0.015, "anchor": (0, 0.95)}
     bar = axes.figure.colorbar(mesh, **place, ticks=[0, 0.5, 1, 1.5, 2])
     bar.ax.set_yticklabels(["0", "0.5", "1", "1.5", "≥ 2"])
     bar.outline.set_visible(False)  # type: ignore[operator]
@@ -202,14 +216,55 @@ def _heat(axes: Axes, below: Axes, rows: list[dict[str, Any]]) -> None:
 
 def _balance(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_title("MaxVio: how far the busiest expert is above its share")
-    _many(axes, rows, sorted({k for row in rows for k in row if k.startswith("moe/max_vio/")}), ORANGE, "each layer")
-    steps, values = _series(rows, "moe/max_vio")
-    if not len(values):
-        _note(axes, "no MaxVio in the metrics")
+    if not _layers(axes, rows, "moe/max_vio", ORANGE, "mean over layers"):
         return
-    axes.plot(steps, _smooth(values), color=ORANGE, linewidth=2, label="mean over layers")
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="upper right", ncols=2)
+    alarms = sorted({row["step"] for row in rows if row.get("moe/alarm")})
+    if alarms:
+        place: Any = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot(alarms, [1.0] * len(alarms), "v", color=RED, markersize=6, label="collapse alarm", **place)
+    axes.legend(loc="upper right", ncols=3)
+
+
+def _router(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    axes.set_title("Router: largest logit, largest selection bias")
+    if not _layers(axes, rows, "moe/router_logit_max", BLUE, "logit, largest of all layers"):
+        return
+    right = axes.twinx()
+    right.spines["right"].set(visible=True, color=GREEN)
+    right.tick_params(axis="y", colors=GREEN)
+    _layers(right, rows, "moe/bias_abs_max", GREEN, "|bias|, largest of all layers")
+    axes.set_ylabel("logit", color=BLUE)
+    right.set_ylabel("|bias|", color=GREEN)
+    handles = [axes.get_lines()[-1], right.get_lines()[-1]]
+    right.legend(handles=handles, loc="lower right")
+
+
+def _evenness(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    axes.set_title("Entropy of the load, 1 = even; dead experts")
+    if not _layers(axes, rows, "moe/entropy", BLUE, "entropy, mean over layers"):
+        return
+    steps, dead = _series(rows, "moe/dead")
+    right = axes.twinx()
+    right.spines["right"].set(visible=True, color=RED)
+    right.tick_params(axis="y", colors=RED)
+    right.fill_between(steps, dead, step="pre", color=RED, alpha=0.6, linewidth=0, label="experts without a token")
+    right.set_ylim(0, max(4.0, 1.2 * dead.max(initial=0)))
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(top=1)
+    right.legend(handles=[axes.get_lines()[-1], *right.collections], loc="center right")
+
+
+def _layers(axes: Axes, rows: list[dict[str, Any]], key: str, colour: str, label: str) -> bool:
+    """Draw a figure of the router, thin for each layer and thick over all; return whether there is any."""
+    _many(axes, rows, sorted({k for row in rows for k in row if k.startswith(key + "/")}), colour, "each layer")
+    steps, values = _series(rows, key)
+    if not len(values):
+        _note(axes, f"no {key} in the metrics")
+        return False
+    axes.plot(steps, _smooth(values), color=colour, linewidth=2, label=label)
+    if key != "moe/entropy":
+        axes.set_ylim(bottom=0)
+    return True
 
 
 def _shade(axes: Axes, spans: list[tuple[str, int, int]], *, names: bool) -> None:

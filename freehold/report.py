@@ -42,7 +42,7 @@ def write_report(run_folder: Path) -> Path:
 
         write_atomic(picture, draw(rows, _read_json(run_folder / "evaluate" / "results.json")))
     parts = [f"# Run `{run_folder.name}`\n"]
-    parts.append("![Loss, learning rate, expert load and balance over training](report.png)\n" if rows else "")
+    parts.append("![Loss, learning rate, expert load, balance and router over training](report.png)\n" if rows else "")
     parts += [table.markdown() for table in tables(run_folder)]
     answer = _read_json(run_folder / "serve" / "answer.json")
     if answer:
@@ -169,15 +169,32 @@ def _balance(run_folder: Path) -> Table:
     rows = []
     metrics = read_metrics(run_folder / "pretrain" / "metrics.jsonl")
     for key in sorted({k for row in metrics for k in row if k.startswith("moe/max_vio")}, key=_by_layer):
-        values = [row[key] for row in metrics if row.get(key) is not None]
-        tail = values[-max(1, len(values) // 10) :]
-        name = "all layers" if key == "moe/max_vio" else "layer " + key.rpartition("/")[2]
-        rows.append([name, f"{values[0]:.2f}", f"{max(values):.2f}", f"{sum(tail) / len(tail):.2f}"])
-    dead = [row["moe/dead"] for row in metrics if row.get("moe/dead") is not None]
+        number = key.partition("moe/max_vio")[2]
+        values = _values(metrics, key)
+        late = (_values(metrics, f"moe/{name}{number}") for name in ("entropy", "bias_abs_max", "router_logit_max"))
+        name = "layer " + number[1:] if number else "all layers"
+        figures = [values[0], max(values), _late(values), *map(_late, late)]
+        rows.append([name, *("" if figure is None else f"{figure:.2f}" for figure in figures)])
     note = "MaxVio: (load of the busiest expert - mean load) / mean load of a step; 0 is perfect balance."
+    note += " Entropy of the load: 1 is perfect balance. What has no other name is the mean of the last tenth."
+    dead = _values(metrics, "moe/dead")
     if dead:
         note += f" Experts without a token in the last step: {dead[-1]:g}."
-    return Table("Expert balance", ["MaxVio", "first step", "highest", "mean of last tenth"], rows, note)
+    alarms = [f"{row['step']} (layer {', '.join(map(str, row['moe/alarm']))})" for row in metrics if "moe/alarm" in row]
+    if alarms:
+        note += f" Collapse alarms: {len(alarms)}, the first at step {'; '.join(alarms[:3])}."
+    header = ["layer", "MaxVio at first", "highest", "at last", "entropy", "largest bias", "largest logit"]
+    return Table("Expert balance", header, rows, note)
+
+
+def _values(rows: list[dict[str, Any]], key: str) -> list[float]:
+    return [row[key] for row in rows if row.get(key) is not None]
+
+
+def _late(values: list[float]) -> float | None:
+    """Return the mean of the last tenth, which the noise of single steps does not move."""
+    tail = values[-max(1, len(values) // 10) :]
+    return sum(tail) / len(tail) if tail else None
 
 
 def _parity(run_folder: Path) -> Table:
@@ -224,7 +241,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _median(rows: list[dict[str, Any]], key: str) -> float | None:
-    values = sorted(row[key] for row in rows if row.get(key) is not None)
+    values = sorted(_values(rows, key))
     return values[len(values) // 2] if values else None
 
 

@@ -14,7 +14,7 @@ from freehold import report
 from freehold.core.artifact import write_json, write_manifest
 from freehold.core.errors import ArtifactError
 from freehold.core.table import Table
-from freehold.figure import HEAT_COLUMNS, draw, heat_map, phase_spans
+from freehold.figure import HEAT_COLUMNS, draw, heat_map, phase_spans, picture
 
 
 def metrics_row(step: int, phase: str, **more: object) -> dict[str, object]:
@@ -34,6 +34,12 @@ def metrics_row(step: int, phase: str, **more: object) -> dict[str, object]:
         "moe/load/1": [3, 1, 0, 0],
         "moe/load/2": [1, 1, 1, 1],
         "moe/dead": 2,
+        "moe/entropy": 0.75,
+        "moe/entropy/1": 0.5,
+        "moe/bias_abs_max": 0.25,
+        "moe/bias_abs_max/1": 0.125 * step,
+        "moe/router_logit_max": 8.0,
+        "moe/router_logit_max/1": 3.0,
         **more,
     }
 
@@ -45,6 +51,7 @@ def rows() -> list[dict[str, object]]:
         metrics_row(2, "stable"),
         {"step": 2, "val/bpb": 3.0, "val/bpb/plays": 3.2},
         metrics_row(3, "anneal"),
+        {"step": 3, "moe/alarm": [1, 2]},
         metrics_row(4, "anneal"),
         {"step": 4, "val/bpb": 2.0, "val/bpb/plays": 2.2},
     ]
@@ -118,7 +125,9 @@ def test_report_shows_what_each_stage_left(run_folder: Path) -> None:
     assert "| hf | 1e-13 | 1 | yes |" in text
     assert "| plays | plays==1.0 | LicenseRef-PD | MIT | 7 | 12,345 |" in text
     assert "| code | 3.11 | PSF-2.0 (1,500), MIT (2) | PSF-2.0 | 1,502 | 99 |" in text
+    assert "| layer 1 | 2.00 | 2.00 | 0.50 | 0.50 | 0.50 | 3.00 |" in text
     assert "Experts without a token in the last step: 2." in text
+    assert "Collapse alarms: 1, the first at step 3 (layer 1, 2)." in text
     assert text.index("layer 2 |") < text.index("layer 10 |")
     assert "> What is the capital of France?" in text
     assert "> **Paris.**" in text
@@ -178,7 +187,7 @@ def test_rich_markup_in_an_answer_is_text(run_folder: Path) -> None:
 
 def test_training_rows_count_alignment_on_from_pretraining(run_folder: Path) -> None:
     rows = report.training_rows(run_folder)
-    assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4, 5, 6]
+    assert [row["step"] for row in rows] == [1, 2, 2, 3, 3, 4, 4, 5, 6]
     assert [row["phase"] for row in rows[-2:]] == ["SFT", "SFT"]
 
 
@@ -201,6 +210,22 @@ def test_heat_map_sums_steps_into_bins() -> None:
     assert edges[0] == 0
     assert edges[-1] == 2 * HEAT_COLUMNS
     assert (relative == 1).all()  # two steps a bin, one for each expert
+
+
+def test_of_many_layers_some_are_shown_and_the_title_says_so() -> None:
+    rows = [{"step": s, "loss/mean": 3.0, **{f"moe/load/{n}": [n, 1, 1, 1] for n in range(40)}} for s in range(1, 9)]
+    axes = picture(rows, {}).axes[1]
+    assert axes.get_title(loc="left") == "Load of every expert, 1 = an equal share (6 of 40 layers)"
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"layer {n}" for n in (0, 8, 16, 23, 31, 39)]
+
+
+def test_alarms_are_marked_and_figures_drawn_layer_by_layer(rows: list[dict[str, object]]) -> None:
+    figure = picture(rows, {})
+    panels = {axes.get_title(loc="left").partition(":")[0]: axes for axes in figure.axes}
+    marked = {line.get_label(): list(line.get_xdata()) for line in panels["MaxVio"].get_lines()}
+    assert marked["collapse alarm"] == [3]
+    assert len(panels["MaxVio"].get_lines()) == 3 + 1 + 1  # three layers, the mean, the alarms
+    assert len(panels["Router"].get_lines()) == 1 + 1
 
 
 def test_draws_without_experts_validation_or_results() -> None:

@@ -144,21 +144,29 @@ def last_good(folder: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def prune(folder: Path, *, keep_last: int, keep_every_steps: int, every_steps: int) -> None:
+def prune(
+    folder: Path, *, keep_last: int, keep_every_steps: int, every_steps: int, needed_step: int | None = None
+) -> None:
     """Delete step checkpoints beyond the last `keep_last` and those at multiples of `keep_every_steps`.
 
     Ones off the `every_steps` grid (made by an interruption) go as soon as a newer one exists, so that what is
-    left does not depend on when a run was stopped.
+    left does not depend on when a run was stopped. The newest of at most `needed_step` steps is kept in any case.
     """
     for leftover in folder.glob("step_*"):  # of a save or a removal that was killed
         if leftover.suffix == ".tmp" or not (leftover / MANIFEST).exists():
             shutil.rmtree(leftover)
-    paths = sorted(folder.glob("step_????????"))
-    steps = [int(path.name.removeprefix("step_")) for path in paths]
+    steps = [int(path.name.removeprefix("step_")) for path in sorted(folder.glob("step_????????"))]
     grid = [step for step in steps if step % every_steps == 0 or step == steps[-1]]
     kept = set(grid[-keep_last:]) | {s for s in grid if keep_every_steps and s % keep_every_steps == 0}
-    for path, step in zip(paths, steps, strict=True):
-        if step not in kept:
+    if needed_step is not None:
+        kept |= set([step for step in steps if step <= needed_step][-1:])
+    remove_unless(folder, lambda path: int(path.name.removeprefix("step_")) in kept)
+
+
+def remove_unless(folder: Path, wanted: Callable[[Path], bool]) -> None:
+    """Delete the finished step checkpoints below `folder` that are not wanted; a kill leaves only a `.tmp`."""
+    for path in sorted(folder.glob("step_????????")):
+        if (path / MANIFEST).exists() and not wanted(path):
             shutil.rmtree(path.rename(path.with_suffix(".tmp")))
 
 

@@ -9,6 +9,27 @@ from pydantic import Field
 from freehold.core.config import Config
 
 
+class CollapseConfig(Config):
+    """When routing counts as collapsing, and what is done then (docs/collapse.md)."""
+
+    action: Literal["none", "raise_rate", "reinitialise", "roll_back"] = Field(
+        "none",
+        description="besides the warning: none; a larger balance step for a while; draw the experts' routing anew; or "
+        "go back to a checkpoint from before it and skip the batches since",
+    )
+    warmup_steps: int = Field(100, ge=0, description="first steps of a run that are not watched: loads start uneven")
+    window_steps: int = Field(32, ge=6, description="steps over which the slope is taken")
+    rise_bits: float = Field(
+        1.0,
+        gt=0,
+        description="alarm when the busiest expert's load grows 2**this fold within a window "
+        "(never more than half the way from balance to all tokens on one expert)",
+    )
+    rate_factor: float = Field(10.0, gt=1, description="raise_rate: the balance step times this")
+    raise_steps: int = Field(100, ge=1, description="raise_rate: for so many steps")
+    max_rollbacks: int = Field(3, ge=1, description="roll_back: give up when it would be needed once more")
+
+
 class TrainerConfig(Config):
     """Precision, loss, checkpoints and reporting of the one loop."""
 
@@ -21,6 +42,7 @@ class TrainerConfig(Config):
     keep_last: int = Field(2, ge=1, description="newest step checkpoints kept")
     keep_every_steps: int = Field(0, ge=0, description="also keep checkpoints at multiples of this (0: none)")
     max_skipped_steps: int = Field(10, ge=1, description="give up after so many steps in a row without finite loss")
+    collapse: CollapseConfig = Field(default_factory=CollapseConfig, description="alarm for routing that collapses")
     log_every_steps: int = Field(10, ge=1, description="steps between lines of metrics")
     validate_every_steps: int = Field(200, ge=0, description="steps between validations (0: only at phase ends)")
     validation_tokens: int = Field(16384, ge=0, description="tokens per source read in a validation (0: all)")

@@ -7,55 +7,61 @@ import time
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from freehold.model.moe import MoE
 from freehold.optim.balance import max_violation
 
 
 class LoadMonitor:
-    """Sums expert loads over the steps between two reports.
+    """Sums expert loads over the steps between two reports; a skipped step is none.
 
-    MaxVio, entropy and dead experts are those of the summed loads; the rule itself sees each step's.
+    Entropy and dead experts are those of the summed loads, MaxVio is the mean of each step's own: what the
+    balancing rule sees.
     """
 
     def __init__(self, layers: Mapping[str, MoE]) -> None:
         self.layers = layers
         self.loads = {name: torch.zeros_like(layer.load_counts) for name, layer in self.layers.items()}
         self.violations: dict[str, list[float]] = {name: [] for name in self.layers}
+        self.logit_max: dict[str, Tensor] = {}
 
-    def add(self) -> None:
-        """Take the counts of one optimizer step."""
+    def add(self, logit_max: Mapping[str, Tensor]) -> None:
+        """Take the counts of one optimizer step, and the largest router logit over its micro-batches."""
         for name, layer in self.layers.items():
             self.loads[name] += layer.load_counts
             self.violations[name].append(max_violation(layer.load_counts))
+            self.logit_max[name] = torch.maximum(logit_max[name], self.logit_max.get(name, logit_max[name]))
 
     def take(self) -> dict[str, float | int | list[int]]:
-        """Return the metrics since the last call, and start anew.
+        """Return the metrics since the last call, and start anew; nothing when no step was taken since.
 
-        `moe/max_vio` is the mean over steps and layers of each step's own MaxVio.
+        Each figure comes by layer (`moe/entropy/3`) and over all: the mean of MaxVio and entropy, the sum of dead
+        experts, the largest bias and logit.
         """
         values: dict[str, float | int | list[int]] = {}
-        means, entropies, dead = [], [], 0
+        by_layer: dict[str, list[float]] = {}
         for name, load in self.loads.items():
-            number = name.split(".")[2] if "." in name else name
-            steps = self.violations[name]
-            means.append(sum(steps) / max(len(steps), 1))
+            steps, number = self.violations[name], name.split(".")[2]
+            if not steps:
+                continue
             share = load.double() / load.sum().clamp_min(1)
-            entropies.append(float(-(share * share.clamp_min(1e-12).log()).sum()) / math.log(len(load)))
-            dead += int((load == 0).sum())
-            values[f"moe/max_vio/{number}"] = means[-1]
+            figures: dict[str, float] = {
+                "moe/max_vio": sum(steps) / len(steps),
+                "moe/entropy": float(-(share * share.clamp_min(1e-12).log()).sum()) / math.log(len(load)),
+                "moe/dead": int((load == 0).sum()),
+                "moe/bias_abs_max": float(self.layers[name].expert_bias.abs().max()),
+                "moe/router_logit_max": float(self.logit_max.pop(name)),
+            }
+            for key, figure in figures.items():
+                values[f"{key}/{number}"] = figure
+                by_layer.setdefault(key, []).append(figure)
             values[f"moe/load/{number}"] = load.tolist()
             load.zero_()
             steps.clear()
-        if self.layers:
-            biases = [layer.expert_bias for layer in self.layers.values()]
-            values["moe/bias_abs_max"] = max(float(b.abs().max()) for b in biases)
-            values["moe/router_logit_max"] = max(
-                float(layer.last_router_logit_max or 0) for layer in self.layers.values()
-            )
-        values["moe/max_vio"] = sum(means) / max(len(means), 1)
-        values["moe/entropy"] = sum(entropies) / max(len(entropies), 1)
-        values["moe/dead"] = dead
+        for key, each in by_layer.items():
+            mean = key in ("moe/max_vio", "moe/entropy")
+            values[key] = sum(each) / len(each) if mean else sum(each) if key == "moe/dead" else max(each)
         return values
 
 

@@ -168,12 +168,81 @@ def test_not_finite_step_changes_nothing_and_names_its_documents(tmp_path, capsy
     assert all(float(layer.expert_bias.abs().max()) == 0 for layer in trainer.model.moe_layers().values())
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["activations", "gradient"])
+def test_one_poisoned_micro_batch_leaves_no_trace(tmp_path, capsys, place, poison):
+    poisoned, spared = make(tmp_path / "a", micro=1, quiet=False), make(tmp_path / "b", micro=1)
+    calls = []
+
+    def third_is_bad(value):
+        calls.append(value)
+        return value * poison if len(calls) == 3 else value
+
+    if place == "activations":  # so the router sees it too, and what it then counts must not count
+        hook = poisoned.model.model.embed_tokens.register_forward_hook(lambda _, __, output: third_is_bad(output))
+    else:
+        hook = poisoned.parameters["lm_head.weight"].register_hook(third_is_bad)
+    poisoned.train_step(poisoned.job.order.batch(0))
+    hook.remove()
+    assert len(calls) == 4
+    assert poisoned.skipped == [0]
+    told = capsys.readouterr().err
+    assert all(f"{p.source}:{p.document_id}" in told for p in poisoned.job.order.documents(0))
+    assert poisoned.monitor.take() == {}
+    spared.leave_out(spared.job.order.batch(0))
+    for trainer in (poisoned, spared):
+        trainer.train_step(trainer.job.order.batch(1))
+    for part, tensors in poisoned.state().items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor.nan_to_num(), spared.state()[part][name].nan_to_num()), f"{part}/{name}"
+    assert poisoned.monitor.take() == spared.monitor.take()
+    assert (poisoned.step, poisoned.tokens, poisoned.skipped) == (spared.step, spared.tokens, spared.skipped)
+
+
 def test_gives_up_after_steps_without_finite_loss(tmp_path):
     trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1, max_skipped_steps=3))
     trainer.parameters["lm_head.weight"].data[3] = float("nan")
     with pytest.raises(TrainingError, match="3 steps in a row"):
         trainer.run()
     assert trainer.step == 2
+
+
+def test_steps_left_out_by_a_roll_back_are_not_taken_for_steps_without_finite_loss(tmp_path):
+    trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1, max_skipped_steps=3))
+    trainer.rollbacks = [{"first_step": 0, "end_step": 2, "layers": [1]}]
+    for step in range(2):
+        trainer.leave_out(trainer.job.order.batch(step))
+    trainer.parameters["lm_head.weight"].data[3] = float("nan")
+    for step in range(2, 4):
+        trainer.train_step(trainer.job.order.batch(step))
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        trainer.train_step(trainer.job.order.batch(4))
+
+
+def test_metrics_tell_the_routers_health_layer_by_layer(tmp_path):
+    trainer = make(tmp_path, micro=1)
+    layer = trainer.model.moe_layers()["model.layers.2.mlp"]
+    seen = []
+    hook = layer.router.register_forward_hook(lambda _, __, output: seen.append(float(output[0].detach().max())))
+    loads = []
+    for step in range(2):
+        trainer.train_step(trainer.job.order.batch(step))
+        loads.append(layer.load_counts.double().clone())
+    hook.remove()
+    values = trainer.monitor.take()
+    share = sum(loads) / sum(loads).sum()
+    assert values["moe/load/2"] == sum(loads).tolist()
+    assert values["moe/max_vio/2"] == pytest.approx(sum(float(x.max() / x.mean()) - 1 for x in loads) / 2)
+    assert values["moe/entropy/2"] == pytest.approx(float(-(share * share.log()).sum() / np.log(4)))
+    assert values["moe/dead/2"] == 0
+    assert values["moe/bias_abs_max/2"] == float(layer.expert_bias.abs().max()) > 0
+    assert values["moe/router_logit_max/2"] == max(seen)
+    assert len(seen) == 2 * 4
+    for name, over in (("bias_abs_max", max), ("router_logit_max", max), ("dead", sum)):
+        assert values[f"moe/{name}"] == over(values[f"moe/{name}/{n}"] for n in (1, 2, 3))
+    for name in ("max_vio", "entropy"):
+        assert values[f"moe/{name}"] == pytest.approx(sum(values[f"moe/{name}/{n}"] for n in (1, 2, 3)) / 3)
+    assert trainer.monitor.take() == {}
 
 
 def test_validation_is_not_counted_as_load(tmp_path):
@@ -205,6 +274,21 @@ def test_held_out_reads_every_token_once(tmp_path):
     bits = bits_per_byte(trainer.model, {"a": held})
     assert 5.5 * len(text.tokens) / 1500 < bits["val/bpb"] < 6.6 * len(text.tokens) / 1500
     assert bits["val/bpb"] == bits["val/bpb/a"]
+
+
+def test_going_back_to_the_start_leaves_nothing_behind(tmp_path):
+    trainer = make(tmp_path)
+    trainer.save(native.step_folder(tmp_path / "checkpoints", 0))
+    batches = [trainer.job.order.batch(step) for step in range(2)]
+    first = [trainer.train_step(batch) for batch in batches]
+    state = {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in trainer.state().items()}
+    assert trainer.restore()
+    assert trainer.step == 0
+    assert not trainer.optimizers.state_dict()
+    assert [trainer.train_step(batch) for batch in batches] == first
+    for part, tensors in trainer.state().items():
+        assert tensors.keys() == state[part].keys()
+        assert all(torch.equal(t.nan_to_num(), state[part][k].nan_to_num()) for k, t in tensors.items()), part
 
 
 def test_checkpoint_of_another_model_is_refused(straight, tmp_path):
