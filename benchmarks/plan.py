@@ -32,16 +32,18 @@ from freehold.planner.estimate import estimate
 BASE = {"preset": "laptop", "vocab_size": 4096, "max_position_embeddings": 4096}
 CONFIGS: dict[str, dict[str, Any]] = {
     "fit": {"model": BASE, "context_tokens": 512, "sequences": 8, "matrices": "muon"},
-    "wide": {"model": {**BASE, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4,
-                       "num_key_value_heads": 2}, "context_tokens": 512, "sequences": 8, "matrices": "muon"},
-    "deep": {"model": {**BASE, "num_hidden_layers": 10, "num_dense_layers": 2}, "context_tokens": 512, "sequences": 8,
-             "matrices": "adamw"},
-    "long": {"model": BASE, "context_tokens": 2048, "sequences": 4, "matrices": "adamw"},
-    "experts": {"model": {**BASE, "num_experts": 64, "num_experts_per_tok": 4, "hidden_size": 256},
-                "context_tokens": 512, "sequences": 8, "matrices": "muon"},
-    "words": {"model": {**BASE, "vocab_size": 32768}, "context_tokens": 512, "sequences": 8, "matrices": "adamw"},
-    "recompute": {"model": {**BASE, "num_hidden_layers": 10, "num_dense_layers": 2, "hidden_size": 256},
-                  "context_tokens": 1024, "sequences": 8, "matrices": "adamw", "recompute": True},
+    "heads": {"model": {**BASE, "hidden_size": 192, "num_attention_heads": 8, "num_key_value_heads": 4},
+              "context_tokens": 512, "sequences": 8, "matrices": "muon"},
+    "dense": {"model": {**BASE, "num_hidden_layers": 6, "num_dense_layers": 6, "intermediate_size": 512},
+              "context_tokens": 1024, "sequences": 4, "matrices": "adamw"},
+    "passes": {"model": {**BASE, "num_experts": 32}, "context_tokens": 512, "sequences": 16, "micro_sequences": 8,
+               "matrices": "adamw"},
+    "fine": {"model": {**BASE, "num_experts": 32, "num_experts_per_tok": 8, "moe_intermediate_size": 64},
+             "context_tokens": 512, "sequences": 8, "matrices": "muon"},
+    "global": {"model": {**BASE, "global_attn_every_n_layers": 1, "vocab_size": 8192}, "context_tokens": 1024,
+               "sequences": 4, "matrices": "adamw"},
+    "recompute": {"model": {**BASE, "num_hidden_layers": 8, "hidden_size": 192}, "context_tokens": 1024,
+                  "sequences": 6, "matrices": "muon", "recompute": True},
 }  # fmt: skip
 
 
@@ -73,7 +75,7 @@ def measure(spec: dict[str, Any], steps: int) -> dict[str, float]:
             balance=SmebuConfig(),
             schedule=Schedule({"all": PhaseConfig(steps=1000)}),
             order=None,  # type: ignore[arg-type]  # the batch is handed to each step
-            micro_sequences=spec["sequences"],
+            micro_sequences=spec.get("micro_sequences", spec["sequences"]),
             stage="pretrain",
             parent="",
         ),
@@ -113,7 +115,7 @@ def predict(spec: dict[str, Any], mfu: float) -> tuple[float, float]:
     """Return the planner's bytes and seconds for a configuration on this CPU."""
     plan = {
         "model": spec["model"],
-        "batch": {"context_tokens": spec["context_tokens"], "sequences": spec["sequences"], "micro_sequences": 0},
+        "batch": {key: spec.get(key, 0) for key in ("context_tokens", "sequences", "micro_sequences")},
         "matrices": spec["matrices"],
         "parallel": {"recompute": "full" if spec.get("recompute") else "none"},
         "machine": {"device": "cpu", "kernels": "native", "mfu": mfu},

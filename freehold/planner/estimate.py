@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -287,10 +288,12 @@ def search(config: PlanConfig, devices: int = 0, keep: int = 5) -> list[PlanConf
         for micro in (n for n in (8, 4, 2, 1) if rows % n == 0):  # fewer passes gather the weights less often
             batch = {"sequences": rows * data, "micro_sequences": micro}
             other = changed(config, {"parallel": degrees, "machine": {"devices": devices}, "batch": batch})
-            if other is not None and fits(other):
+            if other is None or not fits(other):
+                continue
+            with contextlib.suppress(ConfigError):  # so many devices that the run would never advance
                 speed = estimate(other, judge=False)["figures"]["step/tokens_per_device"].value
                 found.append((-speed, _spell({"parallel": degrees}), other))
-                break
+            break
     return [other for _, _, other in sorted(found, key=lambda item: item[:2])[:keep]]
 
 

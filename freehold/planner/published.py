@@ -1,7 +1,8 @@
 """Runs that others published, as plans, and their figures to lay beside ours; every figure has its source.
 
 AFMoE shapes come from `freehold.model.config`. The others are written in the same fields, `parts` saying what their
-layers count where they differ. MFU, where nobody published it, is our assumption and marked so.
+layers count where they differ. Devices, degrees and MFU, where nobody published them, are our assumptions; see
+docs/plan.md.
 """
 
 from __future__ import annotations

@@ -299,6 +299,13 @@ def test_a_misfit_that_nothing_mends_says_so():
     assert "take a larger device" in sentence
 
 
+def test_no_proposal_that_would_never_advance():
+    """Stops so frequent that only few devices get anywhere; what has more is not proposed, and no error either."""
+    config = plan_of("nano", parallel={"replicate": 1, "shard": 4}, machine={"interruptions_per_device_hour": 0.5})
+    assert estimate.search(config)
+    assert estimate.search(config, devices=4096) == []
+
+
 def test_search_proposes_degrees_that_fit():
     config = plan_of("mini", parallel={"replicate": 1, "shard": 64})
     found = estimate.search(config)
