@@ -103,6 +103,17 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("--stage", default="pretrain", choices=["pretrain", "align"], help="whose step")
     trace.add_argument("--run", type=Path, help="run folder (default: the newest below runs/)")
     trace.add_argument("--json", action="store_true", help="machine-readable answer")
+    takedown = _verb(
+        verbs, "takedown", "what a source, document or licence reached, and the cheapest way back", _takedown
+    )
+    takedown.add_argument("document", help="document id, part of its path, source, or licence expression")
+    takedown.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
+    takedown.add_argument("--widen", action="store_true", help="also copies of it, and what was perhaps made from it")
+    takedown.add_argument(
+        "--apply", action="store_true", help="write the recipe of the run without it; deletes nothing"
+    )
+    takedown.add_argument("--out", type=Path, default=Path(), help="folder for that recipe (default: this one)")
+    takedown.add_argument("--json", action="store_true", help="machine-readable answer")
     lineage = _verb(verbs, "lineage", "draw the chain from sources to exports", _lineage)
     lineage.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
     lineage.add_argument("--mermaid", action="store_true", help="as a mermaid graph")
@@ -252,6 +263,17 @@ def _trace(args: argparse.Namespace) -> int:
     else:
         answer = trace.trace_document(run, args.document)
     print(json.dumps(answer, indent=1) if args.json else trace.render(answer))
+    return 0
+
+
+def _takedown(args: argparse.Namespace) -> int:
+    from freehold.ledger import takedown, trace_text
+
+    run = _run_folder(args.run)
+    answer = takedown.takedown(run, args.document, widen=args.widen)
+    if args.apply:
+        answer["applied"] = takedown.write_recipe(run, answer, args.out)
+    print(json.dumps(answer, indent=1) if args.json else trace_text.render_takedown(answer, 120))
     return 0
 
 

@@ -29,18 +29,26 @@ MATCHES = {
     "source": "source = $query or source_version = $query",
     "licence": "lower(licence) = lower($query)"
     " or list_contains(string_split(replace(replace(lower(licence), '(', ''), ')', ''), ' '), lower($query))",
+    "origin": "synthetic_from = $query",
     "path": "contains(lower(path), lower($query))",
 }
+MATCHED = (
+    "create table matched as select rights.*, coalesce(split, '') split,"
+    " case when drops.id is not null then 'dropped' when kept.id is not null then split else 'unknown' end fate,"
+    " coalesce(reason, '') reason, coalesce(detail, '') detail"
+    " from (select * from rights where {condition}) rights"
+    " left join kept on kept.id = rights.id left join drops on drops.id = rights.id"
+)
 TRAINING = ("pretrain", "align")
 
 
 def trace_document(run_folder: Path, query: str, *, limit: int | None = 50) -> dict[str, Any]:
-    """Answer where documents went, by id, source, licence expression or part of a path.
+    """Answer where documents went, by id, source, licence expression, what they were made from, or part of a path.
 
     `documents` details the first `limit`; all counts are over every match. Raises DataError, with the
     nearest name there is, when nothing matches.
     """
-    with _readable(run_folder), _Tables(run_folder) as tables:
+    with readable(run_folder), Tables(run_folder) as tables:
         matched_by = tables.match(query)
         answer: dict[str, Any] = {
             "query": query,
@@ -68,7 +76,7 @@ def trace_step(run_folder: Path, step: int, stage: str = "pretrain") -> dict[str
 
     Raises DataError when the stage has not finished or has no such step.
     """
-    with _readable(run_folder), _Tables(run_folder) as tables:
+    with readable(run_folder), Tables(run_folder) as tables:
         if stage not in tables.traced:
             raise DataError(
                 f"{stage} has not finished: which documents its steps saw is written at its end",
@@ -127,6 +135,10 @@ def ranges(steps: Iterable[int]) -> list[list[int]]:
     return runs
 
 
+def _quoted(path: Path) -> str:
+    return path.as_posix().replace("'", "''")
+
+
 def _sums(documents: list[dict[str, Any]], key: str) -> dict[str, dict[str, int]]:
     sums: dict[str, dict[str, int]] = {}
     for row in documents:
@@ -178,7 +190,7 @@ def read_checkpoints(run_folder: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _readable(run_folder: Path) -> Iterator[None]:
+def readable(run_folder: Path) -> Iterator[None]:
     """Turn what DuckDB says of a damaged table into one DataError."""
     import duckdb
 
@@ -193,7 +205,7 @@ def _readable(run_folder: Path) -> Iterator[None]:
         ) from error
 
 
-class _Tables:
+class Tables:
     """A run's tables as DuckDB views: `rights` (every row that was gathered), `fate`, `trace`, `shards`, `matched`."""
 
     def __init__(self, run_folder: Path) -> None:
@@ -230,7 +242,7 @@ class _Tables:
                 f"{stage}: its parent checkpoint lies outside this run; what that saw is in its own run"
             )
 
-    def __enter__(self) -> _Tables:
+    def __enter__(self) -> Tables:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -240,7 +252,7 @@ class _Tables:
         return [path for pattern in patterns for path in sorted((self.folder / stage).glob(pattern))]
 
     def _view(self, name: str, columns: str, paths: list[Path]) -> None:
-        listed = ", ".join("'" + path.as_posix().replace("'", "''") + "'" for path in paths)
+        listed = ", ".join(f"'{_quoted(path)}'" for path in paths)
         self.connection.execute(
             f"create view {name} as select {columns} from read_parquet([{listed}], union_by_name = true)"
         )
@@ -254,18 +266,19 @@ class _Tables:
             self.missing.append("tokenize: not finished, so token shards and offsets are not known")
             self._empty("shards", "id varchar, shard varchar, start bigint, tokens bigint")
             return
-        listed = ", ".join("'" + path.as_posix().replace("'", "''") + "'" for path in paths)
+        listed = ", ".join(f"'{_quoted(path)}'" for path in paths)
         self.connection.execute(
             "create view shards as select id, regexp_replace(parse_filename(filename), '[.]parquet$', '.bin') shard,"
             f" start, tokens from read_parquet([{listed}], filename = true)"
         )
 
     def _load_trace(self) -> None:
-        self._empty(
-            "trace",
-            "stage varchar, document_id varchar, source varchar, phase varchar, first_step integer, last_step integer,"
-            " steps integer[], step_tokens bigint[], tokens bigint",
-        )
+        # Views, not copies: a question about one document reads the row groups that can hold it, not the table.
+        parts = [
+            "select null::varchar stage, null::varchar document_id, null::varchar source, null::varchar phase,"
+            " null::integer first_step, null::integer last_step, null::integer[] steps, null::integer[] step_tokens,"
+            " null::bigint tokens where false"
+        ]
         self.traced = []
         for stage in TRAINING:
             path = self.folder / stage / "trace.parquet"
@@ -273,10 +286,8 @@ class _Tables:
                 self.missing.append(f"{stage}: not finished, so what its steps saw is not known")
                 continue
             self.traced.append(stage)
-            self.connection.execute(
-                "insert into trace by name select $stage stage, * from read_parquet($path)",
-                {"stage": stage, "path": path.as_posix()},
-            )
+            parts.append(f"select '{stage}' stage, * from read_parquet('{_quoted(path)}')")
+        self.connection.execute("create view trace as " + " union all by name ".join(parts))
 
     def rows(self, sql: str, **values: Any) -> list[dict[str, Any]]:
         """Return the rows of a query as dictionaries."""
@@ -298,15 +309,7 @@ class _Tables:
         """Fill `matched` with the rows a question means; returns how it was read."""
         for name, condition in MATCHES.items():
             self.connection.execute("drop table if exists matched")
-            self.connection.execute(
-                "create table matched as select rights.*, coalesce(split, '') split,"
-                " case when drops.id is not null then 'dropped' when kept.id is not null then split"
-                "  else 'unknown' end fate,"
-                " coalesce(reason, '') reason, coalesce(detail, '') detail"
-                f" from (select * from rights where {condition}) rights"
-                " left join kept on kept.id = rights.id left join drops on drops.id = rights.id",
-                {"query": query},
-            )
+            self.connection.execute(MATCHED.format(condition=condition), {"query": query})
             if self.value("select count(*) from matched"):
                 return name
         raise self._unknown(query)
