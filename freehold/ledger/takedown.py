@@ -19,9 +19,10 @@ import yaml
 from freehold.core.artifact import MANIFEST, read_json, read_manifest, sha256_file, write_atomic
 from freehold.core.errors import ArtifactError, DataError
 from freehold.core.log import read_metrics
-from freehold.ledger.trace import MATCHED, MATCHES, TRAINING, Tables, ranges, read_checkpoints, readable
+from freehold.ledger.trace import MATCHES, TRAINING, Tables, ranges, read_checkpoints, readable
 
 STAGES = ("gather", "curate", "tokenize", "pretrain", "align", "evaluate", "export", "serve")
+COLUMNS = "id, source, source_version, licence, kind"
 MOST_IDS_IN_RECIPE = 200
 """More excluded ids than this go into a file beside the recipe."""
 
@@ -37,7 +38,7 @@ def takedown(run_folder: Path, query: str, *, widen: bool = False) -> dict[str, 
         run_folder if run_folder.name not in ("", "..") else run_folder.resolve()
     )  # its parent holds the others
     with readable(run_folder), Tables(run_folder) as tables:
-        matched_by = tables.match(query)
+        matched_by = tables.match(query, COLUMNS)
         asked = tables.value("select count(*) from matched")
         family = _Family(run_folder, tables)
         named = family.read(run_folder, tables, widen)
@@ -60,10 +61,7 @@ def takedown(run_folder: Path, query: str, *, widen: bool = False) -> dict[str, 
         }
         for other in family.others():
             with readable(other), Tables(other) as beside:
-                beside.connection.execute(
-                    MATCHED.format(condition=MATCHES[matched_by]).replace("create table", "create or replace table"),
-                    {"query": query},
-                )
+                beside.add_matched(MATCHES[matched_by], {"query": query}, COLUMNS, new=True)
                 family.read(other, beside, widen)
         answer["runs"] = family.answers()
         answer["missing"] = tables.missing
@@ -129,24 +127,24 @@ class _Family:
             "select shard, count(*) documents, sum(tokens)::bigint tokens from shards"
             " where id in (select id from matched) group by shard order by shard"
         )
+        sources = [row["source"] for row in tables.rows("select distinct source from matched")]
         tables.connection.execute(
-            "create table hits as select stage, document_id, phase, first_step, steps, tokens from trace"
-            " where document_id in (select id from matched)"
+            "create table hits as select stage, document_id, first_step, steps, tokens from trace"
+            " where list_contains($sources::varchar[], source) and document_id in (select id from matched)",
+            {"sources": sources},
         )
-        for row in tables.rows(
-            "select stage, count(distinct document_id) documents, sum(tokens)::bigint tokens,"
-            " list_sort(list_distinct(flatten(list(steps)))) steps from hits group by stage order by stage desc"
-        ):
-            run.seen.append({**row, "steps": len(row["steps"]), "ranges": ranges(row["steps"])})
-        firsts = tables.connection.sql(
-            "select stage, document_id, min(first_step) first_step from hits group by stage, document_id"
-        ).to_arrow_table()
-        self.tables.connection.register("firsts_of_run", firsts)
-        self.tables.connection.execute(
-            "insert into firsts select $run, stage, document_id, first_step from firsts_of_run",
-            {"run": folder.as_posix()},
-        )
-        self.tables.connection.unregister("firsts_of_run")
+        steps: dict[str, list[int]] = {}
+        for row in tables.rows("select distinct stage, unnest(steps) step from hits order by stage, step"):
+            steps.setdefault(row["stage"], []).append(row["step"])
+        firsts = "select stage, document_id, min(first_step)::integer first_step from hits group by stage, document_id"
+        tables.connection.execute(f"create table firsts_here as {firsts}")
+        for row in tables.rows("select stage, count(*) documents from firsts_here group by stage order by stage desc"):
+            tokens = tables.value("select sum(tokens)::bigint from hits where stage = $stage", stage=row["stage"])
+            seen = steps[row["stage"]]
+            run.seen.append({**row, "tokens": tokens, "steps": len(seen), "ranges": ranges(seen)})
+        self.tables.connection.register("of_run", tables.connection.sql("from firsts_here").to_arrow_table())
+        self.tables.connection.execute("insert into firsts select $run, * from of_run", {"run": folder.as_posix()})
+        self.tables.connection.unregister("of_run")
         return named
 
     def bounds(self, run: _Run, checkpoint: dict[str, Any]) -> tuple[list[tuple[_Run, str, int]], bool]:
@@ -171,9 +169,9 @@ class _Family:
             known = known and stage in of.traced
             conditions.append(f"(run = $run{number} and stage = $stage{number} and first_step < $end{number})")
             values |= {f"run{number}": of.folder.as_posix(), f"stage{number}": stage, f"end{number}": end}
-        documents = self.tables.value(
-            "select count(distinct document_id) from firsts where " + " or ".join(conditions), **values
-        )
+        # A document has one row for each run and stage.
+        count = "count(*)" if len(parts) == 1 else "count(distinct document_id)"
+        documents = self.tables.value(f"select {count} from firsts where " + " or ".join(conditions), **values)
         keys = ("path", "stage", "stage_type", "phase", "step", "content_sha256")
         state = "affected" if documents else "clean" if known else "unknown"
         return {**{key: checkpoint[key] for key in keys}, "state": state, "documents": documents}
@@ -265,14 +263,13 @@ def _widen(tables: Tables, widen: bool) -> _Named:
         ids = [row["id"] for row in twins] if widen else []
         if not sources and not ids:
             return named
-        before = tables.value("select count(*) from matched")
-        condition = (
+        added = tables.add_matched(
             "(list_contains($sources::varchar[], synthetic_from) or list_contains($ids::varchar[], id))"
-            " and id not in (select id from matched)"
+            " and id not in (select id from matched)",
+            {"sources": sources, "ids": ids},
+            COLUMNS,
         )
-        insert = MATCHED.format(condition=condition).replace("create table matched as", "insert into matched")
-        tables.connection.execute(insert, {"sources": sources, "ids": ids})
-        named.derived += tables.value("select count(*) from matched") - before - len(ids)
+        named.derived += added - len(ids)
 
 
 def _made_from(tables: Tables) -> list[dict[str, Any]]:
@@ -303,13 +300,19 @@ def _made_from(tables: Tables) -> list[dict[str, Any]]:
 
 def _twins(tables: Tables) -> list[dict[str, Any]]:
     """Return the kept rows of which a matched row was dropped as an exact or near copy."""
-    return tables.rows(
-        "with recursive copies as (select id, regexp_extract(detail, '[0-9a-f]{16}') of from drops"
+    originals = tables.rows(
+        "with recursive copies as (select id, regexp_extract(detail, '[0-9a-f]{16}') original from drops"
         "  where reason in ('exact_duplicate', 'near_duplicate')),"
-        " chain as (select of id from copies where id in (select id from matched)"
-        "  union select copies.of from copies join chain using (id))"
-        " select rights.id, source, path, licence from rights join chain using (id)"
-        " where rights.id in (select id from kept) and rights.id not in (select id from matched) order by rights.id"
+        " chain as (select original id from copies where id in (select id from matched)"
+        "  union select copies.original id from copies join chain using (id))"
+        " select id from chain"
+    )
+    if not originals:
+        return []
+    return tables.rows(
+        "select id, source, path, licence from rights where list_contains($ids::varchar[], id)"
+        " and id in (select id from kept) and id not in (select id from matched) order by id",
+        ids=[row["id"] for row in originals],
     )
 
 
@@ -318,10 +321,9 @@ def _exclusion(tables: Tables) -> dict[str, list[str]]:
     sources = [
         row["source"]
         for row in tables.rows(
-            "select rights.source, count(*) = count(matched.id) whole from rights left join matched using (id)"
-            " where rights.source in (select source from matched) group by rights.source order by rights.source"
+            "select source from (select source, count(*) rows from rights group by source)"
+            " join (select source, count(*) rows from matched group by source) using (source, rows) order by source"
         )
-        if row["whole"]
     ]
     ids = tables.rows(
         "select id from matched where not list_contains($sources::varchar[], source) order by id", sources=sources

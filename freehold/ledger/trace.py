@@ -32,13 +32,6 @@ MATCHES = {
     "origin": "synthetic_from = $query",
     "path": "contains(lower(path), lower($query))",
 }
-MATCHED = (
-    "create table matched as select rights.*, coalesce(split, '') split,"
-    " case when drops.id is not null then 'dropped' when kept.id is not null then split else 'unknown' end fate,"
-    " coalesce(reason, '') reason, coalesce(detail, '') detail"
-    " from (select * from rights where {condition}) rights"
-    " left join kept on kept.id = rights.id left join drops on drops.id = rights.id"
-)
 TRAINING = ("pretrain", "align")
 
 
@@ -225,15 +218,15 @@ class Tables:
             )
         self._view("rights", RIGHTS, gathered or kept)
         if kept:
-            self._view("kept", "id, split", kept)
+            self._view("kept", "id, source, split", kept)
         else:
             self.missing.append("curate: not finished, so splits and drops are not known")
-            self._empty("kept", "id varchar, split varchar")
+            self._empty("kept", "id varchar, source varchar, split varchar")
         drops = run_folder / "curate" / "drops.parquet"
         if drops.exists():
-            self._view("drops", "id, reason, detail", [drops])
+            self._view("drops", "id, source, reason, detail", [drops])
         else:
-            self._empty("drops", "id varchar, reason varchar, detail varchar")
+            self._empty("drops", "id varchar, source varchar, reason varchar, detail varchar")
         self._load_shards()
         self._load_trace()
         self.checkpoints = read_checkpoints(run_folder)
@@ -297,22 +290,36 @@ class Tables:
 
     def first_row(self, sql: str, **values: Any) -> tuple[Any, ...]:
         """Return the first row of a query that always has one."""
-        row = self.connection.execute(sql, values or None).fetchone()
-        assert row is not None
-        return row
+        return self.connection.execute(sql, values or None).fetchall()[0]  # type: ignore[no-any-return]
 
     def value(self, sql: str, **values: Any) -> Any:
         """Return the single value of a query."""
         return self.first_row(sql, **values)[0]
 
-    def match(self, query: str) -> str:
-        """Fill `matched` with the rows a question means; returns how it was read."""
+    def match(self, query: str, columns: str = RIGHTS) -> str:
+        """Fill `matched` with the rows a question means; returns how it was read. DataError when nothing matches."""
         for name, condition in MATCHES.items():
-            self.connection.execute("drop table if exists matched")
-            self.connection.execute(MATCHED.format(condition=condition), {"query": query})
-            if self.value("select count(*) from matched"):
+            if self.add_matched(condition, {"query": query}, columns, new=True):
                 return name
         raise self._unknown(query)
+
+    def add_matched(self, condition: str, values: dict[str, Any], columns: str = RIGHTS, *, new: bool = False) -> int:
+        """Add the rows of `rights` for which a condition holds to `matched`, or begin it; returns how many they are."""
+        self.connection.execute(
+            f"create or replace table chosen as select {columns} from rights where {condition}", values
+        )
+        # A source is a file or a few: naming them here spares the reading of all others.
+        sources = [row["source"] for row in self.rows("select distinct source from chosen")]
+        among = "(" + ", ".join("'" + source.replace("'", "''") + "'" for source in [*sources, ""]) + ")"
+        self.connection.execute(
+            ("create or replace table matched as" if new else "insert into matched")
+            + " select chosen.*, coalesce(split, '') split,"
+            " case when drops.id is not null then 'dropped' else coalesce(split, 'unknown') end fate,"
+            " coalesce(reason, '') reason, coalesce(detail, '') detail from chosen"
+            f" left join (select id, split from kept where source in {among}) kept on kept.id = chosen.id"
+            f" left join (select id, reason, detail from drops where source in {among}) drops on drops.id = chosen.id"
+        )
+        return int(self.value("select count(*) from chosen"))
 
     def _unknown(self, query: str) -> DataError:
         names = [

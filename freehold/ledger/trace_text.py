@@ -122,7 +122,7 @@ def render_takedown(answer: dict[str, Any], width: int) -> str:
         for path in run["unknown"]:
             out.print(f"  unknown:  {path}: what its steps saw is not recorded")
         out.print(f"  last clean checkpoint: {run['last_clean'] or 'none'}")
-        out.print(f"  {_restart(run['restart'])}\n")
+        out.print(f"  {_restart(run['restart'])}\n", soft_wrap=True)
     for row in answer["perhaps_derived"]:
         if not row["certain"]:
             taken = "taken in" if answer["widened"] else "not taken in, --widen does"
