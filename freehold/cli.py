@@ -98,7 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("path", help="run folder, checkpoint or HF folder")
     chat.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema chat`")
     trace = _verb(verbs, "trace", "which steps and checkpoints saw this document, source or licence; or back", _trace)
-    trace.add_argument("document", nargs="?", help="document id, part of its path, source, or licence expression")
+    trace.add_argument(
+        "document", nargs="?", help="document id, part of its path, source, licence; or a checkpoint or export"
+    )
     trace.add_argument("--step", type=int, help="instead: the documents of one optimizer step")
     trace.add_argument("--stage", default="pretrain", choices=["pretrain", "align"], help="whose step")
     trace.add_argument("--run", type=Path, help="run folder (default: the newest below runs/)")
@@ -256,10 +258,14 @@ def _trace(args: argparse.Namespace) -> int:
     from freehold.ledger import trace
 
     if (args.document is None) == (args.step is None):
-        raise ConfigError("give a document, source or licence, or --step N", todo="see `freehold trace --help`")
+        raise ConfigError(
+            "give a document, source, licence, checkpoint or export, or --step N", todo="see `freehold trace --help`"
+        )
     run = _run_folder(args.run)
     if args.step is not None:
         answer = trace.trace_step(run, args.step, stage=args.stage)
+    elif checkpoint := trace.find_checkpoint(run, args.document):
+        answer = trace.trace_checkpoint(run, checkpoint)
     else:
         answer = trace.trace_document(run, args.document)
     print(json.dumps(answer, indent=1) if args.json else trace.render(answer))

@@ -1,4 +1,4 @@
-"""From a document to the steps, checkpoints and exports that saw it, and from a step back to its documents.
+"""From a document to the steps, checkpoints and exports that saw it, and from a step, checkpoint or export back.
 
 Everything is read from the run's own tables with DuckDB: rights and drops of `gather` and `curate`, the
 shards' document index, and `trace.parquet` of `pretrain` and `align`. Steps count from 0; a checkpoint
@@ -110,10 +110,82 @@ def trace_step(run_folder: Path, step: int, stage: str = "pretrain") -> dict[str
         }
 
 
-def render(answer: dict[str, Any], width: int = 120) -> str:
-    """Return an answer of `trace_document` or `trace_step` as text for a terminal."""
-    from freehold.ledger.trace_text import render_document, render_step
+def find_checkpoint(run_folder: Path, query: str) -> str | None:
+    """Return the path (in the run) of the checkpoint that a question names, or None when it names none.
 
+    It may be named by its path or its last part, what it is (Base), the beginning of its hash (8 digits or more), or
+    by an exported file made from it.
+    """
+    checkpoints = read_checkpoints(run_folder)
+    wanted = query.rstrip("/").removeprefix(run_folder.as_posix().rstrip("/") + "/")
+    if wanted.partition("/")[0] == "export" and (run_folder / "export" / MANIFEST).exists():
+        manifest = read_manifest(run_folder / "export")
+        files = [name for name in manifest["files"] if f"export/{name}".startswith(wanted)]
+        wanted = manifest.get("config", {}).get("checkpoint", "align/preview") if files else wanted
+    for checkpoint in reversed(checkpoints):
+        named = (checkpoint["path"], checkpoint["path"].rpartition("/")[2], checkpoint["stage_type"])
+        if wanted in named or (len(wanted) >= 8 and checkpoint["content_sha256"].startswith(wanted)):
+            return str(checkpoint["path"])
+    return None
+
+
+def trace_checkpoint(run_folder: Path, path: str, *, limit: int | None = 50) -> dict[str, Any]:
+    """Answer what a checkpoint (or an export made from it) learned from: sources, licences, documents, tokens.
+
+    `path` is as `find_checkpoint` returns it. Tokens are those of the steps before it was made, its parents' included;
+    `documents` details the `limit` it read most of. Raises DataError when the run has no such checkpoint.
+    """
+    with readable(run_folder), Tables(run_folder) as tables:
+        found = next((c for c in tables.checkpoints if c["path"] == path), None)
+        if found is None:
+            raise DataError(
+                "no such checkpoint",
+                where=run_folder,
+                found=path,
+                expected=", ".join(c["path"] for c in tables.checkpoints) or None,
+            )
+        parts, values = [], {}
+        for number, (stage, end) in enumerate(found["bounds"]):
+            parts.append(f"(stage = $stage{number} and first_step < $end{number})")
+            values |= {f"stage{number}": stage, f"end{number}": end}
+        ends = " ".join(f"when stage = $stage{n} then $end{n}" for n in range(len(parts)))
+        tables.connection.execute(
+            "create table learned as with part as"
+            f" (select *, case {ends} end past from trace where {' or '.join(parts)})"
+            " select document_id id, sum(case when last_step < past then tokens else coalesce("
+            "  list_sum(list_transform(list_zip(steps, step_tokens), lambda x: case when x[1] < past then x[2] else 0 end)),"
+            "  round(tokens * len(list_filter(steps, lambda x: x < past)) / len(steps))) end)::bigint tokens"
+            " from part group by document_id",
+            values,
+        )
+        missing = [line for line in tables.missing if line.partition(":")[0] in {"gather", *dict(found["bounds"])}]
+        grouped = (
+            " count(*) documents, sum(tokens)::bigint tokens from learned left join rights using (id)"
+            " group by all order by tokens desc, 1, 2"
+        )
+        keys = ("path", "stage", "stage_type", "phase", "step", "content_sha256")
+        return {
+            "run": run_folder.name,
+            "checkpoint": {key: found[key] for key in keys},
+            "found": tables.value("select count(*) from learned"),
+            "tokens": tables.value("select coalesce(sum(tokens), 0)::bigint from learned"),
+            "sources": tables.rows("select source, source_version, kind," + grouped),
+            "licences": tables.rows("select licence, wrapper_licence," + grouped),
+            "documents": tables.rows(
+                "select id, source, path, licence, tokens from learned left join rights using (id)"
+                " order by tokens desc, id" + (f" limit {int(limit)}" if limit is not None else "")
+            ),
+            "exports": tables.exports([{**found, "documents": 0}]),
+            "missing": missing,
+        }
+
+
+def render(answer: dict[str, Any], width: int = 120) -> str:
+    """Return an answer of `trace_document`, `trace_step` or `trace_checkpoint` as text for a terminal."""
+    from freehold.ledger.trace_text import render_checkpoint, render_document, render_step
+
+    if "checkpoint" in answer:
+        return render_checkpoint(answer, width)
     return render_step(answer, width) if "step" in answer else render_document(answer, width)
 
 

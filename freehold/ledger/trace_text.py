@@ -95,6 +95,41 @@ def render_step(answer: dict[str, Any], width: int) -> str:
     return _text(out)
 
 
+def render_checkpoint(answer: dict[str, Any], width: int) -> str:
+    """Return what a checkpoint learned from."""
+    out = _console(width)
+    made = answer["checkpoint"]
+    name = f" ({made['stage_type']})" if made["stage_type"] else ""
+    out.print(
+        f"{made['path']}{name} of {answer['run']}, {made['step']:,} steps of {made['stage']}, phase {made['phase']}: "
+        f"learned from {answer['found']:,} documents, {answer['tokens']:,} tokens\n"
+    )
+    sources = _table("source", "version", "kind", "documents", "tokens")
+    for row in answer["sources"][:MOST_ROWS]:
+        told = (row["source"] or "unknown", row["source_version"] or "", row["kind"] or "")
+        sources.add_row(*told, f"{row['documents']:,}", f"{row['tokens']:,}")
+    out.print(sources, "")
+    _more(out, answer["sources"])
+    licences = _table("content licence", "package licence", "documents", "tokens")
+    for row in answer["licences"][:MOST_ROWS]:
+        told = (row["licence"] or "unknown", row["wrapper_licence"] or "")
+        licences.add_row(*told, f"{row['documents']:,}", f"{row['tokens']:,}")
+    out.print(licences, "")
+    _more(out, answer["licences"])
+    documents = _table("document", "source", "path", "licence", "tokens")
+    for row in answer["documents"][:MOST_ROWS]:
+        told = (row["id"], row["source"] or "unknown", _short(row["path"] or "", 50), row["licence"] or "")
+        documents.add_row(*told, f"{row['tokens']:,}")
+    out.print(documents, "")
+    left = answer["found"] - min(MOST_ROWS, len(answer["documents"]))
+    if left > 0:
+        out.print(f"and {left:,} more documents (`freehold trace ID` follows one)\n")
+    for row in answer["exports"]:
+        out.print(f"exported in {row['path']}")
+    _missing(out, answer)
+    return _text(out)
+
+
 def render_takedown(answer: dict[str, Any], width: int) -> str:
     """Return what a take-down reaches, run by run, and the cheapest way back."""
     out = _console(width)
