@@ -120,6 +120,15 @@ def build_parser() -> argparse.ArgumentParser:
     lineage.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
     lineage.add_argument("--mermaid", action="store_true", help="as a mermaid graph")
     lineage.add_argument("--json", action="store_true", help="machine-readable graph")
+    card = _verb(verbs, "card", "write the data card and the regulators' documents of a run from its ledger", _card)
+    card.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
+    card.add_argument("--kind", action="append", choices=["data", "eu", "ab2013", "croissant"], help="default: all")
+    card.add_argument("--out", type=Path, help="folder to write to (default: card/ in the run folder)")
+    card.add_argument(
+        "--told", type=Path, metavar="FILE", help="YAML of statements that no ledger holds (docs/rights.md)"
+    )
+    card.add_argument("--check", action="store_true", help="write nothing; exit 1 when what lies there is out of date")
+    card.add_argument("--diff", type=Path, metavar="RUN", help="write nothing; show what changed since this other run")
     report = _verb(verbs, "report", "write report.md and report.png of a run, and show its summary", _report)
     report.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
     schema = _verb(verbs, "schema", "print the JSON Schema of a stage's section of the recipe", _schema)
@@ -288,6 +297,32 @@ def _lineage(args: argparse.Namespace) -> int:
 
     graph = lineage.lineage(_run_folder(args.run))
     print(json.dumps(graph.to_dict(), indent=1) if args.json else lineage.draw(graph, mermaid=args.mermaid))
+    return 0
+
+
+def _card(args: argparse.Namespace) -> int:
+    from freehold.ledger import card, documents
+
+    run, told = _run_folder(args.run), card.read_told(args.told)
+    kinds = list(dict.fromkeys(args.kind or documents.MAKERS))
+    facts = card.facts(run)
+    texts = documents.make(facts, told, kinds)
+    folder = args.out or run / "card"
+    if args.diff or args.check:
+        if args.diff:
+            old, name = documents.make(card.facts(_run_folder(args.diff)), told, kinds), args.diff.as_posix()
+        else:
+            old, name = documents.read(folder, list(texts)), folder.as_posix()
+        changes = documents.difference(old, texts, (name, run.as_posix()))
+        print(changes, end="")
+        return 1 if changes else 0
+    documents.write(folder, texts)
+    if "data" in kinds:
+        from freehold import report
+
+        report.write_data_picture(folder / documents.PICTURE, facts)
+    for name in texts:
+        print(folder / name)
     return 0
 
 

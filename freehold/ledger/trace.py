@@ -153,7 +153,8 @@ def trace_checkpoint(run_folder: Path, path: str, *, limit: int | None = 50) -> 
             "create table learned as with part as"
             f" (select *, case {ends} end past from trace where {' or '.join(parts)})"
             " select document_id id, sum(case when last_step < past then tokens else coalesce("
-            "  list_sum(list_transform(list_zip(steps, step_tokens), lambda x: case when x[1] < past then x[2] else 0 end)),"
+            "  list_sum(list_transform(list_zip(steps, step_tokens),"
+            "   lambda x: case when x[1] < past then x[2] else 0 end)),"
             "  round(tokens * len(list_filter(steps, lambda x: x < past)) / len(steps))) end)::bigint tokens"
             " from part group by document_id",
             values,
@@ -329,12 +330,12 @@ class Tables:
         paths = self._files("tokenize", "tokens/*.parquet")
         if not paths:
             self.missing.append("tokenize: not finished, so token shards and offsets are not known")
-            self._empty("shards", "id varchar, shard varchar, start bigint, tokens bigint")
+            self._empty("shards", "id varchar, shard varchar, start bigint, tokens bigint, bytes bigint")
             return
         listed = ", ".join(f"'{_quoted(path)}'" for path in paths)
         self.connection.execute(
             "create view shards as select id, regexp_replace(parse_filename(filename), '[.]parquet$', '.bin') shard,"
-            f" start, tokens from read_parquet([{listed}], filename = true)"
+            f" start, tokens, bytes from read_parquet([{listed}], filename = true)"
         )
 
     def _load_trace(self) -> None:
