@@ -70,7 +70,7 @@ def draw_data(facts: dict[str, Any]) -> bytes:
         read: dict[str, int] = {}
         for row in facts["read"]:
             read[row["source"]] = read.get(row["source"], 0) + row["tokens"]
-        _bars(axes[5], "Tokens that training read, by source", list(read.items()), GREEN)
+        _bars(axes[5], "Tokens read, by source", list(read.items()), GREEN)
         out = io.BytesIO()
         figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()

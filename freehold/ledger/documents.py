@@ -68,12 +68,13 @@ def data_card(facts: dict[str, Any], told: Told) -> str:
         f"![Sources, licences, lengths, languages, drops and what training read]({PICTURE})\n",
     ]
     read = {row["source"]: row for row in facts["read"] if row["stage"] == "pretrain"}
+    unread = 0 if "pretrain" in facts["training"] else None
     rows = [
         [
             row["source"], row["version"], row["kind"], ", ".join(row["licences"]) or "unknown",
             row["wrapper_licence"] or "unknown", "; ".join(row["evidence"]) or "unknown", row["acquired"] or "unknown",
             _n(row["documents"]), _n(row["conversations"]), _n(row["bytes"]), _n(row["tokens"]),
-            _n(read[row["source"]]["tokens"] if row["source"] in read else 0 if "pretrain" in facts["training"] else None),
+            _n(read[row["source"]]["tokens"] if row["source"] in read else unread),
         ]
         for row in facts["sources"]
     ]  # fmt: skip
@@ -109,8 +110,11 @@ def data_card(facts: dict[str, Any], told: Told) -> str:
     made = [row for row in facts["origins"] if row["synthetic_from"] or row["teacher"]]
     rows = [[r["synthetic_from"], r["teacher"] or "none", _n(r["documents"]), _n(r["conversations"])] for r in made]
     parts.append(Table("Made from", ["origin", "model", "documents", "conversations"], rows, left=(0, 1)).markdown())
-    rows = [[stage, _n(t["steps"]), _n(t["tokens"]), _n(t["conversations"])] for stage, t in facts["training"].items()]
-    parts.append(Table("Training", ["stage", "steps", "tokens", "conversations"], rows).markdown())
+    rows = [
+        [stage, _n(t["steps"]), _n(sum(row["tokens"] for row in facts["read"] if row["stage"] == stage))]
+        for stage, t in facts["training"].items()
+    ]
+    parts.append(Table("Training", ["stage", "steps", "tokens read"], rows).markdown())
     rows = [[c["path"], c["stage_type"], _n(c["step"]), c["content_sha256"]] for c in facts["checkpoints"]]
     parts.append(Table("Checkpoints", ["checkpoint", "what", "steps", "content"], rows, left=(0, 1, 3)).markdown())
     if facts["missing"]:
@@ -181,7 +185,7 @@ def eu_summary(facts: dict[str, Any], told: Told) -> str:
         "### 2.3. Data crawled and scraped from online sources",
         _field(
             "Were crawlers used?",
-            "not by this program, which reads packages, archives and folders; how their authors collected them is unknown",
+            "not by this program, which reads packages, archives and folders; how others collected those is unknown",
         ),
         "### 2.4. User data",
         _field("Was data from user interactions used?", told.user_data or ("" if own else "no source holds any")),
@@ -191,7 +195,8 @@ def eu_summary(facts: dict[str, Any], told: Told) -> str:
         "### 2.6. Other sources of data",
         *(
             f"- {row['source']}: written by a program without a model, "
-            f"from {', '.join(row['made_from']) or 'nothing else'}: {_n(row['documents'])} documents, {_n(row['conversations'])} conversations"
+            f"from {', '.join(row['made_from']) or 'nothing else'}: "
+            f"{_n(row['documents'])} documents, {_n(row['conversations'])} conversations"
             for row in programs
         ),
         *([] if programs else ["- none"]),

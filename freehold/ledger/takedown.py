@@ -64,7 +64,11 @@ def takedown(run_folder: Path, query: str, *, widen: bool = False) -> dict[str, 
                 beside.add_matched(MATCHES[matched_by], {"query": query}, COLUMNS, new=True)
                 family.read(other, beside, widen)
         answer["runs"] = family.answers()
-        answer["missing"] = tables.missing
+        # A parent beside the run was looked into here.
+        known = not answer["runs"][0]["unknown"]
+        answer["missing"] = [
+            line for line in tables.missing if not (known and "parent checkpoint lies outside" in line)
+        ]
     return answer
 
 
