@@ -118,7 +118,8 @@ class _Family:
         return [
             path
             for path in self.runs
-            if path != self.main and any(path.glob("gather/*/*.parquet") or path.glob("curate/*/*.parquet"))
+            if path != self.main
+            and any(next(path.glob(f"{stage}/*/*.parquet"), None) for stage in ("gather", "curate"))
         ]
 
     def read(self, folder: Path, tables: Tables, widen: bool) -> _Named:
@@ -207,7 +208,8 @@ class _Family:
     def _restart(self, run: _Run, checkpoints: list[dict[str, Any]]) -> dict[str, Any] | None:
         """Return the cheapest way to the run's last checkpoints without the rows, or None when none learned from them.
 
-        `from` is empty for a start from nothing.
+        `from` is empty for a start from nothing, `blocked` says why there is no way, and `certain` is false when no
+        checkpoint is known to have learned from them but of some it is unknown.
         """
         states = {c["path"]: c["state"] for c in checkpoints}
         if all(state == "clean" for state in states.values()):
@@ -217,7 +219,7 @@ class _Family:
         base = next((c for c in run.checkpoints if started and c["content_sha256"] == started["parent"]), None)
         pretrained = [c for c in run.checkpoints if c["stage"] == "pretrain"]
         needed = base or (pretrained[-1] if pretrained else None)
-        origin, step, note = "", 0, ""
+        origin, step, blocked = "", 0, ""
         if needed is not None and states[needed["path"]] == "clean":
             origin, step = f"{run.folder.as_posix()}/{needed['path']}", totals["pretrain"]
         else:
@@ -228,13 +230,17 @@ class _Family:
             if usable:
                 best = max(usable, key=_age)
                 origin, step = f"{run.folder.as_posix()}/{best['path']}", best["step"]
-            elif parent in self.by_hash:
+            elif parent and parent not in self.by_hash:
+                blocked = "whether its parent is clean is not known: the run that made it is not beside this one"
+            elif parent:
                 owner, above = self.by_hash[parent]
                 step = above["step"]
                 if self.judge(owner, above)["state"] == "clean":
                     origin = f"{owner.folder.as_posix()}/{above['path']}"
                 else:
-                    note = f"its parent {owner.folder.as_posix()}/{above['path']} is not clean: restart that run first"
+                    blocked = (
+                        f"its parent {owner.folder.as_posix()}/{above['path']} is not clean: restart that run first"
+                    )
         steps = {"pretrain": max(totals["pretrain"] - step, 0), "align": totals["align"]}
         speeds = {stage: step_seconds(run.folder, stage) for stage in TRAINING}
         costs = [(n, speeds[stage]) for stage, n in steps.items() if n]
@@ -245,7 +251,8 @@ class _Family:
             "steps": steps,
             "step_s": {stage: speed for stage, speed in speeds.items() if speed is not None},
             "hours": None if seconds is None else seconds / 3600,
-            "note": note,
+            "blocked": blocked,
+            "certain": "affected" in states.values(),
         }
 
 
@@ -424,8 +431,8 @@ def write_recipe(run_folder: Path, answer: dict[str, Any], folder: Path = Path()
             expected="gather/resolved.yaml and curate/resolved.yaml",
             todo="put the ids under curate.exclude in its recipe by hand",
         )
-    if restart and restart["note"]:
-        raise DataError("there is no clean place to go on from", where=run_folder, found=restart["note"])
+    if restart and restart["blocked"]:
+        raise DataError("there is no clean place to go on from", where=run_folder, found=restart["blocked"])
     slug = re.sub(r"[^A-Za-z0-9]+", "-", answer["query"]).strip("-").lower()[:40] or "rows"
     name = f"{run_folder.name}-without-{slug}"
     data["curate"] = {

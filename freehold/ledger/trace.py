@@ -144,7 +144,8 @@ def trace_checkpoint(run_folder: Path, path: str, *, limit: int | None = 50) -> 
                 found=path,
                 expected=", ".join(c["path"] for c in tables.checkpoints) or None,
             )
-        parts, values = [], {}
+        parts: list[str] = []
+        values: dict[str, Any] = {}
         for number, (stage, end) in enumerate(found["bounds"]):
             parts.append(f"(stage = $stage{number} and first_step < $end{number})")
             values |= {f"stage{number}": stage, f"end{number}": end}

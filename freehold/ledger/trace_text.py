@@ -106,19 +106,19 @@ def render_checkpoint(answer: dict[str, Any], width: int) -> str:
     )
     sources = _table("source", "version", "kind", "documents", "tokens")
     for row in answer["sources"][:MOST_ROWS]:
-        told = (row["source"] or "unknown", row["source_version"] or "", row["kind"] or "")
+        told = [row["source"] or "unknown", row["source_version"] or "", row["kind"] or ""]
         sources.add_row(*told, f"{row['documents']:,}", f"{row['tokens']:,}")
     out.print(sources, "")
     _more(out, answer["sources"])
     licences = _table("content licence", "package licence", "documents", "tokens")
     for row in answer["licences"][:MOST_ROWS]:
-        told = (row["licence"] or "unknown", row["wrapper_licence"] or "")
+        told = [row["licence"] or "unknown", row["wrapper_licence"] or ""]
         licences.add_row(*told, f"{row['documents']:,}", f"{row['tokens']:,}")
     out.print(licences, "")
     _more(out, answer["licences"])
     documents = _table("document", "source", "path", "licence", "tokens")
     for row in answer["documents"][:MOST_ROWS]:
-        told = (row["id"], row["source"] or "unknown", _short(row["path"] or "", 50), row["licence"] or "")
+        told = [row["id"], row["source"] or "unknown", _short(row["path"] or "", 50), row["licence"] or ""]
         documents.add_row(*told, f"{row['tokens']:,}")
     out.print(documents, "")
     left = answer["found"] - min(MOST_ROWS, len(answer["documents"]))
@@ -180,7 +180,9 @@ def _restart(restart: dict[str, Any] | None) -> str:
     parts = [f"{n:,} steps of {stage}" for stage, n in restart["steps"].items() if n]
     hours = "time unknown: no step was measured" if restart["hours"] is None else _hours(restart["hours"])
     place = f"from {restart['from']} (step {restart['from_step']:,})" if restart["from"] else "from nothing"
-    note = f"; {restart['note']}" if restart["note"] else ""
+    if restart["blocked"]:
+        return f"no restart from here: {restart['blocked']}"
+    note = "" if restart["certain"] else "; needed only if an unknown checkpoint is not clean"
     return f"cheapest restart: {place}: {' and '.join(parts) or 'no step'}, {hours}{note}"
 
 

@@ -272,7 +272,7 @@ def test_forks_and_children_are_answered(run: Path) -> None:
     entries = {Path(entry["run"]).name: entry for entry in takedown(run, SPEECH)["runs"]}
     assert list(entries) == ["tiny", "child", "fork"]
     assert states(entries["child"]) == ["Base"]  # by its parent alone: its own steps never read the speech
-    assert "not clean" in entries["child"]["restart"]["note"]
+    assert "not clean" in entries["child"]["restart"]["blocked"]
     assert states(entries["fork"]) == states(entries["tiny"])
     # The module was first read in step 2, after TrueBase: the child's own steps decide, and they read nothing.
     entries = {Path(entry["run"]).name: entry for entry in takedown(run, MODULE)["runs"]}
@@ -280,12 +280,34 @@ def test_forks_and_children_are_answered(run: Path) -> None:
     assert entries["child"]["last_clean"] == "pretrain/base"
 
 
+def test_a_parent_that_is_nowhere_is_not_taken_for_clean(run: Path) -> None:
+    trainer = run / "pretrain/base/trainer.json"
+    write_json(trainer, read_json(trainer) | {"parent": "0" * 64})
+    write_manifest(run / "pretrain/base", kind="checkpoint")
+    for path in ("pretrain/truebase", "pretrain/checkpoints"):
+        shutil.rmtree(run / path)
+    shutil.rmtree(run / "align")
+    entry = takedown(run, MODULE)["runs"][0]
+    assert states(entry) == ["Base"]
+    assert "is not known" in entry["restart"]["blocked"]
+    with pytest.raises(ArtifactError, match="how it was made"):
+        write_recipe(run, takedown(run, MODULE))
+    for stage in ("gather", "curate"):
+        (run / stage / "resolved.yaml").write_text("priority: []\n")
+    with pytest.raises(DataError, match="no clean place to go on from"):
+        write_recipe(run, takedown(run, MODULE))
+    assert takedown(run, LETTER)["runs"][0]["unknown"] == ["pretrain/base"]
+    assert "no restart from here: whether its parent is clean is not known" in render_takedown(
+        takedown(run, LETTER), 200
+    )
+
+
 def test_unrecorded_steps_are_unknown_never_clean(run: Path) -> None:
     (run / "pretrain/trace.parquet").unlink()
     entry = takedown(run, SPEECH)["runs"][0]
     assert entry["last_clean"] is None
     assert "pretrain/base" in entry["unknown"]
-    assert entry["restart"]["from"] == ""
+    assert (entry["restart"]["from"], entry["restart"]["certain"]) == ("", False)
 
 
 def test_errors(run: Path, tmp_path: Path) -> None:
