@@ -19,7 +19,7 @@ import yaml
 from freehold.core.artifact import MANIFEST, read_json, read_manifest, sha256_file, write_atomic
 from freehold.core.errors import ArtifactError, DataError
 from freehold.core.log import read_metrics
-from freehold.ledger.trace import MATCHES, TRAINING, Tables, ranges, read_checkpoints, readable
+from freehold.ledger.trace import MATCHES, TRAINING, Tables, listed, ranges, read_checkpoints, readable
 
 STAGES = ("gather", "curate", "tokenize", "pretrain", "align", "evaluate", "export", "serve")
 COLUMNS = "id, source, source_version, licence, kind"
@@ -128,26 +128,31 @@ class _Family:
         run = self.runs[folder]
         run.traced = set(tables.traced)
         run.rows = tables.value("select count(*) from matched")
+        whole = _whole_sources(tables)
         run.shards = tables.rows(
             "select shard, count(*) documents, sum(tokens)::bigint tokens from shards"
-            " where id in (select id from matched) group by shard order by shard"
+            f" where {_is_matched(tables, 'id', whole)} group by shard order by shard"
         )
-        sources = [row["source"] for row in tables.rows("select distinct source from matched")]
         tables.connection.execute(
             "create table hits as select stage, document_id, first_step, steps, tokens from trace"
-            " where list_contains($sources::varchar[], source) and document_id in (select id from matched)",
-            {"sources": sources},
+            f" where {_is_matched(tables, 'document_id', whole)}"
         )
         steps: dict[str, list[int]] = {}
         for row in tables.rows("select distinct stage, unnest(steps) step from hits order by stage, step"):
             steps.setdefault(row["stage"], []).append(row["step"])
-        firsts = "select stage, document_id, min(first_step)::integer first_step from hits group by stage, document_id"
-        tables.connection.execute(f"create table firsts_here as {firsts}")
-        for row in tables.rows("select stage, count(*) documents from firsts_here group by stage order by stage desc"):
-            tokens = tables.value("select sum(tokens)::bigint from hits where stage = $stage", stage=row["stage"])
+        tables.connection.execute(
+            "create table firsts_here as select stage, document_id, min(first_step)::integer first_step,"
+            " sum(tokens)::bigint tokens from hits group by stage, document_id"
+        )
+        for row in tables.rows(
+            "select stage, count(*) documents, sum(tokens)::bigint tokens from firsts_here"
+            " group by stage order by stage desc"
+        ):
             seen = steps[row["stage"]]
-            run.seen.append({**row, "tokens": tokens, "steps": len(seen), "ranges": ranges(seen)})
-        self.tables.connection.register("of_run", tables.connection.sql("from firsts_here").to_arrow_table())
+            run.seen.append({**row, "steps": len(seen), "ranges": ranges(seen)})
+        self.tables.connection.register(
+            "of_run", tables.connection.sql("select stage, document_id, first_step from firsts_here").to_arrow_table()
+        )
         self.tables.connection.execute("insert into firsts select $run, * from of_run", {"run": folder.as_posix()})
         self.tables.connection.unregister("of_run")
         return named
@@ -329,17 +334,35 @@ def _twins(tables: Tables) -> list[dict[str, Any]]:
 
 def _exclusion(tables: Tables) -> dict[str, list[str]]:
     """Return `matched` as what curate takes: whole sources by name, the rest by id."""
-    sources = [
+    sources = _whole_sources(tables)
+    ids = tables.rows(f"select id from matched where source not in {listed(sources)} order by id")
+    return {"sources": sources, "documents": [row["id"] for row in ids]}
+
+
+def _whole_sources(tables: Tables) -> list[str]:
+    """Return the sources of which every row is in `matched`."""
+    return [
         row["source"]
         for row in tables.rows(
             "select source from (select source, count(*) rows from rights group by source)"
             " join (select source, count(*) rows from matched group by source) using (source, rows) order by source"
         )
     ]
-    ids = tables.rows(
-        "select id from matched where not list_contains($sources::varchar[], source) order by id", sources=sources
+
+
+def _is_matched(tables: Tables, column: str, whole: list[str]) -> str:
+    """Return the condition that a row of a table with `source` and an id is in `matched`; whole sources go by name."""
+    rest = [
+        row["source"] for row in tables.rows(f"select distinct source from matched where source not in {listed(whole)}")
+    ]
+    part = f"source in {listed(rest)} and {column} in (select id from matched where source in {listed(rest)})"
+    return (
+        f"(source in {listed(whole)} or ({part}))"
+        if whole and rest
+        else f"source in {listed(whole)}"
+        if whole
+        else part
     )
-    return {"sources": sources, "documents": [row["id"] for row in ids]}
 
 
 def _exports(folder: Path, reached: list[dict[str, Any]]) -> list[str]:

@@ -27,8 +27,10 @@ RIGHTS = (
 MATCHES = {
     "id": "id = $query",
     "source": "source = $query or source_version = $query",
-    "licence": "lower(licence) = lower($query)"
-    " or list_contains(string_split(replace(replace(lower(licence), '(', ''), ')', ''), ' '), lower($query))",
+    # A million rows have few licences: each is taken apart once.
+    "licence": "licence in (select licence from (select distinct licence from rights)"
+    " where lower(licence) = lower($query)"
+    " or list_contains(string_split(replace(replace(lower(licence), '(', ''), ')', ''), ' '), lower($query)))",
     "origin": "synthetic_from = $query",
     "path": "contains(lower(path), lower($query))",
 }
@@ -206,6 +208,11 @@ def _quoted(path: Path) -> str:
     return path.as_posix().replace("'", "''")
 
 
+def listed(names: Iterable[str]) -> str:
+    """Return names as a list for `in`: written out, so that whole files and row groups can be passed over."""
+    return "(" + ", ".join("'" + name.replace("'", "''") + "'" for name in [*names, ""]) + ")"
+
+
 def _sums(documents: list[dict[str, Any]], key: str) -> dict[str, dict[str, int]]:
     sums: dict[str, dict[str, int]] = {}
     for row in documents:
@@ -319,9 +326,9 @@ class Tables:
         return [path for pattern in patterns for path in sorted((self.folder / stage).glob(pattern))]
 
     def _view(self, name: str, columns: str, paths: list[Path]) -> None:
-        listed = ", ".join(f"'{_quoted(path)}'" for path in paths)
+        files = ", ".join(f"'{_quoted(path)}'" for path in paths)
         self.connection.execute(
-            f"create view {name} as select {columns} from read_parquet([{listed}], union_by_name = true)"
+            f"create view {name} as select {columns} from read_parquet([{files}], union_by_name = true)"
         )
 
     def _empty(self, name: str, columns: str) -> None:
@@ -331,12 +338,15 @@ class Tables:
         paths = self._files("tokenize", "tokens/*.parquet")
         if not paths:
             self.missing.append("tokenize: not finished, so token shards and offsets are not known")
-            self._empty("shards", "id varchar, shard varchar, start bigint, tokens bigint, bytes bigint")
+            self._empty(
+                "shards", "id varchar, shard varchar, source varchar, start bigint, tokens bigint, bytes bigint"
+            )
             return
-        listed = ", ".join(f"'{_quoted(path)}'" for path in paths)
+        files = ", ".join(f"'{_quoted(path)}'" for path in paths)
         self.connection.execute(
             "create view shards as select id, regexp_replace(parse_filename(filename), '[.]parquet$', '.bin') shard,"
-            f" start, tokens, bytes from read_parquet([{listed}], filename = true)"
+            " regexp_replace(parse_filename(filename), '[.][a-z]+[.]parquet$', '') source,"
+            f" start, tokens, bytes from read_parquet([{files}], filename = true)"
         )
 
     def _load_trace(self) -> None:
@@ -383,8 +393,7 @@ class Tables:
             f"create or replace table chosen as select {columns} from rights where {condition}", values
         )
         # A source is a file or a few: naming them here spares the reading of all others.
-        sources = [row["source"] for row in self.rows("select distinct source from chosen")]
-        among = "(" + ", ".join("'" + source.replace("'", "''") + "'" for source in [*sources, ""]) + ")"
+        among = listed(row["source"] for row in self.rows("select distinct source from chosen"))
         self.connection.execute(
             ("create or replace table matched as" if new else "insert into matched")
             + " select chosen.*, coalesce(split, '') split,"
