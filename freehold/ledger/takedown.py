@@ -150,11 +150,14 @@ class _Family:
         ):
             seen = steps[row["stage"]]
             run.seen.append({**row, "steps": len(seen), "ranges": ranges(seen)})
-        self.tables.connection.register(
-            "of_run", tables.connection.sql("select stage, document_id, first_step from firsts_here").to_arrow_table()
-        )
-        self.tables.connection.execute("insert into firsts select $run, * from of_run", {"run": folder.as_posix()})
-        self.tables.connection.unregister("of_run")
+        firsts = "select stage, document_id, first_step from firsts_here"
+        insert, name = "insert into firsts select $run, stage, document_id, first_step from", {"run": folder.as_posix()}
+        if tables is self.tables:
+            self.tables.connection.execute(f"{insert} firsts_here", name)
+        else:
+            self.tables.connection.register("of_run", tables.connection.sql(firsts).to_arrow_table())
+            self.tables.connection.execute(f"{insert} of_run", name)
+            self.tables.connection.unregister("of_run")
         return named
 
     def bounds(self, run: _Run, checkpoint: dict[str, Any]) -> tuple[list[tuple[_Run, str, int]], bool]:
