@@ -31,6 +31,7 @@ EXAMPLES = """examples:
   freehold serve runs/laptop --port 8000              OpenAI-compatible server
   freehold plan large                                 what training it takes, before anything starts
   freehold trace sotu                                 where did this source go?
+  freehold takedown sotu runs/laptop                  what learned from it, and the cheapest way back
   freehold lineage runs/laptop                        from sources to GGUF
 """
 
@@ -125,15 +126,37 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("path", help="run folder, checkpoint or HF folder")
     chat.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema chat`")
     trace = _verb(verbs, "trace", "which steps and checkpoints saw this document, source or licence; or back", _trace)
-    trace.add_argument("document", nargs="?", help="document id, part of its path, source, or licence expression")
+    trace.add_argument(
+        "document", nargs="?", help="document id, part of its path, source, licence; or a checkpoint or export"
+    )
     trace.add_argument("--step", type=int, help="instead: the documents of one optimizer step")
     trace.add_argument("--stage", default="pretrain", choices=["pretrain", "align"], help="whose step")
     trace.add_argument("--run", type=Path, help="run folder (default: the newest below runs/)")
     trace.add_argument("--json", action="store_true", help="machine-readable answer")
+    takedown = _verb(
+        verbs, "takedown", "what a source, document or licence reached, and the cheapest way back", _takedown
+    )
+    takedown.add_argument("document", help="document id, part of its path, source, or licence expression")
+    takedown.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
+    takedown.add_argument("--widen", action="store_true", help="also copies of it, and what was perhaps made from it")
+    takedown.add_argument(
+        "--apply", action="store_true", help="write the recipe of the run without it; deletes nothing"
+    )
+    takedown.add_argument("--out", type=Path, default=Path(), help="folder for that recipe (default: this one)")
+    takedown.add_argument("--json", action="store_true", help="machine-readable answer")
     lineage = _verb(verbs, "lineage", "draw the chain from sources to exports", _lineage)
     lineage.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
     lineage.add_argument("--mermaid", action="store_true", help="as a mermaid graph")
     lineage.add_argument("--json", action="store_true", help="machine-readable graph")
+    card = _verb(verbs, "card", "write the data card and the regulators' documents of a run from its ledger", _card)
+    card.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
+    card.add_argument("--kind", action="append", choices=["data", "eu", "ab2013", "croissant"], help="default: all")
+    card.add_argument("--out", type=Path, help="folder to write to (default: card/ in the run folder)")
+    card.add_argument(
+        "--told", type=Path, metavar="FILE", help="YAML of statements that no ledger holds (docs/rights.md)"
+    )
+    card.add_argument("--check", action="store_true", help="write nothing; exit 1 when what lies there is out of date")
+    card.add_argument("--diff", type=Path, metavar="RUN", help="write nothing; show what changed since this other run")
     report = _verb(verbs, "report", "write report.md and report.png of a run, and show its summary", _report)
     report.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
     plan = _verb(
@@ -280,13 +303,33 @@ def _trace(args: argparse.Namespace) -> int:
     from freehold.ledger import trace
 
     if (args.document is None) == (args.step is None):
-        raise ConfigError("give a document, source or licence, or --step N", todo="see `freehold trace --help`")
+        raise ConfigError(
+            "give a document, source, licence, checkpoint or export, or --step N", todo="see `freehold trace --help`"
+        )
     run = _run_folder(args.run)
     if args.step is not None:
         answer = trace.trace_step(run, args.step, stage=args.stage)
+    elif checkpoint := trace.find_checkpoint(run, args.document):
+        answer = trace.trace_checkpoint(run, checkpoint)
     else:
         answer = trace.trace_document(run, args.document)
     print(json.dumps(answer, indent=1) if args.json else trace.render(answer))
+    return 0
+
+
+def _takedown(args: argparse.Namespace) -> int:
+    from freehold.ledger import takedown
+
+    run = _run_folder(args.run)
+    answer = takedown.takedown(run, args.document, widen=args.widen)
+    if args.apply:
+        answer["applied"] = takedown.write_recipe(run, answer, args.out)
+    if args.json:
+        print(json.dumps(answer, indent=1))
+    else:
+        from freehold.ledger.trace_text import render_takedown
+
+        print(render_takedown(answer, 120))
     return 0
 
 
@@ -295,6 +338,32 @@ def _lineage(args: argparse.Namespace) -> int:
 
     graph = lineage.lineage(_run_folder(args.run))
     print(json.dumps(graph.to_dict(), indent=1) if args.json else lineage.draw(graph, mermaid=args.mermaid))
+    return 0
+
+
+def _card(args: argparse.Namespace) -> int:
+    from freehold.ledger import card, documents
+
+    run, told = _run_folder(args.run), card.read_told(args.told)
+    kinds = list(dict.fromkeys(args.kind or documents.MAKERS))
+    facts = card.facts(run)
+    texts = documents.make(facts, told, kinds)
+    folder = args.out or run / "card"
+    if args.diff or args.check:
+        if args.diff:
+            old, name = documents.make(card.facts(_run_folder(args.diff)), told, kinds), args.diff.as_posix()
+        else:
+            old, name = documents.read(folder, list(texts)), folder.as_posix()
+        changes = documents.difference(old, texts, (name, run.as_posix()))
+        print(changes, end="")
+        return 1 if changes else 0
+    documents.write(folder, texts)
+    if "data" in kinds:
+        from freehold import report
+
+        report.write_data_picture(folder / documents.PICTURE, facts)
+    for name in texts:
+        print(folder / name)
     return 0
 
 

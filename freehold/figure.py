@@ -113,6 +113,63 @@ def _stack(axes: Axes, parts: list[tuple[str, float]], unit: str, wrong: float) 
     axes.set_xlim(0, max(start + wrong, 1e-9) * 1.15)
 
 
+def draw_data(facts: dict[str, Any]) -> bytes:
+    """Return a PNG of a corpus from the facts of its card: sources, licences, lengths, languages, drops, reading."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(13, 7.2), dpi=130, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+        axes = [figure.add_subplot(2, 3, place) for place in range(1, 7)]
+        _bars(axes[0], "Tokens by source", [(r["source"], r["tokens"]) for r in facts["sources"]], BLUE)
+        rows = [(r["licence"], r["documents"] + r["conversations"]) for r in facts["licences"]]
+        _bars(axes[1], "Rows by licence", rows, BLUE)
+        _lengths(axes[2], facts["lengths"])
+        _bars(axes[3], "Rows by language rule", [(r["language"], r["documents"]) for r in facts["languages"]], GREEN)
+        _bars(axes[4], "Dropped rows by reason", list(facts["counts"].get("dropped", {}).items()), ORANGE)
+        read: dict[str, int] = {}
+        for row in facts["read"]:
+            read[row["source"]] = read.get(row["source"], 0) + row["tokens"]
+        _bars(axes[5], "Tokens read, by source", list(read.items()), GREEN)
+        out = io.BytesIO()
+        figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _bars(axes: Axes, title: str, rows: list[tuple[str, int]], colour: str, most: int = 10) -> None:
+    """Draw one bar a name, the longest on top, with its number; names beyond `most` are summed into one."""
+    axes.set_title(title)
+    rows = sorted((row for row in rows if row[1]), key=lambda row: (-row[1], row[0]))
+    if len(rows) > most:
+        rest = rows[most - 1 :]
+        rows = [*rows[: most - 1], (f"{len(rest)} others", sum(count for _, count in rest))]
+    if not rows:
+        _note(axes, "none recorded")
+        axes.set_xticks([])
+        return
+    names = [name if len(name) <= 30 else name[:29] + "\u2026" for name, _ in rows]
+    bars = axes.barh(range(len(rows)), [count for _, count in rows], color=colour, height=0.7)
+    axes.bar_label(bars, [f"{count:,}" for _, count in rows], padding=3, color=MUTED, fontsize=8)
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.25)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+
+
+def _lengths(axes: Axes, lengths: dict[str, list[int]]) -> None:
+    axes.set_title("Documents by length")
+    counts, edges = lengths["documents"], lengths["edges_bytes"]
+    used = [place for place, count in enumerate(counts) if count]
+    if not used:
+        _note(axes, "not tokenized yet")
+        return
+    places = range(used[0], used[-1] + 1)
+    bars = axes.bar(places, [counts[place] for place in places], color=BLUE, width=0.85)
+    axes.bar_label(bars, [f"{counts[place]:,}" for place in places], padding=2, color=MUTED, fontsize=8)
+    axes.set_xticks(places, [f"\u2265 {edges[place]:,}" for place in places], rotation=30, ha="right")
+    axes.set_xlabel("bytes")
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+
+
 def phase_spans(rows: list[dict[str, Any]]) -> list[tuple[str, int, int]]:
     """Return (phase, first step, last step) of each run of equal phases; neighbours touch.
 

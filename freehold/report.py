@@ -55,6 +55,13 @@ def write_report(run_folder: Path) -> Path:
     return path
 
 
+def write_data_picture(path: Path, facts: dict[str, Any]) -> None:
+    """Write the picture of a data card (`freehold card`)."""
+    from freehold.figure import draw_data
+
+    write_atomic(path, draw_data(facts))
+
+
 def summary(run_folder: Path, width: int = 118) -> str:
     """Return the same tables as plain text of at most `width` columns, for the end of `freehold run`."""
     from rich.box import SIMPLE_HEAD

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,7 +33,7 @@ def generator(*parts: object) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Piece:
-    """A document's share of a step: how many of its tokens were read."""
+    """A document's share of a step: how many of its tokens were read (0: one was a target only)."""
 
     document_id: str
     source: str
@@ -146,13 +146,18 @@ class TextOrder:
         return text_batch(np.stack(rows), self.separator)
 
     def documents(self, step: int) -> list[Piece]:
-        """Return the documents whose tokens were inputs of a step, in row order."""
+        """Return the documents a step learned from, in row order, with the tokens that were inputs.
+
+        A document whose first token is only the last target of a row has a piece of 0 tokens: the step learned to
+        predict it, so a take-down must know.
+        """
         t = self.context_tokens
         pieces = []
         for name, row in self.rows(step):
             source = self.sources[name]
-            for document, _, tokens in self._spans(source, row * t, t):
-                pieces.append(Piece(source.ids[document], name, tokens))
+            spans = self._spans(source, row * t, t + 1)
+            for number, (document, _, tokens) in enumerate(spans, 1):
+                pieces.append(Piece(source.ids[document], name, tokens - (number == len(spans))))
         return pieces
 
     def _lanes(self) -> dict[str, str]:
@@ -212,6 +217,28 @@ class TextOrder:
         source = self.sources[name]
         order = generator(self.seed, "documents", name, epoch).permutation(len(source.lengths))
         return order, np.cumsum(source.lengths[order])
+
+
+def consumed_by(facts: Mapping[str, Any]) -> dict[str, int]:
+    """Return the rows each source had given when a checkpoint was made, from its `trainer.json`.
+
+    At the end of a phase they are written there; inside one they follow from seed and phase, as the order itself does.
+    Raises DataError when the facts are not those of pre-training.
+    """
+    step, ends = int(facts["step"]), {int(end): rows for end, rows in facts.get("consumed", {}).items()}
+    if step in ends:
+        return dict(ends[step])
+    steps, end = facts["phases"][facts["phase"]]["steps"], min((e for e in ends if e > step), default=0)
+    first, split = end - steps, facts.get("order", {}).get("workers", 1) > 1  # then rows are counted by worker
+    if end and not split and (first == 0 or first in ends):
+        counts = {name: n - ends.get(first, {}).get(name, 0) for name, n in ends[end].items()}
+        numbers = np.repeat(np.arange(len(counts)), list(counts.values()))
+        shuffled = numbers[generator(facts["seed"], "rows", facts["phase"], first).permutation(len(numbers))]
+        given = np.bincount(shuffled[: (step - first) * (len(numbers) // steps)], minlength=len(counts))
+        return {name: ends.get(first, {}).get(name, 0) + int(n) for name, n in zip(counts, given, strict=True)}
+    raise DataError(
+        "the checkpoint does not say how far its data was read", found=f"step {step}", expected=sorted(ends) or None
+    )
 
 
 class ConversationOrder:

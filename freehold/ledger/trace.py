@@ -1,4 +1,4 @@
-"""From a document to the steps, checkpoints and exports that saw it, and from a step back to its documents.
+"""From a document to the steps, checkpoints and exports that saw it, and from a step, checkpoint or export back.
 
 Everything is read from the run's own tables with DuckDB: rights and drops of `gather` and `curate`, the
 shards' document index, and `trace.parquet` of `pretrain` and `align`. Steps count from 0; a checkpoint
@@ -27,20 +27,23 @@ RIGHTS = (
 MATCHES = {
     "id": "id = $query",
     "source": "source = $query or source_version = $query",
-    "licence": "lower(licence) = lower($query)"
-    " or list_contains(string_split(replace(replace(lower(licence), '(', ''), ')', ''), ' '), lower($query))",
+    # A million rows have few licences: each is taken apart once.
+    "licence": "licence in (select licence from (select distinct licence from rights)"
+    " where lower(licence) = lower($query)"
+    " or list_contains(string_split(replace(replace(lower(licence), '(', ''), ')', ''), ' '), lower($query)))",
+    "origin": "synthetic_from = $query",
     "path": "contains(lower(path), lower($query))",
 }
 TRAINING = ("pretrain", "align")
 
 
 def trace_document(run_folder: Path, query: str, *, limit: int | None = 50) -> dict[str, Any]:
-    """Answer where documents went, by id, source, licence expression or part of a path.
+    """Answer where documents went, by id, source, licence expression, what they were made from, or part of a path.
 
     `documents` details the first `limit`; all counts are over every match. Raises DataError, with the
     nearest name there is, when nothing matches.
     """
-    with _readable(run_folder), _Tables(run_folder) as tables:
+    with readable(run_folder), Tables(run_folder) as tables:
         matched_by = tables.match(query)
         answer: dict[str, Any] = {
             "query": query,
@@ -68,7 +71,7 @@ def trace_step(run_folder: Path, step: int, stage: str = "pretrain") -> dict[str
 
     Raises DataError when the stage has not finished or has no such step.
     """
-    with _readable(run_folder), _Tables(run_folder) as tables:
+    with readable(run_folder), Tables(run_folder) as tables:
         if stage not in tables.traced:
             raise DataError(
                 f"{stage} has not finished: which documents its steps saw is written at its end",
@@ -109,10 +112,84 @@ def trace_step(run_folder: Path, step: int, stage: str = "pretrain") -> dict[str
         }
 
 
-def render(answer: dict[str, Any], width: int = 120) -> str:
-    """Return an answer of `trace_document` or `trace_step` as text for a terminal."""
-    from freehold.ledger.trace_text import render_document, render_step
+def find_checkpoint(run_folder: Path, query: str) -> str | None:
+    """Return the path (in the run) of the checkpoint that a question names, or None when it names none.
 
+    It may be named by its path or its last part, what it is (Base), the beginning of its hash (8 digits or more), or
+    by an exported file made from it.
+    """
+    checkpoints = read_checkpoints(run_folder)
+    wanted = query.rstrip("/").removeprefix(run_folder.as_posix().rstrip("/") + "/")
+    if wanted.partition("/")[0] == "export" and (run_folder / "export" / MANIFEST).exists():
+        manifest = read_manifest(run_folder / "export")
+        files = [name for name in manifest["files"] if f"export/{name}".startswith(wanted)]
+        wanted = manifest.get("config", {}).get("checkpoint", "align/preview") if files else wanted
+    for checkpoint in reversed(checkpoints):
+        named = (checkpoint["path"], checkpoint["path"].rpartition("/")[2], checkpoint["stage_type"])
+        if wanted in named or (len(wanted) >= 8 and checkpoint["content_sha256"].startswith(wanted)):
+            return str(checkpoint["path"])
+    return None
+
+
+def trace_checkpoint(run_folder: Path, path: str, *, limit: int | None = 50) -> dict[str, Any]:
+    """Answer what a checkpoint (or an export made from it) learned from: sources, licences, documents, tokens.
+
+    `path` is as `find_checkpoint` returns it. Tokens are those of the steps before it was made, its parents' included;
+    `documents` details the `limit` it read most of. Raises DataError when the run has no such checkpoint.
+    """
+    with readable(run_folder), Tables(run_folder) as tables:
+        found = next((c for c in tables.checkpoints if c["path"] == path), None)
+        if found is None:
+            raise DataError(
+                "no such checkpoint",
+                where=run_folder,
+                found=path,
+                expected=", ".join(c["path"] for c in tables.checkpoints) or None,
+            )
+        parts: list[str] = []
+        values: dict[str, Any] = {}
+        for number, (stage, end) in enumerate(found["bounds"]):
+            parts.append(f"(stage = $stage{number} and first_step < $end{number})")
+            values |= {f"stage{number}": stage, f"end{number}": end}
+        ends = " ".join(f"when stage = $stage{n} then $end{n}" for n in range(len(parts)))
+        tables.connection.execute(
+            "create table learned as with part as"
+            f" (select *, case {ends} end past from trace where {' or '.join(parts)})"
+            " select document_id id, sum(case when last_step < past then tokens else coalesce("
+            "  list_sum(list_transform(list_zip(steps, step_tokens),"
+            "   lambda x: case when x[1] < past then x[2] else 0 end)),"
+            "  round(tokens * len(list_filter(steps, lambda x: x < past)) / len(steps))) end)::bigint tokens"
+            " from part group by document_id",
+            values,
+        )
+        missing = [line for line in tables.missing if line.partition(":")[0] in {"gather", *dict(found["bounds"])}]
+        grouped = (
+            " count(*) documents, sum(tokens)::bigint tokens from learned left join rights using (id)"
+            " group by all order by tokens desc, 1, 2"
+        )
+        keys = ("path", "stage", "stage_type", "phase", "step", "content_sha256")
+        return {
+            "run": run_folder.name,
+            "checkpoint": {key: found[key] for key in keys},
+            "found": tables.value("select count(*) from learned"),
+            "tokens": tables.value("select coalesce(sum(tokens), 0)::bigint from learned"),
+            "sources": tables.rows("select source, source_version, kind," + grouped),
+            "licences": tables.rows("select licence, wrapper_licence," + grouped),
+            "documents": tables.rows(
+                "select id, source, path, licence, tokens from learned left join rights using (id)"
+                " order by tokens desc, id" + (f" limit {int(limit)}" if limit is not None else "")
+            ),
+            "exports": tables.exports([{**found, "documents": 0}]),
+            "missing": missing,
+        }
+
+
+def render(answer: dict[str, Any], width: int = 120) -> str:
+    """Return an answer of `trace_document`, `trace_step` or `trace_checkpoint` as text for a terminal."""
+    from freehold.ledger.trace_text import render_checkpoint, render_document, render_step
+
+    if "checkpoint" in answer:
+        return render_checkpoint(answer, width)
     return render_step(answer, width) if "step" in answer else render_document(answer, width)
 
 
@@ -125,6 +202,15 @@ def ranges(steps: Iterable[int]) -> list[list[int]]:
         else:
             runs.append([step, step])
     return runs
+
+
+def _quoted(path: Path) -> str:
+    return path.as_posix().replace("'", "''")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as a list for `in`: written out, so that whole files and row groups can be passed over."""
+    return "(" + ", ".join("'" + name.replace("'", "''") + "'" for name in [*names, ""]) + ")"
 
 
 def _sums(documents: list[dict[str, Any]], key: str) -> dict[str, dict[str, int]]:
@@ -178,7 +264,7 @@ def read_checkpoints(run_folder: Path) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _readable(run_folder: Path) -> Iterator[None]:
+def readable(run_folder: Path) -> Iterator[None]:
     """Turn what DuckDB says of a damaged table into one DataError."""
     import duckdb
 
@@ -193,7 +279,7 @@ def _readable(run_folder: Path) -> Iterator[None]:
         ) from error
 
 
-class _Tables:
+class Tables:
     """A run's tables as DuckDB views: `rights` (every row that was gathered), `fate`, `trace`, `shards`, `matched`."""
 
     def __init__(self, run_folder: Path) -> None:
@@ -213,15 +299,15 @@ class _Tables:
             )
         self._view("rights", RIGHTS, gathered or kept)
         if kept:
-            self._view("kept", "id, split", kept)
+            self._view("kept", "id, source, split", kept)
         else:
             self.missing.append("curate: not finished, so splits and drops are not known")
-            self._empty("kept", "id varchar, split varchar")
+            self._empty("kept", "id varchar, source varchar, split varchar")
         drops = run_folder / "curate" / "drops.parquet"
         if drops.exists():
-            self._view("drops", "id, reason, detail", [drops])
+            self._view("drops", "id, source, reason, detail", [drops])
         else:
-            self._empty("drops", "id varchar, reason varchar, detail varchar")
+            self._empty("drops", "id varchar, source varchar, reason varchar, detail varchar")
         self._load_shards()
         self._load_trace()
         self.checkpoints = read_checkpoints(run_folder)
@@ -230,7 +316,7 @@ class _Tables:
                 f"{stage}: its parent checkpoint lies outside this run; what that saw is in its own run"
             )
 
-    def __enter__(self) -> _Tables:
+    def __enter__(self) -> Tables:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -240,9 +326,9 @@ class _Tables:
         return [path for pattern in patterns for path in sorted((self.folder / stage).glob(pattern))]
 
     def _view(self, name: str, columns: str, paths: list[Path]) -> None:
-        listed = ", ".join("'" + path.as_posix().replace("'", "''") + "'" for path in paths)
+        files = ", ".join(f"'{_quoted(path)}'" for path in paths)
         self.connection.execute(
-            f"create view {name} as select {columns} from read_parquet([{listed}], union_by_name = true)"
+            f"create view {name} as select {columns} from read_parquet([{files}], union_by_name = true)"
         )
 
     def _empty(self, name: str, columns: str) -> None:
@@ -252,20 +338,24 @@ class _Tables:
         paths = self._files("tokenize", "tokens/*.parquet")
         if not paths:
             self.missing.append("tokenize: not finished, so token shards and offsets are not known")
-            self._empty("shards", "id varchar, shard varchar, start bigint, tokens bigint")
+            self._empty(
+                "shards", "id varchar, shard varchar, source varchar, start bigint, tokens bigint, bytes bigint"
+            )
             return
-        listed = ", ".join("'" + path.as_posix().replace("'", "''") + "'" for path in paths)
+        files = ", ".join(f"'{_quoted(path)}'" for path in paths)
         self.connection.execute(
             "create view shards as select id, regexp_replace(parse_filename(filename), '[.]parquet$', '.bin') shard,"
-            f" start, tokens from read_parquet([{listed}], filename = true)"
+            " regexp_replace(parse_filename(filename), '[.][a-z]+[.]parquet$', '') source,"
+            f" start, tokens, bytes from read_parquet([{files}], filename = true)"
         )
 
     def _load_trace(self) -> None:
-        self._empty(
-            "trace",
-            "stage varchar, document_id varchar, source varchar, phase varchar, first_step integer, last_step integer,"
-            " steps integer[], step_tokens bigint[], tokens bigint",
-        )
+        # Views, not copies: a question about one document reads the row groups that can hold it, not the table.
+        parts = [
+            "select null::varchar stage, null::varchar document_id, null::varchar source, null::varchar phase,"
+            " null::integer first_step, null::integer last_step, null::integer[] steps, null::integer[] step_tokens,"
+            " null::bigint tokens where false"
+        ]
         self.traced = []
         for stage in TRAINING:
             path = self.folder / stage / "trace.parquet"
@@ -273,10 +363,8 @@ class _Tables:
                 self.missing.append(f"{stage}: not finished, so what its steps saw is not known")
                 continue
             self.traced.append(stage)
-            self.connection.execute(
-                "insert into trace by name select $stage stage, * from read_parquet($path)",
-                {"stage": stage, "path": path.as_posix()},
-            )
+            parts.append(f"select '{stage}' stage, * from read_parquet('{_quoted(path)}')")
+        self.connection.execute("create view trace as " + " union all by name ".join(parts))
 
     def rows(self, sql: str, **values: Any) -> list[dict[str, Any]]:
         """Return the rows of a query as dictionaries."""
@@ -286,30 +374,35 @@ class _Tables:
 
     def first_row(self, sql: str, **values: Any) -> tuple[Any, ...]:
         """Return the first row of a query that always has one."""
-        row = self.connection.execute(sql, values or None).fetchone()
-        assert row is not None
-        return row
+        return self.connection.execute(sql, values or None).fetchall()[0]  # type: ignore[no-any-return]
 
     def value(self, sql: str, **values: Any) -> Any:
         """Return the single value of a query."""
         return self.first_row(sql, **values)[0]
 
-    def match(self, query: str) -> str:
-        """Fill `matched` with the rows a question means; returns how it was read."""
+    def match(self, query: str, columns: str = RIGHTS) -> str:
+        """Fill `matched` with the rows a question means; returns how it was read. DataError when nothing matches."""
         for name, condition in MATCHES.items():
-            self.connection.execute("drop table if exists matched")
-            self.connection.execute(
-                "create table matched as select rights.*, coalesce(split, '') split,"
-                " case when drops.id is not null then 'dropped' when kept.id is not null then split"
-                "  else 'unknown' end fate,"
-                " coalesce(reason, '') reason, coalesce(detail, '') detail"
-                f" from (select * from rights where {condition}) rights"
-                " left join kept on kept.id = rights.id left join drops on drops.id = rights.id",
-                {"query": query},
-            )
-            if self.value("select count(*) from matched"):
+            if self.add_matched(condition, {"query": query}, columns, new=True):
                 return name
         raise self._unknown(query)
+
+    def add_matched(self, condition: str, values: dict[str, Any], columns: str = RIGHTS, *, new: bool = False) -> int:
+        """Add the rows of `rights` for which a condition holds to `matched`, or begin it; returns how many they are."""
+        self.connection.execute(
+            f"create or replace table chosen as select {columns} from rights where {condition}", values
+        )
+        # A source is a file or a few: naming them here spares the reading of all others.
+        among = listed(row["source"] for row in self.rows("select distinct source from chosen"))
+        self.connection.execute(
+            ("create or replace table matched as" if new else "insert into matched")
+            + " select chosen.*, coalesce(split, '') split,"
+            " case when drops.id is not null then 'dropped' else coalesce(split, 'unknown') end fate,"
+            " coalesce(reason, '') reason, coalesce(detail, '') detail from chosen"
+            f" left join (select id, split from kept where source in {among}) kept on kept.id = chosen.id"
+            f" left join (select id, reason, detail from drops where source in {among}) drops on drops.id = chosen.id"
+        )
+        return int(self.value("select count(*) from chosen"))
 
     def _unknown(self, query: str) -> DataError:
         names = [

@@ -95,6 +95,101 @@ def render_step(answer: dict[str, Any], width: int) -> str:
     return _text(out)
 
 
+def render_checkpoint(answer: dict[str, Any], width: int) -> str:
+    """Return what a checkpoint learned from."""
+    out = _console(width)
+    made = answer["checkpoint"]
+    name = f" ({made['stage_type']})" if made["stage_type"] else ""
+    out.print(
+        f"{made['path']}{name} of {answer['run']}, {made['step']:,} steps of {made['stage']}, phase {made['phase']}: "
+        f"learned from {answer['found']:,} documents, {answer['tokens']:,} tokens\n"
+    )
+    sources = _table("source", "version", "kind", "documents", "tokens")
+    for row in answer["sources"][:MOST_ROWS]:
+        told = [row["source"] or "unknown", row["source_version"] or "", row["kind"] or ""]
+        sources.add_row(*told, f"{row['documents']:,}", f"{row['tokens']:,}")
+    out.print(sources, "")
+    _more(out, answer["sources"])
+    licences = _table("content licence", "package licence", "documents", "tokens")
+    for row in answer["licences"][:MOST_ROWS]:
+        told = [row["licence"] or "unknown", row["wrapper_licence"] or ""]
+        licences.add_row(*told, f"{row['documents']:,}", f"{row['tokens']:,}")
+    out.print(licences, "")
+    _more(out, answer["licences"])
+    documents = _table("document", "source", "path", "licence", "tokens")
+    for row in answer["documents"][:MOST_ROWS]:
+        told = [row["id"], row["source"] or "unknown", _short(row["path"] or "", 50), row["licence"] or ""]
+        documents.add_row(*told, f"{row['tokens']:,}")
+    out.print(documents, "")
+    left = answer["found"] - min(MOST_ROWS, len(answer["documents"]))
+    if left > 0:
+        out.print(f"and {left:,} more documents (`freehold trace ID` follows one)\n")
+    for row in answer["exports"]:
+        out.print(f"exported in {row['path']}")
+    _missing(out, answer)
+    return _text(out)
+
+
+def render_takedown(answer: dict[str, Any], width: int) -> str:
+    """Return what a take-down reaches, run by run, and the cheapest way back."""
+    out = _console(width)
+    also = f", {answer['derived']:,} of them made from it" if answer["derived"] else ""
+    out.print(f"{answer['query']}: {answer['rows']:,} rows by {answer['matched_by']} in {answer['run']}{also}\n")
+    rights = _table("source", "version", "licence", "documents")
+    for row in answer["rights"][:MOST_ROWS]:
+        rights.add_row(row["source"], row["source_version"], row["licence"], f"{row['documents']:,}")
+    out.print(rights, "")
+    _more(out, answer["rights"])
+    for run in answer["runs"]:
+        out.print(f"run {run['run']}")
+        for row in run["shards"]:
+            out.print(f"  shard {row['shard']}: {row['documents']:,} documents, {row['tokens']:,} tokens")
+        for row in run["seen"]:
+            out.print(
+                f"  {row['stage']}: {row['documents']:,} documents, {row['tokens']:,} tokens, "
+                f"in {row['steps']:,} steps: {_runs(row['ranges'])}"
+            )
+        for row in run["checkpoints"]:
+            name = f" ({row['stage_type']})" if row["stage_type"] else ""
+            out.print(f"  affected: {row['path']}{name}, step {row['step']:,}, {row['documents']:,} documents")
+        for path in run["exports"]:
+            out.print(f"  affected: {path}")
+        for path in run["unknown"]:
+            out.print(f"  unknown:  {path}: what its steps saw is not recorded")
+        out.print(f"  last clean checkpoint: {run['last_clean'] or 'none'}")
+        out.print(f"  {_restart(run['restart'])}\n", soft_wrap=True)
+    for row in answer["perhaps_derived"]:
+        if not row["certain"]:
+            taken = "taken in" if answer["widened"] else "not taken in, --widen does"
+            out.print(f"perhaps made from it: {row['documents']:,} rows from {row['synthetic_from']} ({taken})")
+    for row in answer["twins"][:MOST_ROWS]:
+        out.print(
+            f"a copy that stays: {row['id']} {row['source']} {row['path']} ({row['licence']}); --widen takes it in"
+        )
+    _more(out, answer["twins"])
+    _missing(out, answer)
+    if "applied" in answer:
+        out.print(f"\nwrote {answer['applied']['recipe']}; nothing was deleted. Make the run without it:")
+        out.print(f"  {answer['applied']['command']}", soft_wrap=True)
+    return _text(out)
+
+
+def _restart(restart: dict[str, Any] | None) -> str:
+    if restart is None:
+        return "no restart needed: no checkpoint learned from it"
+    parts = [f"{n:,} steps of {stage}" for stage, n in restart["steps"].items() if n]
+    hours = "time unknown: no step was measured" if restart["hours"] is None else _hours(restart["hours"])
+    place = f"from {restart['from']} (step {restart['from_step']:,})" if restart["from"] else "from nothing"
+    if restart["blocked"]:
+        return f"no restart from here: {restart['blocked']}"
+    note = "" if restart["certain"] else "; needed only if an unknown checkpoint is not clean"
+    return f"cheapest restart: {place}: {' and '.join(parts) or 'no step'}, {hours}{note}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.2f} hours" if hours >= 0.1 else f"{hours:.4f} hours ({3600 * hours:,.0f} s)"
+
+
 def _documents(out: Console, documents: list[dict[str, Any]]) -> None:
     table = _table("document", "path", "fate", "shard", "tokens at", "steps")
     for row in documents:

@@ -12,7 +12,7 @@ from run_fixture import LETTER, MODULE, SPEECH, TALK, TWIN, build_run
 
 from freehold.core.artifact import write_manifest
 from freehold.core.errors import DataError
-from freehold.ledger.trace import ranges, render, trace_document, trace_step
+from freehold.ledger.trace import find_checkpoint, ranges, render, trace_checkpoint, trace_document, trace_step
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +183,51 @@ def test_render(run: Path) -> None:
     assert "pretrain step 2 (of 0 to 3), phase anneal" in text
     assert "this step was skipped" in text
     assert "PSF-2.0 OR MIT" in text
+
+
+@pytest.mark.parametrize(
+    ("query", "path"),
+    [
+        ("pretrain/base", "pretrain/base"),
+        ("truebase", "pretrain/truebase"),
+        ("Preview", "align/preview"),
+        ("export/gguf/Tiny-F32.gguf", "align/preview"),
+        ("export/hf", "align/preview"),
+        ("speeches", None),
+        ("export/nothing.gguf", None),
+    ],
+)
+def test_checkpoints_are_found_by_name(run: Path, query: str, path: str | None) -> None:
+    assert find_checkpoint(run, query) == path
+    assert find_checkpoint(run, f"{run}/{query}") == path
+
+
+def test_checkpoint_by_hash(run: Path) -> None:
+    content = trace_document(run, SPEECH)["checkpoints"][-1]["content_sha256"]
+    assert find_checkpoint(run, content[:8]) == "align/preview"
+    assert find_checkpoint(run, content[:7]) is None
+
+
+def test_back_from_a_checkpoint(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", by_step=True)
+    base = trace_checkpoint(run, "pretrain/base")
+    assert {row["source"]: (row["documents"], row["tokens"]) for row in base["sources"]} == {
+        "speeches": (1, 50),
+        "code": (1, 30),
+    }
+    assert {row["licence"] for row in base["licences"]} == {"LicenseRef-PD-USGov", "PSF-2.0 OR MIT"}
+    assert (base["found"], base["tokens"], base["exports"]) == (2, 80, [])
+    # The first checkpoint was made after one step of the two that its document's row speaks of.
+    first = trace_checkpoint(run, "pretrain/checkpoints/step_000001")
+    assert [(row["id"], row["tokens"]) for row in first["documents"]] == [(SPEECH, 25)]
+    preview = trace_checkpoint(run, "align/preview")
+    assert {row["id"] for row in preview["documents"]} == {SPEECH, MODULE, TALK}
+    assert len(preview["exports"]) == 2
+    text = render(preview)
+    for part in ("align/preview (Preview)", "3 documents, 92 tokens", "PSF-2.0 OR MIT", "exported in export/gguf"):
+        assert part in text
+    with pytest.raises(DataError, match="no such checkpoint"):
+        trace_checkpoint(run, "pretrain/nothing")
 
 
 def test_ranges() -> None:

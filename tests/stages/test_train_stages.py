@@ -126,6 +126,30 @@ def test_buffer_order_and_its_branch(run, tmp_path):
     assert sum(facts[1]["consumed"]["6"].values()) == 2 * 2
 
 
+def test_parent_alone_is_kept_with_what_it_saw(run, tmp_path):
+    data = PRETRAIN | {"parent": str(run / "pretrain/base"), "phases": {}}
+    work = _beside(run, tmp_path)
+    work.folder.mkdir()
+    counts = pretrain(fill(PretrainConfig, data, "pretrain"), work)
+    assert (counts["steps"], counts["checkpoints"]) == (6, {"base": "Base"})
+    for name in ("base/manifest.json", "trace.parquet"):
+        assert (tmp_path / "pretrain" / name).read_bytes() == (run / "pretrain" / name).read_bytes()
+    native.check(tmp_path / "pretrain/base")
+    with pytest.raises(ConfigError, match="at least one phase"):
+        fill(PretrainConfig, PRETRAIN | {"phases": {}}, "pretrain")
+
+
+def test_branch_from_inside_a_phase(run, tmp_path):
+    data = merge(PRETRAIN, {"phases": {"stable": {"steps": 6}, "anneal": None}})
+    whole = Workspace(tmp_path / "whole", "pretrain", "t", 0, Log(None, quiet=True), {"tokenize": run / "tokenize"})
+    pretrain(fill(PretrainConfig, data, "pretrain"), whole)
+    parent = tmp_path / "whole/checkpoints/step_00000004"
+    data = merge(data, {"parent": str(parent), "phases": {"stable": {"steps": 2}}})
+    assert pretrain(fill(PretrainConfig, data, "pretrain"), _beside(run, tmp_path))["steps"] == 6
+    ends = [native.check(tmp_path / p)["consumed"]["6"] for p in ("whole/truebase", "pretrain/truebase")]
+    assert sum(ends[0].values()) == sum(ends[1].values()) == 12
+
+
 def _beside(run, tmp_path):
     return Workspace(tmp_path / "pretrain", "pretrain", "t", 0, Log(None, quiet=True), {"tokenize": run / "tokenize"})
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pathlib import Path
+
+from pydantic import Field, model_validator
 
 from freehold.core.config import Config
 
@@ -191,6 +193,21 @@ class Decontamination(Config):
     )
 
 
+class Exclusion(Config):
+    """Rows that must not be in the corpus whatever the rules say: what a take-down asks for."""
+
+    sources: tuple[str, ...] = Field(default=(), description="sources of which nothing stays")
+    documents: tuple[str, ...] = Field(default=(), description="ids of documents and conversations")
+    file: Path | None = Field(default=None, description="text file with further ids, one a line")
+    file_sha256: str = Field(default="", description="SHA-256 of that file, so that its content is part of the recipe")
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Exclusion:
+        if self.file and not self.file_sha256:
+            raise ValueError("`file` needs `file_sha256`: another file must be another recipe")
+        return self
+
+
 class StageConfig(Config):
     """What `freehold curate` can be told."""
 
@@ -201,6 +218,9 @@ class StageConfig(Config):
         default=Decontamination(), description="held-out questions in training text"
     )
     split: Split = Field(default=Split(), description="train and validation")
+    exclude: Exclusion = Field(
+        default=Exclusion(), description="rows taken out last, once duplicates and the split are decided"
+    )
     priority: tuple[str, ...] = Field(
         default=(), description="sources whose copy of a duplicate is kept first; the others follow by name"
     )

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from freehold.core.artifact import Workspace, write_json
+import pyarrow.parquet as pq
+
+from freehold.core.artifact import Workspace, sha256_file, write_json
 from freehold.core.document import Conversation, Document, read_rows, replace, write_rows
 from freehold.core.errors import DataError
-from freehold.stages.curate.config import KindRules, StageConfig
+from freehold.stages.curate.config import Exclusion, KindRules, StageConfig
 from freehold.stages.curate.decontaminate import Questions, read_questions
 from freehold.stages.curate.dedup import ExactDuplicates, near_duplicates
 from freehold.stages.curate.filters import (
@@ -62,8 +64,9 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
             expected="at least one document",
             todo="loosen the limits under `curate.kinds`, or gather other sources",
         )
-    write_documents(kept, config, report, work.folder)
-    curate_conversations(gathered / "conversations", config, questions, report, work.folder)
+    excluded = read_exclusion(config.exclude, gathered)
+    write_documents(kept, config, excluded, report, work.folder)
+    curate_conversations(gathered / "conversations", config, questions, excluded, report, work.folder)
     for path in tasks:
         (work.folder / "tasks").mkdir(exist_ok=True)
         shutil.copyfile(path, work.folder / "tasks" / path.name)
@@ -154,8 +157,55 @@ def words_of(draft: Draft) -> Words:
     return draft.words
 
 
-def write_documents(kept: list[Draft], config: StageConfig, report: Report, folder: Path) -> None:
-    """Decide the split source by source and write one parquet file each."""
+def read_exclusion(exclude: Exclusion, gathered: Path) -> dict[str, Why]:
+    """Return the id of each row that must not stay, with the reason.
+
+    Raises DataError for a source or an id that was not gathered, and for a file that is not the one named.
+    """
+    ids = set(exclude.documents)
+    if exclude.file:
+        if not exclude.file.is_file() or sha256_file(exclude.file) != exclude.file_sha256:
+            raise DataError(
+                "the list of excluded ids is missing or another one",
+                where=exclude.file,
+                found=sha256_file(exclude.file) if exclude.file.is_file() else "no file",
+                expected=exclude.file_sha256,
+                todo="bring the file back, or set curate.exclude.file_sha256",
+            )
+        ids |= set(exclude.file.read_text(encoding="utf-8").split())
+    if not ids and not exclude.sources:
+        return {}
+    found: dict[str, Why] = {}
+    sources = set()
+    for path in [
+        *sorted((gathered / "documents").glob("*.parquet")),
+        *sorted(gathered.glob("conversations/*.parquet")),
+    ]:
+        sources.add(path.stem)
+        for identity in pq.read_table(path, columns=["id"])["id"].to_pylist():
+            if path.stem in exclude.sources:
+                found[identity] = ("excluded", f"source {path.stem}")
+            elif identity in ids:
+                found[identity] = ("excluded", "by id")
+    unknown = sorted(set(exclude.sources) - sources) or sorted(ids - found.keys())
+    if unknown:
+        raise DataError(
+            "what is to be excluded was not gathered",
+            where="curate.exclude",
+            found=", ".join(unknown[:5]) + (f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""),
+            expected=f"ids, or sources of {', '.join(sorted(sources))}",
+            todo="look it up with `freehold trace`",
+        )
+    return found
+
+
+def write_documents(
+    kept: list[Draft], config: StageConfig, excluded: dict[str, Why], report: Report, folder: Path
+) -> None:
+    """Decide the split source by source, take out what is excluded, and write one parquet file each.
+
+    The split is decided first, so that no document changes sides because another one went.
+    """
     by_source: dict[str, list[Draft]] = {}
     for draft in kept:
         by_source.setdefault(draft.row.source, []).append(draft)
@@ -165,15 +215,28 @@ def write_documents(kept: list[Draft], config: StageConfig, report: Report, fold
         rows = [
             replace(draft.row, text=draft.text, split="validation" if draft.row.id in back else "train")
             for draft in drafts
+            if draft.row.id not in excluded
         ]
-        write_rows(folder / "documents" / f"{source}.parquet", rows, Document)
-        report.leave(source, [(row.split, size) for row, (_, size) in zip(rows, sizes, strict=True)])
+        for draft in drafts:
+            if draft.row.id in excluded:
+                report.drop("exclude", draft.row, len(draft.text), excluded[draft.row.id])
+        if rows:
+            write_rows(folder / "documents" / f"{source}.parquet", rows, Document)
+        left = {row.id: row.split for row in rows}
+        report.leave(source, [(left[identity], size) for identity, size in sizes if identity in left])
+    if excluded:
+        report.close("exclude", ((d.row.source, d.text) for d in kept if d.row.id not in excluded))
 
 
 def curate_conversations(
-    gathered: Path, config: StageConfig, questions: Questions, report: Report, folder: Path
+    gathered: Path,
+    config: StageConfig,
+    questions: Questions,
+    excluded: dict[str, Why],
+    report: Report,
+    folder: Path,
 ) -> None:
-    """Take the conversations through unicode, exact duplicates, decontamination and privacy, and split them."""
+    """Take the conversations through unicode, exact duplicates, decontamination, privacy and exclusion; split them."""
     seen: dict[int, str] = {}
     for path in sorted(gathered.glob("*.parquet")):
         rows = []
@@ -193,6 +256,7 @@ def curate_conversations(
             chars = sum(len(str(message.get("content") or "")) for message in messages)
             why: Why | None = ("exact_duplicate", f"of {first}") if first != row.id else None
             why = why or questions.in_conversation(row) or check_density(chars, found, config.privacy)
+            why = why or excluded.get(row.id)
             if why is not None:
                 report.drop("conversations", row, chars, why)
                 continue

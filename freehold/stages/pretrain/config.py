@@ -26,14 +26,20 @@ class StageConfig(Config):
             "stable": PhaseConfig(steps=600, warmup_steps=20, checkpoint="truebase", stage_type="TrueBase"),
             "anneal": PhaseConfig(steps=400, shape="linear", end=0.0, checkpoint="base", stage_type="Base"),
         },
-        min_length=1,
-        description="named phases, one after another; the last is the decay branch",
+        description="named phases, one after another; the last is the decay branch. None, with a parent: the parent "
+        "is kept as it is",
     )
     parent: str = Field(
         "",
         description="folder of a checkpoint to branch from: phases then go on from its step, optimizer and data "
         "position (e.g. another anneal from runs/laptop/pretrain/truebase)",
     )
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> StageConfig:
+        if not self.phases and not self.parent:
+            raise ValueError("without a parent there must be at least one phase")
+        return self
 
     @field_validator("phases")
     @classmethod

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from freehold.checkpoint import native
-from freehold.core.artifact import Workspace, read_manifest
+from freehold.core.artifact import Workspace, atomic_folder, read_manifest
 from freehold.core.errors import CheckpointError, ConfigError
 from freehold.core.machine import must_fit_memory
 from freehold.data.buffer import text_order
-from freehold.data.loader import PhaseRows
+from freehold.data.loader import PhaseRows, consumed_by
 from freehold.data.shards import ShardSet
 from freehold.data.trace import ROW_BYTES, trace_rows, write_trace
 from freehold.model.config import ModelConfig
@@ -40,8 +41,10 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
             )
         if facts["tokenizer_sha256"] != shards.tokenizer_sha256:
             raise CheckpointError("the parent was trained with another tokenizer", where=parent)
-        parent_step, parent_tokens, consumed = facts["step"], facts["tokens"], facts["consumed"][str(facts["step"])]
+        parent_step, parent_tokens, consumed = facts["step"], facts["tokens"], consumed_by(facts)
         parent_hash = read_manifest(parent)["content_sha256"]
+        if not config.phases:
+            return keep(parent, facts, work)
         if facts.get("order", {"kind": "stream"}) != config.batch.order.model_dump():
             consumed = None
             work.log.warn("the parent read its text in another order: this one starts at its beginning")
@@ -73,7 +76,9 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
             "seed": work.seed,
             "context_tokens": config.batch.context_tokens,
             "order": config.batch.order.model_dump(),
-            "consumed": {str(end): order.consumed_at(end) for end in schedule.ends().values()},
+            # Where the first phase began is known from the parent alone.
+            "consumed": ({str(parent_step): consumed} if consumed else {})
+            | {str(end): order.consumed_at(end) for end in schedule.ends().values()},
         },
     )
     for name, epochs in order.epochs().items():
@@ -102,6 +107,25 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         "epochs": {name: round(epochs, 4) for name, epochs in order.epochs().items()},
         "checkpoints": {phase.checkpoint: phase.stage_type for phase in config.phases.values() if phase.checkpoint},
         "skipped_steps": trainer.skipped,
+    }
+
+
+def keep(parent: Path, facts: dict[str, Any], work: Workspace) -> dict[str, Any]:
+    """Take the parent over as it is, with what is known of its steps: no phase is left to train."""
+    with atomic_folder(work.folder / parent.name) as folder:
+        shutil.copytree(parent, folder, dirs_exist_ok=True)
+    traced = parent.parent / "trace.parquet"
+    if traced.exists():
+        shutil.copyfile(traced, work.folder / traced.name)
+    else:
+        write_trace(work.folder / traced.name, [])
+    work.log.say(f"  {parent} is kept as it is: {facts['step']:,} steps")
+    return {
+        "steps": facts["step"],
+        "tokens": facts["tokens"],
+        "epochs": {},
+        "checkpoints": {parent.name: facts["stage_type"]},
+        "skipped_steps": facts["skipped_steps"],
     }
 
 
