@@ -4,7 +4,8 @@ Both start from the same weights and take the same batch: forward, backward, cli
 copy to the compute weights and the expert balancing as well (transformers has none). Ours computes in bfloat16 with
 fp32 masters, transformers in bfloat16 autocast over fp32 weights; with --dtype float32 both in fp32. Transformers'
 candidates (experts as grouped_mm or one by one, with and without torch.compile) are tried first; the fastest goes on.
-The first loss and the logits of both must agree within the precision, or the script fails.
+The first losses must agree, and ours may be no further from transformers' fp32 logits than its own autocast is (in
+fp32: within 1e-4), or the script fails.
 
     python benchmarks/train_step.py --config S --json benchmarks/results/train_step_S.json
     python benchmarks/train_step.py --config S --dtype float32 --json benchmarks/results/train_step_S_fp32.json
@@ -80,13 +81,18 @@ class Theirs:
             logits = self.forward(input_ids=ids, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
+    @torch.no_grad()
+    def logits(self, batch: Batch, autocast: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return self.model(input_ids=torch.from_numpy(batch.input_ids), use_cache=False).logits.float()
+
     def step(self, batch: Batch, autocast: bool) -> float:
         loss = self.loss(batch, autocast)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
 
 def ours(config: ModelConfig, dtype: str, sequences: int, folder: Path) -> Trainer:
@@ -147,19 +153,18 @@ def main() -> int:
             continue
         try:
             theirs = Theirs(config, weights, experts, compiled)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                theirs.model.eval()
-                reference = theirs.model(input_ids=torch.from_numpy(batch.input_ids), use_cache=False).logits.float()
-                theirs.model.train()
-            difference = float((logits - reference).norm() / reference.norm())
+            exact, rounded = (theirs.logits(batch, autocast=precise) for precise in (False, autocast))
+            distance = {
+                who: float((x - exact).norm() / exact.norm()) for who, x in (("ours", logits), ("theirs", rounded))
+            }
             first = theirs.step(batch, autocast)
             seconds = [timed(lambda t=theirs: t.step(batch, autocast))["seconds"] for _ in range(3)]
         except Exception as problem:  # a candidate that cannot run is not the best one
             tried[name] = {"error": f"{type(problem).__name__}: {str(problem)[:200]}"}
             print(f"transformers {name}: {tried[name]['error']}", flush=True)
             continue
-        tried[name] = {"seconds": seconds, "first_loss": first, "logit_difference": difference}
-        print(f"transformers {name}: {min(seconds):.3f} s a step, logits differ by {difference:.1e}", flush=True)
+        tried[name] = {"seconds": seconds, "first_loss": first, "distance_from_fp32_logits": distance}
+        print(f"transformers {name}: {min(seconds):.3f} s a step; from its fp32 logits: {distance}", flush=True)
         if min(seconds) == min(min(t["seconds"]) for t in tried.values() if "seconds" in t):
             best, best_name = theirs, name
         del theirs
@@ -167,10 +172,11 @@ def main() -> int:
     if best is None:
         raise SystemExit("no candidate of transformers ran")
 
-    tolerance = 2e-2 if autocast else 1e-4
+    distance = tried[best_name]["distance_from_fp32_logits"]
     first = trainer.train_step(batch)["loss/mean"]
     expected = tried[best_name]["first_loss"]
-    agree = abs(first - expected) < tolerance and tried[best_name]["logit_difference"] < tolerance
+    agree = abs(first - expected) < (1e-2 if autocast else 1e-4)
+    agree &= distance["ours"] < (1.2 * distance["theirs"] if autocast else 1e-4)
     operators = native.describe(getattr(torch, args.dtype))
     print(f"first loss: ours {first:.5f}, theirs {expected:.5f}; ours runs on {operators}")
     if not agree:
