@@ -228,6 +228,7 @@ def main() -> int:
         "as_expected": as_expected,
         "fault": {"first_step": FAULT, "experts": PUSHED, "logit": PUSH},
         "seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": round(time.process_time(), 1),
         "cpu": walk.cpu_name(),
         "versions": package_versions(),
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),

@@ -88,6 +88,15 @@ def test_prune_keeps_the_grid(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000006", "step_00000008"]
 
 
+def test_prune_keeps_what_may_have_to_be_gone_back_to(tmp_path):
+    for step in (2, 3, 4, 6, 8):
+        save(native.step_folder(tmp_path, step))
+    native.prune(tmp_path, keep_last=1, keep_every_steps=0, every_steps=2, needed_step=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000008"]
+    native.prune(tmp_path, keep_last=1, keep_every_steps=0, every_steps=2, needed_step=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000008"]
+
+
 def test_last_good(tmp_path):
     assert native.last_good(tmp_path, print) is None
     save(native.step_folder(tmp_path, 2))
