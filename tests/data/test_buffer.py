@@ -115,12 +115,13 @@ def test_occupancy_stays_between_the_bounds():
     assert filled > 10
 
 
-def test_a_document_is_picked_whatever_its_length():
-    """Slots are picked evenly: a long document gives no more pieces a row than a short one while both last."""
-    lengths = [10_000, 10_000, 10_000, 100_000]
-    buffer = play(lengths, row_tokens=4, low=4, full=4)
-    picked = np.bincount([buffer.row(row)[0][0] for row in range(4000)], minlength=4)
-    assert (abs(picked - 1000) < 5 * np.sqrt(4000 * 0.25 * 0.75)).all()
+def test_documents_are_picked_evenly_and_independently():
+    """A long document is picked no more often than a short one while both last, whatever was picked before."""
+    buffer = play([10_000, 10_000, 10_000, 100_000], row_tokens=4, low=4, full=4)
+    picked = np.array([buffer.row(row)[0][0] for row in range(4000)])
+    pairs = np.bincount(4 * picked[:-1] + picked[1:], minlength=16)
+    assert (abs(np.bincount(picked, minlength=4) - 1000) < 5 * np.sqrt(4000 * 1 / 4 * 3 / 4)).all()
+    assert (abs(pairs - 250) < 5 * np.sqrt(4000 * 1 / 16 * 15 / 16)).all()
 
 
 def test_one_document_at_a_time_is_plain_packing():
