@@ -7,13 +7,15 @@ long. Every rule starts from the same weights and reads the same rows. Make the 
     freehold run recipes/tiny.yaml name=balance until=tokenize gather.sources.code.max_bytes=12000000
     python benchmarks/balance.py --json benchmarks/results/balance.json --picture docs/images/balance.png
 
-Each (experts, rule) is a case of about a minute of one core; finished cases lie in `--cases` and are not run again.
+Each (experts, rule, rate) is a case of about a minute of one core. Finished cases lie in `--cases`, with the load and
+the bias of every expert at every step, and are not run again.
 
 MaxVio is that of the assignments summed over a window of steps, in the worse of the two layers. One step has too few
-tokens for it: with 2,048 tokens and 256 experts even dice show 0.5. What is left of that in a window is the floor. It
-is given twice: for even dice, and for this text, whose tokens are not independent (from the step-to-step differences
-of each expert's load, which a slow drift or a slowly moving bias hardly touches). "Even after n steps" means that no
-window that begins at step n or later shows 0.1 or more.
+tokens for it: with 2,048 tokens and 256 experts even dice show 0.5. What is left of that in a window is the floor; the
+window grows with the number of experts so that the floor is about the same for all. It is given twice: for even dice,
+and for this text, whose tokens are not independent (from the step-to-step differences of each expert's load, which a
+slow drift or a slowly moving bias hardly touches). "Even after n steps" means that no window that begins at step n or
+later shows 0.1 or more.
 """
 
 from __future__ import annotations
@@ -38,7 +40,6 @@ from freehold.data.loader import PhaseRows, TextOrder
 from freehold.data.shards import ShardSet
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
-from freehold.optim.balance import max_violation
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig, SignConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.tokenizer.bpe import END_OF_TEXT
@@ -53,7 +54,7 @@ TARGET = 0.1
 TUNED_AT = 128
 """Experts at which each rule's rate is chosen; the other sizes take the published rate and the one chosen here."""
 PUBLISHED = {"smebu": 5e-4, "sign": 1e-3, "sequence": 1e-4}
-RATES = {"smebu": (5e-4, 2e-3, 1e-2, 5e-2), "sign": (1e-3, 5e-3, 2e-2), "sequence": (1e-2, 1e-1, 1.0)}
+RATES = {"smebu": (5e-4, 2e-3, 1e-2, 5e-2, 2e-1), "sign": (1e-3, 5e-3, 2e-2, 5e-2), "sequence": (1e-2, 1e-1, 1.0)}
 
 
 def rule_config(rule: str, rate: float) -> BalanceConfig:
@@ -107,7 +108,7 @@ def build(args: argparse.Namespace, shards: ShardSet, experts: int, balance: Bal
 
 
 def run_case(args: argparse.Namespace, shards: ShardSet, experts: int, rule: str, rate: float) -> dict[str, Any]:
-    """Train one case and return its figures."""
+    """Train one case and return what happened, with arrays `load` and `bias` [steps, layers, E]."""
     trainer = build(args, shards, experts, rule_config(rule, rate))
     layers = list(trainer.model.moe_layers().values())
     loads, biases, losses = [], [], []
@@ -119,37 +120,45 @@ def run_case(args: argparse.Namespace, shards: ShardSet, experts: int, rule: str
     cpu, wall = time.process_time() - cpu, time.monotonic() - wall
     source = shards.sources("validation")["code"]
     held = held_out(source, shards.document_bytes("validation", "code"), CONTEXT_TOKENS, 0, END_OF_TEXT)
-    load, tenth = np.stack(loads), max(args.steps // 10, 2)
-    each = np.array([np.mean([max_violation(torch.from_numpy(x)) for x in step]) for step in load])
-    window = windowed(load, args.window)
-    even = np.nonzero(window >= TARGET)[0]
-    until = int(even[-1]) + 1 if len(even) else 0
     return {
         "experts": experts,
         "rule": rule,
         "rate": rate,
-        "steps_until_even": until if until < len(window) else None,
-        "max_vio_first_step": float(each[0]),
-        "max_vio_final": float(window[-1]),
-        "max_vio_step_mean": float(each[-tenth:].mean()),
-        "max_vio_step_std": float(each[-tenth:].std()),
-        "bias_std": float(np.stack(biases[-tenth:]).std(0).mean()),
-        "bias_abs_max": float(np.abs(biases[-1]).max()),
-        "dead_experts": int((load[-args.window :].sum(0) == 0).sum()),
-        "train_loss": float(np.mean(losses[-tenth:])),
+        "train_loss": float(np.mean(losses[-args.steps // 10 :])),
         "val_bpb": bits_per_byte(trainer.model, {"code": held})["val/bpb"],
-        "text_floor": text_floor(load[-args.window :]),
-        "curve": {"every_steps": 5, "max_vio": [round(float(v), 4) for v in window[::5]]},
         "cpu_s": round(cpu, 1),
         "wall_s": round(wall, 1),
         "load_before": round(load_before, 2),
-        "settings": settings(args),
+        "load": np.stack(loads),
+        "bias": np.stack(biases),
     }
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what a finished case must agree with to be taken over."""
-    return {"steps": args.steps, "window": args.window, "seed": args.seed}
+def window_of(experts: int) -> int:
+    """Return the steps whose loads are summed: 100 for 128 experts."""
+    return max(1, experts * 100 // 128)
+
+
+def figures(case: dict[str, Any]) -> dict[str, Any]:
+    """Return a case with its figures in the place of its arrays."""
+    load, bias = case["load"], case["bias"]
+    each, window = windowed(load, 1), windowed(load, window_of(case["experts"]))
+    tenth, above = len(load) // 10, np.nonzero(window >= TARGET)[0]
+    until = int(above[-1]) + 1 if len(above) else 0
+    return {
+        **{key: value for key, value in case.items() if key not in ("load", "bias")},
+        "steps_until_even": until if until < len(window) else None,
+        "max_vio_first_step": float(each[0]),
+        "max_vio_final": float(window[-1]),
+        "max_vio_last_tenth": float(window[-tenth:].mean()),
+        "max_vio_last_tenth_std": float(window[-tenth:].std()),
+        "max_vio_one_step": float(each[-tenth:].mean()),
+        "bias_std": float(bias[-tenth:].std(0).mean()),
+        "bias_abs_max": float(np.abs(bias[-1]).max()),
+        "dead_experts": int((load[-window_of(case["experts"]) :].sum(0) == 0).sum()),
+        "text_floor": text_floor(load[-window_of(case["experts"]) :]),
+        "curve": {"every_steps": 5, "max_vio": [round(float(v), 4) for v in window[::5]]},
+    }
 
 
 def windowed(load: np.ndarray, window: int) -> np.ndarray:
@@ -160,9 +169,9 @@ def windowed(load: np.ndarray, window: int) -> np.ndarray:
 
 
 def even_floor(experts: int, assignments: int) -> float:
-    """Return the expected MaxVio of `assignments` thrown evenly over the experts."""
-    draws = np.random.default_rng(0).multinomial(assignments, np.full(experts, 1 / experts), size=400)
-    return float((draws.max(1) / (assignments / experts) - 1).mean())
+    """Return the expected MaxVio of two layers with `assignments` thrown evenly over the experts."""
+    draws = np.random.default_rng(0).multinomial(assignments, np.full(experts, 1 / experts), size=(400, 2))
+    return float((draws.max((1, 2)) / (assignments / experts) - 1).mean())
 
 
 def text_floor(load: np.ndarray) -> float:
@@ -178,27 +187,30 @@ def name_of(rule: str, rate: float) -> str:
 
 
 def chosen(cases: list[dict[str, Any]], rule: str) -> float:
-    """Return the rate that is even soonest at TUNED_AT experts; among equals the one of the lower MaxVio."""
+    """Return the rate that is even soonest at TUNED_AT experts; among equals the one of the lower loss."""
     own = [c for c in cases if c["experts"] == TUNED_AT and c["rule"] == rule]
-    return min(own, key=lambda c: (c["steps_until_even"] or math.inf, c["max_vio_final"]))["rate"]
+    return min(own, key=lambda c: (math.inf if c["steps_until_even"] is None else c["steps_until_even"], c["val_bpb"]))[
+        "rate"
+    ]
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run what is not yet run; first the sizes at which rates are chosen, then the others."""
+    """Run what is not yet run, and return the figures of all; rates are chosen before the other sizes use them."""
     shards = ShardSet.load(args.tokens, verify=False)
     args.cases.mkdir(parents=True, exist_ok=True)
     cases: list[dict[str, Any]] = []
 
     def case(experts: int, rule: str, rate: float = 0.0) -> None:
-        path = args.cases / f"{experts}-{name_of(rule, rate).replace(' ', '-')}-{args.seed}.json"
-        if not path.exists() or json.loads(path.read_text())["settings"] != settings(args):
+        path = args.cases / f"{experts}-{rule}-{rate:g}-{args.steps}-{args.seed}.npz"
+        if not path.exists():
             found = run_case(args, shards, experts, rule, rate)
-            path.with_suffix(".part").write_text(json.dumps(found))
-            path.with_suffix(".part").rename(path)
-        cases.append(json.loads(path.read_text()))
-        done = cases[-1]
+            np.savez_compressed(path.with_suffix(".part.npz"), **found)
+            path.with_suffix(".part.npz").rename(path)
+        with np.load(path) as file:
+            done = figures({key: value if value.ndim else value.item() for key, value in file.items()})
+        cases.append(done)
         print(
-            f"{experts:4} {name_of(rule, rate):24} even after {done['steps_until_even'] or '-':>5}  "
+            f"{experts:4} {name_of(rule, rate):24} even after {done['steps_until_even']!s:>5}  "
             f"MaxVio {done['max_vio_first_step']:6.2f} -> {done['max_vio_final']:.3f}  {done['val_bpb']:.4f} bpb  "
             f"bias std {done['bias_std']:.5f}  {done['cpu_s']} s",
             flush=True,
@@ -265,7 +277,7 @@ def draw(cases: list[dict[str, Any]], floors: dict[str, Any], tuned: dict[str, f
 def table(cases: list[dict[str, Any]]) -> str:
     """Return the table of docs/balancing.md."""
     lines = [
-        "| experts | rule | steps until MaxVio < 0.1 | MaxVio at the end | std of a step's MaxVio | std of the bias "
+        "| experts | rule | steps until MaxVio < 0.1 | MaxVio, last tenth | of one step | std of the bias "
         "| bits per byte |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -275,7 +287,8 @@ def table(cases: list[dict[str, Any]]) -> str:
         until = c["steps_until_even"]
         lines.append(
             f"| {c['experts']} | {name_of(c['rule'], c['rate'])} | {'never' if until is None else until} | "
-            f"{c['max_vio_final']:.3f} | {c['max_vio_step_std']:.3f} | {c['bias_std']:.5f} | {c['val_bpb']:.4f} |"
+            f"{c['max_vio_last_tenth']:.3f} ± {c['max_vio_last_tenth_std']:.3f} | {c['max_vio_one_step']:.2f} | "
+            f"{c['bias_std']:.4f} | {c['val_bpb']:.4f} |"
         )
     return "\n".join(lines)
 
@@ -286,26 +299,29 @@ def main() -> int:
     parser.add_argument("--cases", type=Path, default=Path("runs/balance/cases"), help="finished cases")
     parser.add_argument("--experts", type=int, nargs="+", default=[32, 128, 256])
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--window", type=int, default=200, help="steps whose loads are summed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--picture", type=Path, help="draw the result here")
     args = parser.parse_args()
     cases = measure(args)
     tuned = {rule: chosen(cases, rule) for rule in RATES}
-    assignments = args.window * SEQUENCES * CONTEXT_TOKENS * TOP_K
+    assignments = SEQUENCES * CONTEXT_TOKENS * TOP_K
     floors = {
         str(n): {
-            "even_dice": even_floor(n, assignments),
+            "even_dice": even_floor(n, assignments * window_of(n)),
             "text": float(
-                np.median([c["text_floor"] for c in cases if c["experts"] == n and c["steps_until_even"]] or [0])
+                np.median(
+                    [c["text_floor"] for c in cases if c["experts"] == n and c["steps_until_even"] is not None] or [0]
+                )
             ),
-            "even_dice_one_step": even_floor(n, assignments // args.window),
+            "even_dice_one_step": even_floor(n, assignments),
+            "window_steps": window_of(n),
         }
         for n in sorted({c["experts"] for c in cases})
     }
     result = {
-        "settings": settings(args) | {
+        "settings": {
+            "steps": args.steps, "seed": args.seed,
             "step_tokens": SEQUENCES * CONTEXT_TOKENS, "top_k": TOP_K, "target": TARGET,
             "hot_experts": HOT_EXPERTS, "hot_factor": HOT_FACTOR, "threads": 1,
         },

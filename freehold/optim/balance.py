@@ -171,7 +171,7 @@ def router_z_loss(logits: Tensor, real: Tensor) -> Tensor:
 
     Sigmoid scores have no partition; the term is kept as published, for what it does: it holds the logits down.
     """
-    return (torch.logsumexp(logits, -1).square() * real.flatten()).sum()
+    return torch.logsumexp(logits[real.flatten()], -1).square().sum()
 
 
 def max_violation(counts: Tensor) -> float:
