@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts_are_heard():
+    """Hear Ctrl-C here and in what tests start, also in a suite that a shell has put into the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
