@@ -135,8 +135,8 @@ def run_case(args: argparse.Namespace, shards: ShardSet, experts: int, rule: str
 
 
 def window_of(experts: int) -> int:
-    """Return the steps whose loads are summed: 100 for 128 experts."""
-    return max(1, experts * 100 // 128)
+    """Return the steps whose loads are summed: 50 for 32 experts, 400 for 256."""
+    return max(1, experts * 200 // 128)
 
 
 def figures(case: dict[str, Any]) -> dict[str, Any]:
