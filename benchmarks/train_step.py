@@ -138,7 +138,7 @@ def main() -> int:
     batch = text_batch(rng.integers(2, config.vocab_size, (sequences, tokens + 1)).astype(np.uint16), 0)
     trainer = ours(config, args.dtype, sequences, Path(os.environ.get("TMPDIR", "/tmp")) / "freehold-train-step")
     # Parameters have transformers' names in memory.
-    weights = {name: tensor.detach().float().clone() for name, tensor in trainer.state()["model"].items()}
+    weights = {name: tensor.detach().float() for name, tensor in trainer.state()["model"].items()}
     peak = gemm_flops_per_s(getattr(torch, args.dtype), seconds=2)
 
     trainer.model.eval()
