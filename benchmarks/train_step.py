@@ -17,8 +17,6 @@ import argparse
 import gc
 import os
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import numpy as np
 import psutil
 import torch
-from common import environment, machine_busy_s, write
+from common import environment, timed, write
 
 from freehold.core.log import Log
 from freehold.data.packing import Batch, text_batch
@@ -111,16 +109,6 @@ def ours(config: ModelConfig, dtype: str, sequences: int, folder: Path) -> Train
     return Trainer(job, Log(folder, quiet=True), seed=0)
 
 
-def timed(step: Callable[[], float]) -> dict[str, float]:
-    """Return the seconds of a step, and the cores that others kept busy meanwhile."""
-    gc.collect()
-    own, busy, start = sum(psutil.Process().cpu_times()[:2]), machine_busy_s(), time.perf_counter()
-    loss = step()
-    seconds = time.perf_counter() - start
-    foreign = (machine_busy_s() - busy) - (sum(psutil.Process().cpu_times()[:2]) - own)
-    return {"seconds": seconds, "foreign_cores": max(foreign, 0.0) / seconds, "loss": loss}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=SHAPES, default="S")
@@ -187,7 +175,7 @@ def main() -> int:
     for _ in range(args.pairs):
         pairs.append(
             {
-                "ours": timed(lambda: trainer.train_step(batch)["loss/mean"]),
+                "ours": timed(lambda: trainer.train_step(batch)),
                 "theirs": timed(lambda: best.step(batch, autocast)),
             }
         )

@@ -9,7 +9,7 @@ Shapes: E experts, i expert width, d hidden width, n matrices of one shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ COEFFICIENTS = (
     (2.8366, -3.0525, 1.2012),
 )
 
+ONE_BY_ONE_FROM = 2**16
+"""Elements of a matrix from which PyTorch's CPU product of one is faster than its product of a batch."""
+BATCH_ELEMENTS = 2**24
+"""Updates of one shape that wait to be orthogonalised together; what lies beside the states of a step is bounded."""
+
 
 def as_matrices(name: str, tensor: Tensor) -> Tensor:
     """View a parameter as a batch of the matrices it holds, [n, fan_out, fan_in].
@@ -41,27 +46,37 @@ def as_matrices(name: str, tensor: Tensor) -> Tensor:
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Return matrices near the orthogonal factor of each [n, r, c] input (singular values drawn towards 1).
 
-    Computed in bfloat16 on the smaller side, as the published recipe does; float64 stays float64 for tests.
+    Computed in bfloat16 on the smaller side, as the published recipe does; float64 stays float64 for tests. Who
+    computes follows from the shape alone (decision 0016), so a seed keeps its bits: the CPU kernels where they are
+    available, else PyTorch, as a batch, or on CPUs one by one from a size on.
     """
     x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.transpose(-2, -1)
-    coefficients = COEFFICIENTS[-steps:] if steps < len(COEFFICIENTS) else COEFFICIENTS
-    if len(x) >= torch.get_num_threads() and native.available(x, *x.shape[-2:]):
+    coefficients = COEFFICIENTS[-steps:]
+    if native.available(x, *x.shape[-2:]):
         x = x.contiguous() if tall or x.data_ptr() != matrices.data_ptr() else x.clone()
         native.orthogonalize_(x, torch.tensor(coefficients))
-        return x.transpose(-2, -1) if tall else x
+    elif x.device.type == "cpu" and x[0].numel() >= ONE_BY_ONE_FROM:
+        x = torch.cat([newton_schulz(matrix[None], coefficients) for matrix in x])
+    else:
+        x = newton_schulz(x, coefficients)
+    return x.transpose(-2, -1) if tall else x
+
+
+def newton_schulz(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """Take the steps on all matrices [n, r, c], r <= c, at once: the plain form."""
     x = x / (x.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7).to(x.dtype)
     for a, b, c in coefficients:
         gram = torch.bmm(x, x.transpose(-2, -1))
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)
-    return x.transpose(-2, -1) if tall else x
+    return x
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over named parameters; matrices of one shape are orthogonalised in one batch.
+    """Muon over named parameters; matrices of one shape are orthogonalised together.
 
     The learning rate is set from outside each step through `param_groups[0]["lr"]`.
     """
@@ -93,7 +108,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step with the gradients in `.grad`; parameters without one are left alone."""
         for group in self.param_groups:
-            batches: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+            waiting: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
             for name, parameter in zip(self.names, group["params"], strict=True):
                 if parameter.grad is None:
                     continue
@@ -103,16 +118,21 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum"]
                 momentum.mul_(group["momentum"]).add_(parameter.grad)
                 update = parameter.grad.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
-                weight = as_matrices(name, parameter)
-                shape = (weight.shape[1], weight.shape[2])
-                batches.setdefault(shape, []).append((weight, as_matrices(name, update)))
-            for (fan_out, fan_in), items in batches.items():
-                lr = group["lr"] * math.sqrt(max(1.0, fan_out / fan_in))
-                stacked = torch.cat(
-                    [update.to(torch.bfloat16) if update.dtype != torch.float64 else update for _, update in items]
-                )
-                whole = orthogonalize(stacked, group["steps"])
-                for (weight, _), part in zip(items, whole.split([len(u) for _, u in items]), strict=True):
-                    if group["weight_decay"]:
-                        weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(part, alpha=-lr)
+                update = as_matrices(name, update if update.dtype == torch.float64 else update.bfloat16())
+                shape = (update.shape[1], update.shape[2])
+                batch = waiting.setdefault(shape, [])
+                batch.append((as_matrices(name, parameter), update))
+                if sum(update.numel() for _, update in batch) >= BATCH_ELEMENTS:
+                    self._turn(group, waiting.pop(shape))
+            for batch in waiting.values():
+                self._turn(group, batch)
+
+    def _turn(self, group: dict[str, Any], batch: list[tuple[Tensor, Tensor]]) -> None:
+        """Orthogonalise the updates [n, fan_out, fan_in] of some weights together, and step the weights."""
+        updates = [update for _, update in batch]
+        whole = orthogonalize(torch.cat(updates), group["steps"])
+        lr = group["lr"] * math.sqrt(max(1.0, whole.shape[1] / whole.shape[2]))
+        for (weight, _), part in zip(batch, whole.split([len(u) for u in updates]), strict=True):
+            if group["weight_decay"]:
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(part, alpha=-lr)
