@@ -78,12 +78,14 @@ def model_alone(trainer: Trainer, batch: Batch) -> Callable[[], None]:
     return run
 
 
-def cases(threads: int) -> dict[str, dict[str, tuple[dict[str, Callable[[], object]], dict[str, float]]]]:
+def cases(
+    axes: list[str], threads: int
+) -> dict[str, dict[str, tuple[dict[str, Callable[[], object]], dict[str, float]]]]:
     """Return for each axis and size what is timed, and the FLOPs and parameters of it."""
-    found: dict[str, Any] = {"experts": {}, "context": {}}
+    found: dict[str, Any] = {axis: {} for axis in axes}
     sequences = STEP_TOKENS["experts"] // S_CONTEXT
     batch = rows(S_CONTEXT, sequences)
-    for experts in EXPERTS:
+    for experts in EXPERTS if "experts" in axes else ():
         model = ModelConfig(**{**S, "num_hidden_layers": 4, "num_experts": experts})
         adamw, muon = (trainer_of(model, matrices, sequences, threads) for matrices in ("adamw", "muon"))
         found["experts"][str(experts)] = (
@@ -94,6 +96,8 @@ def cases(threads: int) -> dict[str, dict[str, tuple[dict[str, Callable[[], obje
             },
             sizes(model, S_CONTEXT),
         )
+    if "context" not in axes:
+        return found
     model = ModelConfig(**{**S, "max_position_embeddings": max(CONTEXTS)})
     trainer = trainer_of(model, "adamw", STEP_TOKENS["context"] // min(CONTEXTS), threads)
     for context in CONTEXTS:
@@ -148,6 +152,7 @@ def draw(axes_of: dict[str, Any]) -> bytes:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--axes", nargs="+", choices=STEP_TOKENS, default=list(STEP_TOKENS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--pause-s", type=float, default=0.0, help="rest between rounds, on a machine that is shared")
     parser.add_argument("--threads", type=int, default=2)
@@ -157,8 +162,11 @@ def main() -> int:
     args = parser.parse_args()
     if not args.draw_only:
         torch.set_num_threads(args.threads)
-        result: dict[str, Any] = {"threads": args.threads, "rounds": args.rounds, "axes": {}}
-        for axis, found in cases(args.threads).items():
+        result: dict[str, Any] = {"axes": {}}
+        if args.json and args.json.exists():
+            result = json.loads(args.json.read_text())  # an axis that is not asked for stays
+        result |= {"threads": args.threads, "rounds": args.rounds}
+        for axis, found in cases(args.axes, args.threads).items():
             taken = interleaved(
                 {f"{size} {name}": step for size, (steps, _) in found.items() for name, step in steps.items()},
                 args.rounds,

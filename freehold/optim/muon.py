@@ -9,7 +9,7 @@ Shapes: E experts, i expert width, d hidden width, n matrices of one shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,8 +89,11 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool = True,
         steps: int = 5,
         weight_decay: float = 0.0,
+        copies: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
+        """Take named parameters; `copies`: where a parameter is wanted a second time, in another dtype."""
         named = list(named)
+        self.copies = copies or {}
         for name, parameter in named:
             if parameter.ndim < 2:
                 raise ValueError(f"Muon steps matrices; {name} has shape {tuple(parameter.shape)}")
@@ -105,8 +108,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__([parameter for _, parameter in named], defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take one step with the gradients in `.grad`; parameters without one are left alone."""
+    def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]
+        """Take one step from `scale` times the gradients in `.grad`; parameters without one are left alone."""
         for group in self.param_groups:
             waiting: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
             for name, parameter in zip(self.names, group["params"], strict=True):
@@ -116,8 +119,10 @@ class Muon(torch.optim.Optimizer):
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum = state["momentum"]
-                momentum.mul_(group["momentum"]).add_(parameter.grad)
-                update = parameter.grad.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
+                gradient = parameter.grad.to(momentum.dtype)
+                gradient = gradient * scale if scale != 1 else gradient
+                momentum.mul_(group["momentum"]).add_(gradient)
+                update = gradient.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
                 update = as_matrices(name, update if update.dtype == torch.float64 else update.bfloat16())
                 shape = (update.shape[1], update.shape[2])
                 batch = waiting.setdefault(shape, [])
@@ -126,6 +131,9 @@ class Muon(torch.optim.Optimizer):
                     self._turn(group, waiting.pop(shape))
             for batch in waiting.values():
                 self._turn(group, batch)
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter in self.copies:
+                    self.copies[parameter].copy_(parameter)
 
     def _turn(self, group: dict[str, Any], batch: list[tuple[Tensor, Tensor]]) -> None:
         """Orthogonalise the updates [n, fan_out, fan_in] of some weights together, and step the weights."""
