@@ -26,7 +26,7 @@ COEFFICIENTS = (
     (2.8366, -3.0525, 1.2012),
 )
 
-ONE_BY_ONE_FROM = 2**16
+ONE_BY_ONE_FROM = 2**17
 """Elements of a matrix from which PyTorch's CPU product of one is faster than its product of a batch."""
 BATCH_ELEMENTS = 2**24
 """Updates of one shape that wait to be orthogonalised together; what lies beside the states of a step is bounded."""

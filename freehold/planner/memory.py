@@ -86,10 +86,19 @@ def training_bytes(config: PlanConfig, *, states: bool = True) -> dict[str, floa
     # With no group to gather from, all weights lie here in the compute dtype, beside their float32 masters.
     at_loss = float(ends * b if p.group > 1 else held * b)
     in_block = ends * b + 2 * widest * b if p.group > 1 else at_loss
-    summed = 4 * held * states  # gradients of all passes, in float32
-    before = summed if config.micro_batches > 1 else 0.0
-    fresh = (summed + widest * b if p.group > 1 else before + held * b) * states
+    passes = min(config.micro_batches, 3)
+    if p.group > 1:  # float32 sums of all passes
+        summed, before = 4 * held, 4 * held * (passes > 1)
+        fresh = summed + widest * b
+    else:  # those of a single pass stay as they were computed, and the second pass finds those of the first so
+        summed, before = held * (b if passes == 1 else 4), held * (0, b, 4)[passes - 1]
+        fresh = before + held * b
+    summed, before, fresh = (part * states for part in (summed, before, fresh))
     always = {"masters": 4 * held, "optimizer": (4 * muon + 8 * (held - muon)) * states}
+    # Muon turns 2**24 updates or a whole stack of experts at a time: waiting, side by side, and copied, in bfloat16;
+    # the one that comes next passes through float32.
+    stack = min(muon, 2 * expert_layer / 3 / p.expert)
+    turning = (6 * min(muon, 2**24 + stack) + 4 * stack) * states
     again = block if p.recompute == "full" else 0.0
     moments = [
         {"weights": at_loss, "gradients": before, "activations": kept, "logits": logits},
@@ -100,7 +109,7 @@ def training_bytes(config: PlanConfig, *, states: bool = True) -> dict[str, floa
             "activations": 4 * boundary + block + passing,
             "all_to_all": exchange,
         },
-        {"weights": at_loss, "gradients": summed},
+        {"weights": at_loss, "gradients": summed, "optimizer": always["optimizer"] + turning},
     ]
     worst = max(({**always, **moment} for moment in moments), key=lambda parts: sum(parts.values()))
     order = ("weights", "masters", "gradients", "optimizer", "activations", "logits", "all_to_all")

@@ -1,5 +1,7 @@
 import torch
 
+from freehold.kernels import native
+from freehold.optim import muon as module
 from freehold.optim.build import Optimizers, decays, is_hidden_matrix
 from freehold.optim.config import OptimConfig
 from freehold.optim.muon import COEFFICIENTS, Muon, as_matrices, orthogonalize
@@ -42,6 +44,42 @@ def test_stacked_experts_are_a_batch_of_gate_up_and_down_maps():
     together = orthogonalize(views)
     alone = torch.stack([orthogonalize(view[None])[0] for view in views])
     assert torch.allclose(together, alone, atol=1e-12)
+
+
+def test_bits_depend_on_neither_threads_nor_neighbours(monkeypatch):
+    """One matrix of its shape, and stacks that wait for each other or do not."""
+    shapes = {"single": (64, 48), "mlp.experts.gate_up_proj": (3, 64, 48), "down": (2, 48, 32), "more": (4, 48, 32)}
+
+    def stepped():
+        g = torch.Generator().manual_seed(6)
+        named = {n: torch.randn(shape, generator=g).requires_grad_() for n, shape in shapes.items()}
+        for parameter in named.values():
+            parameter.grad = torch.randn(parameter.shape, generator=g)
+        optimizer = Muon(named.items(), lr=0.1)
+        optimizer.step()
+        return {n: p.detach() for n, p in named.items()}
+
+    together = stepped()
+    monkeypatch.setattr(module, "BATCH_ELEMENTS", 1)
+    apart = stepped()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))
+    try:
+        otherwise = stepped()
+    finally:
+        torch.set_num_threads(threads)
+    for name in shapes:
+        if native.available(torch.empty(0, dtype=torch.bfloat16)):
+            assert torch.equal(together[name], apart[name]), name
+            assert torch.equal(together[name], otherwise[name]), name
+        assert torch.allclose(together[name], apart[name], atol=1e-2)
+
+
+def test_one_by_one_is_the_batch(monkeypatch):
+    x = torch.randn(3, 24, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    batch = orthogonalize(x)
+    monkeypatch.setattr(module, "ONE_BY_ONE_FROM", 24 * 40)
+    assert torch.allclose(orthogonalize(x), batch, atol=1e-12)
 
 
 def test_learning_rate_follows_the_shape():
