@@ -29,7 +29,7 @@ COEFFICIENTS = (
 ONE_BY_ONE_FROM = 2**17
 """Elements of a matrix from which PyTorch's CPU product of one is faster than its product of a batch."""
 BATCH_ELEMENTS = 2**24
-"""Updates of one shape that wait to be orthogonalised together; what lies beside the states of a step is bounded."""
+"""Elements of one shape that are turned together; it bounds what a step holds beside its states."""
 
 
 def as_matrices(name: str, tensor: Tensor) -> Tensor:
@@ -43,22 +43,24 @@ def as_matrices(name: str, tensor: Tensor) -> Tensor:
     return tensor.view(-1, *tensor.shape[-2:])
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 5, *, in_place: bool = False) -> Tensor:
     """Return matrices near the orthogonal factor of each [n, r, c] input (singular values drawn towards 1).
 
-    Computed in bfloat16 on the smaller side, as the published recipe does; float64 stays float64 for tests. Who
-    computes follows from the shape alone (decision 0016), so a seed keeps its bits: the CPU kernels where they are
-    available, else PyTorch, as a batch, or on CPUs one by one from a size on.
+    Computed in bfloat16 on the smaller side, as the published recipe does; float64 stays float64 for tests. `in_place`
+    may overwrite the input. Who computes follows from the shape alone (decision 0016), so a seed keeps its bits: the
+    CPU kernel where it is available, else PyTorch, as a batch, or on CPUs one by one from a size on.
     """
     x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
+    coefficients = COEFFICIENTS[-steps:]
+    if native.available(x, *x.shape[-2:]):
+        x = x.contiguous()
+        x = x.clone() if x is matrices and not in_place else x
+        native.orthogonalize_(x, torch.tensor(coefficients))
+        return x
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.transpose(-2, -1)
-    coefficients = COEFFICIENTS[-steps:]
-    if native.available(x, *x.shape[-2:]):
-        x = x.contiguous() if tall or x.data_ptr() != matrices.data_ptr() else x.clone()
-        native.orthogonalize_(x, torch.tensor(coefficients))
-    elif x.device.type == "cpu" and x[0].numel() >= ONE_BY_ONE_FROM:
+    if x.device.type == "cpu" and x[0].numel() >= ONE_BY_ONE_FROM:
         x = torch.cat([newton_schulz(matrix[None], coefficients) for matrix in x])
     else:
         x = newton_schulz(x, coefficients)
@@ -113,34 +115,50 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             waiting: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
             for name, parameter in zip(self.names, group["params"], strict=True):
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"]
-                gradient = parameter.grad.to(momentum.dtype)
-                gradient = gradient * scale if scale != 1 else gradient
-                momentum.mul_(group["momentum"]).add_(gradient)
-                update = gradient.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
-                update = as_matrices(name, update if update.dtype == torch.float64 else update.bfloat16())
-                shape = (update.shape[1], update.shape[2])
-                batch = waiting.setdefault(shape, [])
-                batch.append((as_matrices(name, parameter), update))
-                if sum(update.numel() for _, update in batch) >= BATCH_ELEMENTS:
-                    self._turn(group, waiting.pop(shape))
+                if parameter.grad is not None:
+                    matrices = as_matrices(name, parameter)
+                    shape = (matrices.shape[1], matrices.shape[2])
+                    batch = waiting.setdefault(shape, [])
+                    batch.append((parameter, matrices))
+                    if sum(matrices.numel() for _, matrices in batch) >= BATCH_ELEMENTS:
+                        self._turn(waiting.pop(shape), group, scale)
             for batch in waiting.values():
-                self._turn(group, batch)
-            for parameter in group["params"]:
-                if parameter.grad is not None and parameter in self.copies:
-                    self.copies[parameter].copy_(parameter)
+                self._turn(batch, group, scale)
 
-    def _turn(self, group: dict[str, Any], batch: list[tuple[Tensor, Tensor]]) -> None:
-        """Orthogonalise the updates [n, fan_out, fan_in] of some weights together, and step the weights."""
-        updates = [update for _, update in batch]
-        whole = orthogonalize(torch.cat(updates), group["steps"])
-        lr = group["lr"] * math.sqrt(max(1.0, whole.shape[1] / whole.shape[2]))
-        for (weight, _), part in zip(batch, whole.split([len(u) for u in updates]), strict=True):
-            if group["weight_decay"]:
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(part, alpha=-lr)
+    def _turn(self, batch: list[tuple[Tensor, Tensor]], group: dict[str, Any], scale: float) -> None:
+        """Step some parameters, given as they are and as matrices [n, fan_out, fan_in] of one shape."""
+        _, fan_out, fan_in = batch[0][1].shape
+        step = group["lr"] * math.sqrt(max(1.0, fan_out / fan_in))
+        decay = 1 - group["lr"] * group["weight_decay"]
+        numbers = [len(matrices) for _, matrices in batch]
+        dtype = torch.float64 if batch[0][0].dtype == torch.float64 else torch.bfloat16
+        stacked = batch[0][0].new_empty(sum(numbers), fan_out, fan_in, dtype=dtype)
+        for (parameter, matrices), update in zip(batch, stacked.split(numbers), strict=True):
+            self._momentum(parameter, update, matrices.shape, group, scale)
+        whole = orthogonalize(stacked, group["steps"], in_place=True)
+        for (parameter, matrices), update in zip(batch, whole.split(numbers), strict=True):
+            copy = self.copies.get(parameter)
+            written = update if copy is None else copy
+            if parameter.dtype == torch.float32 and all(native.available(t, t.numel()) for t in (update, written)):
+                native.muon_move_(parameter, update.contiguous(), copy, step, decay)
+                continue
+            matrices.mul_(decay).add_(update, alpha=-step)
+            if copy is not None:
+                copy.copy_(parameter)
+
+    def _momentum(
+        self, parameter: Tensor, update: Tensor, shape: torch.Size, group: dict[str, Any], scale: float
+    ) -> None:
+        """Move a parameter's momentum and write what is to be orthogonalised to `update`."""
+        state, gradient, decay = self.state[parameter], parameter.grad, group["momentum"]
+        assert gradient is not None
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"]
+        if update.dtype == torch.bfloat16 and native.available(gradient, gradient.numel()):
+            native.muon_momentum_(momentum, gradient, update, scale, decay, group["nesterov"])
+            return
+        gradient = gradient.to(momentum.dtype) * scale
+        momentum.mul_(decay).add_(gradient)
+        moved = gradient.add(momentum, alpha=decay) if group["nesterov"] else momentum
+        update.copy_(moved.view(shape))

@@ -95,10 +95,9 @@ def training_bytes(config: PlanConfig, *, states: bool = True) -> dict[str, floa
         fresh = before + held * b
     summed, before, fresh = (part * states for part in (summed, before, fresh))
     always = {"masters": 4 * held, "optimizer": (4 * muon + 8 * (held - muon)) * states}
-    # Muon turns 2**24 updates or a whole stack of experts at a time: waiting, side by side, and copied, in bfloat16;
-    # the one that comes next passes through float32.
-    stack = min(muon, 2 * expert_layer / 3 / p.expert)
-    turning = (6 * min(muon, 2**24 + stack) + 4 * stack) * states
+    # Muon turns 2**24 updates or a whole stack of experts at a time, in bfloat16: the kernels in place.
+    turning = (2 if config.machine.kernels == "native" else 8) * min(muon, 2**24 + 2 * expert_layer / 3 / p.expert)
+    turning *= states
     again = block if p.recompute == "full" else 0.0
     moments = [
         {"weights": at_loss, "gradients": before, "activations": kept, "logits": logits},
