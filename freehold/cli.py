@@ -148,6 +148,17 @@ def build_parser() -> argparse.ArgumentParser:
     lineage.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
     lineage.add_argument("--mermaid", action="store_true", help="as a mermaid graph")
     lineage.add_argument("--json", action="store_true", help="machine-readable graph")
+    rights = _verb(verbs, "rights", "may this corpus or checkpoint be used like that? judged row by row", _rights)
+    rights.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
+    rights.add_argument("--of", help="what a checkpoint or export learned from, e.g. export/hf (default: the corpus)")
+    rights.add_argument("--policy", type=Path, help="YAML file with the keys of gather.policy (default: the run's own)")
+    rights.add_argument(
+        "--use",
+        action="append",
+        choices=["train", "distill", "redistribute", "commercial"],
+        help="what it must be free for (default: the policy's uses)",
+    )
+    rights.add_argument("--json", action="store_true", help="machine-readable answer")
     card = _verb(verbs, "card", "write the data card and the regulators' documents of a run from its ledger", _card)
     card.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
     card.add_argument("--kind", action="append", choices=["data", "eu", "ab2013", "croissant"], help="default: all")
@@ -331,6 +342,25 @@ def _takedown(args: argparse.Namespace) -> int:
 
         print(render_takedown(answer, 120))
     return 0
+
+
+def _rights(args: argparse.Namespace) -> int:
+    from freehold.core.artifact import read_manifest
+    from freehold.core.config import fill, load_yaml
+    from freehold.ledger import gate, trace, trace_text
+    from freehold.ledger.policy import Policy
+
+    run = _run_folder(args.run)
+    told = load_yaml(args.policy) if args.policy else read_manifest(run / "gather").get("config", {}).get("policy", {})
+    policy = fill(Policy, {**told, **({"uses": args.use} if args.use else {})}, str(args.policy or "gather.policy"))
+    if args.of:
+        groups = gate.checkpoint(run, trace.find_checkpoint(run, args.of) or args.of, policy)
+    else:
+        groups = gate.corpus(run, policy)
+    answer = {"run": run.name, "of": args.of or "corpus", "uses": list(policy.uses), "decision": gate.worst(groups)}
+    answer["rows"] = gate.table(groups)
+    print(json.dumps(answer, indent=1) if args.json else trace_text.render_rights(answer, 120))
+    return 0 if answer["decision"] == "allow" else 1
 
 
 def _lineage(args: argparse.Namespace) -> int:

@@ -34,6 +34,7 @@ from freehold.core.config import Config, difference, fill, load_recipe, merge, o
 from freehold.core.errors import ArtifactError, ConfigError, FreeholdError
 from freehold.core.log import Log
 from freehold.core.machine import disk_error, machine_limits
+from freehold.ledger import gate
 
 WALK: dict[str, tuple[str, ...]] = {
     "gather": (),
@@ -207,6 +208,9 @@ def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
     key = key_of(recipe, stage)
     for name in WALK[stage]:
         artifact.verify_files(recipe.run_folder / name, read_manifest(recipe.run_folder / name))
+    gate.before_stage(
+        recipe.run_folder, stage, recipe.stages["gather"].policy, recipe.stages[stage].model_dump(mode="json")
+    )
     log = Log(folder, quiet=options.quiet)
     log.say(f"== {stage}" + (" (going on)" if what == "resume" else ""))
     artifact.write_atomic(folder / "resolved.yaml", to_yaml(recipe.stages[stage]))

@@ -36,7 +36,7 @@ ROOMS = {
     },
     "figure": {"core"},
     "report": {"core", "figure", "stages"},
-    "walk": {"core", "stages"},
+    "walk": {"core", "ledger", "stages"},
     "planner": {"core", "model"},
     "cli": {"core", "ledger", "planner", "stages", "walk", "figure", "report"},
 }
@@ -54,6 +54,9 @@ ONE_ROOM = {
     "prometheus_client": {"stages/serve"},
     "reasoning_gym": {"stages/gather"},
     "license_expression": {"ledger"},
+    "licenseclassifier": {"ledger"},
+    "selectolax": {"stages/gather"},
+    "pypdf": {"stages/gather"},
     "duckdb": {"ledger"},
     "matplotlib": {"figure"},
     "safetensors": {"checkpoint", "stages/export"},

@@ -35,10 +35,13 @@ RIGHTS = [
     ("synthetic_from", pa.string()),
     ("teacher", pa.string()),
     ("split", pa.string()),
+    ("licence_confidence", pa.string()),
 ]
+# Columns that files of earlier versions do not have: they read as empty.
+LATER = {"licence_confidence"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rights:
     """Where a row comes from and what may be done with it."""
 
@@ -66,9 +69,11 @@ class Rights:
     """Empty, or the model that wrote the row."""
     split: str
     """train | validation | "" (not yet decided)"""
+    licence_confidence: str = ""
+    """high | medium | low: how well the evidence shows the content's licence; empty when it was not weighed"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Document(Rights):
     """One document: a speech, a play, a module, a country; `id` is stable over runs and machines."""
 
@@ -78,7 +83,7 @@ class Document(Rights):
     SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string()), *RIGHTS])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Conversation(Rights):
     """One conversation: `messages` is a list of `{"role", "content"}` (OpenAI's form)."""
 
@@ -118,10 +123,9 @@ def read_rows(path: Path, cls: type[R]) -> Iterator[R]:
     """Yield the rows of a parquet file; DataError when it is not one of ours."""
     try:
         file = pq.ParquetFile(path)
-        if file.schema_arrow.names != cls.SCHEMA.names:
-            raise DataError(
-                f"not a {cls.__name__} file", where=path, found=file.schema_arrow.names, expected=cls.SCHEMA.names
-            )
+        names = file.schema_arrow.names
+        if names != [name for name in cls.SCHEMA.names if name in names or name not in LATER]:
+            raise DataError(f"not a {cls.__name__} file", where=path, found=names, expected=cls.SCHEMA.names)
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 if "messages" in row:

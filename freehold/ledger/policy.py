@@ -1,16 +1,19 @@
-"""The gate: which licences may be used for what, and the refusal that names the rows."""
+"""The gate: which licences may be used for what and where, and the refusal that names the rows."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from freehold.core.config import Config
+from freehold.core.config import Config, load_yaml, merge
 from freehold.core.errors import LicenceError
+from freehold.ledger.evidence import RANK, Confidence
 from freehold.ledger.known import look_up
 from freehold.ledger.licence import parse
 
@@ -19,19 +22,29 @@ Decision = Literal["allow", "review", "refuse"]
 
 PUBLIC_DOMAIN = (
     "CC0-1.0", "Unlicense", "blessing", "CC-PDDC", "LicenseRef-PD-USGov", "LicenseRef-PD-expired",
-    "LicenseRef-PD-dedicated",
+    "LicenseRef-PD-dedicated", "LicenseRef-PD-mark",
 )  # fmt: skip
 PERMISSIVE = (
     "0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "HPND", "ISC", "MIT", "MIT-0", "MIT-CMU", "NCSA",
     "PostgreSQL", "PSF-2.0", "Python-2.0", "Python-2.0.1", "Unicode-3.0", "Zlib", "CNRI-Python",
-    "LicenseRef-Freehold-Generated",
+    "LicenseRef-WordNet", "LicenseRef-Freehold-Generated",
 )  # fmt: skip
 ATTRIBUTION = ("CC-BY-2.5", "CC-BY-3.0", "CC-BY-4.0")
-COPYLEFT = re.compile(r"(A|L)?GPL-|GFDL-|MPL-|EPL-|CDDL-|EUPL-|OSL-|MS-RL|CC-BY-SA-|Artistic-|man-pages-copyleft|OPL-1")
+COPYLEFT = re.compile(
+    r"(A|L)?GPL-|GFDL-|MPL-|EPL-|CDDL-|EUPL-|OSL-|MS-RL|CC-BY-SA-|Artistic-|Linux-man-pages-copyleft|OPUBL-|Vim$"
+)
 # What the terms of some families forbid outright, whatever the recipe allows.
 FORBIDS: tuple[tuple[re.Pattern[str], Use, str], ...] = (
     (re.compile(r"CC-BY-NC|PolyForm-Noncommercial|.*[Nn]on-?[Cc]ommercial"), "commercial", "forbids commercial use"),
     (re.compile(r"CC-BY-(NC-)?ND"), "train", "forbids derived works"),
+    (re.compile(r".*[Nn]o-?[Tt]rain"), "train", "forbids training"),
+    (
+        re.compile(r".*[Nn]o-?[Dd]istill|(scancode-)?[Ll]lama-(2|3)-"),
+        "distill",
+        "forbids training others on its output",
+    ),
+    (re.compile(r".*[Rr]esearch-?[Oo]nly"), "commercial", "is for research only"),
+    (re.compile(r".*([Rr]esearch-?[Oo]nly|[Nn]o-?[Rr]edistribution)"), "redistribute", "forbids passing it on"),
 )
 
 
@@ -51,8 +64,52 @@ def _licence_id(text: str) -> str:
 LicenceId = Annotated[str, AfterValidator(_licence_id)]
 
 
+class UseRule(Config):
+    """Lists for one use, laid over those of the policy; refuse wins over review, review over allow."""
+
+    allow: tuple[LicenceId, ...] = Field(default=(), description="ids free for this use")
+    review: tuple[LicenceId, ...] = Field(default=(), description="ids a person decides on before this use")
+    refuse: tuple[LicenceId, ...] = Field(default=(), description="ids not free for this use")
+
+
+class Note(Config):
+    """What is particular about some licences in one jurisdiction; told with every verdict on them."""
+
+    where: str = Field(pattern=r"^[A-Z]{2}$", description="EU, or a country as ISO 3166 has it")
+    licences: tuple[str, ...] = Field(description="globs over SPDX ids")
+    note: str = Field(min_length=1, description="what a person should know")
+    decision: Literal["review", "refuse"] | None = Field(
+        default=None, description="what follows when this is one of the policy's `jurisdictions`; null: it is only told"
+    )
+
+
+NOTES = (
+    Note(where="US", licences=("LicenseRef-PD-expired",), note="the term is 95 years from publication"),
+    Note(where="EU", licences=("LicenseRef-PD-expired",), note="the term is the author's life and 70 years"),
+    Note(
+        where="EU",
+        licences=("LicenseRef-PD-USGov",),
+        note="17 U.S.C. 105 frees works of the United States at home; abroad they may claim copyright",
+    ),
+    Note(
+        where="DE",
+        licences=("Unlicense", "CC-PDDC", "LicenseRef-PD-dedicated"),
+        note="authors cannot give up their rights; such a text is read as leave for every use",
+    ),
+    Note(
+        where="EU",
+        licences=("CC-BY-*",),
+        note="attribution is due where the text is passed on; mining under Article 4 of Directive 2019/790 needs no "
+        "licence unless rights are reserved",
+    ),
+)
+
+
 class Policy(Config):
-    """Which licences may enter, and what the model made of them must be free to do."""
+    """Which licences may enter, and what the model made of them must be free to do.
+
+    `file: PATH` takes the keys of a YAML file; what stands beside it is laid over them.
+    """
 
     allow: tuple[LicenceId, ...] = Field(
         default=PERMISSIVE + PUBLIC_DOMAIN, description="SPDX ids and LicenseRefs that may be used"
@@ -66,6 +123,22 @@ class Policy(Config):
         default=("train", "distill", "redistribute", "commercial"),
         description="what the text and the model must be usable for; a licence that forbids one of them is refused",
     )
+    by_use: dict[Use, UseRule] = Field(default={}, description="lists for one use alone, laid over those above")
+    jurisdictions: tuple[str, ...] = Field(
+        default=(), description="where the model will be used: notes with a decision for one of these count"
+    )
+    notes: tuple[Note, ...] = Field(default=NOTES, description="what is particular in a jurisdiction")
+    min_confidence: Confidence = Field(
+        default="medium",
+        description="rows whose evidence is weaker stop for review; low is contradicted, withheld or unread",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_file(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "file" in data:
+            return merge(load_yaml(Path(str(data["file"]))), {k: v for k, v in data.items() if k != "file"})
+        return data
 
 
 @dataclass(frozen=True)
@@ -77,6 +150,10 @@ class Verdict:
     """Why, naming the id that decided."""
     taken: str
     """The expression with each OR replaced by the branch the policy lets us take; empty unless allowed."""
+    uses: tuple[tuple[Use, Decision], ...] = ()
+    """What was decided for each use the policy wants; the worst of them is the decision."""
+    notes: tuple[str, ...] = ()
+    """What is particular about the deciding licences, `EU: ...`."""
 
 
 class Row(Protocol):
@@ -106,6 +183,10 @@ class Row(Protocol):
     def licence_evidence(self) -> str:
         """What shows it."""
 
+    @property
+    def licence_confidence(self) -> str:
+        """How well: high, medium, low, or empty where it was not weighed."""
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -117,6 +198,7 @@ class Claim:
     wrapper_licence: str
     licence: str
     licence_evidence: str
+    licence_confidence: str = ""
 
 
 R = TypeVar("R", bound=Row)
@@ -143,7 +225,11 @@ def judge_row(row: Row, policy: Policy) -> Verdict:
         return Verdict("refuse", f"the content's licence is unknown (the wrapper's, {wrapper}, does not decide)", "")
     if not row.licence_evidence.strip():
         return Verdict("refuse", "no evidence for the content's licence", "")
-    return judge(row.licence, policy)
+    verdict = judge(row.licence, policy)
+    weak = row.licence_confidence and RANK[row.licence_confidence] < RANK[policy.min_confidence]
+    if weak and verdict.decision == "allow":
+        return Verdict("review", f"the evidence is of {row.licence_confidence} confidence: {row.licence_evidence}", "")
+    return verdict
 
 
 def gate(rows: Iterable[R], policy: Policy) -> Iterator[R]:
@@ -154,18 +240,26 @@ def gate(rows: Iterable[R], policy: Policy) -> Iterator[R]:
     stopped: list[tuple[R, Verdict]] = []
     seen: dict[tuple[str, ...], Verdict] = {}
     for row in rows:
-        key = (row.source, row.source_version, row.wrapper_licence, row.licence, row.licence_evidence)
-        verdict = seen.get(key) or judge_row(row, policy)
-        seen[key] = verdict
+        verdict = judged(row, policy, seen)
         if verdict.decision == "allow":
             yield row
         else:
             stopped.append((row, verdict))
     if stopped:
-        raise _refusal(stopped)
+        raise refusal(stopped, f"the policy stops {len(stopped):,} of the rows; nothing was written")
 
 
-def _refusal(stopped: list[tuple[Any, Verdict]]) -> LicenceError:
+def judged(row: Row, policy: Policy, seen: dict[tuple[str, ...], Verdict]) -> Verdict:
+    """Return `judge_row`, remembering in `seen` what was said of rows with the same rights."""
+    rights = (row.source, row.source_version, row.wrapper_licence, row.licence, row.licence_evidence)
+    key = (*rights, row.licence_confidence)
+    if key not in seen:
+        seen[key] = judge_row(row, policy)
+    return seen[key]
+
+
+def refusal(stopped: list[tuple[Any, Verdict]], what: str) -> LicenceError:
+    """Return the error that names rows (or claims) the policy stopped, and why."""
     lines = [
         f"{v.decision}: {r.source}, {r.path or '(all of it)'}: wrapper {r.wrapper_licence or 'unknown'}, "
         f"content {r.licence or 'unknown'}: {v.reason}"
@@ -175,10 +269,11 @@ def _refusal(stopped: list[tuple[Any, Verdict]]) -> LicenceError:
         lines.append(f"and {len(stopped) - 10:,} more")
     review_only = all(v.decision == "review" for _, v in stopped)
     return LicenceError(
-        f"the policy stops {len(stopped):,} of the rows; nothing was written",
+        what,
         where=", ".join(sorted({r.source for r, _ in stopped})),
         found="\n            ".join(lines),
-        todo="decide on them: move the id to `policy.allow` or `policy.refuse`"
+        todo="decide on them: move the id to `policy.allow` or `policy.refuse`, or say in the source's `settled` why "
+        "what speaks against it does not hold"
         if review_only
         else "take the source out of the recipe, give its content's licence with evidence, or change `policy`",
     )
@@ -191,28 +286,62 @@ def _judge_tree(tree: Any, policy: Policy) -> Verdict:
     parts = [_judge_tree(part, policy) for part in tree.args]
     pick = max if operator == "AND" else min
     deciding = pick(parts, key=lambda v: SEVERITY[v.decision])
-    if deciding.decision != "allow":
-        return deciding
-    if operator == "OR":
+    if deciding.decision != "allow" or operator == "OR":
         return deciding
     taken = [f"({p.taken})" if " OR " in p.taken else p.taken for p in parts]
-    return Verdict("allow", "; ".join(dict.fromkeys(p.reason for p in parts)), " AND ".join(dict.fromkeys(taken)))
+    return Verdict(
+        "allow",
+        "; ".join(dict.fromkeys(p.reason for p in parts)),
+        " AND ".join(dict.fromkeys(taken)),
+        deciding.uses,
+        tuple(dict.fromkeys(note for p in parts for note in p.notes)),
+    )
 
 
 def _judge_symbol(symbol: Any, policy: Policy) -> Verdict:
     # An exception (WITH) only gives more permission, so the licence before it decides.
     key = str(getattr(symbol, "license_symbol", symbol).key)
-    for pattern, use, why in FORBIDS:
-        if use in policy.uses and pattern.match(key.removeprefix("LicenseRef-")):
-            return Verdict("refuse", f"{key} {why}, and the policy wants `{use}`", "")
+    found = {use: _judge_use(key, use, policy) for use in policy.uses}
+    # Of reasons as strong, what the licence itself forbids is told before what a list says.
+    decision, reason, _ = max(
+        found.values(), key=lambda d: (SEVERITY[d[0]], d[2]), default=(*_judge_lists(key, policy), False)
+    )
+    notes = tuple(
+        f"{note.where}: {note.note}" for note in policy.notes if any(fnmatchcase(key, glob) for glob in note.licences)
+    )
+    taken = str(symbol.render()) if decision == "allow" else ""
+    return Verdict(decision, reason, taken, tuple((use, d[0]) for use, d in found.items()), notes)
+
+
+def _judge_use(key: str, use: Use, policy: Policy) -> tuple[Decision, str, bool]:
+    """Return the decision on one licence for one use, why, and whether the licence's own terms decided."""
+    for pattern, forbidden, why in FORBIDS:
+        if use == forbidden and pattern.match(key.removeprefix("LicenseRef-")):
+            return "refuse", f"{key} {why}, and the policy wants `{use}`", True
     if key in policy.refuse:
-        return Verdict("refuse", f"{key} is on the refuse list", "")
+        return "refuse", f"{key} is on the refuse list", False
+    rule = policy.by_use.get(use, UseRule())
+    if key in rule.refuse:
+        return "refuse", f"{key} is on the refuse list for `{use}`", False
+    for note in policy.notes:
+        if note.decision and note.where in policy.jurisdictions and any(fnmatchcase(key, g) for g in note.licences):
+            return note.decision, f"{key} in {note.where}: {note.note}", False
+    if key in rule.review:
+        return "review", f"{key} is on the review list for `{use}`", False
+    if key in rule.allow:
+        return "allow", f"{key} is allowed for `{use}`", False
+    return *_judge_lists(key, policy), False
+
+
+def _judge_lists(key: str, policy: Policy) -> tuple[Decision, str]:
+    if key in policy.refuse:
+        return "refuse", f"{key} is on the refuse list"
     if key in policy.allow:
-        return Verdict("allow", f"{key} is allowed", str(symbol.render()))
+        return "allow", f"{key} is allowed"
     if key in policy.review:
-        return Verdict("review", f"{key} is on the review list", "")
+        return "review", f"{key} is on the review list"
     if COPYLEFT.match(key):
         if policy.allow_copyleft:
-            return Verdict("allow", f"{key} is allowed as copyleft", str(symbol.render()))
-        return Verdict("refuse", f"{key} is copyleft and `allow_copyleft` is false", "")
-    return Verdict("refuse", f"{key} is on no list of the policy", "")
+            return "allow", f"{key} is allowed as copyleft"
+        return "refuse", f"{key} is copyleft and `allow_copyleft` is false"
+    return "refuse", f"{key} is on no list of the policy"

@@ -138,30 +138,7 @@ def trace_checkpoint(run_folder: Path, path: str, *, limit: int | None = 50) -> 
     `documents` details the `limit` it read most of. Raises DataError when the run has no such checkpoint.
     """
     with readable(run_folder), Tables(run_folder) as tables:
-        found = next((c for c in tables.checkpoints if c["path"] == path), None)
-        if found is None:
-            raise DataError(
-                "no such checkpoint",
-                where=run_folder,
-                found=path,
-                expected=", ".join(c["path"] for c in tables.checkpoints) or None,
-            )
-        parts: list[str] = []
-        values: dict[str, Any] = {}
-        for number, (stage, end) in enumerate(found["bounds"]):
-            parts.append(f"(stage = $stage{number} and first_step < $end{number})")
-            values |= {f"stage{number}": stage, f"end{number}": end}
-        ends = " ".join(f"when stage = $stage{n} then $end{n}" for n in range(len(parts)))
-        tables.connection.execute(
-            "create table learned as with part as"
-            f" (select *, case {ends} end past from trace where {' or '.join(parts)})"
-            " select document_id id, sum(case when last_step < past then tokens else coalesce("
-            "  list_sum(list_transform(list_zip(steps, step_tokens),"
-            "   lambda x: case when x[1] < past then x[2] else 0 end)),"
-            "  round(tokens * len(list_filter(steps, lambda x: x < past)) / len(steps))) end)::bigint tokens"
-            " from part group by document_id",
-            values,
-        )
+        found = learned_from(tables, path)
         missing = [line for line in tables.missing if line.partition(":")[0] in {"gather", *dict(found["bounds"])}]
         grouped = (
             " count(*) documents, sum(tokens)::bigint tokens from learned left join rights using (id)"
@@ -182,6 +159,38 @@ def trace_checkpoint(run_folder: Path, path: str, *, limit: int | None = 50) -> 
             "exports": tables.exports([{**found, "documents": 0}]),
             "missing": missing,
         }
+
+
+def learned_from(tables: Tables, path: str) -> dict[str, Any]:
+    """Fill `learned` (id, tokens) with what a checkpoint learned from, its parents' steps included; return it.
+
+    Raises DataError when the run has no such checkpoint.
+    """
+    found = next((c for c in tables.checkpoints if c["path"] == path), None)
+    if found is None:
+        raise DataError(
+            "no such checkpoint",
+            where=tables.folder,
+            found=path,
+            expected=", ".join(c["path"] for c in tables.checkpoints) or None,
+        )
+    parts: list[str] = []
+    values: dict[str, Any] = {}
+    for number, (stage, end) in enumerate(found["bounds"]):
+        parts.append(f"(stage = $stage{number} and first_step < $end{number})")
+        values |= {f"stage{number}": stage, f"end{number}": end}
+    ends = " ".join(f"when stage = $stage{n} then $end{n}" for n in range(len(parts)))
+    tables.connection.execute(
+        "create table learned as with part as"
+        f" (select *, case {ends} end past from trace where {' or '.join(parts)})"
+        " select document_id id, sum(case when last_step < past then tokens else coalesce("
+        "  list_sum(list_transform(list_zip(steps, step_tokens),"
+        "   lambda x: case when x[1] < past then x[2] else 0 end)),"
+        "  round(tokens * len(list_filter(steps, lambda x: x < past)) / len(steps))) end)::bigint tokens"
+        " from part group by document_id",
+        values,
+    )
+    return found
 
 
 def render(answer: dict[str, Any], width: int = 120) -> str:
@@ -298,11 +307,15 @@ class Tables:
                 todo="run `freehold run RECIPE` first, or name the run folder with --run",
             )
         self._view("rights", RIGHTS, gathered or kept)
+        # With what files of earlier versions do not have; for questions about rights alone.
+        self._view("all_rights", "*", gathered or kept)
         if kept:
             self._view("kept", "id, source, split", kept)
+            self._view("kept_rights", "*", kept)
         else:
             self.missing.append("curate: not finished, so splits and drops are not known")
             self._empty("kept", "id varchar, source varchar, split varchar")
+            self.connection.execute("create view kept_rights as select * from all_rights where false")
         drops = run_folder / "curate" / "drops.parquet"
         if drops.exists():
             self._view("drops", "id, source, reason, detail", [drops])
@@ -333,6 +346,10 @@ class Tables:
 
     def _empty(self, name: str, columns: str) -> None:
         self.connection.execute(f"create table {name} ({columns})")
+
+    def column_names(self, table: str) -> list[str]:
+        """Return the columns of one of the views."""
+        return [row["column_name"] for row in self.rows(f"describe {table}")]
 
     def _load_shards(self) -> None:
         paths = self._files("tokenize", "tokens/*.parquet")

@@ -68,6 +68,20 @@ def render_document(answer: dict[str, Any], width: int) -> str:
     return _text(out)
 
 
+def render_rights(answer: dict[str, Any], width: int) -> str:
+    """Return what a policy says of a corpus or checkpoint: the decision, and by source and licence why."""
+    out = _console(width)
+    out.print(f"{answer['of']} of {answer['run']}, for {', '.join(answer['uses'])}: {answer['decision']}\n")
+    table = _table("decision", "source", "licence", "confidence", "rows", "why")
+    for row in answer["rows"][: 2 * MOST_ROWS]:
+        why = row["reason"] if row["decision"] != "allow" else _short(row["evidence"], 60)
+        table.add_row(row["decision"], row["source"], row["licence"], row["confidence"], f"{row['documents']:,}", why)
+    out.print(table, "")
+    for note in dict.fromkeys(note for row in answer["rows"] for note in row["notes"]):
+        out.print(note)
+    return _text(out)
+
+
 def render_step(answer: dict[str, Any], width: int) -> str:
     """Return what one step saw."""
     out = _console(width)

@@ -10,6 +10,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from freehold.core.artifact import Workspace
 from freehold.core.config import fill
 from freehold.core.log import Log
@@ -100,3 +102,53 @@ def install_factbook(site: Path, count: int = 40) -> dict[str, Any]:
         "kind": "package", "distribution": "book", "version": "1.0", "members": ["book/data/*.json"],
         "reader": "factbook", "content": "reference", **FREE,
     }  # fmt: skip
+
+
+def ar(members: dict[str, bytes]) -> bytes:
+    """Return an ar archive."""
+    out = b"!<arch>\n"
+    for name, data in members.items():
+        out += f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
+    return out
+
+
+def deb(
+    path: Path,
+    files: dict[str, bytes],
+    copyright_file: str = "",
+    name: str = "letters-doc",
+    version: str = "1.0-1",
+    packing: str = "xz",
+    links: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write a Debian package; returns the source that reads its HTML pages."""
+    control = io.BytesIO()
+    with tarfile.open(fileobj=control, mode="w:gz") as tar:
+        text = f"Package: {name}\nVersion: {version}\nArchitecture: all\nDescription: letters\n more\n".encode()
+        info = tarfile.TarInfo("./control")
+        info.size = len(text)
+        tar.addfile(info, io.BytesIO(text))
+    if copyright_file:
+        files = {f"usr/share/doc/{name}/copyright": copyright_file.encode(), **files}
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w" if packing == "zst" else f"w:{packing}") as tar:
+        for member, data in files.items():
+            info = tarfile.TarInfo(f"./{member}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for member, target in (links or {}).items():
+            info = tarfile.TarInfo(f"./{member}")
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            tar.addfile(info)
+    packed = pa.compress(raw.getvalue(), "zstd", asbytes=True) if packing == "zst" else raw.getvalue()
+    members = {"debian-binary": b"2.0\n", "control.tar.gz": control.getvalue(), f"data.tar.{packing}": packed}
+    path.write_bytes(ar(members))
+    return {
+        "kind": "debian", "package": name, "version": version, "file": path.name, "members": ["*.html"],
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "reader": "html", "licence": "detect",
+    }  # fmt: skip
+
+
+def page(title: str, body: str, head: str = "") -> bytes:
+    """Return an HTML page."""
+    return f"<html><head><title>{title}</title>{head}</head><body>{body}</body></html>".encode()

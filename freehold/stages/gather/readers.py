@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import html
+import io
+import itertools
 import json
+import logging
 import re
 import warnings
 import zlib
@@ -12,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from freehold.ledger.evidence import Finding, of_cc_url
 from freehold.stages.gather import factbook
 from freehold.stages.gather.origins import HALF_CHARACTER, Member, encodable
 
@@ -21,10 +26,23 @@ T = TypeVar("T")
 MIN_DOCSTRING_CHARS = 200
 MIN_API_CHARS = 120
 MIN_CODE_CHARS = 200
+# Entries of a dictionary make pages of about this size.
+PAGE_CHARS = 16_000
+
+# What is around the text of a page.
+AROUND = (
+    "script, style, noscript, template, svg, math, nav, header, footer, aside, form, button, iframe, select, "
+    "[role=navigation], [role=banner], [role=contentinfo], [role=search], [aria-hidden=true], .navheader, .navfooter, "
+    ".headerlink, .sphinxsidebar, .related, .breadcrumb, .breadcrumbs, .toc, #toc"
+)
+MAIN = ("main", "[role=main]", "article", "#main-content", "#content", "div.body", "div.document", "body")
+CHARSET = re.compile(rb"""charset\s*=\s*["']?\s*([A-Za-z0-9._:-]{2,40})""", re.I)
 
 BLOCK = re.compile(r"</?(?:p|div|br|ul|ol|dl|dt|dd|table|tr|h[1-6]|note|important|pre|section|title)\b[^<>]*>", re.I)
 ITEM = re.compile(r"<li\b[^<>]*>(?:\s*<p>)?", re.I)
 TAG = re.compile(r"</?[A-Za-z][A-Za-z0-9]*(?:\s[^<>]*)?/?>")
+LISTING = re.compile(r"<pre\b[^<>]*>(.*?)</pre>", re.I | re.S)
+CELL = re.compile(r"</t[dh]>", re.I)
 DROPPED = re.compile(r"<(script|style)\b.*?</\1>", re.I | re.S)
 
 
@@ -35,6 +53,8 @@ class Part:
     member: Member
     anchor: str
     text: str
+    findings: tuple[Finding, ...] = ()
+    """What the file says about its rights where the text does not: links and marks of a page."""
 
     @property
     def path(self) -> str:
@@ -47,26 +67,38 @@ class Reading:
     """How to read: the limit for one file, where to note what was skipped, and what was said already."""
 
     limit_bytes: int
+    select: str = ""
+    """CSS selector of a page's main text."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
     """Texts that a reader takes only once from all files together."""
 
-    def text(self, member: Member) -> str | None:
-        """Return a member's text with `\\n` line ends, or None (and a note why not)."""
-        reason = "cannot be read"
+    def data(self, member: Member) -> bytes | None:
+        """Return a member's bytes, or None (and a note why not); Changed when they are not those that were found."""
         try:
             data = member.read(self.limit_bytes)
-            if data is None:
-                reason = f"more than max_document_bytes = {self.limit_bytes:,} (unpacked)"
-            else:
-                text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-                reason = unfit(text)
-                if not reason:
-                    return text
-        except UnicodeDecodeError as error:
-            reason = f"not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
         except (OSError, EOFError, zlib.error) as error:
-            reason = f"cannot be read: {error}"
+            self.skipped.append((member.path, f"cannot be read: {error}"))
+            return None
+        if data is None:
+            self.skipped.append((member.path, f"more than max_document_bytes = {self.limit_bytes:,} (unpacked)"))
+        return data
+
+    def text(self, member: Member) -> str | None:
+        """Return a member's text with `\\n` line ends, or None (and a note why not)."""
+        data = self.data(member)
+        return None if data is None else self.decoded(member, data)
+
+    def decoded(self, member: Member, data: bytes, encoding: str = "utf-8-sig") -> str | None:
+        """Return bytes as text, or None (and a note why not)."""
+        try:
+            text = data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+            reason = unfit(text)
+            if not reason:
+                return text
+        except UnicodeDecodeError as error:
+            name = "UTF-8" if encoding == "utf-8-sig" else encoding
+            reason = f"not {name}: byte {error.start} is {error.object[error.start]:#04x}"
         self.skipped.append((member.path, reason))
         return None
 
@@ -74,14 +106,16 @@ class Reading:
         """Yield what `read` makes of each member's text; a member that it stumbles over is skipped whole, and noted."""
         for member in members:
             text = self.text(member)
-            if text is None:
-                continue
-            try:
-                found = list(read(member, text))
-            except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-                self.skipped.append((member.path, f"not what its reader expects: {error!r}"))
-            else:
-                yield from found
+            if text is not None:
+                yield from self.careful(member, lambda text=text, member=member: read(member, text))  # type: ignore[misc]
+
+    def careful(self, member: Member, read: Callable[[], Iterable[T]]) -> list[T]:
+        """Return what `read` makes of a member; nothing, and a note, when the file is not what it expects."""
+        try:
+            return list(read())
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            self.skipped.append((member.path, f"not what its reader expects: {error!r}"))
+            return []
 
 
 def unfit(text: str) -> str:
@@ -105,16 +139,147 @@ def strip_html(text: str) -> str:
     return "\n".join(line for line in lines if line and line != "-")
 
 
+def page_text(text: str) -> str:
+    """Return the text of a page's HTML: blocks a blank line apart, list items close together, listings as they are."""
+    blocks: list[str] = []
+    for number, piece in enumerate(LISTING.split(text)):
+        if number % 2:
+            listing = html.unescape(TAG.sub("", piece)).replace("\u00a0", " ").strip("\n")
+            blocks += [listing] if listing.strip() else []
+            continue
+        # In a page a line break is a space, and cells stand apart.
+        lines = strip_html(CELL.sub(" ", " ".join(piece.split()))).split("\n")
+        for line in filter(None, lines):
+            if blocks and line.startswith("- ") and blocks[-1].startswith("- "):
+                blocks[-1] += f"\n{line}"
+            else:
+                blocks.append(line)
+    return "\n\n".join(blocks)
+
+
 def read(reader: str, members: list[Member], reading: Reading) -> Iterator[Part]:
     """Yield the texts that a reader finds in files, in the order of the files; no file is opened before its turn."""
-    chosen = _newest(members) if reader == "botocore" else members
-    return reading.each(chosen, lambda member, text: READERS[reader](member, text, reading))
+    for member in _newest(members) if reader == "botocore" else members:
+        name = _by_ending(member.path) if reader == "auto" else reader
+        if name in BYTE_READERS:
+            data = reading.data(member)
+            if data is not None:
+                yield from reading.careful(member, lambda: BYTE_READERS[name](member, data, reading))  # noqa: B023
+        else:
+            yield from reading.each([member], lambda member, text: READERS[name](member, text, reading))  # noqa: B023
+
+
+def _by_ending(path: str) -> str:
+    ending = path.lower().removesuffix(".gz").rpartition(".")[2]
+    return {"html": "html", "htm": "html", "xhtml": "html", "py": "python", "pdf": "pdf"}.get(ending, "text")
 
 
 def read_text(member: Member, text: str, reading: Reading) -> Iterator[Part]:
     """One document a file; runs of blank lines shortened, line ends trimmed."""
     lines = "\n".join(line.rstrip() for line in text.split("\n"))
     yield Part(member, "", re.sub(r"\n{4,}", "\n\n\n", lines).strip("\n") + "\n")
+
+
+def read_html(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
+    """One document a page: its main text under its title, with what the page says of its licence."""
+    from selectolax.lexbor import LexborHTMLParser
+
+    declared = CHARSET.search(data[:2048])
+    encoding = "utf-8-sig"
+    if declared and not data.startswith(codecs.BOM_UTF8):
+        try:
+            encoding = codecs.lookup(declared[1].decode("ascii")).name
+        except LookupError:
+            encoding = "utf-8-sig"
+    text = reading.decoded(member, data, "utf-8-sig" if encoding == "utf-8" else encoding)
+    if text is None:
+        return
+    tree = LexborHTMLParser(text)
+    findings = tuple(_page_rights(tree, member.path))
+    title = tree.css_first("title")
+    heading = " ".join(title.text().split()) if title else ""
+    for node in tree.css(AROUND):
+        node.decompose()
+    choices = (reading.select,) if reading.select else MAIN
+    main = next(filter(None, (tree.css_first(choice) for choice in choices)), None)
+    found = page_text(main.html or "") if main is not None else ""
+    if not found:
+        reading.skipped.append((member.path, f"no text in {reading.select}" if reading.select else "no text in it"))
+        return
+    opening = "" if not heading or found.startswith(heading) else f"{heading}\n\n"
+    yield Part(member, "", f"{opening}{found}\n", findings)
+
+
+def _page_rights(tree: Any, place: str) -> Iterator[Finding]:
+    """Yield what a page says of its licence: links with rel=license, other Creative Commons links, reservations."""
+    seen = set()
+    for node in tree.css("a[href], link[href]"):
+        href = node.attributes.get("href") or ""
+        marked = "license" in (node.attributes.get("rel") or "").lower().split()
+        says = of_cc_url(href)
+        if says and (says, marked) not in seen:
+            seen.add((says, marked))
+            yield Finding("link", place, says, href[:120], sure=marked)
+    for node in tree.css("meta[name]"):
+        name, content = (node.attributes.get("name") or "").lower(), (node.attributes.get("content") or "").lower()
+        # https://www.w3.org/community/reports/tdmrep/CG-FINAL-tdmrep-20240510/
+        if name == "tdm-reservation" and content.strip() == "1":
+            yield Finding("restriction", place, "", "tdm-reservation: 1")
+        elif name == "robots" and {"noai", "noimageai"} & set(re.split(r"[\s,]+", content)):
+            yield Finding("restriction", place, "", f"robots: {content[:60]}")
+        elif name in {"dcterms.license", "dc.rights", "dcterms.rights"} and of_cc_url(content):
+            yield Finding("link", place, of_cc_url(content) or "", content[:120])
+
+
+def read_pdf(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
+    """One document a file: the text of its pages, without what looks like a page number; scans have none."""
+    from pypdf import PdfReader
+    from pypdf.errors import PyPdfError
+
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what it says of a bad file is said here, in one line
+    try:
+        document = PdfReader(io.BytesIO(data))
+        if document.is_encrypted:
+            reading.skipped.append((member.path, "an encrypted PDF"))
+            return
+        pages = [page.extract_text() for page in document.pages]
+    except (PyPdfError, OSError, RuntimeError, ArithmeticError, AssertionError) as error:
+        reading.skipped.append((member.path, f"not a PDF that can be read: {error}"))
+        return
+    lines = [line.rstrip() for page in pages for line in page.split("\n") if not line.strip().isdigit()]
+    text = "\n".join(lines).strip()
+    reason = unfit(text)
+    if reason:
+        reading.skipped.append((member.path, "no text in it: a scan?" if reason == "empty" else reason))
+        return
+    yield Part(member, "", text + "\n")
+
+
+def read_dictd(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
+    """Pages of entries of a dictionary in the format of dictd; entries that are not UTF-8 are left out and counted.
+
+    An entry begins with a line that is not indented, and those named `00-database...` are about the dictionary.
+    """
+    entries = re.split(rb"\n(?=[^\s])", data.replace(b"\r\n", b"\n"))
+    good, bad = [], 0
+    for entry in entries:
+        try:
+            text = entry.decode("utf-8").strip("\n")
+        except UnicodeDecodeError:
+            bad += 1
+            continue
+        if text.strip() and not text.startswith("00-database"):
+            good.append(text)
+    if bad:
+        reading.skipped.append((member.path, f"{bad:,} of {len(entries):,} entries are not UTF-8"))
+    number, page, size = 0, [], 0
+    for text in itertools.chain(good, [None]):
+        if page and (text is None or size + len(text) > PAGE_CHARS):
+            yield Part(member, f"{number:05d}", "\n\n".join(page) + "\n")
+            number, page, size = number + 1, [], 0
+        if text is not None:
+            page.append(text)
+            size += len(text)
 
 
 def read_python(member: Member, text: str, reading: Reading) -> Iterator[Part]:
@@ -199,6 +364,13 @@ READERS: dict[str, Callable[[Member, str, Reading], Iterator[Part]]] = {
     "bible": read_bible,
     "factbook": read_factbook,
     "botocore": read_botocore,
+}
+
+
+BYTE_READERS: dict[str, Callable[[Member, bytes, Reading], Iterator[Part]]] = {
+    "html": read_html,
+    "pdf": read_pdf,
+    "dictd": read_dictd,
 }
 
 

@@ -6,25 +6,46 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from freehold.core.artifact import Workspace, write_json
+from freehold.core.artifact import Workspace, sha256_file, write_json
 from freehold.core.document import Conversation, Document, document_id, write_rows
-from freehold.core.errors import DataError, LicenceError
+from freehold.core.errors import DataError
+from freehold.ledger.evidence import Weighed, of_head, restrictions, weigh
 from freehold.ledger.known import look_up
-from freehold.ledger.licence import normalise
-from freehold.ledger.policy import Claim, gate
-from freehold.stages.gather import generate
-from freehold.stages.gather.config import FileSource, Folder, Generated, JsonLines, Source, StageConfig
-from freehold.stages.gather.origins import HALF_CHARACTER, Origin, check_evidence, date_of, encodable, find, missing
+from freehold.ledger.policy import Claim, Policy, Verdict, gate, judge_row, judged
+from freehold.stages.gather import generate, rights
+from freehold.stages.gather.config import (
+    FileSource,
+    Folder,
+    Generated,
+    JsonLines,
+    Rows,
+    Source,
+    StageConfig,
+)
+from freehold.stages.gather.origins import (
+    HALF_CHARACTER,
+    Changed,
+    Origin,
+    check_evidence,
+    date_of,
+    encodable,
+    find,
+    missing,
+    rows_files,
+)
 from freehold.stages.gather.readers import Part, Reading, read, unfit
 
 # How many skipped files sources.json names for each source; the rest are counted.
 NAMED_SKIPS = 50
 # A cap counts as reached when less than this share of it is left.
 CAP_SLACK = 0.02
+
+
+R = TypeVar("R", Document, Conversation)
 
 
 def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
@@ -36,13 +57,15 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     corpus_dir = Path(config.corpus_dir)
     for _ in gate(_known(config), config.policy):
         pass  # read to its end: it raises after the last claim
-    missing(config.sources, corpus_dir)
-    origins = {n: find(n, s, corpus_dir) for n, s in config.sources.items() if isinstance(s, FileSource)}
-    for _ in gate(_claims(config, origins), config.policy):
+    left_out = _left_out(config)
+    sources = {name: source for name, source in config.sources.items() if name not in left_out}
+    missing(sources, corpus_dir, config.pinned)
+    origins = {n: find(n, s, corpus_dir, config.pinned) for n, s in sources.items() if isinstance(s, FileSource)}
+    claims = {n: rights.claim(config.sources[n], origin) for n, origin in origins.items()}  # type: ignore[arg-type]
+    for _ in gate(_claims(sources, origins, claims), config.policy):
         pass
-    for name, source in config.sources.items():
-        if isinstance(source, FileSource):
-            check_evidence(name, source, corpus_dir)
+    for name, origin in origins.items():
+        check_evidence(name, config.sources[name], origin, corpus_dir, config.pinned)  # type: ignore[arg-type]
 
     counts: dict[str, Any] = {"sources": {}}
     report: dict[str, Any] = {}
@@ -51,19 +74,25 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         start = time.monotonic()
         conversations: list[Conversation] = []
         tasks: dict[str, list[dict[str, Any]]] = {}
+        if name in left_out:
+            counts["sources"][name] = {"documents": 0, "bytes": 0, "conversations": 0}
+            report[name] = {"kind": source.kind, "left_out": left_out[name].reason, **counts["sources"][name]}
+            work.log.say(f"  {name}: left out, {left_out[name].reason}")
+            continue
         if isinstance(source, Generated):
             facts = config.sources[source.factbook] if source.factbook else None
             made = generate.make(name, source, origins.get(source.factbook or ""), facts, work.seed)
             documents, conversations, tasks = made.documents, made.conversations, made.tasks
             record = {"seeds": made.seeds, "made_from": sorted({d.synthetic_from for d in documents})}
-        elif isinstance(source, JsonLines):
-            documents, record = _json_lines(name, source)
+        elif isinstance(source, Rows):
+            documents, record = _rows(name, source)
         else:
-            documents, record = _files(name, source, origins[name])
-        documents = sorted(gate(documents, config.policy), key=lambda d: d.path)
-        conversations = list(gate(conversations, config.policy))
+            documents, record = _files(name, source, origins[name], claims[name])
+        documents, refused = _through(documents, source, config.policy)
+        documents.sort(key=lambda d: d.path)
+        conversations, _ = _through(conversations, source, config.policy)
         size = sum(len(d.text.encode()) for d in documents)
-        _check_size(name, source, size)
+        _check_size(name, source, size, refused)
         write_rows(work.folder / "documents" / f"{name}.parquet", documents, Document)
         if conversations:
             write_rows(work.folder / "conversations" / f"{name}.parquet", conversations, Conversation)
@@ -73,12 +102,15 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         counted |= {"tasks": {task: len(rows) for task, rows in tasks.items()}} if tasks else {}
         counts["sources"][name] = counted
         report[name] = _rights(source, documents) | record | counted
+        if refused:
+            report[name]["refused"] = _skips(refused)
         seconds[name] = round(time.monotonic() - start, 2)
         skipped = report[name].get("skipped", {}).get("count", 0)
         work.log.say(
             f"  {name}: {len(documents):,} documents, {size / 1e6:.2f} MB"
             + (f", {len(conversations):,} conversations" if conversations else "")
             + (f", {skipped:,} files skipped" if skipped else "")
+            + (f", {len(refused):,} refused" if refused else "")
             + f", {seconds[name]:.1f} s"
         )
     for key in ("documents", "bytes", "conversations"):
@@ -86,6 +118,33 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     write_json(work.folder / "sources.json", report)
     write_json(work.folder / "timing.json", {"seconds": seconds})
     return counts
+
+
+def _through(rows: list[R], source: Source, policy: Policy) -> tuple[list[R], list[tuple[str, str]]]:
+    """Return the rows that the policy lets through, and (path, reason) of those it left out; LicenceError to stop."""
+    if source.refused == "stop":
+        return list(gate(rows, policy)), []
+    seen: dict[tuple[str, ...], Verdict] = {}
+    kept, refused = [], []
+    for row in rows:
+        verdict = judged(row, policy, seen)
+        if verdict.decision == "allow":
+            kept.append(row)
+        else:
+            refused.append((row.path, f"{verdict.decision}: {verdict.reason}"))
+    return kept, refused
+
+
+def _left_out(config: StageConfig) -> dict[str, Verdict]:
+    """Return the sources that may be left out and whose licence, as the recipe gives it, the policy does not let in."""
+    found = {}
+    for name, source in config.sources.items():
+        if source.refused == "drop" and source.licence not in {"", rights.DETECT, rights.WRAPPER}:
+            evidence = str(source.licence_evidence or "")
+            verdict = judge_row(Claim(name, name, "", "", source.licence, evidence), config.policy)
+            if verdict.decision != "allow":
+                found[name] = verdict
+    return found
 
 
 def choose(parts: Iterable[Part], max_bytes: int | None) -> Iterator[Part]:
@@ -116,73 +175,73 @@ def _known(config: StageConfig) -> Iterator[Claim]:
     """Yield the sources that name a package known to be falsely labelled, installed or not."""
     for name, source in config.sources.items():
         names = [name, getattr(source, "distribution", ""), getattr(source, "origin", "")]
-        if isinstance(source, Folder | JsonLines):
+        if isinstance(source, Folder | Rows):
             names.append(Path(source.path).name)
         for found in filter(look_up, names):
             yield Claim(name, found, "", "", source.licence, str(source.licence_evidence or ""))
 
 
-def _claims(config: StageConfig, origins: dict[str, Origin]) -> Iterator[Claim]:
-    """Yield what each source claims about its text; for JSONL, what each row claims."""
-    for name, source in config.sources.items():
-        evidence = str(source.licence_evidence or "")
-        if isinstance(source, JsonLines):
-            for document in _json_rows(name, source, []):
+def _claims(sources: dict[str, Source], origins: dict[str, Origin], claims: dict[str, Weighed]) -> Iterator[Claim]:
+    """Yield what each source claims about its text, before it is read; where rows speak for themselves, what each says.
+
+    Sources that leave out what is refused, and those whose files must be read first, are judged row by row later.
+    """
+    for name, source in sources.items():
+        if source.refused == "drop":
+            continue
+        if isinstance(source, Rows):
+            for row in _row_documents(name, source, []):
                 yield Claim(
-                    name, document.source_version, document.path, "", document.licence, document.licence_evidence
+                    name, row.source_version, row.path, "", row.licence, row.licence_evidence, row.licence_confidence
                 )
         elif isinstance(source, Generated):
-            yield Claim(name, "freehold", "", "", source.licence, evidence)
-        else:
-            origin = origins[name]
-            licence = _licence(source, origin)
-            yield Claim(name, origin.version, "", origin.wrapper_licence, licence, evidence)
+            yield Claim(name, "freehold", "", "", source.licence, str(source.licence_evidence or ""))
+        elif source.licence != rights.DETECT:
+            origin, claim = origins[name], claims[name]
+            yield Claim(
+                name, origin.version, "", origin.wrapper_licence, claim.licence, claim.evidence, claim.confidence
+            )
 
 
-def _licence(source: FileSource, origin: Origin) -> str:
-    """Return the content's licence: the declared one, or the wrapper's where the recipe says they are the same."""
-    licence = origin.wrapper_licence if source.licence == "wrapper" else source.licence
-    try:
-        return normalise(licence)
-    except LicenceError:
-        return licence  # the gate refuses it, with every other row it refuses
-
-
-def _files(name: str, source: FileSource, origin: Origin) -> tuple[list[Document], dict[str, Any]]:
-    licence = _licence(source, origin)
-    reading = Reading(source.max_document_bytes, list(origin.skipped))
+def _files(name: str, source: FileSource, origin: Origin, claim: Weighed) -> tuple[list[Document], dict[str, Any]]:
+    reading = Reading(source.max_document_bytes, source.select, list(origin.skipped))
     # Members, then documents, in the order of the hash of their id: the same choice everywhere, and files that
     # are not needed to reach the cap are not even read.
     ordered = sorted(origin.members, key=lambda m: document_id(name, m.path))
     parts = read(source.reader, ordered, reading)
-    if source.reader == "bible":  # many documents in one file
+    if source.reader in {"bible", "dictd"}:  # many documents in one file
         parts = iter(sorted(parts, key=lambda p: document_id(name, p.path)))
-    trimmed = (Part(p.member, p.anchor, cut(p.text, source.cut_bytes)) for p in _sound(parts, reading))
-    documents = [
-        Document(
-            id=document_id(name, part.path),
-            text=part.text,
-            source=name,
-            source_version=origin.version,
-            path=part.path,
-            sha256=part.member.sha256,
-            wrapper_licence=origin.wrapper_licence,
-            licence=licence,
-            licence_evidence=str(source.licence_evidence or ""),
-            acquired=origin.acquired,
-            kind=source.content,
-            synthetic_from="",
-            teacher="",
-            split="",
+    trimmed = (Part(p.member, p.anchor, cut(p.text, source.cut_bytes), p.findings) for p in _sound(parts, reading))
+    documents = []
+    for part in choose(trimmed, source.max_bytes):
+        weighed = rights.of_document(source, origin, claim, part)
+        documents.append(
+            Document(
+                id=document_id(name, part.path),
+                text=part.text,
+                source=name,
+                source_version=origin.version,
+                path=part.path,
+                sha256=part.member.sha256,
+                wrapper_licence=origin.wrapper_licence,
+                licence=weighed.licence,
+                licence_evidence=weighed.evidence,
+                acquired=origin.acquired,
+                kind=source.content,
+                synthetic_from="",
+                teacher="",
+                split="",
+                licence_confidence=weighed.confidence,
+            )
         )
-        for part in choose(trimmed, source.max_bytes)
-    ]
     used = {d.path.partition("#")[0] for d in documents}
     return documents, {
         "members": len(origin.members),
         "members_sha256": origin.members_sha256,
         "files": {m.path: m.sha256 for m in origin.members if m.path in used},
         "skipped": _skips(reading.skipped),
+        "wrapper_says": [str(finding) for finding in rights.wrapper_findings(origin)[:NAMED_SKIPS]],
+        "conflicts": list(claim.conflicts),
     }
 
 
@@ -196,9 +255,18 @@ def _sound(parts: Iterable[Part], reading: Reading) -> Iterator[Part]:
             yield part
 
 
-def _json_lines(name: str, source: JsonLines) -> tuple[list[Document], dict[str, Any]]:
+def _rows(name: str, source: Rows) -> tuple[list[Document], dict[str, Any]]:
     skipped: list[tuple[str, str]] = []
-    rows = sorted(_json_rows(name, source, skipped), key=lambda d: d.id)
+    before = {path: sha256_file(path) for path in rows_files(source)}
+    rows = sorted(_row_documents(name, source, skipped), key=lambda d: d.id)
+    for path, digest in before.items():
+        if sha256_file(path) != digest:
+            raise Changed(
+                "a file changed while gather was reading it",
+                where=path,
+                expected=f"sha256 {digest[:16]}, as it was at first",
+                todo="wait until nothing writes there, and run again",
+            )
     documents, left = [], source.max_bytes
     for row in rows:
         size = len(row.text.encode())
@@ -206,13 +274,53 @@ def _json_lines(name: str, source: JsonLines) -> tuple[list[Document], dict[str,
             continue
         left = None if left is None else left - size
         documents.append(row)
-    return documents, {"skipped": _skips(skipped)}
+    files = {path.name: digest for path, digest in before.items()}
+    return documents, {"files": files, "skipped": _skips(skipped)}
 
 
-def _json_rows(name: str, source: JsonLines, skipped: list[tuple[str, str]]) -> Iterator[Document]:
-    """Yield the rows of a JSONL file; a line that is too long, not JSON or without text is noted and passed over."""
-    path = Path(source.path)
-    acquired = date_of(path)
+def _row_documents(name: str, source: Rows, skipped: list[tuple[str, str]]) -> Iterator[Document]:
+    """Yield the rows of the files of a source; what is too long, damaged or without text is noted and passed over."""
+    read: Callable[..., Iterator[tuple[str, bytes, dict[str, Any]]]] = (
+        _json_rows if isinstance(source, JsonLines) else _parquet_rows
+    )
+    told = str(source.licence_evidence or "")
+    for path in rows_files(source):
+        acquired = date_of(path)
+        for where, raw, row in read(path, source, skipped):
+            text = row.get(source.text_key)
+            licence = str(row.get(source.licence_key) or source.licence)
+            evidence = str(row.get(source.evidence_key) or told)
+            reason = unfit(text) if isinstance(text, str) else f"its `{source.text_key}` is not text"
+            if reason or not isinstance(text, str) or not encodable(licence + evidence):
+                skipped.append((where, reason or HALF_CHARACTER))
+                continue
+            detected = licence == rights.DETECT
+            # A row that names its licence is one statement; with what shows it, somebody looked.
+            base = Weighed("" if detected else licence, "medium" if evidence else "low", evidence)
+            weighed = weigh(base, [*of_head(text), *restrictions(text)], detected=detected)
+            if weighed.confidence == "low" and source.settled:
+                weighed = Weighed(weighed.licence, "medium", f"{weighed.evidence}; settled: {source.settled}")
+            yield Document(
+                id=document_id(name, where),
+                text=text,
+                source=name,
+                source_version=source.origin or path.name,
+                path=where,
+                sha256=hashlib.sha256(raw).hexdigest(),
+                wrapper_licence="",
+                licence=weighed.licence,
+                licence_evidence=weighed.evidence,
+                acquired=acquired,
+                kind=source.content,
+                synthetic_from="",
+                teacher="",
+                split="",
+                licence_confidence=weighed.confidence,
+            )
+
+
+def _json_rows(path: Path, source: Rows, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+    """Yield (place, line, object) of a JSONL file; a line is never held when it is longer than a document may be."""
     number = 0
     with path.open("rb") as file:
         while line := file.readline(source.max_document_bytes + 1):
@@ -225,32 +333,56 @@ def _json_rows(name: str, source: JsonLines, skipped: list[tuple[str, str]]) -> 
                 continue
             try:
                 row = json.loads(line)
-                text = row["text"]
+                row[source.text_key]
             except (ValueError, KeyError, TypeError, RecursionError):
-                skipped.append((where, "not a JSON object with a `text`"))
+                skipped.append((where, f"not a JSON object with a `{source.text_key}`"))
                 continue
-            licence = str(row.get("licence") or source.licence)
-            evidence = str(row.get("licence_evidence") or source.licence_evidence or "")
-            reason = unfit(text) if isinstance(text, str) else "its `text` is not text"
-            if reason or not encodable(licence + evidence):
-                skipped.append((where, reason or HALF_CHARACTER))
-                continue
-            yield Document(
-                id=document_id(name, where),
-                text=text,
-                source=name,
-                source_version=source.origin or path.name,
-                path=where,
-                sha256=hashlib.sha256(line).hexdigest(),
-                wrapper_licence="",
-                licence=licence,
-                licence_evidence=evidence,
-                acquired=acquired,
-                kind=source.content,
-                synthetic_from="",
-                teacher="",
-                split="",
+            yield where, line, row
+
+
+def _parquet_rows(
+    path: Path, source: Rows, skipped: list[tuple[str, str]]
+) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+    """Yield (place, text, row) of a parquet file, a few rows in memory at a time; DataError when it is none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    name = path.relative_to(source.path).as_posix() if Path(source.path).is_dir() else path.name
+    try:
+        file = pq.ParquetFile(path)
+        columns = [key for key in (source.text_key, source.licence_key, source.evidence_key)
+                   if key in file.schema_arrow.names]  # fmt: skip
+        kind = file.schema_arrow.field(source.text_key).type if source.text_key in columns else None
+        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
+            raise DataError(
+                "a parquet file has no column of text",
+                where=path,
+                found=", ".join(f"{f.name} ({f.type})" for f in file.schema_arrow),
+                expected=f"`{source.text_key}`, a string",
+                todo="name the column under `text_key`",
             )
+        number = 0
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            texts = batch.column(source.text_key).cast(pa.large_binary())
+            sizes = pc.binary_length(texts).to_pylist()
+            others = {key: batch.column(key).cast(pa.string()).to_pylist() for key in columns if key != source.text_key}
+            for index, size in enumerate(sizes):
+                number += 1
+                where = f"{name}#{number}"
+                if size is None or size > source.max_document_bytes:
+                    skipped.append((where, "empty" if size is None
+                                    else f"more than max_document_bytes = {source.max_document_bytes:,}"))  # fmt: skip
+                    continue
+                raw = texts[index].as_py()
+                try:
+                    text = raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    skipped.append((where, f"not UTF-8: byte {error.start} is {raw[error.start]:#04x}"))
+                    continue
+                yield where, raw, {source.text_key: text} | {key: column[index] for key, column in others.items()}
+    except (pa.ArrowException, OSError) as error:
+        raise DataError("a parquet file cannot be read", where=path, found=str(error).splitlines()[0]) from error
 
 
 def _rights(source: Source, documents: list[Document]) -> dict[str, Any]:
@@ -263,6 +395,7 @@ def _rights(source: Source, documents: list[Document]) -> dict[str, Any]:
         "wrapper_licence": first.wrapper_licence if first else "",
         "licences": dict(sorted(Counter(d.licence for d in documents).items())),
         "licence_evidence": sorted({d.licence_evidence for d in documents})[:10],
+        "confidence": dict(sorted(Counter(d.licence_confidence for d in documents).items())),
     }
 
 
@@ -272,8 +405,8 @@ def _skips(skipped: list[tuple[str, str]]) -> dict[str, Any]:
     return {"count": len(ordered), "named": named}
 
 
-def _check_size(name: str, source: Source, size_bytes: int) -> None:
-    if size_bytes < source.min_bytes or (size_bytes == 0 and not isinstance(source, Generated)):
+def _check_size(name: str, source: Source, size_bytes: int, refused: list[tuple[str, str]]) -> None:
+    if size_bytes < source.min_bytes or (size_bytes == 0 and not refused and not isinstance(source, Generated)):
         raise DataError(
             "a source came out smaller than the recipe expects",
             where=name,

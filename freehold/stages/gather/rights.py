@@ -1,0 +1,158 @@
+"""What a source claims for its texts and what shows it; and what one document then is under."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+
+from freehold.core.errors import LicenceError
+from freehold.ledger.evidence import (
+    Confidence,
+    Finding,
+    Text,
+    Weighed,
+    agreement,
+    licence_text,
+    of_head,
+    restrictions,
+    unfilled,
+    weigh,
+)
+from freehold.ledger.licence import normalise, strictest
+from freehold.stages.gather.config import Debian, FileSource
+from freehold.stages.gather.origins import Origin
+from freehold.stages.gather.readers import Part
+
+DETECT, WRAPPER = "detect", "wrapper"
+# A licence file of this name is about the texts, not about the program around them.
+OF_CONTENT = re.compile(r"[-_.](content|data|texts?|docs?|documentation|corpus|media)\b", re.I)
+
+
+def wrapper_findings(origin: Origin) -> list[Finding]:
+    """Return what the wrapper says: its metadata, and each licence file as far as it is recognised."""
+    found = []
+    if origin.declared or origin.wrapper_licence:
+        kind = "debian" if origin.copyright else "metadata"
+        found.append(Finding(kind, "", origin.wrapper_licence, origin.declared))
+    for path, text in origin.licence_files if origin.copyright is None else ():
+        for key in licence_text(text).ids:
+            found.append(Finding("licence file", path, key))
+        found += unfilled(text, path)
+    return found
+
+
+def claim(source: FileSource, origin: Origin) -> Weighed:
+    """Return the licence a source claims for all its texts, how sure that is, and what speaks against it.
+
+    The wrapper's licence files speak against the wrapper's licence only: what a person says of the content stands until
+    the content, or a licence file that is about it, says otherwise.
+    """
+    evidence = str(source.licence_evidence or "")
+    conflicts: list[str] = []
+    if source.licence == WRAPPER:
+        licence = origin.wrapper_licence
+        confidence, conflicts = _borne_out(licence, origin)
+    elif source.licence == DETECT:
+        licence, confidence, conflicts, evidence = _detected(origin)
+    else:
+        licence = source.licence
+        confidence = "high" if source.licence_evidence and source.licence_evidence.file else "medium"
+    if licence:
+        conflicts += [
+            f"{path} is the text of {', '.join(found.ids)}"
+            for path, text in origin.licence_files
+            if OF_CONTENT.search(path.rpartition("/")[2])
+            for found in [licence_text(text)]
+            if agreement(licence, found) == "contradicts"
+        ]
+    with contextlib.suppress(LicenceError):  # the gate refuses it, with every other row it refuses
+        licence = normalise(licence) if licence else ""
+    if conflicts:
+        confidence = "low"
+        evidence = "; ".join(filter(None, [evidence, *(f"against it: {conflict}" for conflict in conflicts)]))
+    return _settled(source, Weighed(licence, confidence, evidence, tuple(conflicts)))
+
+
+def of_document(source: FileSource, origin: Origin, base: Weighed, part: Part) -> Weighed:
+    """Return the licence of one document: its source's claim and its own statements, the strictest term winning."""
+    own = [*part.findings, *of_head(part.text), *restrictions(f"{part.text}\n{part.path}")]
+    stated = _debian_statement(source, origin, part.member.path)
+    if stated is not None:
+        own.insert(0, stated)
+    if source.licence != DETECT:
+        own = [finding for finding in own if finding.sure or not finding.says]
+    return _settled(source, weigh(base, own, detected=source.licence == DETECT))
+
+
+def _settled(source: FileSource, weighed: Weighed) -> Weighed:
+    """Return the verdict with a person's answer to what speaks against it; that makes low medium."""
+    if not source.settled or weighed.confidence != "low" or source.settled in weighed.evidence:
+        return weighed
+    evidence = f"{weighed.evidence}; settled: {source.settled}"
+    return dataclasses.replace(weighed, confidence="medium", evidence=evidence, conflicts=())
+
+
+def _borne_out(licence: str, origin: Origin) -> tuple[Confidence, list[str]]:
+    """Return how sure a wrapper's licence is, and what speaks against it, from its licence files and descriptions."""
+    conflicts = []
+    confidence: Confidence = "medium"
+    if origin.licence_files and licence and origin.copyright is None:
+        whole = _whole(origin)
+        result = agreement(licence, whole)
+        confidence = "high" if result == "agrees" else "medium"
+        if result == "contradicts":
+            files = ", ".join(path for path, _ in origin.licence_files[:3])
+            conflicts.append(f"it declares {licence}, but {files} is the text of {', '.join(whole.ids[:5])}")
+    for path, text in origin.licence_files if origin.copyright is None else ():
+        conflicts += [str(finding) for finding in unfilled(text, path)]
+    for path, text in origin.about:
+        conflicts += [str(finding) for finding in restrictions(text, path, foreign=True)]
+    return confidence, conflicts
+
+
+def _detected(origin: Origin) -> tuple[str, Confidence, list[str], str]:
+    """Return (licence, confidence, conflicts, evidence) as far as the wrapper shows them, nobody having looked."""
+    findings = [finding for finding in wrapper_findings(origin) if finding.says]
+    evidence = "; ".join(dict.fromkeys(map(str, findings)))
+    if origin.copyright is not None:
+        return "", "low", [], ""  # it speaks file by file
+    declared = origin.wrapper_licence
+    whole = _whole(origin)
+    confidence, conflicts = _borne_out(declared, origin)
+    if declared and agreement(declared, whole) == "agrees":
+        return declared, confidence, conflicts, evidence
+    licence = declared
+    for key in whole.ids:
+        licence = strictest(licence, key) if licence else key
+    return licence, "medium" if whole.ids and whole.explained > 0.5 else "low", conflicts, evidence
+
+
+def _whole(origin: Origin) -> Text:
+    """Return all licence files of a source as one."""
+    found = [licence_text(text) for _, text in origin.licence_files]
+    ids = tuple(dict.fromkeys(key for text in found for key in text.ids))
+    explained = max((text.explained for text in found), default=0.0)
+    return Text(ids, explained, any(text.opens_unread for text in found))
+
+
+def _debian_statement(source: FileSource, origin: Origin, path: str) -> Finding | None:
+    """Return what a Debian package's copyright file says of one file."""
+    if origin.copyright is None:
+        return None
+    mapped = path
+    for pattern, replacement in source.upstream.items() if isinstance(source, Debian) else ():
+        mapped, count = re.subn(pattern, replacement, path, count=1)
+        if count:
+            break
+    found = origin.copyright.of(mapped)
+    if found is None:
+        return None
+    paragraph, glob = found
+    place = f"usr/share/doc/*/copyright, Files: {glob}"
+    if paragraph.lies:
+        return Finding("restriction", place, "", paragraph.lies)
+    # `*` holds for whatever no other paragraph names; in a package whose paths are not the source's that may be wrong.
+    globs = {g for p in origin.copyright.paragraphs for g in p.globs if not g.startswith("debian/")}
+    sure = glob != "*" or mapped != path or globs == {"*"}
+    return Finding("debian", place, paragraph.expression, paragraph.name, sure)

