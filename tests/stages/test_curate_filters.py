@@ -28,7 +28,16 @@ from freehold.stages.curate.filters import (
 )
 from freehold.stages.curate.privacy import check_density, luhn, redact
 from freehold.stages.curate.split import is_validation, place, validation_documents
-from freehold.stages.curate.words import STOP_WORDS, WORD, ngrams, read_batch, read_words, shingles, word_hashes
+from freehold.stages.curate.words import (
+    STOP_WORDS,
+    WORD,
+    ngrams,
+    read_batch,
+    read_words,
+    shingles,
+    word_hashes,
+    word_spans,
+)
 
 PROSE = (
     "It was the best of times, it was the worst of times, and the people in the town had everything before them. "
@@ -260,6 +269,8 @@ def test_words_are_the_runs_of_word_characters(text: str) -> None:
         for word, key in zip(expected, read.hashes.tolist(), strict=True):
             assert known.setdefault(word, key) == key
         assert len(set(known.values())) == len(known)
+    spans = [match.span() for match in WORD.finditer(text)]
+    assert list(zip(*(ends.tolist() for ends in word_spans(text)), strict=True)) == spans
     short = [word for word in dict.fromkeys(expected) if len(word.encode()) <= 64]
     if short:
         assert set(word_hashes(short).tolist()) <= set(read_words(text).hashes.tolist())

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from freehold.stages.curate.config import NearDuplicates, Overlap, RepeatedLines
-from freehold.stages.curate.words import WORD, Words, ngrams, read_words, text_hash
+from freehold.stages.curate.words import Words, ngrams, read_words, text_hash, word_spans
 
 Reader = Callable[[int], np.ndarray]
 """Returns the word hashes of a document."""
@@ -368,13 +368,14 @@ def cut_lines(text: str, hashes: set[int], config: RepeatedLines) -> str:
 
 def cut_words(text: str, spans: Sequence[Span]) -> str:
     """Return the text without these spans of words; a line break stands in the place of each."""
-    places = [match.span() for match in WORD.finditer(text)]
-    if len(places) != len(read_words(text).hashes):  # a letter that becomes two in lower case: words cannot be counted
-        return text
+    starts, ends = word_spans(text)
+    if not text.isascii() and len(starts) != len(read_words(text).hashes):
+        return text  # some letter becomes two characters in lower case, and words cannot be counted
     pieces, done = [], 0
     for start, end in spans:
-        pieces.append(text[done : places[start][0]].rstrip())
-        done = places[end - 1][1]
+        piece = text[done : int(starts[start])].rstrip()
+        pieces.append(piece.lstrip() if done else piece)
+        done = int(ends[end - 1])
         # What closed the passage goes with it.
         while done < len(text) and not text[done].isspace() and not text[done].isalnum():
             done += 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
+from freehold.core import errors
 from freehold.core.errors import ArtifactError, ConfigError, FreeholdError
 from freehold.stages.curate.shards import Job, Shard, make_shard
 
@@ -73,19 +75,18 @@ def _on_ray(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
         todo = list(shards)
 
         def work(row: dict[str, Any]) -> dict[str, Any]:
-            make_shard(job, todo[row["place"]])
-            return {"number": todo[row["place"]].number}
+            shard = todo[row["place"]]
+            try:
+                make_shard(job, shard)
+            except FreeholdError as error:  # Ray would wrap it, and try again what cannot succeed
+                return {"number": shard.number, "kind": type(error).__name__, "told": json.dumps(error.to_dict())}
+            return {"number": shard.number, "kind": "", "told": ""}
 
         for row in data.map(work).iter_rows():
+            if row["kind"]:
+                raise getattr(errors, row["kind"])(**json.loads(row["told"]))
             yield int(row["number"])
-    except ray.exceptions.RayTaskError as error:
-        cause = error
-        while cause is not None and not isinstance(cause, FreeholdError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is not None:
-            raise cause from error
-        raise
-    except ray.exceptions.RayError as error:
+    except ray.exceptions.RaySystemError as error:
         raise ArtifactError(
             "the Ray cluster gave up", where="curate.engine", found=error, todo="run the same command again: it goes on"
         ) from error

@@ -101,6 +101,18 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def word_spans(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first character of each word of a text and the one after its last: the spans of WORD's matches."""
+    points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    inside = np.zeros(len(points) + 2, bool)
+    inside[1:-1] = _INSIDE[np.minimum(points, 127)]  # the last of ASCII is no part of a word
+    beyond = np.flatnonzero(points >= 128)
+    letters, which = np.unique(points[beyond], return_inverse=True)
+    inside[1 + beyond] = np.array([chr(point).isalnum() for point in letters.tolist()], bool)[which]
+    edges = np.flatnonzero(inside[1:] != inside[:-1])
+    return edges[::2], edges[1::2]
+
+
 class Lookup:
     """A fixed set of hashes to look others up in: nearly all of those that are not in it cost one table access."""
 
