@@ -48,8 +48,9 @@ WALK: dict[str, tuple[str, ...]] = {
 }
 """Each stage of the walk in order, and the stages it reads."""
 
-RESUMABLE = {"pretrain", "align"}
-"""Stages that go on from their own checkpoints; the others start again, each takes under a minute."""
+RESUMABLE = {"curate", "pretrain", "align"}
+"""Stages that go on from their own checkpoints (curate: from its shards); the others start again, each takes under a
+minute."""
 
 KEY = "key.json"
 

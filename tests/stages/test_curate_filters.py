@@ -17,7 +17,7 @@ from freehold.stages.curate.config import (
     Split,
 )
 from freehold.stages.curate.decontaminate import Questions, plain
-from freehold.stages.curate.dedup import ExactDuplicates, jaccard, near_duplicates
+from freehold.stages.curate.dedup import exact_duplicates, exact_key, jaccard, near_duplicates, sketches
 from freehold.stages.curate.filters import (
     check_code,
     check_language,
@@ -28,7 +28,16 @@ from freehold.stages.curate.filters import (
 )
 from freehold.stages.curate.privacy import check_density, luhn, redact
 from freehold.stages.curate.split import is_validation, place, validation_documents
-from freehold.stages.curate.words import WordHashes, ngrams, read_words, shingles
+from freehold.stages.curate.words import (
+    STOP_WORDS,
+    WORD,
+    ngrams,
+    read_batch,
+    read_words,
+    shingles,
+    word_hashes,
+    word_spans,
+)
 
 PROSE = (
     "It was the best of times, it was the worst of times, and the people in the town had everything before them. "
@@ -90,7 +99,7 @@ def test_language() -> None:
 
 
 def prose(text: str, **limits: object) -> str | None:
-    why = check_prose(text, read_words(text, WordHashes()), ProseRules.model_validate(limits))
+    why = check_prose(text, read_words(text), ProseRules.model_validate(limits))
     return why[0] if why else None
 
 
@@ -226,14 +235,45 @@ def test_luhn() -> None:
 
 
 def test_ngrams_keep_order_and_shingles_are_sets() -> None:
-    words = read_words("One two three four five one two three four five", WordHashes())
+    words = read_words("One two three four five one two three four five")
     runs = ngrams(words.hashes, 5)
     assert len(runs) == 6
     assert runs[0] == runs[5]
     assert len(shingles(words, 5)) == 5
-    backwards = read_words("five four three two one", WordHashes())
+    backwards = read_words("five four three two one")
     assert runs[0] != ngrams(backwards.hashes, 5)[0]
     assert len(ngrams(words.hashes, 11)) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PROSE + VERSE,
+        "snake_case CamelCase x1 1e5 don't re-read",
+        "Ünïcödé naïve‘quotes’—dashes… 日本語のテキスト ١٢٣ ﬁne \u0301combining İstanbul ẞ",
+        "a" * 7 + " " + "b" * 8 + " " + "c" * 9 + " " + "d" * 16 + " " + "e" * 63 + " " + "f" * 64 + " " + "g" * 200,
+        "",
+        " \n\t ",
+        "\x00nul\x7f",
+    ],
+)
+def test_words_are_the_runs_of_word_characters(text: str) -> None:
+    """The hashing that looks at bytes finds what the regular expression finds, alone and in a batch."""
+    expected = WORD.findall(text.lower())
+    for read in (read_words(text), read_batch([PROSE, text, "", VERSE])[1]):
+        assert len(read.hashes) == len(expected)
+        assert read.chars == sum(map(len, expected))
+        stop = sum(word in STOP_WORDS for word in expected)
+        assert read.stop_fraction == pytest.approx(stop / len(expected) if expected else 0.0)
+        known: dict[str, int] = {}
+        for word, key in zip(expected, read.hashes.tolist(), strict=True):
+            assert known.setdefault(word, key) == key
+        assert len(set(known.values())) == len(known)
+    spans = [match.span() for match in WORD.finditer(text)]
+    assert list(zip(*(ends.tolist() for ends in word_spans(text)), strict=True)) == spans
+    short = [word for word in dict.fromkeys(expected) if len(word.encode()) <= 64]
+    if short:
+        assert set(word_hashes(short).tolist()) <= set(read_words(text).hashes.tolist())
 
 
 def test_jaccard() -> None:
@@ -250,22 +290,24 @@ def test_near_duplicates_are_verified_and_the_first_stays() -> None:
     words = [f"word{i}" for i in range(400)]
     copy = [*words[:200], "changed", *words[201:]]
     half = [*words[:200], *(f"other{i}" for i in range(200))]
-    texts = {"a": words, "b": copy, "c": half, "d": copy}
-    read = [read_words(" ".join(text), WordHashes()) for text in texts.values()]
-    drops = near_duplicates(list(texts), read, NearDuplicates())
+    read = [read_words(" ".join(text)) for text in (words, copy, half, copy)]
+
+    def alike(order: list[int], **settings: float) -> dict[int, tuple[int, float]]:
+        config = NearDuplicates.model_validate(settings)
+        return near_duplicates(np.array(order), [sketches(read, config)], lambda i: read[i].hashes, config)
+
     # Five of 396 shingles differ: 391 / 401.
-    assert drops == {"b": ("near_duplicate", "0.975 like a"), "d": ("near_duplicate", "0.975 like a")}
-    assert near_duplicates(list(texts), read, NearDuplicates(threshold=0.98)) == {
-        "d": ("near_duplicate", "1.000 like b")
-    }
-    assert near_duplicates(["a"], read[:1], NearDuplicates()) == {}
+    assert alike([0, 1, 2, 3]) == {1: (0, 391 / 401), 3: (0, 391 / 401)}
+    assert alike([3, 2, 1, 0]) == {1: (3, 1.0), 0: (3, 391 / 401)}
+    assert alike([0, 1, 2, 3], threshold=0.98) == {3: (1, 1.0)}
+    assert alike([0, 2]) == {}
 
 
 def test_exact_duplicates_ignore_white_space() -> None:
-    exact = ExactDuplicates()
-    assert exact("a", "one  two\n") is None
-    assert exact("b", " one\ntwo") == ("exact_duplicate", "of a")
-    assert exact("c", "onetwo") is None
+    keys = np.array([exact_key(t) for t in ("one  two\n", " one\ntwo", "onetwo", "one two")], np.uint64)
+    assert exact_duplicates(np.arange(4), keys) == {1: 0, 3: 0}
+    assert exact_duplicates(np.array([3, 2, 1, 0]), keys) == {1: 3, 0: 3}
+    assert exact_duplicates(np.array([2]), keys) == {}
 
 
 def test_plain_keeps_operators() -> None:
@@ -287,12 +329,13 @@ def test_plain_keeps_operators() -> None:
 def test_questions_in_documents(text: str, held: bool) -> None:
     asked = [("legs-1", "How many legs are there in 2 cats and 3 dogs?"), ("sum-1", "Is it 3 + 4?")]
     questions = Questions(asked, Decontamination())
-    why = questions.in_document(text, read_words(text, WordHashes()).hashes)
-    assert why == (("decontamination", "holds the question of legs-1") if held else None)
+    assert questions.in_documents([text], [read_words(text)])[0] == (
+        ("decontamination", "holds the question of legs-1") if held else None
+    )
     long = Questions([("long", PROSE)], Decontamination())
     inside = VERSE + PROSE + VERSE
-    assert long.in_document(inside, read_words(inside, WordHashes()).hashes) is not None
-    assert long.in_document(VERSE, read_words(VERSE, WordHashes()).hashes) is None
+    found = long.in_documents([VERSE, inside, VERSE], read_batch([VERSE, inside, VERSE]))
+    assert [why is not None for why in found] == [False, True, False]
 
 
 def test_split_is_stable_and_bounded() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from freehold.core.config import Config
+
+Act = Literal["off", "measure", "drop"]
+"""Whether a step is left out, only counts what it would drop, or drops it."""
 
 
 class ProseRules(Config):
@@ -91,7 +95,12 @@ class KindRules(Config):
     )
     prose: ProseRules | None = Field(default=ProseRules(), description="limits on running text")
     code: CodeRules | None = Field(default=None, description="limits on source code")
-    near_duplicates: bool = Field(default=True, description="whether near duplicates of this kind are looked for")
+    near_duplicates: bool = Field(
+        default=True, description="whether near and contained duplicates of this kind are looked for"
+    )
+    cut: bool = Field(
+        default=True, description="whether repeated lines and passages may be cut out of documents of this kind"
+    )
 
 
 class ReferenceKind(KindRules):
@@ -107,6 +116,7 @@ class DocstringKind(KindRules):
     min_chars: int = Field(default=80, ge=0, description="shortest document, characters")
     languages: tuple[str, ...] | None = Field(default=None, description="languages let through, null = any")
     prose: DocstringRules | None = Field(default=DocstringRules(), description="limits on running text")
+    cut: bool = Field(default=False, description="as above: what is left of a cut signature is no documentation")
 
 
 class CodeKind(KindRules):
@@ -117,6 +127,7 @@ class CodeKind(KindRules):
     languages: tuple[str, ...] | None = Field(default=None, description="languages let through, null = any")
     prose: ProseRules | None = Field(default=None, description="limits on running text")
     code: CodeRules | None = Field(default=CodeRules(), description="limits on source code")
+    cut: bool = Field(default=False, description="as above: what is left of a cut module does not run")
 
 
 class GeneratedKind(KindRules):
@@ -125,7 +136,10 @@ class GeneratedKind(KindRules):
     min_chars: int = Field(default=1, ge=0, description="shortest document, characters")
     languages: tuple[str, ...] | None = Field(default=None, description="languages let through, null = any")
     prose: ProseRules | None = Field(default=None, description="limits on running text")
-    near_duplicates: bool = Field(default=False, description="whether near duplicates of this kind are looked for")
+    near_duplicates: bool = Field(
+        default=False, description="whether near and contained duplicates of this kind are looked for"
+    )
+    cut: bool = Field(default=False, description="as above: exercises repeat their wording on purpose")
 
 
 class Kinds(Config):
@@ -151,6 +165,86 @@ class NearDuplicates(Config):
         default=0.80, gt=0.0, le=1.0, description="least Jaccard similarity of shingles to be a duplicate"
     )
     min_words: int = Field(default=20, ge=1, description="shorter documents are compared exactly only")
+
+
+class Overlap(Config):
+    """Text that stands in another document too: found by winnowed runs of words, then compared word by word.
+
+    Runs of `ngram_words` words are hashed and thinned out so that each run of `match_words` words keeps at least one
+    (Schleimer, Wilkerson & Aiken 2003, "Winnowing").
+    """
+
+    contained: Act = Field(
+        default="drop", description="documents most of which stands in others that stay (Broder 1997, containment)"
+    )
+    contained_share: float = Field(
+        default=0.80, gt=0.0, le=1.0, description="least share of a document's runs of ngram_words words in others"
+    )
+    passages: Act = Field(
+        default="measure", description="word-for-word passages of others: cut out of what stays (after Lee et al. 2022)"
+    )
+    ngram_words: int = Field(default=13, ge=4, description="words in a run that is hashed")
+    match_words: int = Field(default=50, ge=8, description="words of the shortest passage that is surely found")
+
+    @model_validator(mode="after")
+    def _one_run_fits(self) -> Overlap:
+        if self.match_words < self.ngram_words:
+            raise ValueError("`match_words` must be at least `ngram_words`")
+        return self
+
+
+class RepeatedLines(Config):
+    """Lines that stand in many documents: headers, footers, menus (C4 and CCNet cut such lines and paragraphs)."""
+
+    act: Act = Field(default="measure", description="cut them out of every document but the first")
+    min_chars: int = Field(default=30, ge=1, description="shorter lines are part of the language")
+    min_documents: int = Field(default=20, ge=2, description="fewest documents a line must stand in")
+
+
+class Classifier(Config):
+    """Logistic regression on hashed words and pairs of words, trained on sources that the recipe calls good and bad."""
+
+    act: Act = Field(default="off", description="drop documents that look more like the bad sources")
+    good: tuple[str, ...] = Field(default=(), description="sources whose documents are examples of quality")
+    bad: tuple[str, ...] = Field(default=(), description="sources whose documents are examples of what is not wanted")
+    kinds: tuple[str, ...] = Field(default=("prose", "reference", "docstring"), description="kinds that are judged")
+    threshold: float = Field(default=0.5, ge=0.0, le=1.0, description="least probability of being good to stay")
+    buckets_log2: int = Field(default=18, ge=8, le=24, description="log2 of the number of weights")
+    snippet_words: int = Field(default=200, ge=10, description="words of a training example: documents are cut up")
+    max_snippets: int = Field(default=4_000, ge=2, description="most training examples of each side")
+    steps: int = Field(default=100, ge=1, description="steps of full-batch Adam")
+    learning_rate: float = Field(default=0.3, gt=0.0, description="of those steps")
+    decay: float = Field(default=1e-4, ge=0.0, description="weight of the squared weights in the loss")
+
+    @model_validator(mode="after")
+    def _has_examples(self) -> Classifier:
+        if self.act != "off" and not (self.good and self.bad):
+            raise ValueError("a classifier needs sources under `good` and under `bad`")
+        if set(self.good) & set(self.bad):
+            raise ValueError(f"both good and bad: {', '.join(sorted(set(self.good) & set(self.bad)))}")
+        return self
+
+
+class Toxicity(Config):
+    """The linear model of alt-profanity-check (extra `toxicity`), asked passage by passage."""
+
+    act: Act = Field(default="off", description="drop documents with too many toxic passages")
+    kinds: tuple[str, ...] = Field(default=("prose", "reference", "docstring"), description="kinds that are judged")
+    passage_words: int = Field(default=50, ge=5, description="words of a passage; the model was made for comments")
+    threshold: float = Field(default=0.95, ge=0.0, le=1.0, description="probability from which a passage is toxic")
+    max_share: float = Field(default=0.20, ge=0.0, le=1.0, description="most toxic passages, as a share")
+
+
+class Bias(Config):
+    """How often words for groups of people stand near words for what is said of them, before and after curation."""
+
+    act: Act = Field(default="measure", description="drop documents that push an association over max_log_odds")
+    window_words: int = Field(default=10, ge=1, description="words to each side that count as near")
+    max_log_odds: float = Field(
+        default=1.5, gt=0.0, description="largest |log odds ratio| between two groups of one axis that is let be"
+    )
+    min_pairs: int = Field(default=50, ge=1, description="associations seen less often are not acted on")
+    max_dropped: float = Field(default=0.02, ge=0.0, le=1.0, description="most documents dropped, as a share")
 
 
 class Privacy(Config):
@@ -182,11 +276,16 @@ class Split(Config):
 
 
 class Decontamination(Config):
-    """Training text that holds a held-out question word for word is dropped."""
+    """Training text that holds a held-out question, or a run of words that only it has, is dropped."""
 
     enabled: bool = Field(default=True, description="compare with the questions of the gathered tasks")
     ngram_words: int = Field(
-        default=13, ge=2, description="words of the first lookup; then the whole question must be there"
+        default=13, ge=2, description="words in a run; one run of a question in a text is enough, as for GPT-3"
+    )
+    max_shared: int = Field(
+        default=2,
+        ge=1,
+        description="runs that stand in more questions than this are their common wording: they prove nothing",
     )
     min_question_words: int = Field(
         default=6, ge=1, description="shorter questions are looked for in conversations only"
@@ -213,6 +312,11 @@ class StageConfig(Config):
 
     kinds: Kinds = Field(default=Kinds(), description="rules by kind of document")
     near_duplicates: NearDuplicates = Field(default=NearDuplicates(), description="near duplicates")
+    overlap: Overlap = Field(default=Overlap(), description="contained documents and repeated passages")
+    lines: RepeatedLines = Field(default=RepeatedLines(), description="lines that many documents have")
+    classifier: Classifier = Field(default=Classifier(), description="trained judgement of quality")
+    toxicity: Toxicity = Field(default=Toxicity(), description="toxic text")
+    bias: Bias = Field(default=Bias(), description="groups of people and what is said near them")
     privacy: Privacy = Field(default=Privacy(), description="personal data")
     decontamination: Decontamination = Field(
         default=Decontamination(), description="held-out questions in training text"
@@ -223,6 +327,18 @@ class StageConfig(Config):
     )
     priority: tuple[str, ...] = Field(
         default=(), description="sources whose copy of a duplicate is kept first; the others follow by name"
+    )
+    engine: Literal["local", "ray"] = Field(
+        default="local", description="where shards are worked on: here, or on a Ray cluster that shares this disk"
+    )
+    workers: int = Field(default=1, ge=1, description="processes of the local engine")
+    shard_bytes: int = Field(
+        default=16_000_000, gt=0, description="text worked on at once and finished for good: a killed run goes on there"
+    )
+    memory_bytes: int | None = Field(
+        default=None,
+        ge=1_000_000,
+        description="memory for sorting hashes of the whole corpus; null takes what it needs",
     )
 
 
@@ -237,8 +353,17 @@ def plan(config: StageConfig) -> list[str]:
         if near.enabled
         else "exact only"
     )
+    acts = {
+        "contained documents": config.overlap.contained,
+        "repeated passages": config.overlap.passages,
+        "repeated lines": config.lines.act,
+        "classifier": config.classifier.act,
+        "toxicity": config.toxicity.act,
+        "bias": config.bias.act,
+    }
     return [
         f"duplicates: {dedup}",
+        ", ".join(f"{name}: {act}" for name, act in acts.items()),
         f"personal data: {', '.join(config.privacy.find) or 'not looked for'}",
         f"validation: {split.validation_fraction:.0%} of each source by document, at most {split.max_bytes:,} bytes",
     ]

@@ -1,160 +1,253 @@
-"""Run curation: read what gather wrote, filter step by step, write what is left, every drop, and a report."""
+"""Run curation: clean shard by shard, compare the documents with each other, write what is left, and a report."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from freehold.core.artifact import Workspace, sha256_file, write_json
+from freehold.core.artifact import Workspace, read_json, sha256_file, write_json
 from freehold.core.document import Conversation, Document, read_rows, replace, write_rows
 from freehold.core.errors import DataError
-from freehold.stages.curate.config import Exclusion, KindRules, StageConfig
+from freehold.core.machine import machine_limits
+from freehold.stages.curate import bias, classifier
+from freehold.stages.curate.config import Exclusion, StageConfig
 from freehold.stages.curate.decontaminate import Questions, read_questions
-from freehold.stages.curate.dedup import ExactDuplicates, near_duplicates
-from freehold.stages.curate.filters import (
-    Why,
-    check_code,
-    check_language,
-    check_length,
-    check_prose,
-    clean_unicode,
+from freehold.stages.curate.dedup import (
+    Span,
+    cut_lines,
+    cut_words,
+    exact_duplicates,
+    find_overlaps,
+    near_duplicates,
+    repeated_lines,
 )
+from freehold.stages.curate.engine import make_all
+from freehold.stages.curate.filters import Why, clean_unicode
 from freehold.stages.curate.privacy import check_density, redact
-from freehold.stages.curate.report import Report
+from freehold.stages.curate.report import ALL, Report
+from freehold.stages.curate.shards import Corpus, Job, Shard, read_plan
 from freehold.stages.curate.split import is_validation, validation_documents
-from freehold.stages.curate.words import WordHashes, Words, read_words, text_hash
-
-
-@dataclass
-class Draft:
-    """A document on its way through the steps."""
-
-    row: Document
-    rank: int
-    """Place of its source: of equal documents that of the lowest rank stays."""
-    rules: KindRules
-    text: str
-    words: Words | None = None
+from freehold.stages.curate.words import text_hash
 
 
 def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     """Curate `gather/` into `work.folder`; returns the counts of the report's totals."""
     gathered = work.input("gather")
+    job = Job.of(gathered, work.folder, config)
+    shards = read_plan(job)
     report = Report()
-    tasks = sorted((gathered / "tasks").glob("*.jsonl"))
-    questions = Questions(
-        read_questions(gathered / "tasks") if config.decontamination.enabled else [], config.decontamination
-    )
-    drafts = read_drafts(gathered / "documents", config)
-    report.arrive((d.row.source, d.text) for d in drafts)
-    work.log.say(f"curate: {len(drafts):,} documents, {report.bytes_in:,} bytes")
-    kept = filter_documents(drafts, config, questions, report, work)
-    if not kept:
+    if config.classifier.act != "off":
+        report.more["classifier"] = train_classifier(job, shards, work)
+    for _ in work.log.track(make_all(job, shards), "curate", len(shards), unit="shards"):
+        pass
+    corpus = Corpus(job, shards)
+    for source, came, tally in corpus.tallies():
+        report.arrive(source, came, tally)
+    work.log.say(f"curate: {sum(came[0] for came in report.came.values()):,} documents in {len(shards):,} shards")
+    kept = compare(corpus, report)
+    if not kept.alive.any():
         raise DataError(
             "curation left no document",
             where=gathered / "documents",
-            found=dict(sorted(Counter(drop["reason"] for drop in report.drops).items())),
+            found=dict(sorted(Counter(drop["reason"] for drop in report.drops()).items())),
             expected="at least one document",
             todo="loosen the limits under `curate.kinds`, or gather other sources",
         )
     excluded = read_exclusion(config.exclude, gathered)
-    write_documents(kept, config, excluded, report, work.folder)
+    write_documents(kept, excluded, report, work.folder)
+    questions = Questions(
+        read_questions(gathered / "tasks") if config.decontamination.enabled else [], config.decontamination
+    )
     curate_conversations(gathered / "conversations", config, questions, excluded, report, work.folder)
-    for path in tasks:
+    for path in sorted((gathered / "tasks").glob("*.jsonl")):
         (work.folder / "tasks").mkdir(exist_ok=True)
         shutil.copyfile(path, work.folder / "tasks" / path.name)
     report.write_drops(work.folder / "drops.parquet")
     write_json(work.folder / "report.json", report.as_dict())
+    shutil.rmtree(job.shards)
     return report.totals()
 
 
-def read_drafts(folder: Path, config: StageConfig) -> list[Draft]:
-    """Read every document; order: the sources' priority, then their names, then as gathered."""
-    paths = sorted(folder.glob("*.parquet"))
-    if not paths:
-        raise DataError("no documents to curate", where=folder, expected="*.parquet", todo="run the gather stage")
-    names = [path.stem for path in paths]
-    for name in config.priority:
-        if name not in names:
-            raise DataError("no such source", where="curate.priority", found=name, expected=", ".join(names))
-    order = [*config.priority, *(name for name in names if name not in config.priority)]
-    drafts = []
-    for rank, name in enumerate(order):
-        path = folder / f"{name}.parquet"
-        for row in read_rows(path, Document):
-            if row.kind not in type(config.kinds).model_fields:
+def train_classifier(job: Job, shards: list[Shard], work: Workspace) -> dict[str, Any]:
+    """Train on the sources that the recipe names, unless a killed run did; returns how well it tells them apart."""
+    config = job.config.classifier
+    facts = job.shards / "classifier.json"
+    if not facts.exists():
+        known = {shard.source: Path(shard.path) for shard in shards}
+        for name in (*config.good, *config.bad):
+            if name not in known:
                 raise DataError(
-                    "a document of a kind curation has no rules for",
-                    where=f"{path} ({row.id})",
-                    found=row.kind,
-                    expected=", ".join(type(config.kinds).model_fields),
+                    "no such source", where="curate.classifier", found=name, expected=", ".join(sorted(known))
                 )
-            drafts.append(Draft(row, rank, getattr(config.kinds, row.kind), row.text))
-    return drafts
+
+        def texts(names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+            return ((row.id, row.text) for name in names for row in read_rows(known[name], Document))
+
+        model, told = classifier.train(texts(config.good), texts(config.bad), config)
+        with machine_limits(job.shards):
+            np.save(job.shards / "classifier.npy", model.weights)
+        write_json(facts, told)
+        work.log.say(f"curate: classifier trained, {told}")
+    return read_json(facts)
 
 
-def filter_documents(
-    drafts: list[Draft], config: StageConfig, questions: Questions, report: Report, work: Workspace
-) -> list[Draft]:
-    """Take the documents through every step; returns those that are left, in the order they came."""
+@dataclass
+class Kept:
+    """What comparing leaves: which documents, and what is cut out of them."""
 
-    def step(name: str, judge: Callable[[Draft], Why | None], drafts: list[Draft]) -> list[Draft]:
-        left = []
-        for draft in work.log.track(drafts, f"curate {name}", unit="documents"):
-            why = judge(draft)
-            if why is None:
-                left.append(draft)
+    corpus: Corpus
+    alive: np.ndarray
+    """bool [documents]"""
+    sizes: np.ndarray
+    """int64 [documents], bytes of the text after the cuts"""
+    passages: dict[int, list[Span]] = field(default_factory=dict)
+    lines: dict[int, set[int]] = field(default_factory=dict)
+
+    def edited(self, document: int, text: str) -> str:
+        """Return the text of a document with its cuts made."""
+        if document in self.passages:
+            text = cut_words(text, self.passages[document])
+        if document in self.lines:
+            text = cut_lines(text, self.lines[document], self.corpus.job.config.lines)
+        return text
+
+
+def compare(corpus: Corpus, report: Report) -> Kept:
+    """Compare the documents with each other: duplicates, bias, containment, repeated lines and passages.
+
+    Of two documents the one of the earlier source stays; within a source the longer one, then that of the lower id.
+    """
+    config, table = corpus.job.config, corpus.table
+    kept = Kept(corpus, np.ones(len(corpus), bool), table["sizes"].copy())
+    ids = np.array([identity.encode() for identity in corpus.ids] or [b""])[: len(corpus)]
+    _, first = np.unique(corpus.source, return_index=True)
+    rank = np.searchsorted(np.sort(first), np.arange(len(corpus)), "right")
+    order = np.lexsort((ids, -table["words"], rank))
+
+    def standing(mask: np.ndarray | None = None) -> np.ndarray:
+        chosen = kept.alive if mask is None else kept.alive & mask
+        return order[chosen[order]]
+
+    def step(name: str, drops: dict[int, Why], *, measure: bool = False) -> None:
+        for document, why in sorted(drops.items()):
+            row, text = _row(corpus, document)
+            tally = report.tallies[row.source]
+            if measure:
+                tally.measure(name, row, text, why, len(text))
             else:
-                report.drop(name, draft.row, len(draft.text), why)
-        report.close(name, ((d.row.source, d.text) for d in left))
-        return left
+                tally.drop(name, row, text, why)
+                kept.alive[document] = False
+        close(name)
 
-    def unicode(draft: Draft) -> Why | None:
-        draft.text, repairs = clean_unicode(draft.text)
-        report.repaired[draft.row.source].update(repairs.split())
-        return check_length(draft.text, draft.rules)
+    def close(name: str) -> None:
+        for source, tally in report.tallies.items():
+            mine = kept.alive & (corpus.source == source)
+            tally.close(name, [(int(mine.sum()), int(kept.sizes[mine].sum()))])
 
-    def quality(draft: Draft) -> Why | None:
-        draft.words = read_words(draft.text, table)
-        rules = draft.rules
-        why = check_prose(draft.text, draft.words, rules.prose) if rules.prose else None
-        return why or (check_code(draft.text, draft.row.path, rules.code) if rules.code else None)
-
-    def private(draft: Draft) -> Why | None:
-        draft.text, found = redact(draft.text, config.privacy)
-        report.redacted[draft.row.source].update(found)
-        return check_density(len(draft.text), found, config.privacy)
-
-    table = WordHashes()
-    left = step("length", lambda draft: check_length(draft.text, draft.rules), drafts)
-    left = step("unicode", unicode, left)
-    # Of equal documents the one that stays does not hang on the order of rows in a file.
-    ranked = sorted(left, key=lambda draft: (draft.rank, draft.row.id))
-    exact = ExactDuplicates()
-    twice = {draft.row.id: exact(draft.row.id, draft.text) for draft in ranked}
-    left = step("exact_duplicates", lambda draft: twice[draft.row.id], left)
-    left = step("language", lambda draft: check_language(draft.text, draft.rules), left)
-    left = step("quality", quality, left)
-    left = step("decontamination", lambda draft: questions.in_document(draft.text, words_of(draft).hashes), left)
+    twins = exact_duplicates(standing(), table["exact"])
+    step("exact_duplicates", {i: ("exact_duplicate", f"of {corpus.ids[j]}") for i, j in twins.items()})
     if config.near_duplicates.enabled:
-        here = {draft.row.id for draft in left if draft.rules.near_duplicates}
-        ranked = [draft for draft in ranked if draft.row.id in here]
-        alike = near_duplicates([d.row.id for d in ranked], [words_of(d) for d in ranked], config.near_duplicates)
-        left = step("near_duplicates", lambda draft: alike.get(draft.row.id), left)
-    return step("privacy", private, left)
+        near = config.near_duplicates
+        enough = table["words"] >= max(near.min_words, near.shingle_words)
+        sketch = [corpus.array(n, "sketch") for n in range(len(corpus.shards))]
+        alike = near_duplicates(standing(table["alike"] & enough), sketch, corpus.words, near)
+        step(
+            "near_duplicates",
+            {i: ("near_duplicate", f"{share:.3f} like {corpus.ids[j]}") for i, (j, share) in alike.items()},
+        )
+    if config.bias.act != "off":
+        counts = [corpus.array(n, "bias") for n in range(len(corpus.shards))]
+        if config.bias.act == "drop":
+            here = np.flatnonzero(kept.alive)
+            pushed, told = bias.choose(np.concatenate(counts)[here], [corpus.ids[i] for i in here], config.bias)
+            report.more["bias_filter"] = told
+            step("bias", {int(here[i]): ("bias", what) for i, what in pushed.items()})
+    overlap = config.overlap
+    spans: dict[int, list[Span]] = {}
+    if overlap.contained != "off" or overlap.passages != "off":
+
+        def runs() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+            for shard, (hashes, documents) in enumerate(corpus.flat("run_hashes", "runs")):
+                yield hashes, documents, corpus.array(shard, "run_places")
+
+        found = find_overlaps(standing(table["alike"]), table["runs"], runs, corpus.words, overlap, config.memory_bytes)
+        if overlap.contained != "off":
+            held: dict[int, Why] = {
+                i: ("contained_duplicate", f"{share:.3f} of it in others, most in {corpus.ids[j]}")
+                for i, (j, share) in found.contained.items()
+            }
+            step("contained_duplicates", held, measure=overlap.contained == "measure")
+        spans = {i: one for i, one in found.passages.items() if table["cut"][i] and kept.alive[i]}
+    lines: dict[int, set[int]] = {}
+    if config.lines.act != "off":
+        places = np.full(len(corpus), -1, np.int64)
+        left = standing(table["cut"])
+        places[left] = np.arange(len(left))
+        lines = repeated_lines(places, lambda: corpus.flat("lines", "lines"), config.lines, config.memory_bytes)
+    for name, cuts, act in (("passages", spans, overlap.passages), ("lines", lines, config.lines.act)):
+        if act == "off":
+            continue
+        for document in sorted(cuts):
+            if kept.alive[document]:
+                _cut(name, document, cuts, act, kept, report)
+        if act == "drop":
+            setattr(kept, name, cuts)
+        close(name)
+    if config.bias.act != "off":
+        report.more["bias"] = _bias(corpus, kept, counts)
+    return kept
 
 
-def words_of(draft: Draft) -> Words:
-    """Return the words that the quality step left."""
-    assert draft.words is not None
-    return draft.words
+def _cut(name: str, document: int, cuts: Any, act: str, kept: Kept, report: Report) -> None:
+    """Note what is cut out of a document, and drop it when too little is left."""
+    corpus = kept.corpus
+    row, text = _row(corpus, document)
+    config = corpus.job.config
+    before = kept.edited(document, text)
+    after = Kept(corpus, kept.alive, kept.sizes, **{name: cuts}).edited(document, before)
+    tally = report.tallies[row.source]
+    detail = f"{len(cuts[document])} {name}, {len(before) - len(after)} of {len(before)} characters"
+    if act == "measure":
+        tally.measure(name, row, before, (f"repeated_{name}", detail), len(before) - len(after))
+        return
+    least = getattr(config.kinds, row.kind).min_chars
+    if len(after) < least:
+        tally.drop(name, row, before, (f"repeated_{name}", f"{detail}; {len(after)} left, at least {least}"))
+        kept.alive[document] = False
+    else:
+        tally.sample(name, row, (f"repeated_{name}", detail), before, after)
+        kept.sizes[document] = len(after.encode())
+
+
+def _row(corpus: Corpus, document: int) -> tuple[Document, str]:
+    shard = int(np.searchsorted(corpus.first, document, "right")) - 1
+    values = corpus.rows(shard).slice(document - int(corpus.first[shard]), 1).to_pylist()[0]
+    return Document(**values), str(values["text"])
+
+
+def _bias(corpus: Corpus, kept: Kept, counts: list[np.ndarray]) -> dict[str, Any]:
+    """Return the associations before and after, of everything and of each source."""
+    least = corpus.job.config.bias.min_pairs
+    sums: dict[str, dict[str, np.ndarray]] = {"before": {}, "after": {}}
+    for number, shard in enumerate(corpus.shards):
+        mine = kept.alive[corpus.first[number] : corpus.first[number + 1]]
+        for when, part in (("before", corpus.bias_before[number]), ("after", counts[number][mine].sum(axis=0))):
+            for name in (ALL, shard.source):
+                sums[when][name] = sums[when].get(name, 0) + part.astype(np.int64)
+    # Of a slice, those that stand out most; of the whole, all.
+    return {
+        when: {name: bias.associations(one, least)[: None if name == ALL else 10] for name, one in slices.items()}
+        for when, slices in sums.items()
+    }
 
 
 def read_exclusion(exclude: Exclusion, gathered: Path) -> dict[str, Why]:
@@ -199,33 +292,51 @@ def read_exclusion(exclude: Exclusion, gathered: Path) -> dict[str, Why]:
     return found
 
 
-def write_documents(
-    kept: list[Draft], config: StageConfig, excluded: dict[str, Why], report: Report, folder: Path
-) -> None:
+def write_documents(kept: Kept, excluded: dict[str, Why], report: Report, folder: Path) -> None:
     """Decide the split source by source, take out what is excluded, and write one parquet file each.
 
     The split is decided first, so that no document changes sides because another one went.
     """
-    by_source: dict[str, list[Draft]] = {}
-    for draft in kept:
-        by_source.setdefault(draft.row.source, []).append(draft)
-    for source, drafts in sorted(by_source.items()):
-        sizes = [(draft.row.id, len(draft.text.encode())) for draft in drafts]
-        back = validation_documents(sizes, config.split)
-        rows = [
-            replace(draft.row, text=draft.text, split="validation" if draft.row.id in back else "train")
-            for draft in drafts
-            if draft.row.id not in excluded
-        ]
-        for draft in drafts:
-            if draft.row.id in excluded:
-                report.drop("exclude", draft.row, len(draft.text), excluded[draft.row.id])
-        if rows:
-            write_rows(folder / "documents" / f"{source}.parquet", rows, Document)
-        left = {row.id: row.split for row in rows}
-        report.leave(source, [(left[identity], size) for identity, size in sizes if identity in left])
-    if excluded:
-        report.close("exclude", ((d.row.source, d.text) for d in kept if d.row.id not in excluded))
+    corpus = kept.corpus
+    for source, tally in report.tallies.items():
+        shards = [n for n, shard in enumerate(corpus.shards) if shard.source == source]
+        numbers = np.concatenate([np.arange(corpus.first[n], corpus.first[n + 1]) for n in shards])
+        numbers = numbers[kept.alive[numbers]]
+        sizes = [(corpus.ids[i], int(kept.sizes[i])) for i in numbers]
+        back = validation_documents(sizes, corpus.job.config.split)
+        for i, (identity, _) in zip(numbers.tolist(), sizes, strict=True):
+            if identity in excluded:
+                row, text = _row(corpus, i)
+                tally.drop("exclude", row, text, excluded[identity])
+                kept.alive[i] = False
+        left = [(identity, size) for identity, size in sizes if identity not in excluded]
+        if left:
+            _write_source(folder / "documents" / f"{source}.parquet", shards, kept, back)
+        if excluded:
+            tally.close("exclude", [(len(left), sum(size for _, size in left))])
+        report.leave(source, (("validation" if identity in back else "train", size) for identity, size in left))
+
+
+def _write_source(path: Path, shards: list[int], kept: Kept, back: set[str]) -> None:
+    """Write the rows of one source that are left, a row group for each shard."""
+    corpus = kept.corpus
+    with machine_limits(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(path, Document.SCHEMA, compression="zstd") as writer:
+            for shard in shards:
+                first = int(corpus.first[shard])
+                chosen = np.flatnonzero(kept.alive[first : int(corpus.first[shard + 1])])
+                if not len(chosen):
+                    continue
+                rows = corpus.rows(shard).take(pa.array(chosen))
+                ids = rows["id"].to_pylist()
+                splits = pa.array(["validation" if identity in back else "train" for identity in ids], pa.string())
+                rows = rows.set_column(rows.schema.get_field_index("split"), "split", splits)
+                if any(first + i in kept.passages or first + i in kept.lines for i in chosen.tolist()):
+                    texts = zip(chosen.tolist(), rows["text"].to_pylist(), strict=True)
+                    edited = pa.array([kept.edited(first + i, text) for i, text in texts], pa.string())
+                    rows = rows.set_column(rows.schema.get_field_index("text"), "text", edited)
+                writer.write_table(rows, row_group_size=4096)
 
 
 def curate_conversations(
@@ -239,30 +350,44 @@ def curate_conversations(
     """Take the conversations through unicode, exact duplicates, decontamination, privacy and exclusion; split them."""
     seen: dict[int, str] = {}
     for path in sorted(gathered.glob("*.parquet")):
-        rows = []
+        kept: list[Conversation] = []
         total = 0
-        for row in read_rows(path, Conversation):
-            total += 1
-            messages, found = [], Counter[str]()
-            for message in row.messages:
-                content = message.get("content")
-                if isinstance(content, str):
-                    content, one = redact(clean_unicode(content)[0], config.privacy)
-                    found.update(one)
-                    message = {**message, "content": content}
-                messages.append(message)
-            key = text_hash(json.dumps(messages, sort_keys=True))
-            first = seen.setdefault(key, row.id)
-            chars = sum(len(str(message.get("content") or "")) for message in messages)
-            why: Why | None = ("exact_duplicate", f"of {first}") if first != row.id else None
-            why = why or questions.in_conversation(row) or check_density(chars, found, config.privacy)
-            why = why or excluded.get(row.id)
-            if why is not None:
-                report.drop("conversations", row, chars, why)
-                continue
-            report.redacted[row.source].update(found)
-            kept_back = is_validation(row.id, config.split.conversation_fraction)
-            rows.append(replace(row, messages=messages, split="validation" if kept_back else "train"))
-        report.talk(path.stem, total, Counter(row.split for row in rows))
-        if rows:
-            write_rows(folder / "conversations" / path.name, rows, Conversation)
+        dropped: Counter[str] = Counter()
+        for batch in _batches(read_rows(path, Conversation), 1000):
+            total += len(batch)
+            asked = questions.in_conversations(batch)
+            for row, question in zip(batch, asked, strict=True):
+                messages, found = [], Counter[str]()
+                for message in row.messages:
+                    content = message.get("content")
+                    if isinstance(content, str):
+                        content, one = redact(clean_unicode(content)[0], config.privacy)
+                        found.update(one)
+                        message = {**message, "content": content}
+                    messages.append(message)
+                key = text_hash(json.dumps(messages, sort_keys=True))
+                first = seen.setdefault(key, row.id)
+                text = "\n".join(str(message.get("content") or "") for message in messages)
+                why: Why | None = ("exact_duplicate", f"of {first}") if first != row.id else None
+                why = why or question or check_density(len(text), found, config.privacy) or excluded.get(row.id)
+                if why is not None:
+                    report.talk.drop("conversations", row, text, why)
+                    dropped[why[0]] += 1
+                    continue
+                report.talk_redacted[row.source].update(found)
+                kept_back = is_validation(row.id, config.split.conversation_fraction)
+                kept.append(replace(row, messages=messages, split="validation" if kept_back else "train"))
+        report.converse(path.stem, total, Counter(row.split for row in kept), dropped)
+        if kept:
+            write_rows(folder / "conversations" / path.name, kept, Conversation)
+
+
+def _batches(rows: Iterator[Conversation], size: int) -> Iterator[list[Conversation]]:
+    batch: list[Conversation] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
