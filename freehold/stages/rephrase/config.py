@@ -86,8 +86,7 @@ class StageConfig(Config):
 
     teacher: Teacher | None = Field(None, description="who rewrites; none: the stage does nothing")
     strategies: dict[StrategyName, Strategy] = Field(
-        default_factory=lambda: {"condensed": Strategy(), "question_answer": Strategy()},
-        description="what is asked for",
+        default={"condensed": Strategy(), "question_answer": Strategy()}, description="what is asked for"
     )
     passage_chars: tuple[int, int] = Field(
         (300, 1500), description="fewest and most characters of a passage; documents are cut between paragraphs"
@@ -98,7 +97,7 @@ class StageConfig(Config):
     tries: int = Field(5, ge=1, description="times a request is sent before the teacher counts as gone")
     wait_s: float = Field(1.0, ge=0, description="wait before the second try; doubled each time")
     min_accepted: float = Field(
-        0.02, ge=0, le=1, description="least share of rewrites that must pass, or it is an error"
+        0.02, ge=0, le=1, description="least share of rewrites that must pass, or it is an error; 0: any"
     )
     reuse: tuple[str, ...] = Field(
         (), description="answers.jsonl of other runs: what was asked there is not asked again"

@@ -108,7 +108,11 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
 
         def heard(request: Request, answer: Answer) -> None:
             judged[request.key] = _judged(request, answer, config, held_out)
-            if len(judged) == PROBE and not any(rewrite.why is None for rewrite in judged.values()):
+            if (
+                config.min_accepted
+                and len(judged) == PROBE
+                and not any(rewrite.why is None for rewrite in judged.values())
+            ):
                 raise _useless("the first", list(judged.values()), work)
 
         with Answers(work.folder / ANSWERS, config.reuse, {request.key for request in requests}) as answers:
@@ -384,7 +388,8 @@ def _write(
             f"  {name}: {len(documents[name]):,} of {len(rows):,} kept"
             + "".join(f", {n:,} {reason}" for reason, n in sorted(dropped.items()))
         )
-        if sum(rewrite.why is None for _, rewrite, _ in rows) < max(1, config.min_accepted * len(rows)):
+        passed = sum(rewrite.why is None for _, rewrite, _ in rows)
+        if config.min_accepted and passed < max(1, config.min_accepted * len(rows)):
             raise _useless(name, [rewrite for _, rewrite, _ in rows], work)
     for name, made in documents.items():
         if made:
