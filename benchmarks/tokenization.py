@@ -164,9 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     write(args.json, result)
     shown = result["encoding"]
-    print(
-        f"MB/s: {shown['mb_per_s']}; ratio {shown['ratio']}, of core-seconds {shown['core_s_ratio']}; ids equal over {shown['tokens']:,} tokens"
-    )
+    print(f"MB/s: {shown['mb_per_s']}; ratio {shown['ratio']}, of core-seconds {shown['core_s_ratio']}")
+    print(f"ids equal over {shown['tokens']:,} tokens")
     print(f"loader: {result['loading']}")
     return 0
 

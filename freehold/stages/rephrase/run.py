@@ -88,13 +88,14 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     seeds = sorted((work.input("curate") / "documents").glob("*.parquet"))
     _check_sources(config, [path.stem for path in seeds])
     held_out = HeldOut(work.input("curate") / "tasks")
-    passages = {name: choose(name, one, seeds, config, work.seed) for name, one in config.strategies.items()}
-    for name, chosen in passages.items():
-        if not chosen:
+    passages: dict[str, list[Passage]] = {}
+    for name, strategy in config.strategies.items():
+        passages[name] = choose(name, strategy, seeds, config, work.seed)
+        if not passages[name]:
             raise DataError(
                 "there is no passage to rewrite",
                 where=f"rephrase.strategies.{name}",
-                expected=f"training documents of {', '.join(config.strategies[name].kinds)} with paragraphs of "
+                expected=f"training documents of {', '.join(strategy.kinds)} with paragraphs of "
                 f"{config.passage_chars[0]} characters or more",
             )
     _gate(config, passages)
