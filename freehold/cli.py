@@ -16,6 +16,7 @@ from freehold.core.errors import ConfigError, FreeholdError
 STAGES = {
     "gather": "sources -> documents with licence evidence; the policy gate refuses what may not be used",
     "curate": "documents -> clean, de-duplicated documents; every drop has a reason",
+    "rephrase": "documents -> documents that a teacher model wrote again; nothing without a teacher",
     "tokenize": "documents -> tokenizer and token shards",
     "pretrain": "tokens -> TrueBase and Base",
     "align": "Base and conversations -> Preview",
@@ -34,6 +35,24 @@ EXAMPLES = """examples:
   freehold takedown sotu runs/laptop                  what learned from it, and the cheapest way back
   freehold lineage runs/laptop                        from sources to GGUF
 """
+
+TAUGHT = {
+    "rephrase": """in the recipe, a teacher and what it is asked for:
+  rephrase:
+    teacher: {kind: endpoint, url: "http://localhost:8000/v1", model: NAME,
+              licence: Apache-2.0, licence_evidence: "LICENSE of the weights"}
+    strategies: {condensed: {sources: [sotu], passages: 2_000}, question_answer: {passages: 500}}
+strategies: question_answer, pedagogical, condensed, restructured. Any OpenAI-compatible server is a teacher, or a GGUF
+file with {kind: gguf, path: FILE}.
+
+examples:
+  freehold rephrase recipes/mine.yaml --dry-run              what would be asked, of whom; asks nothing
+  freehold rephrase recipes/mine.yaml strategies.condensed.passages=50 --fork try
+afterwards look at rephrase/report.json of the run: passages and rewrites, kept and dropped, with the reason.
+A teacher that died: start it and type the same command; what it answered is not asked again.
+More: docs/stages/rephrase.md"""
+}
+"""What the help of a stage says beside its options."""
 
 # Read when a process starts (so by the stages of a walk) or loads PyTorch. Threads that wait by spinning for long make
 # a step five times slower as soon as anything else runs; fresh pages for every large tensor cost a tenth of a step.
@@ -115,7 +134,9 @@ def build_parser() -> argparse.ArgumentParser:
     walk = _verb(verbs, "run", "run a recipe's whole walk, redoing only what is missing or changed", _run)
     _recipe_arguments(walk)
     for stage, text in STAGES.items():
-        _recipe_arguments(_verb(verbs, stage, text, _stage, stage=stage))
+        made = _verb(verbs, stage, text, _stage, stage=stage)
+        _recipe_arguments(made)
+        made.epilog, made.formatter_class = TAUGHT.get(stage), argparse.RawDescriptionHelpFormatter
     serve = _verb(verbs, "serve", "serve a checkpoint, an HF folder or a GGUF over an OpenAI-compatible API", _serve)
     serve.add_argument("path", help="run folder, checkpoint, HF folder, .gguf file, or a recipe for the walk's check")
     serve.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema serve`")

@@ -15,7 +15,7 @@ from freehold.core.log import read_metrics
 from freehold.core.table import Table
 from freehold.stages.evaluate.table import tables as evaluation_tables
 
-STAGES = ("gather", "curate", "tokenize", "pretrain", "align", "evaluate", "export", "serve")
+STAGES = ("gather", "curate", "rephrase", "tokenize", "pretrain", "align", "evaluate", "export", "serve")
 # Figures of parity.json that are shown, and under which name.
 PARITY = {
     "mean_kl": "mean KL",
@@ -116,7 +116,7 @@ def training_rows(run_folder: Path) -> list[dict[str, Any]]:
 
 def tables(run_folder: Path) -> list[Table]:
     """Return every table there is something to fill with."""
-    found = [_made(run_folder), _training(run_folder)]
+    found = [_made(run_folder), _training(run_folder), _mixture(run_folder)]
     results = _read_json(run_folder / "evaluate" / "results.json")
     if results:
         found += evaluation_tables(results)
@@ -170,6 +170,19 @@ def _training(run_folder: Path) -> Table:
         )
     header = ["stage", "steps", "tokens", "first loss", "last loss", "tokens/s", "MFU", "peak memory GB"]
     return Table("Training", header, rows, "Tokens/s and MFU: median over the steps.")
+
+
+def _mixture(run_folder: Path) -> Table:
+    counts = _read_json(run_folder / "pretrain" / MANIFEST).get("counts", {})
+    shares = counts.get("mixture", [])
+    phases = list(dict.fromkeys(share["phase"] for share in shares))
+    rows = []
+    for name in dict.fromkeys(share["source"] for share in shares):
+        mine = {share["phase"]: share for share in shares if share["source"] == name}
+        cells = [f"{mine[phase]['tokens']:,} (x{mine[phase]['upsampled']:.1f})" for phase in phases]
+        rows.append([name, *cells, f"{counts['epochs'][name]:.2f}"])
+    header = ["source", *(f"tokens in {phase}" for phase in phases), "epochs"]
+    return Table("What pre-training read", header, rows, "x: share of the phase over the share of all tokens.")
 
 
 def _balance(run_folder: Path) -> Table:
@@ -239,7 +252,8 @@ def _licence_names(documents: dict[str, int]) -> str:
 
 
 def _missing(run_folder: Path) -> list[str]:
-    return [name for name in STAGES if not (run_folder / name / MANIFEST).exists()]
+    """Return the stages that have not finished; runs made before there was `rephrase` lack nothing."""
+    return [name for name in STAGES if name != "rephrase" and not (run_folder / name / MANIFEST).exists()]
 
 
 def _read_json(path: Path) -> Any:

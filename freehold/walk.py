@@ -39,7 +39,8 @@ from freehold.ledger import gate
 WALK: dict[str, tuple[str, ...]] = {
     "gather": (),
     "curate": ("gather",),
-    "tokenize": ("curate",),
+    "rephrase": ("curate",),
+    "tokenize": ("curate", "rephrase"),
     "pretrain": ("tokenize",),
     "align": ("pretrain", "tokenize", "curate"),
     "evaluate": ("pretrain", "align", "tokenize", "curate"),
@@ -195,7 +196,7 @@ def check_stage(recipe: Recipe, stage: str, options: Options) -> str:
         )
     if folder.exists():
         for path in folder.iterdir():
-            if path.name != "log":
+            if path.name not in {"log", "answers.jsonl"}:  # what a teacher answered is kept, by its request
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     return "make"
 

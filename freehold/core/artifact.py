@@ -26,7 +26,7 @@ from freehold.core.machine import machine_limits
 
 MANIFEST = "manifest.json"
 # What a stage writes for people, or about time: never part of what it made.
-NOT_CONTENT = {MANIFEST, "metrics.jsonl", "resolved.yaml", "timing.json", "key.json"}
+NOT_CONTENT = {MANIFEST, "metrics.jsonl", "resolved.yaml", "timing.json", "key.json", "answers.jsonl"}
 # The packages whose version can change bytes; those not installed are left out of the record.
 VERSIONED = [
     "torch",

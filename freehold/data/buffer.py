@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from freehold.core.errors import DataError
-from freehold.data.config import TextBatchConfig
+from freehold.data.config import EpochLimit, TextBatchConfig
 from freehold.data.loader import WHOLE, PhaseRows, Piece, Source, Span, TextOrder, generator
 from freehold.data.packing import Batch
 
@@ -142,6 +142,7 @@ class BufferOrder(TextOrder):
         separator: int,
         first_step: int = 0,
         consumed: Mapping[str, int] | None = None,
+        limit: EpochLimit | None = None,
         documents: int,
         refill: float = 2.0,
         workers: int = 1,
@@ -157,6 +158,7 @@ class BufferOrder(TextOrder):
             separator=separator,
             first_step=first_step,
             consumed=consumed,
+            limit=limit,
         )
         for name, source in self.sources.items():
             if len(source.lengths) < workers:
@@ -240,13 +242,14 @@ def text_order(
     """Return the order of pre-training that a recipe asks for."""
     shape = {"context_tokens": batch.context_tokens, "sequences": batch.sequences, "seed": seed, "separator": separator}
     if batch.order.kind == "stream":
-        return TextOrder(sources, phases, **shape, first_step=first_step, consumed=consumed)
+        return TextOrder(sources, phases, **shape, first_step=first_step, consumed=consumed, limit=batch.epochs)
     return BufferOrder(
         sources,
         phases,
         **shape,
         first_step=first_step,
         consumed=consumed,
+        limit=batch.epochs,
         documents=batch.order.documents,
         refill=batch.order.refill,
         workers=batch.order.workers,

@@ -66,12 +66,34 @@ class BufferConfig(Config):
     )
 
 
+class EpochLimit(Config):
+    """How often a source may be read, and what becomes of a mixture that asks for more."""
+
+    most: float | None = Field(
+        None,
+        gt=0,
+        description="times a source may be read, over all phases and those of the parent; none: no limit. Up to about "
+        "four cost little (Muennighoff et al. 2023, arXiv:2305.16264)",
+    )
+    sources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="the same for single sources, e.g. {generated: 2}; goes before `most`"
+    )
+    over: Literal["error", "redistribute"] = Field(
+        "error", description="what happens when a phase asks for more: an error, or the other sources give the rest"
+    )
+
+    def of(self, source: str) -> float | None:
+        """Return the limit of a source, or None."""
+        return self.sources.get(source, self.most)
+
+
 class TextBatchConfig(BatchConfig):
     """Rows of running text, and the order in which documents get into them."""
 
     order: Annotated[StreamConfig | BufferConfig, Field(discriminator="kind")] = Field(
         default_factory=StreamConfig, description="order of the text: stream or buffer"
     )
+    epochs: EpochLimit = Field(default_factory=EpochLimit, description="how often a source may be read")
 
     @model_validator(mode="after")
     def _splits(self) -> TextBatchConfig:

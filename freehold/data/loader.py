@@ -12,12 +12,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 
 from freehold.core.errors import DataError
+from freehold.data.config import EpochLimit
 from freehold.data.packing import Batch, Example, conversation_batch, pack, text_batch
 
 Span = tuple[int, int, int]
@@ -75,11 +77,28 @@ class PhaseRows:
     mixture: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one source gives to one phase: what the mixture asked for, and what it got."""
+
+    phase: str
+    source: str
+    asked_rows: int
+    rows: int
+    """Fewer than asked when its limit of epochs was reached, more when another's was."""
+    tokens: int
+    epochs: float
+    """How often the phase reads the source."""
+    upsampled: float
+    """Its share of the phase over its share of all tokens: above 1 it is read more often than the others."""
+
+
 class TextOrder:
     """The order of pre-training: phases over weighted sources.
 
     A lane is an endless stream of rows; here each source is one. `consumed` are the rows each lane had given when a
-    parent checkpoint was made; a branch goes on from there. Raises DataError for a mixture that names no known source.
+    parent checkpoint was made; a branch goes on from there. Raises DataError for a mixture that names no known source,
+    or that asks for more of one than `limit` lets it give.
     """
 
     def __init__(
@@ -93,20 +112,29 @@ class TextOrder:
         separator: int,
         first_step: int = 0,
         consumed: Mapping[str, int] | None = None,
+        limit: EpochLimit | None = None,
     ) -> None:
         self.sources = {n: s for n, s in sources.items() if s.total_tokens}
         if not self.sources:
             raise DataError("there is no text to train on", found="no source with tokens")
         self.context_tokens, self.sequences, self.seed, self.separator = context_tokens, sequences, seed, separator
-        self.first_step = first_step
+        self.first_step, self.limit = first_step, limit or EpochLimit()
         self.phases: list[tuple[int, int, str, np.ndarray]] = []
         """(first step, end step, name, rows [steps * B, 2] of (lane number, row number in its stream))"""
         self.names = list(self.sources)
         self.lanes = self._lanes()
         self.consumed = {lane: int((consumed or {}).get(lane, 0)) for lane in self.lanes}
+        unknown = sorted(self.limit.sources.keys() - sources.keys())
+        if unknown:
+            raise DataError(
+                "a limit of epochs names a source that is not there",
+                where=f"batch.epochs.sources.{unknown[0]}",
+                expected=", ".join(sources),
+            )
+        self.shares: list[Share] = []
         step = first_step
         for phase in phases:
-            counts = apportion(self._weights(phase), phase.steps * sequences)
+            counts = self._counts(phase)
             rows = self._arrange(list(counts.values()), generator(seed, "rows", phase.name, step))
             self.phases.append((step, step + phase.steps, phase.name, rows))
             for lane, n in self._count(rows).items():
@@ -125,10 +153,26 @@ class TextOrder:
 
     def epochs(self) -> dict[str, float]:
         """Return how often each source has been read once all phases are done."""
-        rows = dict.fromkeys(self.names, 0)
-        for lane, name in self.lanes.items():
-            rows[name] += self.consumed[lane]
+        rows = self._given()
         return {name: n * self.context_tokens / self.sources[name].total_tokens for name, n in rows.items()}
+
+    def told(self) -> list[str]:
+        """Return the lines that say what each source gives: tokens, epochs, how upsampled, and what its limit did."""
+        lines = []
+        for name, epochs in self.epochs().items():
+            shares = [share for share in self.shares if share.source == name]
+            line = f"{name}: {sum(share.tokens for share in shares):,} tokens, {epochs:.2f} epochs"
+            more = [f"x{share.upsampled:.1f} in {share.phase}" for share in shares if share.upsampled > 1.05]
+            line += f", upsampled {', '.join(more)}" if more else ""
+            for share in shares:
+                moved = (share.rows - share.asked_rows) * self.context_tokens
+                if moved < 0:
+                    line += f"; its limit of {self.limit.of(name):g} epochs takes {-moved:,} tokens from it"
+                elif moved > 0:
+                    line += f"; {moved:,} tokens more in the place of limited sources"
+                line += f" in {share.phase}" if moved else ""
+            lines.append(line)
+        return lines
 
     def rows(self, step: int) -> list[tuple[str, int]]:
         """Return (lane, row number in its stream) of each row of a step."""
@@ -163,6 +207,70 @@ class TextOrder:
     def _lanes(self) -> dict[str, str]:
         """Return each lane's name and source."""
         return {name: name for name in self.names}
+
+    def _given(self) -> dict[str, int]:
+        """Return the rows each source has given so far."""
+        rows = dict.fromkeys(self.names, 0)
+        for lane, name in self.lanes.items():
+            rows[name] += self.consumed[lane]
+        return rows
+
+    def _counts(self, phase: PhaseRows) -> dict[str, int]:
+        """Return the rows each source gives to a phase, within the limits, and note its shares."""
+        weights, total = self._weights(phase), phase.steps * self.sequences
+        asked = apportion(weights, total)
+        given, left = self._given(), {}
+        for name, source in self.sources.items():
+            most = self.limit.of(name)
+            if most is not None:
+                most_rows = int(Fraction(str(most)) * source.total_tokens / self.context_tokens)
+                left[name] = max(most_rows - given[name], 0)
+        over = [name for name in asked if asked[name] > left.get(name, total)]
+        if over and self.limit.over == "error":
+            raise self._too_much(
+                phase, over, asked, left, "a mixture asks for more of a source than its limit of epochs"
+            )
+        counts, full = asked, dict[str, int]()
+        while over:
+            full |= {name: left[name] for name in over}
+            rest = {name: weight for name, weight in weights.items() if name not in full}
+            if not any(rest.values()):
+                raise self._too_much(phase, list(full), asked, left, "no source is left to give what limits take away")
+            counts = full | apportion(rest, total - sum(full.values()))
+            over = [name for name in rest if counts[name] > left.get(name, total)]
+        whole = sum(source.total_tokens for source in self.sources.values())
+        for name, source in self.sources.items():
+            tokens = counts[name] * self.context_tokens
+            natural = source.total_tokens / whole
+            self.shares.append(
+                Share(
+                    phase.name,
+                    name,
+                    asked[name],
+                    counts[name],
+                    tokens,
+                    tokens / source.total_tokens,
+                    counts[name] / total / natural,
+                )
+            )
+        return {name: counts[name] for name in self.names}
+
+    def _too_much(
+        self, phase: PhaseRows, over: Sequence[str], asked: Mapping[str, int], left: Mapping[str, int], what: str
+    ) -> DataError:
+        t = self.context_tokens
+        told = [
+            f"{name}: {asked[name] * t:,} tokens asked for, {left[name] * t:,} left of {self.limit.of(name):g} epochs "
+            f"of {self.sources[name].total_tokens:,}"
+            for name in over
+        ]
+        return DataError(
+            what,
+            where=f"phases.{phase.name}",
+            found="\n            ".join(told),
+            todo="lower its weight, make the phase shorter, raise batch.epochs"
+            + (", or set batch.epochs.over=redistribute" if self.limit.over == "error" else ""),
+        )
 
     def _arrange(self, counts: list[int], rng: np.random.Generator) -> np.ndarray:
         """Return a phase's rows [N, 2] of (lane number, row number): the next `counts` of each source, shuffled."""
@@ -281,12 +389,14 @@ class ConversationOrder:
 def apportion(weights: Mapping[str, float], total: int) -> dict[str, int]:
     """Split `total` rows in proportion to the weights, exactly: largest remainders get the rest.
 
-    Raises DataError when no weight is positive or one is negative.
+    The weights are taken as they are written (0.1 is a tenth) and shares are fractions, so nothing is rounded but the
+    last row of a source. Raises DataError when no weight is positive or one is negative.
     """
-    whole = sum(weights.values())
-    if whole <= 0 or any(weight < 0 for weight in weights.values()):
+    exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
+    whole = sum(exact.values())
+    if whole <= 0 or any(weight < 0 for weight in exact.values()):
         raise DataError("a mixture needs weights >= 0 of which one is > 0", found=dict(weights))
-    shares = {name: weight / whole * total for name, weight in weights.items()}
+    shares = {name: weight / whole * total for name, weight in exact.items()}
     counts = {name: int(share) for name, share in shares.items()}
     rest = sorted(shares, key=lambda name: (counts[name] - shares[name], name))
     for name in rest[: total - sum(counts.values())]:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from freehold.core.artifact import read_json, read_manifest, verify_files, write_json
+from freehold.core.artifact import read_json, read_manifest, sha256_json, verify_files, write_json
 from freehold.core.document import write_table
 from freehold.core.errors import ArtifactError, DataError
 from freehold.core.machine import machine_limits
@@ -22,6 +22,7 @@ from freehold.data.loader import Source
 
 INDEX = "index.json"
 SPLITS = ("train", "validation")
+_KINDS = ("bin", "parquet")
 _SCHEMA = pa.schema([("id", pa.string()), ("start", pa.int64()), ("tokens", pa.int32()), ("bytes", pa.int32())])
 
 
@@ -138,8 +139,8 @@ class Shard:
 class ShardSet:
     """All shards of a tokenize folder: `shards[name, split]`, and what `index.json` says of them."""
 
-    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, index: dict[str, Any], files: dict[str, dict[str, Any]] | None = None) -> None:
+        self.folder, self._files = folder, files or {}
         self.vocab_size: int = index["vocab_size"]
         self.tokenizer_sha256: str = index["tokenizer_sha256"]
         self.dtype = dtype_for(self.vocab_size)
@@ -158,7 +159,7 @@ class ShardSet:
         With `verify` every file is compared with the hash in tokenize's manifest: ArtifactError names the one that
         differs. With `tokenizer_sha256` the shards must be of that tokenizer: DataError names both otherwise.
         """
-        path = folder / INDEX
+        path, files = folder / INDEX, None
         if verify:
             manifest = read_manifest(folder.parent, kind="tokenize")
             files = {k: v for k, v in manifest["files"].items() if k.startswith(f"{folder.name}/")}
@@ -172,7 +173,15 @@ class ShardSet:
                 expected=tokenizer_sha256,
                 todo="run tokenize with this tokenizer, or use the one beside the shards",
             )
-        return cls(folder, index)
+        return cls(folder, index, files)
+
+    def identity(self, split: str) -> dict[str, str]:
+        """Return a hash of each source's tokens and document index: which text a run reads. Needs `verify` at load."""
+        return {
+            name: sha256_json([self._files[f"{self.folder.name}/{name}.{split}.{kind}"]["sha256"] for kind in _KINDS])
+            for (name, of), shard in self.shards.items()
+            if of == split and shard.counts["tokens"]
+        }
 
     def sources(self, split: str) -> dict[str, Source]:
         """Return the shards of one split as the loader takes them, by source."""

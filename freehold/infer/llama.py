@@ -62,6 +62,8 @@ class Llama:
             error = self._error("llama.cpp cannot open the file", f"exit {self.process.returncode}")
             self.close()
             raise error
+        self.url = address.geturl()
+        """Where its HTTP server listens, on this machine only."""
         self._connection = http.client.HTTPConnection(address.hostname, address.port)
 
     def __enter__(self) -> Self:

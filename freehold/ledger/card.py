@@ -57,9 +57,12 @@ def facts(run_folder: Path) -> dict[str, Any]:
     with readable(run_folder), Tables(run_folder) as tables:
         shards = "(select id, sum(tokens)::bigint tokens, sum(bytes)::bigint bytes from shards group by id)"
         tables.connection.execute(
-            "create table corpus as select rights.*, kept.split,"
-            " case when kind = 'conversation' then 'conversations' else 'documents' end rows_of, tokens, bytes"
+            # What was rewritten is told by the sources of its seeds: their ids would fill pages.
+            "create table corpus as select rights.* replace (coalesce(seed.source, rights.synthetic_from)"
+            " as synthetic_from), kept.split,"
+            " case when rights.kind = 'conversation' then 'conversations' else 'documents' end rows_of, tokens, bytes"
             f" from kept join rights using (id) left join {shards} sizes using (id)"
+            " left join rights seed on seed.id = rights.synthetic_from and rights.teacher <> ''"
         )
 
         def sums(*columns: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from freehold.core.artifact import MANIFEST, read_json, read_manifest, sha256_js
 from freehold.core.errors import ArtifactError
 from freehold.ledger.trace import read_checkpoints
 
-STAGES = ("gather", "curate", "tokenize", "pretrain", "align", "export")
+STAGES = ("gather", "curate", "rephrase", "tokenize", "pretrain", "align", "export")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Node:
 
     name: str
     kind: str
-    """source | gather | curate | tokenizer | tokens | checkpoint | hf | gguf | outside"""
+    """source | gather | curate | teacher | rephrase | tokenizer | tokens | checkpoint | hf | gguf | outside"""
     detail: str = ""
     content_sha256: str = ""
     created: str = ""
@@ -70,7 +70,7 @@ def lineage(run_folder: Path) -> Graph:
             todo="run `freehold run RECIPE` first, or name another run folder",
         )
     graph = Graph(run_folder.name)
-    graph.missing = [f"{stage}: not finished" for stage in STAGES if stage not in manifests]
+    graph.missing = [f"{stage}: not finished" for stage in STAGES if stage not in {*manifests, "rephrase"}]
     present = {stage: str(manifest["content_sha256"]) for stage, manifest in manifests.items()}
 
     def add(node: Node) -> str:
@@ -91,10 +91,18 @@ def lineage(run_folder: Path) -> Graph:
     if "curate" in manifests:
         add(_stage_node("curate", manifests["curate"], "documents"))
         stage_edge("gather", "curate", "curate", "gather")
+    teacher = manifests.get("rephrase", {}).get("counts", {}).get("teacher", "")
+    if teacher:
+        add(_stage_node("rephrase", manifests["rephrase"], "documents"))
+        stage_edge("curate", "rephrase", "rephrase", "curate")
+        add(Node(f"teacher {teacher}", "teacher", "wrote documents again"))
+        graph.edges.append(Edge(f"teacher {teacher}", "rephrase"))
     if "tokenize" in manifests:
         for part in ("tokenizer", "tokens"):
             add(_part(part, part, manifests["tokenize"], f"{part}/"))
             stage_edge("curate", part, "tokenize", "curate")
+            if teacher:
+                stage_edge("rephrase", part, "tokenize", "rephrase")
         graph.edges.append(Edge("tokenizer", "tokens"))
     named: dict[str, list[str]] = {"pretrain": [], "align": []}
     checkpoints = read_checkpoints(run_folder)

@@ -21,7 +21,7 @@ from freehold.core.errors import ArtifactError, DataError
 from freehold.core.log import read_metrics
 from freehold.ledger.trace import MATCHES, TRAINING, Tables, listed, ranges, read_checkpoints, readable
 
-STAGES = ("gather", "curate", "tokenize", "pretrain", "align", "evaluate", "export", "serve")
+STAGES = ("gather", "curate", "rephrase", "tokenize", "pretrain", "align", "evaluate", "export", "serve")
 COLUMNS = "id, source, source_version, licence, kind"
 MOST_IDS_IN_RECIPE = 200
 """More excluded ids than this go into a file beside the recipe."""
@@ -336,10 +336,23 @@ def _twins(tables: Tables) -> list[dict[str, Any]]:
 
 
 def _exclusion(tables: Tables) -> dict[str, list[str]]:
-    """Return `matched` as what curate takes: whole sources by name, the rest by id."""
-    sources = _whole_sources(tables)
-    ids = tables.rows(f"select id from matched where source not in {listed(sources)} order by id")
-    return {"sources": sources, "documents": [row["id"] for row in ids]}
+    """Return `matched` as what curate and rephrase take: whole sources by name, the rest by id.
+
+    A rewrite whose seed goes too need not be named: it is not made again.
+    """
+    whole = _whole_sources(tables)
+    made = {row["source"] for row in tables.rows("select distinct source from rewritten")}
+    sources = [source for source in whole if source not in made]
+    ids = tables.rows(f"select id, source from matched where source not in {listed(sources)} order by id")
+    rewritten = tables.rows(
+        "select id, source from rewritten where id in (select id from matched)"
+        " and synthetic_from not in (select id from matched) order by id"
+    )
+    return {
+        "sources": sources,
+        "documents": [row["id"] for row in ids if row["source"] not in made],
+        "rewritten": sorted({row["source"] if row["source"] in whole else row["id"] for row in rewritten}),
+    }
 
 
 def _whole_sources(tables: Tables) -> list[str]:
@@ -465,8 +478,15 @@ def write_recipe(run_folder: Path, answer: dict[str, Any], folder: Path = Path()
         **data["curate"],
         "exclude": _merged(data["curate"].get("exclude"), answer["excluded"], folder, name),
     }
+    if data.get("rephrase", {}).get("teacher"):
+        rephrase, answers = data["rephrase"], (run_folder / "rephrase" / "answers.jsonl").as_posix()
+        data["rephrase"] = {
+            **rephrase,
+            "exclude": sorted({*rephrase["exclude"], *answer["excluded"]["rewritten"]}),
+            "reuse": [*dict.fromkeys([*rephrase["reuse"], answers])],  # nothing is asked twice
+        }
     last = [stage for stage in STAGES if stage in data][-1]
-    gone = set(answer["excluded"]["sources"])
+    gone = {*answer["excluded"]["sources"], *answer["excluded"]["rewritten"]}
     if restart is None:
         last = "tokenize" if "tokenize" in data else "curate"
         data = {stage: section for stage, section in data.items() if STAGES.index(stage) <= STAGES.index(last)}

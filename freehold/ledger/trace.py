@@ -289,7 +289,8 @@ def readable(run_folder: Path) -> Iterator[None]:
 
 
 class Tables:
-    """A run's tables as DuckDB views: `rights` (every row that was gathered), `fate`, `trace`, `shards`, `matched`."""
+    """A run's tables as DuckDB views: `rights` (every row gathered or rewritten), `rewritten`, `fate`, `trace`,
+    `shards`, `matched`."""
 
     def __init__(self, run_folder: Path) -> None:
         import duckdb
@@ -299,6 +300,7 @@ class Tables:
         self.connection: duckdb.DuckDBPyConnection = duckdb.connect(":memory:")
         kept = self._files("curate", "documents/*.parquet", "conversations/*.parquet")
         gathered = self._files("gather", "documents/*.parquet", "conversations/*.parquet")
+        rewritten = self._files("rephrase", "documents/*.parquet")
         if not kept and not gathered:
             raise DataError(
                 "nothing to trace: the run has no documents",
@@ -306,12 +308,16 @@ class Tables:
                 expected="gather/documents or curate/documents",
                 todo="run `freehold run RECIPE` first, or name the run folder with --run",
             )
-        self._view("rights", RIGHTS, gathered or kept)
+        self._view("rights", RIGHTS, [*(gathered or kept), *rewritten])
         # With what files of earlier versions do not have; for questions about rights alone.
-        self._view("all_rights", "*", gathered or kept)
+        self._view("all_rights", "*", [*(gathered or kept), *rewritten])
+        if rewritten:
+            self._view("rewritten", "id, source, synthetic_from", rewritten)
+        else:
+            self._empty("rewritten", "id varchar, source varchar, synthetic_from varchar")
         if kept:
-            self._view("kept", "id, source, split", kept)
-            self._view("kept_rights", "*", kept)
+            self._view("kept", "id, source, split", [*kept, *rewritten])
+            self._view("kept_rights", "*", [*kept, *rewritten])
         else:
             self.missing.append("curate: not finished, so splits and drops are not known")
             self._empty("kept", "id varchar, source varchar, split varchar")

@@ -84,6 +84,10 @@ class Job:
     """Further facts for trainer.json."""
 
 
+READS = ("tokenizer_sha256", "seed", "context_tokens", "order", "data")
+"""Facts that say which tokens each step reads: a run goes on only where they are the same."""
+
+
 class Trainer:
     """The state of one run and the loop over its steps."""
 
@@ -178,10 +182,11 @@ class Trainer:
         folder = native.last_good(checkpoints, self.log.warn)
         if folder is None:
             return False
+        facts = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        self._must_read_the_same(facts, folder)
         state = native.load(folder, verify=False)
         self.adopt(state, folder)
         self.detector.load_state_dict(state.get("collapse", {}))
-        facts = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         self.step, self.tokens, self.skipped = facts["step"], facts["tokens"], list(facts["skipped_steps"])
         self.alarms = list(facts.get("alarms", []))
         self.log.rewind(self.step)
@@ -192,6 +197,23 @@ class Trainer:
                 "the run is sound, but its bits are not those of a run on either alone"
             )
         return True
+
+    def _must_read_the_same(self, facts: dict[str, Any], folder: Path) -> None:
+        """Raise CheckpointError when the steps so far read other data, or the same in another order."""
+        for key in READS:
+            before, now = facts.get(key), self.job.facts.get(key)
+            if before is None or now is None or before == now:
+                continue
+            if isinstance(now, dict) and isinstance(before, dict):
+                names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+                before, now = (f"other {', '.join(names)}", "the same, or a new run")
+            raise CheckpointError(
+                "this run's data are not those the checkpoint was trained on",
+                where=f"{folder}: {key}",
+                found=before,
+                expected=now,
+                todo="bring them back, or start anew with --clean or --fork NAME",
+            )
 
     def _is_on_course(self, folder: Path) -> bool:
         """Tell whether a checkpoint was made in knowledge of every roll-back that concerns its steps."""

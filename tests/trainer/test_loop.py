@@ -103,6 +103,26 @@ def test_killed_and_resumed_ends_with_the_same_bits(straight, tmp_path, killed_a
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 9))
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"data": {"a": "1", "b": "3"}}, r"(?s): data\n.*other b\n"),
+        ({"data": {"a": "1"}}, "other b"),
+        ({"seed": 1}, r"(?s): seed\n.*0\n.*1\n"),
+        ({"tokenizer_sha256": "y"}, r"(?s)tokenizer_sha256.*x.*y"),
+        ({"order": {"kind": "buffer"}}, "other kind"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_data_only(tmp_path, changed, says):
+    facts = {"tokenizer_sha256": "x", "seed": 0, "order": {"kind": "stream"}, "data": {"a": "1", "b": "2"}}
+    trainer = make(tmp_path, facts=facts)
+    trainer.train_step(trainer.job.order.batch(0))
+    trainer._checkpoint(None)
+    assert make(tmp_path, facts={**facts, "more": 1}).restore()
+    with pytest.raises(CheckpointError, match=says):
+        make(tmp_path, facts={**facts, **changed}).restore()
+
+
 def test_going_on_with_other_operators_is_told(tmp_path, capsys, monkeypatch):
     trainer = make(tmp_path)
     trainer.train_step(trainer.job.order.batch(0))

@@ -86,8 +86,9 @@ def test_fork_keeps_the_old_run_and_takes_over_what_is_the_same(runs):
         "run", RECIPE, f"runs_dir={runs}", "align.optim.lr=1e-4", "until=align", "--fork", "other", "--json"
     )
     states = {s: told["state"] for s, told in json.loads(result.stdout)["stages"].items()}
-    assert states == {"gather": "taken over", "curate": "taken over", "tokenize": "taken over",
-                      "pretrain": "taken over", "align": "made"}  # fmt: skip
+    assert states == dict.fromkeys(("gather", "curate", "rephrase", "tokenize", "pretrain"), "taken over") | {
+        "align": "made"
+    }
     old, new = hashes(runs / "tiny"), hashes(runs / "other")
     assert old["pretrain"] == new["pretrain"]
     assert old["align"] != new["align"]
@@ -96,7 +97,7 @@ def test_fork_keeps_the_old_run_and_takes_over_what_is_the_same(runs):
 @pytest.mark.parametrize("victim", ["walk", "stage"])
 def test_killed_and_run_again_ends_with_the_same_bits(runs, tmp_path, victim):
     run = tmp_path / "tiny"
-    for stage in ("gather", "curate", "tokenize"):
+    for stage in ("gather", "curate", "rephrase", "tokenize"):
         shutil.copytree(runs / "tiny" / stage, run / stage)
     command = [sys.executable, "-m", "freehold.cli", "run", RECIPE, f"runs_dir={tmp_path}", "until=align", "--quiet"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -123,7 +124,7 @@ def test_killed_and_run_again_ends_with_the_same_bits(runs, tmp_path, victim):
 def test_buffer_order_killed_and_run_again_ends_with_the_same_bits(runs, tmp_path):
     said = ["pretrain.batch.order={kind: buffer, documents: 4, workers: 2}", "pretrain.phases.stable.steps=12"]
     for name in ("whole", "killed"):
-        for stage in ("gather", "curate", "tokenize"):
+        for stage in ("gather", "curate", "rephrase", "tokenize"):
             shutil.copytree(runs / "tiny" / stage, tmp_path / name / stage)
     # The name of a run is no part of any stage's content.
     command = [sys.executable, "-m", "freehold.cli", "run", RECIPE, f"runs_dir={tmp_path}", *said, "until=pretrain"]
@@ -144,7 +145,7 @@ def test_buffer_order_killed_and_run_again_ends_with_the_same_bits(runs, tmp_pat
 
 def test_bit_flipped_shard_stops_training_and_is_named(runs, tmp_path):
     run = tmp_path / "tiny"
-    for stage in ("gather", "curate", "tokenize"):
+    for stage in ("gather", "curate", "rephrase", "tokenize"):
         shutil.copytree(runs / "tiny" / stage, run / stage)
     shard = run / "tokenize" / "tokens" / "code.train.bin"
     data = bytearray(shard.read_bytes())
@@ -158,7 +159,8 @@ def test_bit_flipped_shard_stops_training_and_is_named(runs, tmp_path):
     assert result.returncode == 2
     assert "code.train.bin: missing or of another size" in result.stderr
     freehold("run", RECIPE, f"runs_dir={tmp_path}", "until=tokenize", "--clean")
-    assert hashes(run) == {s: h for s, h in hashes(runs / "tiny").items() if s in ("gather", "curate", "tokenize")}
+    made = ("gather", "curate", "rephrase", "tokenize")
+    assert hashes(run) == {s: h for s, h in hashes(runs / "tiny").items() if s in made}
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_bit_flipped_shard_stops_training_and_is_named(runs, tmp_path):
 )
 def test_damaged_stage_is_kept_until_clean_makes_it_again(runs, tmp_path, damage, says):
     run = tmp_path / "tiny"
-    for stage in ("gather", "curate", "tokenize"):
+    for stage in ("gather", "curate", "rephrase", "tokenize"):
         shutil.copytree(runs / "tiny" / stage, run / stage)
     damage(run)
     result = freehold("run", RECIPE, f"runs_dir={tmp_path}", "until=tokenize", check=False)

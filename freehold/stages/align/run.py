@@ -40,7 +40,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     for path in sorted((work.input("curate") / "conversations").glob("*.parquet")):
         for row in work.log.track(read_rows(path, Conversation), f"render {path.stem}"):
             if row.split == "train":
-                ids, mask = render_ids(tokenizer, row.messages)
+                ids, mask = render_ids(tokenizer, row.messages, tools=row.messages[0].get("tools"))
                 examples.append(Example(row.id, row.source, ids, mask))
                 assistant_tokens += sum(mask)
     if not examples:

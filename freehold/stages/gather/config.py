@@ -185,6 +185,12 @@ class Generated(SourceBase):
     max_bytes: int | None = 2_400_000
     factbook: str | None = Field(default=None, description="name of the factbook source whose facts become questions")
     conversations: int = Field(default=12_000, ge=0, description="how many conversations to write, at most")
+    worked_bytes: int = Field(default=0, ge=0, description="text of exercises with every step written out, ours")
+    story_bytes: int = Field(default=0, ge=0, description="text of small stories with questions about them, ours")
+    worked_conversations: int = Field(
+        default=0, ge=0, description="further conversations: such an exercise, its steps as reasoning"
+    )
+    tool_conversations: int = Field(default=0, ge=0, description="further conversations: the assistant calls tools")
     held_out_share: float = Field(default=0.2, gt=0, lt=1, description="share of facts kept out of everything written")
     reasoning_items: int = Field(default=300, ge=0, description="held-out items of tasks/reasoning.jsonl")
     factbook_items: int = Field(default=150, ge=0, description="items of each tasks/factbook_*.jsonl")

@@ -1,4 +1,4 @@
-"""Text, conversations and held-out tasks made from factbook facts, reasoning-gym generators and a small grammar.
+"""Text, conversations and held-out tasks made from factbook facts, reasoning-gym generators and grammars of our own.
 
 Nothing held out is written anywhere for training: neither a fact chosen for `factbook_heldout` (in any phrasing)
 nor a question of `reasoning`. The factbook's own prose does hold every fact; what is held out is being asked for it.
@@ -16,7 +16,7 @@ from typing import Any
 
 from freehold.core.document import Conversation, Document, Rights, document_id
 from freehold.ledger.licence import strictest
-from freehold.stages.gather import dialogues
+from freehold.stages.gather import dialogues, stories, tools, worked
 from freehold.stages.gather.config import FileSource, Generated, Source
 from freehold.stages.gather.factbook import Fact, facts, sentence
 from freehold.stages.gather.origins import Origin
@@ -24,6 +24,7 @@ from freehold.stages.gather.readers import Reading, strip_html
 from freehold.stages.gather.reasoning import SEEDS_PER_RUN, Gym
 
 PAIRS_PER_PAGE = 12
+WORKED_PER_PAGE = 6
 # Shares of the conversations: facts, reasoning; the rest is talk.
 FACT_SHARE, REASONING_SHARE = 0.42, 0.40
 SYSTEM_SHARE = 0.15
@@ -55,8 +56,10 @@ def make(name: str, source: Generated, origin: Origin | None, facts_source: Sour
     reasoning_out = list(gym.held_out(source.reasoning_items))
     never = {item.question for item in reasoning_out} | {q for f in book.held_out for q in f.questions}
 
-    documents = list(_documents(source, gym, book, rights, seed))
+    documents = [*_documents(source, gym, book, rights, seed), *_our_documents(source, rights["talk"], never, seed)]
     conversations = list(_conversations(source, gym, book, rights, seed))
+    conversations += _worked_conversations(source, rights["talk"], never, seed)
+    conversations += _tool_conversations(source, book, rights["facts"] or rights["talk"], seed)
     asked = {m["content"] for c in conversations for m in c.messages if m["role"] == "user"}
     asked |= {line.removeprefix(ASKED) for d in documents for line in d.text.split("\n") if line.startswith(ASKED)}
     assert not asked & never, f"held-out questions would be trained on: {asked & never}"
@@ -213,6 +216,65 @@ def _conversations(
             yield _conversation(mixed, "talk", turns, random_)
 
 
+def _our_documents(source: Generated, rights: dict[str, Any], never: set[str], seed: int) -> Iterator[Document]:
+    """Yield pages of worked exercises until `worked_bytes`, of stories until `story_bytes`."""
+    pages = (
+        ("worked", source.worked_bytes, _worked_pages(never, seed)),
+        ("stories", source.story_bytes, (_story_page(story) for story in stories.stories(f"{seed}\0stories"))),
+    )
+    for kind, left, texts in pages:
+        for number, text in enumerate(texts):
+            left -= len(text.encode())
+            if left < 0:
+                break
+            yield _document(rights, f"{kind}/{number:05d}", text)
+
+
+def _worked(never: set[str], seed: str) -> Iterator[worked.Exercise]:
+    return (exercise for exercise in worked.exercises(seed) if exercise.question not in never)
+
+
+def _worked_pages(never: set[str], seed: int) -> Iterator[str]:
+    items = _worked(never, f"{seed}\0worked pages")
+    while True:
+        page = (
+            "\n".join([ASKED + item.question, *item.steps, ANSWERED + item.answer])
+            for item in itertools.islice(items, WORKED_PER_PAGE)
+        )
+        yield "Worked exercises\n\n" + "\n\n".join(page) + "\n"
+
+
+def _story_page(story: stories.Story) -> str:
+    pairs = "\n\n".join(f"{ASKED}{q}\n{ANSWERED}{a}" for q, a in story.questions)
+    return f"{story.title}\n\n{story.text}\n\n{pairs}\n"
+
+
+def _worked_conversations(
+    source: Generated, rights: dict[str, Any], never: set[str], seed: int
+) -> Iterator[Conversation]:
+    for item in itertools.islice(_worked(never, f"{seed}\0worked talk"), source.worked_conversations):
+        answer = {"role": "assistant", "content": item.answer, "reasoning_content": "\n".join(item.steps)}
+        yield _row(rights, f"worked/{item.task}", [{"role": "user", "content": item.question}, answer])
+
+
+def _tool_conversations(
+    source: Generated, book: _Factbook, rights: dict[str, Any], seed: int
+) -> Iterator[Conversation]:
+    known = [(f.country, f.field.key, f.questions[0], f.statement) for f in book.train]
+    for messages in itertools.islice(_tool_talk(seed, known), source.tool_conversations):
+        yield _row(rights, "tools", messages)
+
+
+def _tool_talk(seed: int, known: list[tuple[str, str, str, str]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield tool dialogues, no two alike."""
+    seen: set[str] = set()
+    for messages in tools.dialogues(random.Random(f"{seed}\0tools"), known):
+        text = json.dumps(messages, sort_keys=True)
+        if text not in seen:
+            seen.add(text)
+            yield messages
+
+
 def _conversation(
     rights: dict[str, Any], path: str, turns: list[tuple[str, str]], random_: random.Random
 ) -> Conversation:
@@ -221,6 +283,10 @@ def _conversation(
         messages.append({"role": "system", "content": random_.choice(dialogues.SYSTEM)})
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return _row(rights, path, messages)
+
+
+def _row(rights: dict[str, Any], path: str, messages: list[dict[str, Any]]) -> Conversation:
     text = json.dumps(messages, sort_keys=True)
     place = f"{path}#{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     digest = hashlib.sha256(text.encode()).hexdigest()

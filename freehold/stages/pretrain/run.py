@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         if facts.get("order", {"kind": "stream"}) != config.batch.order.model_dump():
             consumed = None
             work.log.warn("the parent read its text in another order: this one starts at its beginning")
+        known = facts.get("data", {})
+        if other := [name for name, digest in shards.identity("train").items() if known.get(name, digest) != digest]:
+            work.log.warn(f"the parent read other text of {', '.join(other)}: rows there may come twice, or not at all")
     schedule = Schedule(config.phases, first_step=parent_step)
     order = text_order(
         config.batch,
@@ -76,13 +80,14 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
             "seed": work.seed,
             "context_tokens": config.batch.context_tokens,
             "order": config.batch.order.model_dump(),
+            "data": shards.identity("train"),
             # Where the first phase began is known from the parent alone.
             "consumed": ({str(parent_step): consumed} if consumed else {})
             | {str(end): order.consumed_at(end) for end in schedule.ends().values()},
         },
     )
-    for name, epochs in order.epochs().items():
-        work.log.say(f"  {name}: {epochs:.2f} epochs")
+    for line in order.told():
+        work.log.say(f"  {line}")
     trainer = Trainer(job, work.log, seed=work.seed)
     if config.parent:
         trainer.adopt(native.load(Path(config.parent), verify=False), Path(config.parent))
@@ -105,6 +110,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         "steps": schedule.total_steps,
         "tokens": schedule.total_steps * config.batch.step_tokens,
         "epochs": {name: round(epochs, 4) for name, epochs in order.epochs().items()},
+        "mixture": [dataclasses.asdict(share) for share in order.shares],
         "checkpoints": {phase.checkpoint: phase.stage_type for phase in config.phases.values() if phase.checkpoint},
         "skipped_steps": trainer.skipped,
     }

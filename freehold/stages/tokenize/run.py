@@ -27,7 +27,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     Returns tokens, documents, bytes and bytes per token of each source and split. Raises DataError when there is no
     text, too little for the vocabulary, or a document without a split.
     """
-    paths = sorted((work.input("curate") / "documents").glob("*.parquet"))
+    paths = sorted((p for made in work.inputs.values() for p in made.glob("documents/*.parquet")), key=lambda p: p.stem)
     if not paths:
         raise DataError(
             "there are no documents", where=work.input("curate") / "documents", expected="*.parquet", todo="run curate"

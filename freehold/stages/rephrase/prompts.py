@@ -1,0 +1,91 @@
+"""What a teacher is asked, strategy by strategy, and how far a rewrite may be from its passage.
+
+The strategies are those of the literature; the words are ours, short and plain, so that small teachers follow them too:
+
+- question_answer: WRAP (Maini et al. 2024, arXiv:2401.16380) and the diverse question-answer pairs of Nemotron-CC (Su
+  et al. 2024, arXiv:2412.02595).
+- pedagogical: textbook style, phi-1 (Gunasekar et al. 2023, arXiv:2306.11644) and BeyondWeb (DatologyAI 2025,
+  arXiv:2508.10975).
+- condensed: `distill` and `extract knowledge` of Nemotron-CC.
+- restructured: the knowledge list of Nemotron-CC.
+
+A changed wording gets a new version: answers are kept by the words that were sent, rows name the version.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from freehold.stages.rephrase.config import Limits
+
+Message = dict[str, str]
+SYSTEM = (
+    "You rewrite texts. Every fact, name and number you write stands in the given text. Answer with the result only."
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One strategy: the words sent before the passage, what must be found in the answer, and its limits."""
+
+    version: int
+    ask: str
+    limits: Limits
+    form: Literal["pairs", "list", ""] = ""
+    """`pairs`: lines `Question:` and `Answer:` in turn. `list`: at least three lines that begin with a mark."""
+
+    def messages(self, passage: str) -> list[Message]:
+        """Return the request's messages for a passage."""
+        return [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": f"{self.ask}\n\nText:\n{passage.strip()}"},
+        ]
+
+
+PROMPTS: dict[str, Prompt] = {
+    "question_answer": Prompt(
+        1,
+        "Write three to six questions that the following text answers, each with its answer. Begin each question on a "
+        'new line with "Question: " and its answer on the next line with "Answer: ". Questions must be understood '
+        "without the text.",
+        Limits(length=(0.15, 2.0), max_copied=0.6, min_kept=0.1),
+        form="pairs",
+    ),
+    "pedagogical": Prompt(
+        1,
+        "Explain what the following text says as a teacher would in a textbook: in simple, full sentences, step by "
+        "step, with the hard words explained.",
+        Limits(length=(0.4, 2.5), max_copied=0.5, min_kept=0.3),
+    ),
+    "condensed": Prompt(
+        1,
+        "Rewrite the following text so that it is shorter. Keep all facts, names and numbers, leave out the rest.",
+        Limits(length=(0.1, 0.85), max_copied=0.9, min_kept=0.3),
+    ),
+    "restructured": Prompt(
+        1,
+        'Write the facts of the following text as a list. Begin each line with "- " and say one fact in it, in a full '
+        "sentence.",
+        Limits(length=(0.15, 1.5), max_copied=0.8, min_kept=0.3),
+        form="list",
+    ),
+}
+
+_LEAD = re.compile(
+    r"^(sure|certainly|of course|here (is|are)|the (condensed|rewritten|shorter))\b[^\n]{0,120}:\s*\n+", re.I
+)
+_LABEL = re.compile(r"^(text|rewritten text|summary|answer)\s*:\s*\n+", re.I)
+
+
+def clean(answer: str) -> str:
+    """Return the answer without what teachers put around it: quotes, fences, `Here is the text:`."""
+    text = answer.strip()
+    if text.startswith("```") and text.endswith("```") and "\n" in text:
+        text = text.partition("\n")[2].rpartition("```")[0].strip()
+    for pattern in (_LEAD, _LABEL):
+        text = pattern.sub("", text, count=1).strip()
+    if len(text) > 1 and text[0] == text[-1] == '"' and text.count('"') == 2:
+        text = text[1:-1].strip()
+    return text
