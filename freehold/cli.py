@@ -222,6 +222,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _stage(args: argparse.Namespace) -> int:
     from freehold import walk
+    from freehold.parallel import launch
 
     recipe = walk.resolve(args.recipe, args.overrides, stage=args.stage, fork=args.fork)
     if args.dry_run:
@@ -230,6 +231,8 @@ def _stage(args: argparse.Namespace) -> int:
     options = walk.Options(clean=args.clean, fork=args.fork, quiet=quiet)
     if args.parent:
         walk.die_with(args.parent)
+        manifest = walk.run_stage(recipe, args.stage, options)
+    elif not launch.leads():  # the first rank holds the folder
         manifest = walk.run_stage(recipe, args.stage, options)
     else:
         with walk.locked(recipe.run_folder):

@@ -38,7 +38,7 @@ ROOMS = {
     },
     "figure": {"core"},
     "report": {"core", "figure", "stages"},
-    "walk": {"core", "parallel", "stages"},
+    "walk": {"core", "ledger", "parallel", "stages"},
     "planner": {"core", "model"},
     "cli": {"core", "ledger", "parallel", "planner", "stages", "walk", "figure", "report"},
 }

@@ -28,7 +28,7 @@ class Heart:
         self.path = None if folder is None else Path(folder) / f"rank_{os.environ.get('RANK', '0')}.json"
         if self.path is not None:
             faulthandler.enable()
-            faulthandler.register(DUMP, file=sys.__stderr__, all_threads=True)
+            faulthandler.register(DUMP, file=sys.stderr, all_threads=True)
 
     def beat(self, step: int, doing: str, **figures: Any) -> None:
         """Say that `step` steps are done and what comes now: `start`, `step`, `save`, `validate` or `done`."""

@@ -81,7 +81,7 @@ class Rank:
 
 
 def start(command: Sequence[str], nproc: int, folder: Path) -> list[Rank]:
-    """Start `nproc` ranks of `command` that meet at a new port of this machine; their output and beats go to `folder`."""
+    """Start `nproc` ranks of `command` that meet at a new port; their output and beats go to `folder`, a new one."""
     folder.mkdir(parents=True)
     base = {
         **os.environ,

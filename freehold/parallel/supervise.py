@@ -273,7 +273,7 @@ class Supervisor:
         return self._end(what, watched, first, ours, None if sent or not told else told[0].told())
 
     def _hung(self, watched: list[_Watched], silent: list[_Watched]) -> End:
-        """Judge a world in which nothing moves: name who is stopped, or who stayed behind, and where each one stands."""
+        """Judge a world in which nothing moves: name who is stopped or stayed behind, and where each one stands."""
         for each in watched:
             each.rank.send(DUMP)
         time.sleep(min(GRACE_S, 0.5))
@@ -375,7 +375,7 @@ class Supervisor:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """While open, pass SIGINT and SIGTERM on to the ranks, which finish their step and save; suspend with them."""
-        handlers = {signal.SIGINT: self._ask, signal.SIGTERM: self._ask, signal.SIGTSTP: self._suspend}
+        handlers: dict[int, Any] = {signal.SIGINT: self._ask, signal.SIGTERM: self._ask, signal.SIGTSTP: self._suspend}
         before = {n: signal.signal(n, handlers[n]) for n in handlers if signal.getsignal(n) != signal.SIG_IGN}
         try:
             yield

@@ -1,4 +1,4 @@
-"""The supervisor over ranks that are real processes with little to do; the same with training is in test_survival.py."""
+"""The supervisor over ranks that are real processes with little to do; with training: test_survival.py."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_a_killed_rank_is_named_and_a_new_world_goes_on_at_a_new_port(supervise)
     assert told["documents_of_the_running_step"][0] == {"id": "document 3", "source": "sotu", "licence": "CC0-1.0"}
     assert [r["ending"] for r in told["ranks"]] == ["exit code 1", "signal SIGKILL"]
     assert told["ranks"][1]["last_lines"] == ["the last thing I said"]
-    assert (supervise.folder / "seen").read_text().split() == "0 1 2 3 2 3 4 5".split()
+    assert (supervise.folder / "seen").read_text().split() == list("01232345")
 
 
 def test_a_peers_complaint_does_not_hide_who_failed(supervise):
