@@ -40,6 +40,8 @@ from freehold.optim.balance import build_balance, router_losses
 from freehold.optim.build import Optimizers
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig
 from freehold.optim.schedule import Schedule
+from freehold.parallel.config import ParallelConfig
+from freehold.parallel.mesh import world
 from freehold.trainer.collapse import Alarm, CollapseDetector, reinitialise
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.loss import chunked_loss
@@ -74,6 +76,7 @@ class Job:
     """pretrain or align: recorded in each checkpoint's trainer.json."""
     parent: str
     """content_sha256 of the checkpoint this run starts from, or empty."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tokens_before: int = 0
     """Tokens the parent had seen."""
     files: tuple[Path, ...] = ()
@@ -94,6 +97,7 @@ class Trainer:
                 found="raise_rate with balance.kind none",
                 expected="another action, or a balancing rule",
             )
+        self.world = world(job.parallel, job.stage)
         torch.manual_seed(seed)
         torch.set_num_threads(job.trainer.threads)
         torch.use_deterministic_algorithms(True)
