@@ -31,15 +31,15 @@ ROOMS = {
         "optim",
         "data",
         "checkpoint",
-        "parallel",
         "infer",
+        "parallel",
         "trainer",
         "api",
     },
     "figure": {"core"},
     "report": {"core", "figure", "stages"},
     "walk": {"core", "ledger", "parallel", "stages"},
-    "planner": {"core", "model"},
+    "planner": {"core", "model", "parallel"},
     "cli": {"core", "ledger", "parallel", "planner", "stages", "walk", "figure", "report"},
 }
 ONE_ROOM = {
@@ -98,6 +98,8 @@ def test_the_planner_knows_shapes_only():
     for path in (PACKAGE / "planner").glob("*.py"):
         ours = {m for m in imports(path) if m.startswith("freehold.model")}
         assert all(m.startswith("freehold.model.config") for m in ours), f"{path}: {ours}"
+        ours = {m for m in imports(path) if m.startswith("freehold.parallel")}
+        assert all(m.startswith("freehold.parallel.config") for m in ours), f"{path}: {ours}"
 
 
 def test_no_relative_imports():

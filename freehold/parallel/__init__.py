@@ -1,1 +1,1 @@
-"""How a run is spread over processes, and how it survives losing them."""
+"""How a model and its batches are spread over processes; the model itself knows nothing of it."""

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from pydantic import Field
 
 from freehold.core.artifact import write_json
-from freehold.core.config import Config
 from freehold.core.errors import FreeholdError
 from freehold.parallel import launch
+from freehold.parallel.config import SuperviseConfig
 from freehold.parallel.heart import DUMP, read_beat
 
 POLL_S = 0.1
@@ -36,18 +35,6 @@ GRACE_S = 2.0
 """How long the other ranks may take to say what they saw of a failure."""
 LAST_LINES = 30
 LOST_A_PEER = ("Connection closed by peer", "Connection reset", "Broken pipe", "Connection refused", "Socket Timeout")
-
-
-class SuperviseConfig(Config):
-    """When a rank counts as hanging or slow, and when starting again has no more sense."""
-
-    hang_s: float = Field(180.0, gt=0, description="a rank without a new step, save or validation for so long hangs")
-    start_s: float = Field(900.0, gt=0, description="the same before the first step: compiling, reading a checkpoint")
-    slow_factor: float = Field(
-        2.0, gt=1, description="a rank this many times as busy as the median of the others slows"
-    )
-    slow_s: float = Field(60.0, gt=0, description="seconds over which that is measured")
-    max_relaunches: int = Field(3, ge=0, description="give up after so many starts without a new checkpoint")
 
 
 class WorldFailed(FreeholdError):

@@ -10,7 +10,8 @@ import pytest
 
 from freehold.core.errors import ConfigError
 from freehold.parallel import launch
-from freehold.parallel.supervise import RankToldError, SuperviseConfig, Supervisor, WorldFailed
+from freehold.parallel.config import SuperviseConfig
+from freehold.parallel.supervise import RankToldError, Supervisor, WorldFailed
 
 RANK = """
 import json, os, signal, sys, time
