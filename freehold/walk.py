@@ -229,12 +229,11 @@ def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
         seed=recipe.head.seed,
         log=log,
         inputs={name: recipe.run_folder / name for name in WALK[stage]},
-        key_sha256=artifact.sha256_json(key),
     )
     started = time.monotonic()
     try:
         with machine_limits(folder):
-            counts = importlib.import_module(f"freehold.stages.{stage}.run").run(recipe.stages[stage], work)
+            counts = _work(recipe, stage, work, key)
     finally:
         log.live("")  # what is said next has a line of its own
     seconds = time.monotonic() - started
@@ -273,11 +272,29 @@ def _follow(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
         seed=recipe.head.seed,
         log=Log(quiet=True),
         inputs={name: recipe.run_folder / name for name in WALK[stage]},
-        key_sha256=artifact.sha256_json(key_of(recipe, stage)),
         leads=False,
     )
+    if not hasattr(recipe.stages[stage], "parallel"):  # one process does it all
+        return {"counts": {}}
     with machine_limits(folder):
-        return {"counts": importlib.import_module(f"freehold.stages.{stage}.run").run(recipe.stages[stage], work)}
+        return {"counts": _work(recipe, stage, work, key_of(recipe, stage))}
+
+
+def _work(recipe: Recipe, stage: str, work: Workspace, key: dict[str, Any]) -> dict[str, Any]:
+    """Do a stage's work in this process: alone, or with the other ranks once all agree on what it is."""
+    config = recipe.stages[stage]
+    spread = hasattr(config, "parallel") and launch.place() is not None
+    if spread:
+        from freehold.parallel import join
+
+        config_sha256 = artifact.sha256_json(config.model_dump(mode="json"))
+        recipe_sha256 = artifact.sha256_json([config_sha256, recipe.head.seed, recipe.head.name])
+        inputs_sha256 = artifact.sha256_json(key["inputs"])
+        join.join(config.parallel, {"recipe": recipe_sha256, "code": key["code_sha256"], "input": inputs_sha256})
+    counts: dict[str, Any] = importlib.import_module(f"freehold.stages.{stage}.run").run(config, work)
+    if spread:
+        join.leave()
+    return counts
 
 
 def _supervise(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:

@@ -40,7 +40,8 @@ ROOMS = {
     "report": {"core", "figure", "stages"},
     "walk": {"core", "ledger", "parallel", "stages"},
     "planner": {"core", "model", "parallel"},
-    "cli": {"core", "ledger", "parallel", "planner", "stages", "walk", "figure", "report"},
+    "verify": {"core", "checkpoint", "parallel", "walk"},
+    "cli": {"core", "ledger", "parallel", "planner", "stages", "walk", "figure", "report", "verify"},
 }
 ONE_ROOM = {
     "transformers": {"stages/export"},
@@ -119,7 +120,7 @@ def test_a_third_party_package_belongs_to_one_room():
     "code",
     [
         "import freehold",
-        "import freehold.cli, freehold.walk, freehold.report",
+        "import freehold.cli, freehold.walk, freehold.report, freehold.verify",
         "import freehold.planner.show",
         "import freehold.parallel.supervise",
         "import freehold.core.document, freehold.ledger.trace, freehold.ledger.lineage, freehold.ledger.policy",

@@ -269,7 +269,7 @@ def together(do: Callable[[], T], group: dist.ProcessGroup | None = None) -> lis
         result = do()
     except (Exception, CheckpointException) as problem:  # DCP's is a BaseException
         error = problem
-    told: dict[str, str | None] = {"what": "a checkpoint could not be written or read", "found": str(error)}
+    told: dict[str, Any] = {"what": "a checkpoint could not be written or read", "found": str(error)}
     if isinstance(error, FreeholdError):
         told = error.to_dict()
     kind = ArtifactError if isinstance(error, ArtifactError) else CheckpointError

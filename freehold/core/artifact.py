@@ -232,8 +232,6 @@ class Workspace:
     seed: int
     log: Log
     inputs: dict[str, Path] = field(default_factory=dict)
-    key_sha256: str = ""
-    """Hash of all that decides the stage's bytes: the same on every rank of one run."""
     leads: bool = True
     """Whether this process writes what a stage writes once; of several ranks only the first does."""
 

@@ -1,7 +1,7 @@
 """What a rank tells of itself: which step it has done, and what it is doing. Imports no torch.
 
-A beat is a small file that is replaced; nobody waits for it to reach the disk. It goes where the supervisor said, or
-nowhere: a run that nobody watches writes none.
+A beat is a record of fixed size that is written over the last one: that needs no space on a disk that has become full,
+and nobody waits for the disk. It goes where the supervisor said, or nowhere: a run that nobody watches writes none.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 FOLDER = "FREEHOLD_HEARTBEAT"
 """The environment variable that names the folder of the beats."""
+RECORD_BYTES = 512
 DUMP = signal.SIGUSR1
 """The signal that makes a rank write the stack of each of its threads to its stderr."""
 
@@ -25,21 +26,22 @@ class Heart:
 
     def __init__(self) -> None:
         folder = os.environ.get(FOLDER)
-        self.path = None if folder is None else Path(folder) / f"rank_{os.environ.get('RANK', '0')}.json"
-        if self.path is not None:
+        self.file: int | None = None
+        if folder is not None:
+            path = Path(folder) / f"rank_{os.environ.get('RANK', '0')}.json"
+            self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             faulthandler.enable()
             faulthandler.register(DUMP, file=sys.stderr, all_threads=True)
 
     def beat(self, step: int, doing: str, **figures: Any) -> None:
         """Say that `step` steps are done and what comes now: `start`, `step`, `save`, `validate` or `done`."""
-        if self.path is not None:
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"step": step, "doing": doing, **figures}), encoding="utf-8")
-            temporary.replace(self.path)
+        if self.file is not None:
+            told = json.dumps({"pid": os.getpid(), "step": step, "doing": doing, **figures})
+            os.pwrite(self.file, told.ljust(RECORD_BYTES).encode(), 0)
 
 
 def read_beat(path: Path) -> dict[str, Any]:
-    """Return a rank's last beat; empty before its first."""
+    """Return a rank's last beat; empty before its first, or when it is being written this moment."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
 """Starting the ranks of one machine: N copies of one command, told apart by the environment alone. Imports no torch.
 
 Only `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT` are set, so any other launcher that sets them
-(torchrun, Slurm, Kubernetes) does as well. Why plain processes and not torch's elastic agent: docs/decisions/0016.
+(torchrun, Slurm, Kubernetes) does as well. Why plain processes and not torch's elastic agent: docs/decisions/0015.
 """
 
 from __future__ import annotations

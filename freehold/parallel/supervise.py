@@ -31,6 +31,8 @@ from freehold.parallel.config import SuperviseConfig
 from freehold.parallel.heart import DUMP, read_beat
 
 POLL_S = 0.1
+STOPPED_S = 5.0
+"""A gap this long between two looks means that the supervisor itself did not run."""
 GRACE_S = 2.0
 """How long the other ranks may take to say what they saw of a failure."""
 LAST_LINES = 30
@@ -62,7 +64,7 @@ class _Watched:
 
     def look(self, now: float, window_s: float) -> None:
         beat = read_beat(self.rank.beat_path)
-        if beat != self.beat:
+        if beat and beat != self.beat:
             self.beat, self.moved = beat, now
         if self.rank.process.poll() is not None:
             self.ended = self.ended or now
@@ -185,11 +187,14 @@ class Supervisor:
             self._pass_on(number)
         watched = [_Watched(rank) for rank in self.ranks]
         slow: set[int] = set()
-        said = 0
+        said, looked = 0, time.monotonic()
         try:
             while True:
                 time.sleep(POLL_S)
                 now = time.monotonic()
+                if now - looked > STOPPED_S:  # the machine slept, or all of us were stopped: nobody hung meanwhile
+                    self.resumed = now
+                looked = now
                 for each in watched:
                     each.look(now, config.slow_s)
                 said = self._echo(said)
@@ -323,7 +328,7 @@ class Supervisor:
 
     def event(self, name: str, **facts: Any) -> None:
         """Append one line to `supervisor.jsonl`."""
-        with (self.folder / "supervisor.jsonl").open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), (self.folder / "supervisor.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"at": time.time(), "event": name, "world": self.number, **facts}) + "\n")
 
     # -- what the user sees and asks ---------------------------------------------------------------------------

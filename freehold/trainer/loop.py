@@ -13,6 +13,7 @@ nothing: what a run does is a function of its recipe and of `rollbacks.json`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -28,9 +29,11 @@ import torch
 from torch import Tensor
 
 from freehold.checkpoint import native
+from freehold.checkpoint.background import Saver
 from freehold.core.artifact import read_json, write_json
 from freehold.core.errors import ArtifactError, CheckpointError, ConfigError, FreeholdError
 from freehold.core.log import Log
+from freehold.data.digest import DataSum
 from freehold.data.loader import Order
 from freehold.data.packing import PADDING, Batch
 from freehold.kernels import native as kernels
@@ -43,13 +46,17 @@ from freehold.optim.build import Optimizers
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig
 from freehold.optim.schedule import Schedule
 from freehold.parallel.config import ParallelConfig
+from freehold.parallel.heart import Heart
 from freehold.parallel.mesh import world
 from freehold.trainer.collapse import Alarm, CollapseDetector, reinitialise
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.loss import chunked_loss
 from freehold.trainer.monitor import LoadMonitor, gemm_flops_per_s
+from freehold.trainer.spike import SpikeDetector
 
 ROLLBACKS = "rollbacks.json"
+QUARANTINE = "log/quarantine.jsonl"
+"""The documents of every batch that was skipped; a recipe can leave them out (`pretrain.quarantine`)."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -85,6 +92,8 @@ class Job:
     """Files copied into each checkpoint (the tokenizer's)."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Further facts for trainer.json."""
+    documents_of: Callable[[int], list[dict[str, Any]]] = lambda _: []
+    """Names the documents of a step: id, source, licence; none where only the order knows them."""
 
 
 class Trainer:
@@ -127,6 +136,12 @@ class Trainer:
         self.operators = kernels.operators(DTYPES[job.trainer.dtype])
         self.alarms: list[dict[str, Any]] = []
         self.rollbacks: list[dict[str, Any]] = []
+        self.processes: list[list[int]] = []
+        """[first step, processes that did it and those after it], one for each change."""
+        self.fed = DataSum()
+        self.heart = Heart()
+        self.saver = Saver(background=job.trainer.background_save)
+        self.spikes = SpikeDetector(job.trainer.spike, job.schedule.first_step)
         self.monitor = LoadMonitor(self.moe_layers)
         self.detector = CollapseDetector(
             job.trainer.collapse,
@@ -146,11 +161,12 @@ class Trainer:
             "optimizer": self.optimizers.state_dict(),
             "balance": self.balance.state_dict(),
             "collapse": self.detector.state_dict(),
+            "spike": self.spikes.state_dict(),
             "rng": {"torch": torch.get_rng_state()},
         }
 
-    def save(self, folder: Path, **facts: Any) -> None:
-        """Write a full checkpoint to `folder`, atomically."""
+    def save(self, folder: Path, then: Callable[[], None] = lambda: None, **facts: Any) -> None:
+        """Write a full checkpoint to `folder`, atomically, then call `then`; see `Saver` for when that is."""
         position = self.job.schedule.at(self.step - 1)
         record = {
             "stage": self.job.stage,
@@ -160,6 +176,8 @@ class Trainer:
             "parent": self.job.parent,
             "skipped_steps": self.skipped,
             "operators": self.operators,
+            "processes": self.processes,
+            "data_sum": self._data_sum(),
             "alarms": self.alarms,
             "rollbacks": [r for r in self.rollbacks if r["first_step"] < self.step],
             "optim": self.job.optim.model_dump(mode="json"),
@@ -168,24 +186,35 @@ class Trainer:
             **self.job.facts,
             **facts,
         }
-        native.save(folder, self.state(), self.job.model, record, self.job.files)
+        self.saver.save(folder, self.state(), self.job.model, record, self.job.files, then)
 
     def restore(self) -> bool:
         """Go on from the newest good checkpoint of this run; False when there is none.
 
         Checkpoints that a roll-back has left behind are deleted first.
         """
+        self.saver.wait()
         decided = self.job.folder / ROLLBACKS
         self.rollbacks = read_json(decided)["rollbacks"] if decided.exists() else []
         checkpoints = self.job.folder / "checkpoints"
-        native.remove_unless(checkpoints, self._is_on_course)
+        if self.world.is_main:
+            native.remove_unless(checkpoints, self._is_on_course)
+        self.world.barrier()
         folder = native.last_good(checkpoints, self.log.warn)
         if folder is None:
+            self.processes = [[self.step, self.world.size]]
             return False
-        state = native.load(folder, verify=False)
+        state = self.read(folder)
         self.adopt(state, folder)
         self.detector.load_state_dict(state.get("collapse", {}))
+        self.spikes.load_state_dict(state.get("spike", {}))
         facts = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        self.fed.value = int(facts.get("data_sum", "0"), 16) if self.world.is_main else 0
+        self.processes = [span for span in facts.get("processes", []) if span[0] < facts["step"]]
+        if self.processes[-1:] != [[facts["step"], self.world.size]]:
+            last = self.processes[-1][1] if self.processes else 0
+            if last != self.world.size:
+                self.processes.append([facts["step"], self.world.size])
         self.step, self.tokens, self.skipped = facts["step"], facts["tokens"], list(facts["skipped_steps"])
         self.alarms = list(facts.get("alarms", []))
         self.log.rewind(self.step)
@@ -197,6 +226,14 @@ class Trainer:
             )
         return True
 
+    def _data_sum(self) -> str:
+        """Return the sum over all rows that all ranks were fed; those that read the same rows count once."""
+        place = self.world.place
+        mine = self.fed.value if place.pipeline == place.context == 0 else 0
+        halves = torch.tensor([mine >> 32, mine & 0xFFFFFFFF], device=self.world.device)  # so that no sum overflows
+        high, low = map(int, self.world.sum_all_(halves).tolist())
+        return f"{((high << 32) + low) % (1 << 64):016x}"
+
     def _is_on_course(self, folder: Path) -> bool:
         """Tell whether a checkpoint was made in knowledge of every roll-back that concerns its steps."""
         try:
@@ -207,6 +244,18 @@ class Trainer:
             facts["step"] <= rollback["first_step"] or rollback in facts.get("rollbacks", [])
             for rollback in self.rollbacks
         )
+
+    def read(self, folder: Path) -> native.State:
+        """Read a checkpoint into tensors that lie as those of this run do: of each, the part this rank holds."""
+
+        def empty(key: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
+            part, _, name = key.partition("/")
+            like = self.masters.get(name if part == "model" else name.rpartition(".")[0])
+            if part in ("model", "optimizer") and like is not None and like.shape == size:
+                return torch.empty_like(like, dtype=dtype, requires_grad=False)
+            return torch.empty(size, dtype=dtype)
+
+        return native.load(folder, verify=False, empty=empty)
 
     def adopt(self, state: native.State, folder: Path) -> None:
         """Take over weights, optimizer, balancing and random state of a checkpoint; CheckpointError if it is another
@@ -274,17 +323,26 @@ class Trainer:
             self._collect()
         norm = float(gradient_norm(m.grad for m in self.masters.values() if m.grad is not None))
         finite = norm < float("inf") and cross_entropy < float("inf")
-        if finite:
+        why = "" if finite else "loss or gradient is not finite"
+        if self._stands_out(cross_entropy / max(targets, 1) if finite else math.inf) and finite:
+            told = (
+                f"its loss stands out: {cross_entropy / max(targets, 1):.2f} nats, usual are {self.spikes.median:.2f}"
+            )
+            if self.job.trainer.spike.action != "none":
+                why = told
+            elif self.spikes.in_a_row == 1:
+                self.log.warn(f"step {self.step}: {told}")
+        if not why:
             clip = min(1.0, self.job.optim.clip_norm / (norm + 1e-6))
             self.optimizers.step(self.job.schedule.at(self.step).factor, clip)
             for name, layer in self.moe_layers.items():
                 self._balance(name, layer)
             self.monitor.add(logit_max)
         else:
-            self._skip("loss or gradient is not finite")
+            self._skip(why)
             last = self.job.trainer.max_skipped_steps
             bad = [step for step in self.skipped if not self._is_left_out(step)]
-            if bad[-last:] == list(range(self.step - last + 1, self.step + 1)):
+            if not finite and bad[-last:] == list(range(self.step - last + 1, self.step + 1)):
                 raise TrainingError(
                     f"{last} steps in a row had no finite loss or gradient",
                     where=f"{self.job.stage} step {self.step}",
@@ -307,7 +365,7 @@ class Trainer:
     def leave_out(self, batch: Batch) -> dict[str, Any]:
         """Let a step pass that a roll-back decided to leave out; return its figures, which are not numbers."""
         for rollback in self.rollbacks:
-            if rollback["first_step"] == self.step:
+            if rollback["first_step"] == self.step and rollback["layers"]:
                 self.log.metrics(self.step + 1, {"moe/alarm": rollback["layers"]})
         self._skip("left out by a roll-back")
         self.step += 1
@@ -315,9 +373,39 @@ class Trainer:
         return dict.fromkeys(("loss/mean", "loss/z", "optim/grad_norm"), math.nan)
 
     def _skip(self, why: str) -> None:
+        """Count a step as skipped; name its documents, and put them down for quarantine."""
         self.skipped.append(self.step)
-        documents = sorted({f"{p.source}:{p.document_id}" for p in self.job.order.documents(self.step)})
-        self.log.warn(f"step {self.step} skipped: {why}; documents: {', '.join(documents)}")
+        if not self.world.is_main:
+            return
+        found = self.job.documents_of(self.step)
+        if not found:
+            pieces = {(p.source, p.document_id) for p in self.job.order.documents(self.step)}
+            found = [{"id": document, "source": source, "licence": None} for source, document in sorted(pieces)]
+        names = ", ".join(f"{d['source']}:{d['id']}" + (f" ({d['licence']})" if d["licence"] else "") for d in found)
+        self.log.warn(f"step {self.step} skipped: {why}; documents: {names}")
+        path = self.job.folder / QUARANTINE
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            for document in found:
+                file.write(json.dumps({"step": self.step, "why": why, **document}) + "\n")
+
+    def _stands_out(self, loss: float) -> bool:
+        position = self.job.schedule.at(self.step)
+        return self.spikes.stands_out(self.step, self.step - position.index, loss)
+
+    def _heed_spikes(self) -> bool:
+        """When losses keep standing out, go back to a checkpoint or take them as usual; return whether it went back."""
+        config = self.job.trainer.spike
+        if self.spikes.in_a_row < config.patience_steps:
+            return False
+        what = f"the loss has stood out for {self.spikes.in_a_row} steps"
+        if config.action == "roll_back":
+            self._roll_back(self.spikes.blamed_step(self.step - 1), what, [], config.max_rollbacks)
+            return True
+        if not math.isnan(self.spikes.median):
+            self.log.warn(f"{what}: its level is taken as the usual one")
+            self.spikes.accept()
+        return False
 
     def _is_left_out(self, step: int) -> bool:
         return any(rollback["first_step"] <= step < rollback["end_step"] for rollback in self.rollbacks)
@@ -337,7 +425,10 @@ class Trainer:
         layers = [alarm.number for alarm in alarms]
         self.log.warn("\n  ".join([f"routing collapses after {self.step} steps", *map(str, alarms)]))
         if config.action == "roll_back" and any(alarm.reason != "dead" for alarm in alarms):
-            self._roll_back([alarm for alarm in alarms if alarm.reason != "dead"])
+            to_blame = [alarm for alarm in alarms if alarm.reason != "dead"]
+            first = min(alarm.first_step for alarm in to_blame)
+            what = "routing collapsed: " + "; ".join(map(str, to_blame))
+            self._roll_back(first, what, [alarm.number for alarm in to_blame], config.max_rollbacks)
             return True
         for alarm in alarms:
             if config.action == "raise_rate":
@@ -354,25 +445,26 @@ class Trainer:
         self.log.metrics(self.step, {"moe/alarm": layers})
         return False
 
-    def _roll_back(self, alarms: list[Alarm]) -> None:
-        """Write down which steps to leave out, then go back to the newest checkpoint from before them."""
-        config = self.job.trainer.collapse
-        if len(self.rollbacks) >= config.max_rollbacks:
+    def _roll_back(self, first: int, what: str, layers: list[int], limit: int) -> None:
+        """Write down which steps to leave out, from `first` on, then go back to the newest checkpoint from before."""
+        if len(self.rollbacks) >= limit:
             raise TrainingError(
-                f"routing collapsed again after {len(self.rollbacks)} roll-backs",
+                f"{what.partition(':')[0]} again after {len(self.rollbacks)} roll-backs",
                 where=f"{self.job.stage} step {self.step}",
-                found="; ".join(map(str, alarms)),
-                todo="the batches are not to blame: lower optim.lr, raise balance.rate or choose another "
-                f"{self.job.stage}.trainer.collapse.action; the last good checkpoint is kept",
+                found=what,
+                todo="the batches are not to blame: lower optim.lr, raise balance.rate or choose another action in "
+                f"{self.job.stage}.trainer; the last good checkpoint is kept",
             )
         # Not before an earlier roll-back's steps: what lay before them was good then, and its checkpoint is kept.
-        first = max([min(alarm.first_step for alarm in alarms), *(r["first_step"] for r in self.rollbacks)])
-        decision = {"first_step": first, "end_step": self.step, "layers": [alarm.number for alarm in alarms]}
-        write_json(self.job.folder / ROLLBACKS, {"rollbacks": [*self.rollbacks, decision]})
+        first = max([first, *(r["first_step"] for r in self.rollbacks)])
+        decision = {"first_step": first, "end_step": self.step, "layers": layers}
+        if self.world.is_main:
+            write_json(self.job.folder / ROLLBACKS, {"rollbacks": [*self.rollbacks, decision]})
+        self.world.barrier()
         self.log.say(f"  rolling back to before step {first}; steps {first} to {self.step - 1} will be left out")
         if not self.restore():
             raise TrainingError(
-                "no checkpoint from before the collapse is left",
+                f"no checkpoint from before the {'collapse' if layers else 'spike'} is left",
                 where=self.job.folder / "checkpoints",
                 expected=f"one of at most {first} steps",
                 todo="run again: training starts anew and leaves out the steps named above",
@@ -406,11 +498,12 @@ class Trainer:
         job, config, schedule = self.job, self.job.trainer, self.job.schedule
         if not self.restore():
             self.log.rewind(self.step)
-            if config.collapse.action == "roll_back":  # there must be something to go back to
+            if self._rolls_back:  # there must be something to go back to
                 self.save(native.step_folder(job.folder / "checkpoints", self.step), stage_type="step")
         if self.step >= schedule.total_steps:
             self._prune()
             return
+        self.heart.beat(self.step, "start")
         self.log.say(f"operators: {kernels.describe(DTYPES[config.dtype])}")
         peak = gemm_flops_per_s(DTYPES[config.dtype])
         context = job.order.batch(self.step).input_ids.shape[1]
@@ -418,13 +511,21 @@ class Trainer:
         ends = {end: name for name, end in schedule.ends().items()}
         process = psutil.Process()
         started, tokens_then, steps_then = time.monotonic(), self.tokens, self.step
+        values: dict[str, Any] = {}
         with _StopSignals() as stop:
             while self.step < schedule.total_steps:
                 position = schedule.at(self.step)
+                self.heart.beat(self.step, "step", loss=values.get("loss/mean"))
                 if self._is_left_out(self.step):
                     values = self.leave_out(job.order.batch(self.step))
                 else:
-                    values = self.train_step(job.order.batch(self.step))
+                    batch = job.order.batch(self.step)
+                    self.fed.add(self.step, batch)
+                    values = self.train_step(batch)
+                    if self._heed_spikes():
+                        self.monitor.take()
+                        started, tokens_then, steps_then = time.monotonic(), self.tokens, self.step
+                        continue
                     if self.skipped[-1:] != [self.step - 1]:
                         counts = {name: layer.load_counts for name, layer in self.moe_layers.items()}
                         alarms = self.detector.watch(self.step - 1, counts)
@@ -452,35 +553,64 @@ class Trainer:
                 if validate and (
                     done in ends or (config.validate_every_steps and done % config.validate_every_steps == 0)
                 ):
+                    self.heart.beat(done, "validate")
                     bits = validate(self.model)
                     self.log.metrics(done, bits)
                     self.log.say(f"step {done}: validation bits per byte {bits['val/bpb']:.4f}")
                     started, tokens_then, steps_then = time.monotonic(), self.tokens, done
                 if done in ends or done % config.checkpoint_every_steps == 0 or stop.asked:
-                    self._checkpoint(ends.get(done))
+                    self.heart.beat(done, "save")
+                    self._checkpoint(ends.get(done), must=stop.asked)
                     started, tokens_then, steps_then = time.monotonic(), self.tokens, done
                 if stop.asked and done < schedule.total_steps:
                     raise Interrupted
 
-    def _checkpoint(self, phase: str | None) -> None:
+    def _checkpoint(self, phase: str | None, must: bool = False) -> None:
+        """Save the step and, at the end of a phase, under the phase's name.
+
+        A step that cannot be saved (a full disk) is a warning, and the next one tries again, unless this one `must`.
+        """
         if phase is not None and self.job.schedule.phases[phase].checkpoint:
             declared = self.job.schedule.phases[phase]
             self.save(self.job.folder / declared.checkpoint, stage_type=declared.stage_type)
             self.log.say(f"saved {declared.stage_type or 'checkpoint'}: {self.job.folder / declared.checkpoint}")
-        self.save(native.step_folder(self.job.folder / "checkpoints", self.step), stage_type="step")
-        self._prune()
+        must = must or phase is not None
+        try:
+            self.save(
+                native.step_folder(self.job.folder / "checkpoints", self.step), self._pruning(), stage_type="step"
+            )
+            if must:
+                self.saver.wait()
+        except (ArtifactError, CheckpointError) as error:
+            if must:
+                raise
+            self.log.warn(f"step {self.step} was not saved, training goes on\n{error}")
+
+    @property
+    def _rolls_back(self) -> bool:
+        return "roll_back" in (self.job.trainer.collapse.action, self.job.trainer.spike.action)
 
     def _prune(self) -> None:
+        self._pruning()()
+
+    def _pruning(self) -> Callable[[], None]:
+        """Return what deletes the checkpoints that are not needed once that of this step is written."""
         config = self.job.trainer
-        rolls_back, finished = config.collapse.action == "roll_back", self.step >= self.job.schedule.total_steps
-        needed = max([self.detector.oldest_step, *(r["first_step"] for r in self.rollbacks)])
-        native.prune(
+        finished = self.step >= self.job.schedule.total_steps
+        reach = [
+            self.detector.oldest_step if config.collapse.action == "roll_back" else self.step,
+            self.spikes.blamed_step(self.step - 1) if config.spike.action == "roll_back" else self.step,
+        ]
+        needed = max([min(reach), *(r["first_step"] for r in self.rollbacks)])
+        keep = functools.partial(
+            native.prune,
             self.job.folder / "checkpoints",
             keep_last=config.keep_last,
             keep_every_steps=config.keep_every_steps,
             every_steps=config.checkpoint_every_steps,
-            needed_step=needed if rolls_back and not finished else None,
+            needed_step=needed if self._rolls_back and not finished else None,
         )
+        return keep if self.world.is_main else lambda: None
 
     def _say(self, values: dict[str, Any], done: int, seconds_left: float) -> None:
         line = (

@@ -37,6 +37,10 @@ class StageConfig(Config):
         "position (e.g. another anneal from runs/laptop/pretrain/truebase)",
     )
 
+    quarantine: str = Field(
+        "", description="file of documents to leave out: ids, one a line, or another run's log/quarantine.jsonl"
+    )
+
     @model_validator(mode="after")
     def _something_to_do(self) -> StageConfig:
         if not self.phases and not self.parent:
