@@ -98,7 +98,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         for name, source in shards.sources("validation").items()
         if source.total_tokens
     }
-    trainer.run(validator(validation) if validation else None)
+    trainer.run(validator(validation, trainer.world) if validation else None)
     steps = range(parent_step, schedule.total_steps)
     phase_of = {step: schedule.at(step).phase for step in steps}
     write_trace(work.folder / "trace.parquet", trace_rows(order, steps, phase_of))
