@@ -9,8 +9,8 @@ Shapes: E experts, i expert width, d hidden width, n matrices of one shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,13 @@ def as_matrices(name: str, tensor: Tensor) -> Tensor:
     if name.endswith("gate_up_proj"):
         experts, rows, columns = tensor.shape
         return tensor.view(experts * 2, rows // 2, columns)
-    return tensor.view(-1, *tensor.shape[-2:])
+    return tensor.view(math.prod(tensor.shape[:-2]), *tensor.shape[-2:])
+
+
+def lr_scale(name: str, shape: torch.Size) -> float:
+    """Return sqrt(max(1, fan_out / fan_in)) of the matrices in a parameter of that shape; see `as_matrices`."""
+    fan_out, fan_in = shape[-2] // 2 if name.endswith("gate_up_proj") else shape[-2], shape[-1]
+    return math.sqrt(max(1.0, fan_out / fan_in))
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -60,6 +66,28 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.transpose(-2, -1) if tall else x
 
 
+def orthogonalize_all(updates: Mapping[str, Tensor], steps: int = 5) -> Iterator[tuple[str, Tensor]]:
+    """Yield the matrices of each update (see `as_matrices`), orthogonalised; those of one shape go in one batch."""
+    batches: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
+    for name, update in updates.items():
+        matrices = as_matrices(name, update)
+        batches.setdefault((matrices.shape[1], matrices.shape[2]), []).append((name, matrices))
+    for items in batches.values():
+        stacked = torch.cat([m.to(torch.bfloat16) if m.dtype != torch.float64 else m for _, m in items])
+        whole = orthogonalize(stacked, steps)
+        yield from zip([name for name, _ in items], whole.split([len(m) for _, m in items]), strict=True)
+
+
+class Together(Protocol):
+    """Orthogonalises updates of which only parts may be here: the seam for sharded parameters."""
+
+    def __call__(
+        self, updates: Mapping[str, Tensor], steps: int, orthogonalize: Callable[..., Iterator[tuple[str, Tensor]]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the part of each update by name, as `as_matrices` views it; the function given takes whole updates."""
+        ...
+
+
 class Muon(torch.optim.Optimizer):
     """Muon over named parameters; matrices of one shape are orthogonalised in one batch.
 
@@ -75,10 +103,16 @@ class Muon(torch.optim.Optimizer):
         steps: int = 5,
         weight_decay: float = 0.0,
         copies: Mapping[Tensor, Tensor] | None = None,
+        shapes: Mapping[str, torch.Size] | None = None,
+        together: Together | None = None,
     ) -> None:
-        """Take named parameters; `copies`: where a parameter is wanted a second time, in another dtype."""
+        """Take named parameters; `copies`: where a parameter is wanted a second time, in another dtype.
+
+        Where only parts of parameters are here, `shapes` are those of the whole, and `together` orthogonalises them.
+        """
         named = list(named)
-        self.copies = copies or {}
+        self.copies, self.together = copies or {}, together
+        self.shapes = shapes or {name: parameter.shape for name, parameter in named}
         for name, parameter in named:
             if parameter.ndim < 2:
                 raise ValueError(f"Muon steps matrices; {name} has shape {tuple(parameter.shape)}")
@@ -96,8 +130,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]
         """Take one step from `scale` times the gradients in `.grad`; parameters without one are left alone."""
         for group in self.param_groups:
-            batches: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-            for name, parameter in zip(self.names, group["params"], strict=True):
+            weights, updates = dict(zip(self.names, group["params"], strict=True)), {}
+            for name, parameter in weights.items():
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
@@ -107,20 +141,16 @@ class Muon(torch.optim.Optimizer):
                 gradient = parameter.grad.to(momentum.dtype)
                 gradient = gradient * scale if scale != 1 else gradient
                 momentum.mul_(group["momentum"]).add_(gradient)
-                update = gradient.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
-                weight = as_matrices(name, parameter)
-                shape = (weight.shape[1], weight.shape[2])
-                batches.setdefault(shape, []).append((weight, as_matrices(name, update)))
-            for (fan_out, fan_in), items in batches.items():
-                lr = group["lr"] * math.sqrt(max(1.0, fan_out / fan_in))
-                stacked = torch.cat(
-                    [update.to(torch.bfloat16) if update.dtype != torch.float64 else update for _, update in items]
-                )
-                whole = orthogonalize(stacked, group["steps"])
-                for (weight, _), part in zip(items, whole.split([len(u) for _, u in items]), strict=True):
-                    if group["weight_decay"]:
-                        weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(part, alpha=-lr)
+                updates[name] = gradient.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
+            if self.together is not None:
+                directions = self.together(updates, group["steps"], orthogonalize_all)
+            else:
+                directions = orthogonalize_all(updates, group["steps"])
+            for name, direction in directions:
+                if group["weight_decay"]:
+                    weights[name].mul_(1 - group["lr"] * group["weight_decay"])
+                matrices = as_matrices(name, weights[name])
+                matrices.add_(direction, alpha=-group["lr"] * lr_scale(name, self.shapes[name]))
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter in self.copies:
                     self.copies[parameter].copy_(parameter)

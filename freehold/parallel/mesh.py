@@ -92,9 +92,24 @@ class World:
         each = sequences // self.parallel.data
         return slice(self.data_rank * each, (self.data_rank + 1) * each)
 
+    def columns(self, tokens: int) -> slice:
+        """Return which tokens of a row of `tokens` this rank sees."""
+        each = tokens // self.parallel.context
+        return slice(self.place.context * each, (self.place.context + 1) * each)
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add, in place, over the ranks that hold the same layers: they see different tokens."""
         return self._reduce(tensor, "SUM", self._stage)
+
+    def sum_parts_(self, tensor: Tensor) -> Tensor:
+        """Add, in place, over the ranks that hold the parts of one copy of this pipeline stage."""
+        return self._reduce(tensor, "SUM", self.dense["fsdp"].get_group() if self.dense else None)
+
+    def sum_stages_(self, tensor: Tensor) -> Tensor:
+        """Add, in place, over the stages of the pipeline."""
+        if self.parallel.pipeline == 1:
+            return tensor
+        return self._reduce(tensor, "SUM", self.dense["pp"].get_group() if self.dense else None)
 
     def max_(self, tensor: Tensor) -> Tensor:
         """Take the largest, in place, over the ranks that hold the same layers."""

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -53,6 +53,9 @@ from freehold.trainer.config import TrainerConfig
 from freehold.trainer.loss import chunked_loss
 from freehold.trainer.monitor import LoadMonitor, gemm_flops_per_s
 from freehold.trainer.spike import SpikeDetector
+
+if TYPE_CHECKING:
+    from freehold.parallel.plan import Spread
 
 ROLLBACKS = "rollbacks.json"
 QUARANTINE = "log/quarantine.jsonl"
@@ -100,7 +103,7 @@ class Trainer:
     """The state of one run and the loop over its steps."""
 
     def __init__(self, job: Job, log: Log, *, seed: int, weights: dict[str, Tensor] | None = None) -> None:
-        self.job, self.log = job, log
+        self.job = job
         if job.trainer.collapse.action == "raise_rate" and isinstance(job.balance, NoBalanceConfig):
             raise ConfigError(
                 "there is no balance step to raise",
@@ -109,26 +112,24 @@ class Trainer:
                 expected="another action, or a balancing rule",
             )
         self.world = world(job.parallel, job.stage)
+        self.log = log if self.world.is_main else Log(quiet=True)
         torch.manual_seed(seed)
         torch.set_num_threads(job.trainer.threads)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self.model = Afmoe(job.model)
-        self.model.recompute = job.trainer.recompute
-        if weights is None:
-            self.model.init_weights(torch.Generator().manual_seed(seed))
+        self.spread: Spread | None = None
+        self.copies: dict[str, Tensor] = {}
+        """What the model computes with where that is neither the master itself nor gathered from it."""
+        if self.world.size == 1:
+            self._set_up(seed, weights)
         else:
-            native.match_keys(weights, self.model.state_dict(), job.folder)
-            self.model.load_state_dict(weights)
-        self.masters = {n: p.detach().requires_grad_() for n, p in self.model.named_parameters()}
+            self._spread_out(seed, weights)
+        self.model.recompute = job.trainer.recompute
+        self.parameters = dict(self.model.named_parameters())
         for master in self.masters.values():
             master.grad_dtype = None  # the gradient of a single micro-batch stays in the dtype it was computed in
-        self.model.to_compute(DTYPES[job.trainer.dtype])
-        self.parameters = dict(self.model.named_parameters())
-        self.copies = {n: p.detach() for n, p in self.parameters.items() if p.data_ptr() != self.masters[n].data_ptr()}
-        """What the model computes with where that is not the master itself."""
         self.moe_layers = self.model.moe_layers()
-        self.optimizers = Optimizers(self.masters, job.optim, self.copies)
+        self.optimizers = self._new_optimizers()
         self.balance = build_balance(job.balance)
         self.step = job.schedule.first_step
         self.tokens = job.tokens_before
@@ -151,19 +152,69 @@ class Trainer:
             job.schedule.first_step,
         )
 
+    def _set_up(self, seed: int, weights: dict[str, Tensor] | None) -> None:
+        """Build the model of a single process."""
+        self.model = Afmoe(self.job.model)
+        if weights is None:
+            self.model.init_weights(torch.Generator().manual_seed(seed))
+        else:
+            native.match_keys(weights, self.model.state_dict(), self.job.folder)
+            self.model.load_state_dict(weights)
+        self.model.to(self.world.device)
+        self.masters = {n: p.detach().requires_grad_() for n, p in self.model.named_parameters()}
+        self.model.to_compute(DTYPES[self.job.trainer.dtype])
+        parameters = dict(self.model.named_parameters())
+        self.copies = {n: p.detach() for n, p in parameters.items() if p.data_ptr() != self.masters[n].data_ptr()}
+
+    def _spread_out(self, seed: int, weights: dict[str, Tensor] | None) -> None:
+        """Build this process's parts of the model, with the very numbers that a single process starts from.
+
+        Values are drawn and dropped one tensor at a time: a process never holds the whole model.
+        """
+        from freehold.parallel.plan import Spread, lay_out  # FSDP's imports are for those who need them
+
+        with torch.device("meta"):
+            self.model, whole = Afmoe(self.job.model), Afmoe(self.job.model)
+        lay_out(self.model, self.world, DTYPES[self.job.trainer.dtype])
+        self.model.to_empty(device=self.world.device)
+        for layer in self.model.moe_layers().values():
+            layer.expert_bias.zero_()
+            layer.load_counts.zero_()
+        self.spread = Spread(self.model, self.world)
+        if weights is not None:
+            native.match_keys(weights, whole.state_dict(), self.job.folder)
+        values = whole.initial_values(torch.Generator().manual_seed(seed)) if weights is None else weights.items()
+        for name, value in values:
+            self.spread.fill_(name, value)
+        self.masters = self.spread.masters()
+
+    def _new_optimizers(self) -> Optimizers:
+        """Return optimizers that remember nothing yet."""
+        if self.spread is None:
+            return Optimizers(self.masters, self.job.optim, self.copies)
+        return Optimizers(self.masters, self.job.optim, shapes=self.spread.shapes(), together=self.spread.owners())
+
     # -- state -------------------------------------------------------------------------------------------------
 
     def state(self) -> native.State:
-        """Return every tensor that decides what happens next."""
-        biases = {n: b for n, b in self.model.named_buffers() if n.endswith("expert_bias")}
+        """Return every tensor that decides what happens next; of a spread one, this process's parts of it (DTensor)."""
+        model = {n: tensor.detach() for n, tensor in self._kept().items()}
+        optimizer = self.optimizers.state_dict()
+        if self.spread is not None:
+            model = {n: self.spread.whole_form(n, tensor) for n, tensor in model.items()}
+            optimizer = {k: self.spread.whole_form(k.rpartition(".")[0], slot) for k, slot in optimizer.items()}
         return {
-            "model": {**{n: m.detach() for n, m in self.masters.items()}, **biases},
-            "optimizer": self.optimizers.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "balance": self.balance.state_dict(),
             "collapse": self.detector.state_dict(),
             "spike": self.spikes.state_dict(),
             "rng": {"torch": torch.get_rng_state()},
         }
+
+    def _kept(self) -> dict[str, Tensor]:
+        """Return masters and expert biases by name: what a checkpoint calls the model."""
+        return {**self.masters, **{n: b for n, b in self.model.named_buffers() if n.endswith("expert_bias")}}
 
     def save(self, folder: Path, then: Callable[[], None] = lambda: None, **facts: Any) -> None:
         """Write a full checkpoint to `folder`, atomically, then call `then`; see `Saver` for when that is."""
@@ -250,9 +301,11 @@ class Trainer:
 
         def empty(key: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
             part, _, name = key.partition("/")
-            like = self.masters.get(name if part == "model" else name.rpartition(".")[0])
-            if part in ("model", "optimizer") and like is not None and like.shape == size:
-                return torch.empty_like(like, dtype=dtype, requires_grad=False)
+            owner = name if part == "model" else name.rpartition(".")[0]
+            known = part in ("model", "optimizer") and owner in self.masters
+            # Of another shape it is another model's: read whole, and refused when it is taken over.
+            if self.spread is not None and known and self.spread.shapes()[owner] == size:
+                return self.spread.whole_form(owner, torch.empty_like(self.masters[owner], dtype=dtype).detach())
             return torch.empty(size, dtype=dtype)
 
         return native.load(folder, verify=False, empty=empty)
@@ -260,35 +313,42 @@ class Trainer:
     def adopt(self, state: native.State, folder: Path) -> None:
         """Take over weights, optimizer, balancing and random state of a checkpoint; CheckpointError if it is another
         model's."""
-        native.match_keys(state["model"], self.model.state_dict(), folder)
-        here = {**self.masters, **{n: b for n, b in self.model.named_buffers() if n in state["model"]}}
+        here, held = self._kept(), native.read_names(folder)
+        native.match_keys(held["model"], {name for each in native.gather(list(here)) for name in each}, folder)
+        if held.get("optimizer"):  # nothing is remembered before the first step
+            owners = {key.rpartition(".")[0] for key in held["optimizer"]}
+            native.match_keys(owners, {name for each in native.gather(list(self.masters)) for name in each}, folder)
+        shapes = {n: tensor.shape for n, tensor in here.items()} | (self.spread.shapes() if self.spread else {})
         with torch.no_grad():
             for name, tensor in here.items():
                 found = state["model"][name]
-                if tensor.shape != found.shape:
+                if shapes[name] != found.shape:
                     raise CheckpointError(
                         "a tensor has another shape",
                         where=f"{folder}: {name}",
                         found=tuple(found.shape),
-                        expected=tuple(tensor.shape),
+                        expected=tuple(shapes[name]),
                     )
-                tensor.copy_(found)
+                tensor.copy_(self.spread.part_of(name, found) if self.spread else found)
         self._publish()
-        self.optimizers = Optimizers(
-            self.masters, self.job.optim, self.copies
-        )  # with nothing left of steps that are undone
-        self.optimizers.load_state_dict(state.get("optimizer", {}))
+        self.optimizers = self._new_optimizers()  # with nothing left of steps that are undone
+        optimizer = state.get("optimizer", {})
+        if self.spread is not None:
+            optimizer = {k: self.spread.part_of(k.rpartition(".")[0], slot) for k, slot in optimizer.items()}
+        self.optimizers.load_state_dict(optimizer)
         self.balance.load_state_dict(state.get("balance", {}))
         torch.set_rng_state(state["rng"]["torch"])
 
     # -- one step ----------------------------------------------------------------------------------------------
 
     def train_step(self, batch: Batch) -> dict[str, Any]:
-        """Run one optimizer step on a global batch; return its losses and gradient norm.
+        """Run one optimizer step on this process's part of a batch; return losses and gradient norm of the whole.
 
         A step whose loss or gradient is not finite changes nothing but the step count.
         """
-        targets, tokens = batch.target_tokens, int((batch.document_ids != PADDING).sum())
+        real, device = int((batch.document_ids != PADDING).sum()), self.world.device
+        mine = torch.tensor([batch.target_tokens, real, batch.input_ids.size], device=device)
+        targets, tokens, read_tokens = map(int, self.world.sum_(mine).tolist())
         cross_entropy = z = sequence = router_z = 0.0
         self.model.train()
         for layer in self.moe_layers.values():
@@ -296,13 +356,14 @@ class Trainer:
         logit_max: dict[str, Tensor] = {}
         for start in range(0, len(batch.input_ids), self.job.micro_sequences):
             micro = batch.rows(start, start + self.job.micro_sequences)
-            documents = torch.from_numpy(micro.document_ids)
+            documents = torch.from_numpy(micro.document_ids).to(device)
             routings: list[Routing] | None = [] if self.job.balance.has_loss else None
-            hidden = self.model.hidden(torch.from_numpy(micro.input_ids), document_ids=documents, routings=routings)
+            ids, wanted = (torch.from_numpy(array).to(device) for array in (micro.input_ids, micro.targets))
+            hidden = self.model.hidden(ids, document_ids=documents, routings=routings)
             losses = chunked_loss(
                 hidden,
                 self.model.lm_head.weight,
-                torch.from_numpy(micro.targets),
+                wanted,
                 scale=1 / max(targets, 1),
                 z_loss=self.job.trainer.z_loss,
                 chunk_tokens=self.job.trainer.loss_chunk_tokens,
@@ -321,7 +382,9 @@ class Trainer:
                 assert largest is not None
                 logit_max[name] = torch.maximum(largest, logit_max.get(name, largest))
             self._collect()
-        norm = float(gradient_norm(m.grad for m in self.masters.values() if m.grad is not None))
+        figures = torch.tensor([cross_entropy, z, sequence, router_z], dtype=torch.float64, device=device)
+        cross_entropy, z, sequence, router_z = self.world.sum_all_(figures).tolist()
+        norm = self._norm()
         finite = norm < float("inf") and cross_entropy < float("inf")
         why = "" if finite else "loss or gradient is not finite"
         if self._stands_out(cross_entropy / max(targets, 1) if finite else math.inf) and finite:
@@ -335,6 +398,7 @@ class Trainer:
         if not why:
             clip = min(1.0, self.job.optim.clip_norm / (norm + 1e-6))
             self.optimizers.step(self.job.schedule.at(self.step).factor, clip)
+            self._add_up_routing(logit_max)
             for name, layer in self.moe_layers.items():
                 self._balance(name, layer)
             self.monitor.add(logit_max)
@@ -353,7 +417,7 @@ class Trainer:
         for master in self.masters.values():
             master.grad = None
         self.step += 1
-        self.tokens += batch.input_ids.size
+        self.tokens += read_tokens
         values = {"loss/mean": cross_entropy / max(targets, 1), "loss/z": z / max(targets, 1), "optim/grad_norm": norm}
         routed = max(tokens * len(self.moe_layers), 1)
         if self.job.balance.sequence_loss:
@@ -369,8 +433,26 @@ class Trainer:
                 self.log.metrics(self.step + 1, {"moe/alarm": rollback["layers"]})
         self._skip("left out by a roll-back")
         self.step += 1
-        self.tokens += batch.input_ids.size
+        self.tokens += int(self.world.sum_(torch.tensor(batch.input_ids.size, device=self.world.device)))
         return dict.fromkeys(("loss/mean", "loss/z", "optim/grad_norm"), math.nan)
+
+    def _norm(self) -> float:
+        """Return the norm of the whole step's gradient, alike on all processes."""
+        gradients = {n: m.grad for n, m in self.masters.items() if m.grad is not None}
+        if self.spread is None:
+            return float(gradient_norm(gradients.values()))
+        self.spread.sum_replicated_(gradients)
+        return self.spread.norm(gradients, gradient_norm)
+
+    def _add_up_routing(self, logit_max: dict[str, Tensor]) -> None:
+        """Make the counts and largest logits of a step those of all processes: integers, so biases agree to the bit."""
+        if self.world.size == 1 or not self.moe_layers:
+            return
+        counts = self.world.sum_(torch.stack([layer.load_counts for layer in self.moe_layers.values()]))
+        largest = self.world.max_(torch.stack([logit_max[name] for name in self.moe_layers]))
+        for (name, layer), of_layer, maximum in zip(self.moe_layers.items(), counts, largest, strict=True):
+            layer.load_counts.copy_(of_layer)
+            logit_max[name] = maximum
 
     def _skip(self, why: str) -> None:
         """Count a step as skipped; name its documents, and put them down for quarantine."""
@@ -434,8 +516,7 @@ class Trainer:
             if config.action == "raise_rate":
                 self.detector.raise_rate(alarm.layer, self.step)
             elif config.action == "reinitialise":
-                reinitialise(alarm, self.state(), self.job.model.initializer_range)
-                self._publish()
+                self._reinitialise(alarm)
         acted = config.action if config.action != "roll_back" else "none"
         if acted == "raise_rate":
             self.log.say(f"  balance step x{config.rate_factor:g} in these layers for {config.raise_steps} steps")
@@ -444,6 +525,24 @@ class Trainer:
         self.alarms += [{**dataclasses.asdict(alarm), "action": acted} for alarm in alarms]
         self.log.metrics(self.step, {"moe/alarm": layers})
         return False
+
+    def _reinitialise(self, alarm: Alarm) -> None:
+        """Draw routing anew; in a spread model every process does so on whole tensors, and keeps its parts."""
+        state = self.state()
+        if self.spread is None:
+            reinitialise(alarm, state, self.job.model.initializer_range)
+        else:
+            whole = {
+                part: {n: self.spread.gathered(t) for n, t in state[part].items() if n.startswith(f"{alarm.layer}.")}
+                for part in ("model", "optimizer")
+            }
+            reinitialise(alarm, {**state, **whole}, self.job.model.initializer_range)
+            for part, tensors in whole.items():
+                for name, tensor in tensors.items():
+                    owner = name if part == "model" else name.rpartition(".")[0]
+                    here = state[part][name]
+                    self.spread.local(here).copy_(self.spread.part_of(owner, tensor))
+        self._publish()
 
     def _roll_back(self, first: int, what: str, layers: list[int], limit: int) -> None:
         """Write down which steps to leave out, from `first` on, then go back to the newest checkpoint from before."""
@@ -475,15 +574,19 @@ class Trainer:
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 master = self.masters[name]
+                gradient = parameter.grad if self.spread is None else self.spread.local(parameter.grad)
                 if master.grad is None:
-                    master.grad = parameter.grad
+                    master.grad = gradient
                 else:
-                    master.grad = master.grad.to(torch.float32).add_(parameter.grad)
+                    exact = torch.promote_types(gradient.dtype, torch.float32)
+                    master.grad = master.grad.to(exact).add_(gradient)
                 parameter.grad = None
 
     @torch.no_grad()
     def _publish(self) -> None:
-        """Copy the masters into the compute weights."""
+        """Copy the masters into the compute weights; a spread model gathers them anew."""
+        if self.spread is not None:
+            self.spread.forget()
         for name, copy in self.copies.items():
             copy.copy_(self.masters[name])
 
@@ -505,8 +608,8 @@ class Trainer:
             return
         self.heart.beat(self.step, "start")
         self.log.say(f"operators: {kernels.describe(DTYPES[config.dtype])}")
-        peak = gemm_flops_per_s(DTYPES[config.dtype])
-        context = job.order.batch(self.step).input_ids.shape[1]
+        peak = gemm_flops_per_s(DTYPES[config.dtype]) * self.world.size
+        context = job.order.batch(self.step, slice(0, 1)).input_ids.shape[1]
         flops = flops_per_token(job.model, context)
         ends = {end: name for name, end in schedule.ends().items()}
         process = psutil.Process()
@@ -517,11 +620,9 @@ class Trainer:
                 position = schedule.at(self.step)
                 self.heart.beat(self.step, "step", loss=values.get("loss/mean"))
                 if self._is_left_out(self.step):
-                    values = self.leave_out(job.order.batch(self.step))
+                    values = self.leave_out(self._batch())
                 else:
-                    batch = job.order.batch(self.step)
-                    self.fed.add(self.step, batch)
-                    values = self.train_step(batch)
+                    values = self.train_step(self._batch())
                     if self._heed_spikes():
                         self.monitor.take()
                         started, tokens_then, steps_then = time.monotonic(), self.tokens, self.step
@@ -533,8 +634,8 @@ class Trainer:
                             self.monitor.take()
                             started, tokens_then, steps_then = time.monotonic(), self.tokens, self.step
                             continue
-                done = self.step
-                if done % config.log_every_steps == 0 or done in ends or stop.asked:
+                done, asked = self.step, self.world.any(stop.asked)
+                if done % config.log_every_steps == 0 or done in ends or asked:
                     now = time.monotonic()
                     speed = (self.tokens - tokens_then) / (now - started)
                     seconds_left = (schedule.total_steps - done) * (now - started) / max(done - steps_then, 1)
@@ -558,12 +659,21 @@ class Trainer:
                     self.log.metrics(done, bits)
                     self.log.say(f"step {done}: validation bits per byte {bits['val/bpb']:.4f}")
                     started, tokens_then, steps_then = time.monotonic(), self.tokens, done
-                if done in ends or done % config.checkpoint_every_steps == 0 or stop.asked:
+                if done in ends or done % config.checkpoint_every_steps == 0 or asked:
                     self.heart.beat(done, "save")
-                    self._checkpoint(ends.get(done), must=stop.asked)
+                    self._checkpoint(ends.get(done), must=asked)
                     started, tokens_then, steps_then = time.monotonic(), self.tokens, done
-                if stop.asked and done < schedule.total_steps:
+                if asked and done < schedule.total_steps:
                     raise Interrupted
+
+    def _batch(self) -> Batch:
+        """Return this process's part of the step's rows; what is to be learnt from is added to the data sum."""
+        order = self.job.order
+        rows = self.world.rows(order.sequences)
+        batch = order.batch(self.step, rows)
+        if not self._is_left_out(self.step):
+            self.fed.add(self.step, batch, rows.start)
+        return batch.columns(self.world.columns(batch.input_ids.shape[1]))
 
     def _checkpoint(self, phase: str | None, must: bool = False) -> None:
         """Save the step and, at the end of a phase, under the phase's name.

@@ -105,7 +105,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         for name, source in shards.sources("validation").items()
         if source.total_tokens
     }
-    trainer.run(validator(validation) if validation else None)
+    trainer.run(validator(validation, trainer.world) if validation else None)
     if work.leads:
         write_atomic(work.folder / "trace.parquet", preview.read_bytes())
     return {
