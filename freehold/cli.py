@@ -34,6 +34,7 @@ EXAMPLES = """examples:
   freehold trace sotu                                 where did this source go?
   freehold takedown sotu runs/laptop                  what learned from it, and the cheapest way back
   freehold lineage runs/laptop                        from sources to GGUF
+  freehold verify-resume recipes/laptop.yaml          kill it, go on, compare every bit
 """
 
 TAUGHT = {
@@ -199,6 +200,24 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--search", action="store_true", help="propose degrees that fit, the fastest first")
     plan.add_argument("--picture", type=Path, metavar="FILE", help="also draw the plan as a PNG")
     plan.add_argument("--json", action="store_true", help="machine-readable plan on stdout")
+    verify = _verb(
+        verbs,
+        "verify-resume",
+        "kill a recipe's training, go on, and compare every tensor with a run left alone",
+        _verify,
+    )
+    verify.add_argument("recipe", type=Path, help="YAML recipe, e.g. recipes/laptop.yaml")
+    verify.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    verify.add_argument("--first", type=int, default=6, metavar="N", help="steps before the kill (default 6)")
+    verify.add_argument("--more", type=int, default=6, metavar="M", help="steps after it (default 6)")
+    verify.add_argument(
+        "--world", type=int, action="append", default=[], metavar="W", help="also go on with W processes; repeatable"
+    )
+    verify.add_argument(
+        "--tolerance", type=float, default=0.02, help="how far a weight may differ there, of its norm (default 0.02)"
+    )
+    verify.add_argument("--keep", action="store_true", help="keep the runs, in verify-resume/ of the run folder")
+    verify.add_argument("--json", action="store_true", help="machine-readable answer")
     schema = _verb(verbs, "schema", "print the JSON Schema of a stage's section of the recipe", _schema)
     schema.add_argument("stage", choices=[*STAGES, "serve", "chat"])
     return parser
@@ -231,6 +250,15 @@ def _walk_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from freehold import walk
+    from freehold.parallel import launch
+
+    if launch.place() is not None:
+        raise ConfigError(
+            "a launcher starts ranks of one stage, not of a whole walk",
+            where="RANK and WORLD_SIZE are set",
+            expected="freehold pretrain RECIPE, or freehold align RECIPE",
+            todo="run the other stages without the launcher: `freehold run RECIPE until=tokenize`",
+        )
 
     recipe = walk.resolve(args.recipe, args.overrides, fork=args.fork)
     if args.dry_run:
@@ -254,6 +282,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _stage(args: argparse.Namespace) -> int:
     from freehold import walk
+    from freehold.parallel import launch
 
     recipe = walk.resolve(args.recipe, args.overrides, stage=args.stage, fork=args.fork)
     if args.dry_run:
@@ -262,6 +291,8 @@ def _stage(args: argparse.Namespace) -> int:
     options = walk.Options(clean=args.clean, fork=args.fork, quiet=quiet)
     if args.parent:
         walk.die_with(args.parent)
+        manifest = walk.run_stage(recipe, args.stage, options)
+    elif not launch.leads():  # the first rank holds the folder
         manifest = walk.run_stage(recipe, args.stage, options)
     else:
         with walk.locked(recipe.run_folder):
@@ -461,6 +492,22 @@ def _plan(args: argparse.Namespace) -> int:
     for sentence in plan["problems"]:
         print(sentence)
     return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from freehold import verify
+
+    answer = verify.verify_resume(
+        args.recipe,
+        args.overrides,
+        first=args.first,
+        more=args.more,
+        worlds=args.world,
+        tolerance=args.tolerance,
+        keep=args.keep,
+    )
+    print(json.dumps(answer) if args.json else verify.table(answer))
+    return 0 if answer["passed"] else 1
 
 
 def _schema(args: argparse.Namespace) -> int:

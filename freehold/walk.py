@@ -8,6 +8,7 @@ Imports no torch: an up-to-date run answers in a second.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import importlib
 import json
@@ -35,6 +36,9 @@ from freehold.core.errors import ArtifactError, ConfigError, FreeholdError
 from freehold.core.log import Log
 from freehold.core.machine import disk_error, machine_limits
 from freehold.ledger import gate
+from freehold.ledger.batch import documents_of_step
+from freehold.parallel import launch
+from freehold.parallel.supervise import Supervisor
 
 WALK: dict[str, tuple[str, ...]] = {
     "gather": (),
@@ -131,11 +135,13 @@ def resolve(path: Path, overrides: Sequence[str] = (), stage: str = "", fork: st
 def key_of(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Return all that decides a stage's bytes: config, seed, code, and the content of its inputs.
 
+    How the work is spread over processes is not among it, so that a run can go on with more or fewer of them: it
+    changes the order of sums, nothing else, and each checkpoint says what it was.
     Raises ArtifactError when an input is not finished.
     """
     folder = recipe.run_folder
     return {
-        "config": recipe.stages[stage].model_dump(mode="json"),
+        "config": {k: v for k, v in recipe.stages[stage].model_dump(mode="json").items() if k != "parallel"},
         "seed": recipe.head.seed,
         "code_sha256": code_sha256(f"freehold.stages.{stage}.run"),
         "inputs": {name: read_manifest(folder / name, kind=name)["content_sha256"] for name in WALK[stage]},
@@ -204,9 +210,14 @@ def check_stage(recipe: Recipe, stage: str, options: Options) -> str:
 def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
     """Make one stage here and now, in this process; return its manifest. Does nothing when it is done."""
     folder = recipe.run_folder / stage
+    if not launch.leads():
+        return _follow(recipe, stage, options)
     what = check_stage(recipe, stage, options)
     if what == "done":
         return read_manifest(folder)
+    parallel = getattr(recipe.stages[stage], "parallel", None)
+    if launch.place() is None and parallel is not None and parallel.nproc:
+        return _supervise(recipe, stage, options)
     key = key_of(recipe, stage)
     for name in WALK[stage]:
         artifact.verify_files(recipe.run_folder / name, read_manifest(recipe.run_folder / name))
@@ -228,7 +239,7 @@ def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
     started = time.monotonic()
     try:
         with machine_limits(folder):
-            counts = importlib.import_module(f"freehold.stages.{stage}.run").run(recipe.stages[stage], work)
+            counts = _work(recipe, stage, work, key)
     finally:
         log.live("")  # what is said next has a line of its own
     seconds = time.monotonic() - started
@@ -255,6 +266,70 @@ def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
     return manifest
 
 
+def _follow(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
+    """Take part in a stage as a rank that leads nothing: it writes what is its own, and says nothing but errors."""
+    folder = recipe.run_folder / stage
+    if not options.clean and state_of(recipe, stage)[0] == "done":
+        return read_manifest(folder)
+    work = Workspace(
+        folder=folder,
+        stage=stage,
+        run_name=recipe.head.name,
+        seed=recipe.head.seed,
+        log=Log(quiet=True),
+        inputs={name: recipe.run_folder / name for name in WALK[stage]},
+        leads=False,
+    )
+    if not hasattr(recipe.stages[stage], "parallel"):  # one process does it all
+        return {"counts": {}}
+    with machine_limits(folder):
+        return {"counts": _work(recipe, stage, work, key_of(recipe, stage))}
+
+
+def _work(recipe: Recipe, stage: str, work: Workspace, key: dict[str, Any]) -> dict[str, Any]:
+    """Do a stage's work in this process: alone, or with the other ranks once all agree on what it is."""
+    config = recipe.stages[stage]
+    spread = hasattr(config, "parallel") and launch.place() is not None
+    if spread:
+        from freehold.parallel import join
+
+        config_sha256 = artifact.sha256_json(config.model_dump(mode="json"))
+        recipe_sha256 = artifact.sha256_json([config_sha256, recipe.head.seed, recipe.head.name])
+        inputs_sha256 = artifact.sha256_json(key["inputs"])
+        join.join(config.parallel, {"recipe": recipe_sha256, "code": key["code_sha256"], "input": inputs_sha256})
+    counts: dict[str, Any] = importlib.import_module(f"freehold.stages.{stage}.run").run(config, work)
+    if spread:
+        join.leave()
+    return counts
+
+
+def _supervise(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
+    """Make one stage as `parallel.nproc` ranks that are started here, watched, and started again when they fail."""
+    folder, parallel = recipe.run_folder / stage, recipe.stages[stage].parallel
+    command = [*_command(recipe, stage), "--parent", str(os.getpid()), "--json"]
+    log = Log(quiet=options.quiet)
+    supervisor = Supervisor(
+        command + (["--quiet"] if options.quiet else []),
+        parallel.nproc,
+        folder / "log",
+        parallel.supervise,
+        newest_step=lambda: max(
+            (int(p.parent.name[5:]) for p in folder.glob(f"checkpoints/step_*/{MANIFEST}")), default=-1
+        ),
+        documents_of=lambda step: documents_of_step(folder, step),
+        say=log.warn,
+        echo=None if options.quiet else log.say,
+    )
+    supervisor.run()
+    return read_manifest(folder)
+
+
+def _command(recipe: Recipe, stage: str) -> list[str]:
+    """Return the command that makes one stage of a filled recipe, whatever its run is called."""
+    name = f"name={json.dumps(recipe.head.name)}"
+    return [sys.executable, "-m", "freehold.cli", stage, str(recipe.path), *recipe.overrides, name]
+
+
 def run_walk(recipe: Recipe, options: Options, lock: int) -> dict[str, str]:
     """Run every stage that is not done, in order, each in a process of its own; return what was done with each.
 
@@ -271,8 +346,7 @@ def run_walk(recipe: Recipe, options: Options, lock: int) -> dict[str, str]:
         if options.fork and _take_over(recipe, stage):
             result[stage] = "taken over"
             continue
-        command = [sys.executable, "-m", "freehold.cli", stage, str(recipe.path), *recipe.overrides]
-        command += [f"name={json.dumps(recipe.head.name)}", "--parent", str(os.getpid()), "--json"]
+        command = [*_command(recipe, stage), "--parent", str(os.getpid()), "--json"]
         if options.clean:
             command.append("--clean")
         if options.quiet:
@@ -414,6 +488,10 @@ def die_with(parent: int) -> None:
             time.sleep(0.2)
         os._exit(137)
 
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # Linux: the kernel does it at once, and to a stopped process too
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     threading.Thread(target=watch, daemon=True).start()
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it may write to the terminal of a walk it is not in the group of
 

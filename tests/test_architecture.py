@@ -19,7 +19,8 @@ ROOMS = {
     "data": {"core", "ledger"},
     "checkpoint": {"core", "model"},
     "infer": {"core", "model"},
-    "trainer": {"core", "ledger", "kernels", "model", "optim", "data", "checkpoint"},
+    "parallel": {"core", "model"},
+    "trainer": {"core", "ledger", "kernels", "model", "optim", "data", "checkpoint", "parallel"},
     "api": {"core", "tokenizer", "model", "checkpoint", "infer"},
     "stages": {
         "core",
@@ -31,14 +32,16 @@ ROOMS = {
         "data",
         "checkpoint",
         "infer",
+        "parallel",
         "trainer",
         "api",
     },
     "figure": {"core"},
     "report": {"core", "figure", "stages"},
-    "walk": {"core", "ledger", "stages"},
-    "planner": {"core", "model"},
-    "cli": {"core", "ledger", "planner", "stages", "walk", "figure", "report"},
+    "walk": {"core", "ledger", "parallel", "stages"},
+    "planner": {"core", "model", "parallel"},
+    "verify": {"core", "checkpoint", "parallel", "walk"},
+    "cli": {"core", "ledger", "parallel", "planner", "stages", "walk", "figure", "report", "verify"},
 }
 ONE_ROOM = {
     "transformers": {"stages/export"},
@@ -99,6 +102,8 @@ def test_the_planner_knows_shapes_only():
     for path in (PACKAGE / "planner").glob("*.py"):
         ours = {m for m in imports(path) if m.startswith("freehold.model")}
         assert all(m.startswith("freehold.model.config") for m in ours), f"{path}: {ours}"
+        ours = {m for m in imports(path) if m.startswith("freehold.parallel")}
+        assert all(m.startswith("freehold.parallel.config") for m in ours), f"{path}: {ours}"
 
 
 def test_no_relative_imports():
@@ -118,8 +123,9 @@ def test_a_third_party_package_belongs_to_one_room():
     "code",
     [
         "import freehold",
-        "import freehold.cli, freehold.walk, freehold.report",
+        "import freehold.cli, freehold.walk, freehold.report, freehold.verify",
         "import freehold.planner.show",
+        "import freehold.parallel.supervise",
         "import freehold.core.document, freehold.ledger.trace, freehold.ledger.lineage, freehold.ledger.policy",
         "from freehold import walk; [walk.stage_config_class(s) for s in [*walk.WALK, 'chat']]",
     ],

@@ -2,7 +2,11 @@
 
 A checkpoint is written into a fresh folder and renamed: DCP over an existing folder can mix old metadata with new
 shards, and DCP does not notice a flipped byte on load, so files are hashed here (distributed.md, P11 and P12).
-Keys are `<part>/<name>`, part being model, optimizer, balance or rng.
+Keys are `<part>/<name>`, part being model, optimizer, balance, collapse or rng.
+
+There is one format. Of several ranks each writes what it holds and hashes its own files; rank 0 writes the rest and the
+manifest. Any number of ranks, or one process, reads what any other number wrote. Save, check and load of a run over
+several ranks are done by all of them together, and fail on all of them when they fail on one.
 """
 
 from __future__ import annotations
@@ -11,97 +15,166 @@ import contextlib
 import errno
 import json
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from freehold.core.artifact import (
     MANIFEST,
     atomic_folder,
+    hash_files,
+    read_json,
     read_manifest,
     verify_files,
     write_json,
     write_manifest,
 )
-from freehold.core.errors import ArtifactError, CheckpointError
-from freehold.core.machine import disk_error
+from freehold.core.errors import ArtifactError, CheckpointError, FreeholdError
+from freehold.core.machine import REFUSALS, disk_error
 from freehold.model.config import ModelConfig, from_hf_dict, to_hf_dict
 
 STATE = "state"
 State = dict[str, dict[str, Tensor]]
+T = TypeVar("T")
 
 
 def save(
-    folder: Path, state: State, config: ModelConfig, facts: dict[str, Any], copy: Iterable[Path] = ()
+    folder: Path,
+    state: State,
+    config: ModelConfig,
+    facts: dict[str, Any],
+    copy: Iterable[Path] = (),
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
-    """Write a whole checkpoint or nothing.
+    """Write a whole checkpoint or nothing; return its manifest.
 
     `facts` become `trainer.json` (step, phase, stage type, parent ...); `copy` are files taken along (the
-    tokenizer's), so that a checkpoint can be opened alone. Returns the manifest; raises ArtifactError when the
-    disk is full, and leaves what was there before.
+    tokenizer's), so that a checkpoint can be opened alone. `group` is the process group to talk over, all ranks when
+    none is given. Raises ArtifactError when the disk is full, and leaves what was there before.
     """
     flat = {f"{part}/{name}": tensor for part, tensors in state.items() for name, tensor in tensors.items()}
-    with atomic_folder(folder) as temporary:
-        with _quiet(), _full_disk(temporary, sum(tensor.nbytes for tensor in flat.values())):
-            dcp.save(flat, storage_writer=_Writer(temporary / STATE, sync_files=True))
-        write_json(temporary / "config.json", to_hf_dict(config))
-        write_json(temporary / "trainer.json", facts)
-        for path in copy:
-            shutil.copyfile(path, temporary / path.name)
-        return write_manifest(temporary, kind="checkpoint", counts={"tensors": len(flat)})
+    names = sorted({name for each in gather(list(flat), group) for name in each})
+    temporary = folder.with_name(folder.name + ".tmp")
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> None:
+            if _rank(group) == 0:
+                stack.enter_context(atomic_folder(folder))
+
+        def write() -> dict[str, Any]:
+            (temporary / STATE).mkdir(exist_ok=True)
+            with _quiet(), _full_disk(temporary, sum(_local(tensor).nbytes for tensor in flat.values())):
+                writer = _Writer(temporary / STATE, sync_files=True)
+                dcp.save(flat, storage_writer=writer, process_group=group)
+            if _rank(group) == 0:
+                write_json(temporary / "config.json", to_hf_dict(config))
+                write_json(temporary / "trainer.json", facts)
+                for path in copy:
+                    shutil.copyfile(path, temporary / path.name)
+            return hash_files(temporary, lambda path: _writer_of(path) == _rank(group))
+
+        together(begin, group)
+        files = {name: record for each in together(write, group) for name, record in each.items()}
+
+        def finish() -> dict[str, Any]:
+            manifest = {}
+            if _rank(group) == 0:
+                counts = {"tensors": len(names)}
+                manifest = write_manifest(
+                    temporary, kind="checkpoint", counts=counts, files=dict(sorted(files.items()))
+                )
+            stack.close()
+            return manifest
+
+        return together(finish, group)[0]
 
 
-def check(folder: Path) -> dict[str, Any]:
+def check(folder: Path, group: dist.ProcessGroup | None = None, *, shared: bool = False) -> dict[str, Any]:
     """Verify that a checkpoint is finished and that no byte of it changed; return its facts.
 
-    Raises CheckpointError naming the file.
+    With `shared` all ranks do it together: each reads a part of the files, and all agree. Raises CheckpointError
+    naming the file.
     """
-    try:
-        manifest = read_manifest(folder, kind="checkpoint")
-        verify_files(folder, manifest)
-    except ArtifactError as error:
-        raise CheckpointError(
-            f"damaged or unfinished checkpoint: {error.what}",
-            where=error.where,
-            found=error.found,
-            expected=error.expected,
-            todo="use an older checkpoint; a training run goes back to the last good one by itself",
-        ) from error
-    facts: dict[str, Any] = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-    return facts
+
+    def part() -> None:
+        try:
+            manifest = read_manifest(folder, kind="checkpoint")
+            if shared:
+                names = sorted(manifest["files"])[_rank(group) :: _size(group)]
+                manifest = {**manifest, "files": {name: manifest["files"][name] for name in names}}
+            verify_files(folder, manifest)
+        except ArtifactError as error:
+            raise CheckpointError(
+                f"damaged or unfinished checkpoint: {error.what}",
+                where=error.where,
+                found=error.found,
+                expected=error.expected,
+                todo="use an older checkpoint; a training run goes back to the last good one by itself",
+            ) from error
+
+    together(part, group) if shared else part()
+    return read_json(folder / "trainer.json", CheckpointError)
 
 
-def load(folder: Path, parts: Iterable[str] | None = None, *, verify: bool = True) -> State:
+def load(
+    folder: Path,
+    parts: Iterable[str] | None = None,
+    *,
+    verify: bool = True,
+    empty: Callable[[str, torch.Size, torch.dtype], Tensor | None] | None = None,
+) -> State:
     """Read the tensors of a checkpoint, all parts or some.
 
-    Raises CheckpointError when it is damaged (with `verify`) or when a part asked for is not in it.
+    `empty` makes the tensor that one is read into from its key, shape and dtype, a DTensor where this rank holds a
+    part; None leaves it out. Without it every tensor is read whole. No rank waits for another. Raises CheckpointError
+    when the checkpoint is damaged (with `verify`) or when a part asked for is not in it.
     """
     if verify:
         check(folder)
+    parts = None if parts is None else list(parts)
+    make = empty or (lambda _, size, dtype: torch.empty(size, dtype=dtype))
     with _quiet():
         reader = dcp.FileSystemReader(folder / STATE)
-        metadata = reader.read_metadata().state_dict_metadata
-        flat: dict[str, Tensor] = {
-            key: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for key, entry in metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and (parts is None or key.partition("/")[0] in parts)
+        metadata = {
+            key: entry
+            for key, entry in reader.read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
         }
-        dcp.load(flat, storage_reader=reader)
+        flat = {
+            key: tensor
+            for key, entry in metadata.items()
+            if (parts is None or key.partition("/")[0] in parts)
+            and (tensor := make(key, entry.size, entry.properties.dtype)) is not None
+        }
+        dcp.load(flat, storage_reader=reader, no_dist=True)
     state: State = {part: {} for part in parts} if parts is not None else {}
     for key, tensor in flat.items():
         part, _, name = key.partition("/")
         state.setdefault(part, {})[name] = tensor
-    if not state.get("model") and (parts is None or "model" in parts):
+    held = {key.partition("/")[0] for key in metadata}
+    if "model" not in held and (parts is None or "model" in parts):
         raise CheckpointError("the checkpoint holds no model", where=folder, found=sorted(metadata)[:3])
     return state
+
+
+def read_names(folder: Path) -> dict[str, list[str]]:
+    """Return the names of the tensors a checkpoint holds, by part; reads none of them."""
+    names: dict[str, list[str]] = {}
+    for key in dcp.FileSystemReader(folder / STATE).read_metadata().state_dict_metadata:
+        part, _, name = key.partition("/")
+        names.setdefault(part, []).append(name)
+    return names
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -134,10 +207,14 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def last_good(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest undamaged step checkpoint below `folder`, naming each one skipped; None without any."""
-    for path in sorted(folder.glob("step_????????"), reverse=True):
+    """Return the newest undamaged step checkpoint below `folder`, naming each one skipped; None without any.
+
+    All ranks look together and find the same.
+    """
+    found = together(lambda: sorted(path.name for path in folder.glob("step_????????")))[0]
+    for path in (folder / name for name in reversed(found)):
         try:
-            check(path)
+            check(path, shared=True)
             return path
         except CheckpointError as error:
             warn(f"skipped a checkpoint\n{error}")
@@ -170,15 +247,74 @@ def remove_unless(folder: Path, wanted: Callable[[Path], bool]) -> None:
             shutil.rmtree(path.rename(path.with_suffix(".tmp")))
 
 
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return every rank's value, in the order of ranks; of one process its own alone."""
+    if _size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * _size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def together(do: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Do something on every rank and return what each got; when it fails on one it fails on all, by the same error.
+
+    A rank that failed raises what it met; the others raise that of the lowest one, as the FreeholdError that it is or
+    as a CheckpointError that names the rank and quotes it.
+    """
+    if _size(group) == 1:
+        return [do()]
+    result, error = None, None
+    try:
+        result = do()
+    except (Exception, CheckpointException) as problem:  # DCP's is a BaseException
+        error = problem
+    told: dict[str, Any] = {"what": "a checkpoint could not be written or read", "found": str(error)}
+    if isinstance(error, FreeholdError):
+        told = error.to_dict()
+    kind = ArtifactError if isinstance(error, ArtifactError) else CheckpointError
+    everybody = gather((result, None if error is None else (kind, told)), group)
+    if error is not None:
+        raise error
+    for rank, (_, failed) in enumerate(everybody):
+        if failed:
+            kind, told = failed
+            raise kind(**{**told, "what": f"rank {rank}: {told['what']}"})
+    return [value for value, _ in everybody]  # type: ignore[misc]
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _writer_of(path: Path) -> int:
+    """Return the rank that wrote a file: DCP names its files after it, all else is rank 0's."""
+    found = re.fullmatch(r"__(\d+)_\d+\.distcp", path.name)
+    return int(found[1]) if found else 0
+
+
 @contextlib.contextmanager
 def _full_disk(folder: Path, needed_bytes: int) -> Iterator[None]:
-    """Name a full disk where torch's writer tells only of an unexpected position in its archive."""
+    """Name what the disk refused where torch's writer tells only of an unexpected position in its archive."""
     before = shutil.disk_usage(folder).free
     try:
         yield
     except (Exception, CheckpointException) as error:
+        failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+        refused = [e for e, _ in failures if isinstance(e, OSError) and e.errno in REFUSALS]
         if before < needed_bytes or shutil.disk_usage(folder).free < 1 << 20:
-            raise disk_error(OSError(errno.ENOSPC, "No space left on device"), folder) from error
+            refused.append(OSError(errno.ENOSPC, "No space left on device"))
+        if refused:
+            raise disk_error(refused[-1], folder) from error
         raise
 
 

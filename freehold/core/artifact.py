@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,11 +119,11 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return `{relative path: {sha256, bytes}}` of every content file below `folder` (manifests of inner
-    artifacts are content of the outer one only through the files they list)."""
+def hash_files(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> dict[str, dict[str, Any]]:
+    """Return `{relative path: {sha256, bytes}}` of every content file below `folder` that is wanted (manifests of
+    inner artifacts are content of the outer one only through the files they list)."""
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and wanted(p)):
         relative = path.relative_to(folder)
         unfinished = any(part.endswith(".tmp") for part in relative.parts)
         if relative.parts[0] != "log" and path.name not in NOT_CONTENT and not unfinished:
@@ -232,6 +232,8 @@ class Workspace:
     seed: int
     log: Log
     inputs: dict[str, Path] = field(default_factory=dict)
+    leads: bool = True
+    """Whether this process writes what a stage writes once; of several ranks only the first does."""
 
     def input(self, stage: str) -> Path:
         """Return the folder of an input stage; its manifest has been checked by the walk."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -36,8 +37,9 @@ class Log:
         """Print one line, and keep it."""
         self._print(message)
         if self._text is not None:
-            self._text.write(time.strftime("%H:%M:%S ") + message + "\n")
-            self._text.flush()
+            with contextlib.suppress(OSError):
+                self._text.write(time.strftime("%H:%M:%S ") + message + "\n")
+                self._text.flush()
 
     def warn(self, message: str) -> None:
         """Say a line that the user should not miss."""
@@ -54,8 +56,16 @@ class Log:
         if self.folder is None:
             return
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **clean}) + "\n")
+        line = (json.dumps({"step": step, **clean}) + "\n").encode()
+        with (self.folder / "metrics.jsonl").open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                written = file.write(line)
+            except OSError:
+                written = 0
+            if written != len(line):  # a full disk: hours of work must not end because a curve lacks a point
+                file.truncate(before)
+                self._print(f"warning: the metrics of step {step} could not be written")
 
     def rewind(self, step: int) -> None:
         """Drop metrics of steps after `step`: a resumed run will write them again."""
@@ -99,7 +109,8 @@ class Log:
         if self._live:
             print("\r\x1b[2K", end="", file=sys.stderr)
             self._live = False
-        print(message, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # stderr may be a file on a full disk
+            print(message, file=sys.stderr, flush=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -45,8 +45,11 @@ class Piece:
 class Order(Protocol):
     """What the training loop and the ledger ask of a data order."""
 
-    def batch(self, step: int) -> Batch:
-        """Return the rows of one optimizer step."""
+    sequences: int
+    """Rows of one optimizer step."""
+
+    def batch(self, step: int, part: slice = WHOLE) -> Batch:
+        """Return the rows of one optimizer step, or a part of them."""
 
     def documents(self, step: int) -> list[Piece]:
         """Return the documents of one optimizer step."""
@@ -372,9 +375,9 @@ class ConversationOrder:
             self.rows += [[int(order[i]) for i in row] for row in packed]
             self.epochs += 1
 
-    def batch(self, step: int) -> Batch:
-        """Return the rows of one optimizer step."""
-        rows = [[self.examples[i] for i in row] for row in self._rows(step)]
+    def batch(self, step: int, part: slice = WHOLE) -> Batch:
+        """Return the rows of one optimizer step, or a part of them."""
+        rows = [[self.examples[i] for i in row] for row in self._rows(step)[part]]
         return conversation_batch(rows, self.context_tokens, self.pad)
 
     def documents(self, step: int) -> list[Piece]:

@@ -28,6 +28,10 @@ class Batch:
         """Return rows start..stop of the batch."""
         return Batch(self.input_ids[start:stop], self.targets[start:stop], self.document_ids[start:stop])
 
+    def columns(self, part: slice) -> Batch:
+        """Return a stretch of every row."""
+        return Batch(self.input_ids[:, part], self.targets[:, part], self.document_ids[:, part])
+
     @property
     def target_tokens(self) -> int:
         """Return how many positions carry loss."""

@@ -5,7 +5,7 @@ The format is described in `docs/formats.md`. Ids are little-endian uint16 when 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -183,13 +183,17 @@ class ShardSet:
             if of == split and shard.counts["tokens"]
         }
 
-    def sources(self, split: str) -> dict[str, Source]:
-        """Return the shards of one split as the loader takes them, by source."""
-        return {
-            name: Source(name, shard.data, shard.starts, shard.lengths, shard.ids)
-            for (name, of), shard in self.shards.items()
-            if of == split
-        }
+    def sources(self, split: str, without: Set[str] = frozenset()) -> dict[str, Source]:
+        """Return the shards of one split as the loader takes them, by source; documents of `without` are left out."""
+        found = {}
+        for (name, of), shard in self.shards.items():
+            if of == split:
+                starts, lengths, ids = shard.starts, shard.lengths, shard.ids
+                if without:
+                    kept = [number for number, document in enumerate(ids) if document not in without]
+                    starts, lengths, ids = starts[kept], lengths[kept], [ids[number] for number in kept]
+                found[name] = Source(name, shard.data, starts, lengths, ids)
+        return found
 
     def document_bytes(self, split: str, name: str) -> np.ndarray:
         """Return the UTF-8 bytes of each document of a shard, int64."""

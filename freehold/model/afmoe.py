@@ -6,6 +6,8 @@ Shapes: B sequences, T tokens, d model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -126,21 +128,27 @@ class Afmoe(nn.Module):
         """Return the MoE of each layer that has one, by name (`model.layers.1.mlp`)."""
         return {name: module for name, module in self.named_modules() if isinstance(module, MoE)}
 
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every parameter and buffer for a first step.
+    def initial_values(self, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """Yield the fp32 values of each parameter for a first step, by name; the parameters may be on the meta device.
 
         Matrices: normal, sigma = initializer_range, cut at 3 sigma. Gains: 1, but 1/sqrt(layers) for the norms
         after attention and feed-forward. The numbers depend on the generator alone, not on the dtype.
         """
         sigma = self.config.initializer_range
         for name, parameter in self.named_parameters():
+            values = torch.empty(parameter.shape, dtype=torch.float32, device=generator.device)
             if parameter.ndim > 1:
-                values = torch.empty_like(parameter, dtype=torch.float32)
-                parameter.copy_(nn.init.trunc_normal_(values, 0.0, sigma, -3 * sigma, 3 * sigma, generator))
+                yield name, nn.init.trunc_normal_(values, 0.0, sigma, -3 * sigma, 3 * sigma, generator)
             else:
                 post = name.endswith(("post_attention_layernorm.weight", "post_mlp_layernorm.weight"))
-                parameter.fill_(self.config.num_hidden_layers**-0.5 if post else 1.0)
+                yield name, values.fill_(self.config.num_hidden_layers**-0.5 if post else 1.0)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter (see `initial_values`) and buffer for a first step."""
+        parameters = dict(self.named_parameters())
+        for name, values in self.initial_values(generator):
+            parameters[name].copy_(values)
         for moe in self.moe_layers().values():
             moe.expert_bias.zero_()
             moe.load_counts.zero_()

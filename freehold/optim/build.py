@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from freehold.optim.adamw import AdamW
 from freehold.optim.config import OptimConfig
-from freehold.optim.muon import Muon
+from freehold.optim.muon import Muon, Together
 
 
 def is_hidden_matrix(name: str, tensor: Tensor) -> bool:
@@ -25,10 +26,16 @@ class Optimizers:
     """Muon and AdamW side by side; `step(factor)` sets both rates to factor x peak and steps both.
 
     Weights that have one in `copies`, by name, are written there too (the weights in the dtype to compute in).
+    `shapes` and `together`: see `Muon`, where only parts of the weights are here.
     """
 
     def __init__(
-        self, named: Mapping[str, Tensor], config: OptimConfig, copies: Mapping[str, Tensor] | None = None
+        self,
+        named: Mapping[str, Tensor],
+        config: OptimConfig,
+        copies: Mapping[str, Tensor] | None = None,
+        shapes: Mapping[str, torch.Size] | None = None,
+        together: Together | None = None,
     ) -> None:
         twice = {named[name]: copy for name, copy in (copies or {}).items()}
         self.config, self.named = config, dict(named)
@@ -44,6 +51,8 @@ class Optimizers:
                 config.newton_schulz_steps,
                 config.muon_weight_decay,
                 twice,
+                shapes,
+                together,
             )
             self.optimizers.append((muon, config.muon_lr))
         groups = [

@@ -9,8 +9,8 @@ Shapes: E experts, i expert width, d hidden width, n matrices of one shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,7 +40,13 @@ def as_matrices(name: str, tensor: Tensor) -> Tensor:
     if name.endswith("gate_up_proj"):
         experts, rows, columns = tensor.shape
         return tensor.view(experts * 2, rows // 2, columns)
-    return tensor.view(-1, *tensor.shape[-2:])
+    return tensor.view(math.prod(tensor.shape[:-2]), *tensor.shape[-2:])
+
+
+def lr_scale(name: str, shape: torch.Size) -> float:
+    """Return sqrt(max(1, fan_out / fan_in)) of the matrices in a parameter of that shape; see `as_matrices`."""
+    fan_out, fan_in = shape[-2] // 2 if name.endswith("gate_up_proj") else shape[-2], shape[-1]
+    return math.sqrt(max(1.0, fan_out / fan_in))
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, *, in_place: bool = False) -> Tensor:
@@ -77,6 +83,28 @@ def newton_schulz(x: Tensor, coefficients: Sequence[tuple[float, float, float]])
     return x
 
 
+def orthogonalize_all(updates: Mapping[str, Tensor], steps: int = 5) -> Iterator[tuple[str, Tensor]]:
+    """Yield the matrices of each update (see `as_matrices`), orthogonalised; those of one shape go in one batch."""
+    batches: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
+    for name, update in updates.items():
+        matrices = as_matrices(name, update)
+        batches.setdefault((matrices.shape[1], matrices.shape[2]), []).append((name, matrices))
+    for items in batches.values():
+        stacked = torch.cat([m.to(torch.bfloat16) if m.dtype != torch.float64 else m for _, m in items])
+        whole = orthogonalize(stacked, steps)
+        yield from zip([name for name, _ in items], whole.split([len(m) for _, m in items]), strict=True)
+
+
+class Together(Protocol):
+    """Orthogonalises updates of which only parts may be here: the seam for sharded parameters."""
+
+    def __call__(
+        self, updates: Mapping[str, Tensor], steps: int, orthogonalize: Callable[..., Iterator[tuple[str, Tensor]]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the part of each update by name, as `as_matrices` views it; the function given takes whole updates."""
+        ...
+
+
 class Muon(torch.optim.Optimizer):
     """Muon over named parameters; matrices of one shape are orthogonalised together.
 
@@ -92,10 +120,16 @@ class Muon(torch.optim.Optimizer):
         steps: int = 5,
         weight_decay: float = 0.0,
         copies: Mapping[Tensor, Tensor] | None = None,
+        shapes: Mapping[str, torch.Size] | None = None,
+        together: Together | None = None,
     ) -> None:
-        """Take named parameters; `copies`: where a parameter is wanted a second time, in another dtype."""
+        """Take named parameters; `copies`: where a parameter is wanted a second time, in another dtype.
+
+        Where only parts of parameters are here, `shapes` are those of the whole, and `together` orthogonalises them.
+        """
         named = list(named)
-        self.copies = copies or {}
+        self.copies, self.together = copies or {}, together
+        self.shapes = shapes or {name: parameter.shape for name, parameter in named}
         for name, parameter in named:
             if parameter.ndim < 2:
                 raise ValueError(f"Muon steps matrices; {name} has shape {tuple(parameter.shape)}")
@@ -113,6 +147,9 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]
         """Take one step from `scale` times the gradients in `.grad`; parameters without one are left alone."""
         for group in self.param_groups:
+            if self.together is not None:
+                self._step_together(group, scale)
+                continue
             waiting: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
             for name, parameter in zip(self.names, group["params"], strict=True):
                 if parameter.grad is not None:
@@ -145,6 +182,21 @@ class Muon(torch.optim.Optimizer):
             matrices.mul_(decay).add_(update, alpha=-step)
             if copy is not None:
                 copy.copy_(parameter)
+
+    def _step_together(self, group: dict[str, Any], scale: float) -> None:
+        """Step parameters of which only parts may be here."""
+        assert self.together is not None
+        weights, updates = dict(zip(self.names, group["params"], strict=True)), {}
+        for name, parameter in weights.items():
+            if parameter.grad is not None:
+                updates[name] = torch.empty_like(parameter)
+                self._momentum(parameter, updates[name], parameter.shape, group, scale)
+        for name, direction in self.together(updates, group["steps"], orthogonalize_all):
+            weight = weights[name]
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            as_matrices(name, weight).add_(direction, alpha=-group["lr"] * lr_scale(name, self.shapes[name]))
+            if weight in self.copies:
+                self.copies[weight].copy_(weight)
 
     def _momentum(
         self, parameter: Tensor, update: Tensor, shape: torch.Size, group: dict[str, Any], scale: float

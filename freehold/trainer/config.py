@@ -30,6 +30,23 @@ class CollapseConfig(Config):
     max_rollbacks: int = Field(3, ge=1, description="roll_back: give up when it would be needed once more")
 
 
+class SpikeConfig(Config):
+    """When a loss counts as a spike, and what is done then (docs/never-lose-a-step.md)."""
+
+    action: Literal["none", "skip", "roll_back"] = Field(
+        "none",
+        description="besides the warning: none; leave the batch out before it changes anything; or that, and go back "
+        "to a checkpoint from before when it does not help",
+    )
+    warmup_steps: int = Field(100, ge=0, description="first steps of a run that are not judged")
+    window_steps: int = Field(64, ge=8, description="steps of the same phase a loss is compared with")
+    rise_nats: float = Field(1.0, gt=0, description="a spike lies this far above their median")
+    sigmas: float = Field(8.0, gt=0, description="and so many times their spread")
+    patience_steps: int = Field(4, ge=1, description="roll_back: after so many spikes in a row")
+    blame_steps: int = Field(8, ge=0, description="roll_back: so many steps before the first of them are left out too")
+    max_rollbacks: int = Field(3, ge=1, description="roll_back: give up when it would be needed once more")
+
+
 class TrainerConfig(Config):
     """Precision, loss, checkpoints and reporting of the one loop."""
 
@@ -42,7 +59,9 @@ class TrainerConfig(Config):
     keep_last: int = Field(2, ge=1, description="newest step checkpoints kept")
     keep_every_steps: int = Field(0, ge=0, description="also keep checkpoints at multiples of this (0: none)")
     max_skipped_steps: int = Field(10, ge=1, description="give up after so many steps in a row without finite loss")
+    background_save: bool = Field(False, description="write step checkpoints while training goes on, from a copy")
     collapse: CollapseConfig = Field(default_factory=CollapseConfig, description="alarm for routing that collapses")
+    spike: SpikeConfig = Field(default_factory=SpikeConfig, description="alarm for a loss that jumps")
     log_every_steps: int = Field(10, ge=1, description="steps between lines of metrics")
     validate_every_steps: int = Field(200, ge=0, description="steps between validations (0: only at phase ends)")
     validation_tokens: int = Field(16384, ge=0, description="tokens per source read in a validation (0: all)")

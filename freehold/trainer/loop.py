@@ -13,6 +13,7 @@ nothing: what a run does is a function of its recipe and of `rollbacks.json`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -21,16 +22,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from torch import Tensor
 
 from freehold.checkpoint import native
+from freehold.checkpoint.background import Saver
 from freehold.core.artifact import read_json, write_json
 from freehold.core.errors import ArtifactError, CheckpointError, ConfigError, FreeholdError
 from freehold.core.log import Log
+from freehold.data.digest import DataSum
 from freehold.data.loader import Order
 from freehold.data.packing import PADDING, Batch
 from freehold.kernels import native as kernels
@@ -42,12 +45,21 @@ from freehold.optim.balance import build_balance, router_losses
 from freehold.optim.build import Optimizers
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig
 from freehold.optim.schedule import Schedule
+from freehold.parallel.config import ParallelConfig
+from freehold.parallel.heart import Heart
+from freehold.parallel.mesh import world
 from freehold.trainer.collapse import Alarm, CollapseDetector, reinitialise
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.loss import chunked_loss
 from freehold.trainer.monitor import LoadMonitor, gemm_flops_per_s
+from freehold.trainer.spike import SpikeDetector
+
+if TYPE_CHECKING:
+    from freehold.parallel.plan import Spread
 
 ROLLBACKS = "rollbacks.json"
+QUARANTINE = "log/quarantine.jsonl"
+"""The documents of every batch that was skipped; a recipe can leave them out (`pretrain.quarantine`)."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -76,12 +88,15 @@ class Job:
     """pretrain or align: recorded in each checkpoint's trainer.json."""
     parent: str
     """content_sha256 of the checkpoint this run starts from, or empty."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tokens_before: int = 0
     """Tokens the parent had seen."""
     files: tuple[Path, ...] = ()
     """Files copied into each checkpoint (the tokenizer's)."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Further facts for trainer.json."""
+    documents_of: Callable[[int], list[dict[str, Any]]] = lambda _: []
+    """Names the documents of a step: id, source, licence; none where only the order knows them."""
 
 
 READS = ("tokenizer_sha256", "seed", "context_tokens", "order", "data")
@@ -92,7 +107,7 @@ class Trainer:
     """The state of one run and the loop over its steps."""
 
     def __init__(self, job: Job, log: Log, *, seed: int, weights: dict[str, Tensor] | None = None) -> None:
-        self.job, self.log = job, log
+        self.job = job
         if job.trainer.collapse.action == "raise_rate" and isinstance(job.balance, NoBalanceConfig):
             raise ConfigError(
                 "there is no balance step to raise",
@@ -100,26 +115,25 @@ class Trainer:
                 found="raise_rate with balance.kind none",
                 expected="another action, or a balancing rule",
             )
+        self.world = world(job.parallel, job.stage)
+        self.log = log if self.world.is_main else Log(quiet=True)
         torch.manual_seed(seed)
         torch.set_num_threads(job.trainer.threads)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self.model = Afmoe(job.model)
-        self.model.recompute = job.trainer.recompute
-        if weights is None:
-            self.model.init_weights(torch.Generator().manual_seed(seed))
+        self.spread: Spread | None = None
+        self.copies: dict[str, Tensor] = {}
+        """What the model computes with where that is neither the master itself nor gathered from it."""
+        if self.world.size == 1:
+            self._set_up(seed, weights)
         else:
-            native.match_keys(weights, self.model.state_dict(), job.folder)
-            self.model.load_state_dict(weights)
-        self.masters = {n: p.detach().requires_grad_() for n, p in self.model.named_parameters()}
+            self._spread_out(seed, weights)
+        self.model.recompute = job.trainer.recompute
+        self.parameters = dict(self.model.named_parameters())
         for master in self.masters.values():
             master.grad_dtype = None  # the gradient of a single micro-batch stays in the dtype it was computed in
-        self.model.to_compute(DTYPES[job.trainer.dtype])
-        self.parameters = dict(self.model.named_parameters())
-        self.copies = {n: p.detach() for n, p in self.parameters.items() if p.data_ptr() != self.masters[n].data_ptr()}
-        """What the model computes with where that is not the master itself."""
         self.moe_layers = self.model.moe_layers()
-        self.optimizers = Optimizers(self.masters, job.optim, self.copies)
+        self.optimizers = self._new_optimizers()
         self.balance = build_balance(job.balance)
         self.step = job.schedule.first_step
         self.tokens = job.tokens_before
@@ -127,6 +141,12 @@ class Trainer:
         self.operators = kernels.operators(DTYPES[job.trainer.dtype])
         self.alarms: list[dict[str, Any]] = []
         self.rollbacks: list[dict[str, Any]] = []
+        self.processes: list[list[int]] = []
+        """[first step, processes that did it and those after it], one for each change."""
+        self.fed = DataSum()
+        self.heart = Heart()
+        self.saver = Saver(background=job.trainer.background_save)
+        self.spikes = SpikeDetector(job.trainer.spike, job.schedule.first_step)
         self.monitor = LoadMonitor(self.moe_layers)
         self.detector = CollapseDetector(
             job.trainer.collapse,
@@ -136,21 +156,72 @@ class Trainer:
             job.schedule.first_step,
         )
 
+    def _set_up(self, seed: int, weights: dict[str, Tensor] | None) -> None:
+        """Build the model of a single process."""
+        self.model = Afmoe(self.job.model)
+        if weights is None:
+            self.model.init_weights(torch.Generator().manual_seed(seed))
+        else:
+            native.match_keys(weights, self.model.state_dict(), self.job.folder)
+            self.model.load_state_dict(weights)
+        self.model.to(self.world.device)
+        self.masters = {n: p.detach().requires_grad_() for n, p in self.model.named_parameters()}
+        self.model.to_compute(DTYPES[self.job.trainer.dtype])
+        parameters = dict(self.model.named_parameters())
+        self.copies = {n: p.detach() for n, p in parameters.items() if p.data_ptr() != self.masters[n].data_ptr()}
+
+    def _spread_out(self, seed: int, weights: dict[str, Tensor] | None) -> None:
+        """Build this process's parts of the model, with the very numbers that a single process starts from.
+
+        Values are drawn and dropped one tensor at a time: a process never holds the whole model.
+        """
+        from freehold.parallel.plan import Spread, lay_out  # FSDP's imports are for those who need them
+
+        with torch.device("meta"):
+            self.model, whole = Afmoe(self.job.model), Afmoe(self.job.model)
+        lay_out(self.model, self.world, DTYPES[self.job.trainer.dtype])
+        self.model.to_empty(device=self.world.device)
+        for layer in self.model.moe_layers().values():
+            layer.expert_bias.zero_()
+            layer.load_counts.zero_()
+        self.spread = Spread(self.model, self.world)
+        if weights is not None:
+            native.match_keys(weights, whole.state_dict(), self.job.folder)
+        values = whole.initial_values(torch.Generator().manual_seed(seed)) if weights is None else weights.items()
+        for name, value in values:
+            self.spread.fill_(name, value)
+        self.masters = self.spread.masters()
+
+    def _new_optimizers(self) -> Optimizers:
+        """Return optimizers that remember nothing yet."""
+        if self.spread is None:
+            return Optimizers(self.masters, self.job.optim, self.copies)
+        return Optimizers(self.masters, self.job.optim, shapes=self.spread.shapes(), together=self.spread.owners())
+
     # -- state -------------------------------------------------------------------------------------------------
 
     def state(self) -> native.State:
-        """Return every tensor that decides what happens next."""
-        biases = {n: b for n, b in self.model.named_buffers() if n.endswith("expert_bias")}
+        """Return every tensor that decides what happens next; of a spread one, this process's parts of it (DTensor)."""
+        model = {n: tensor.detach() for n, tensor in self._kept().items()}
+        optimizer = self.optimizers.state_dict()
+        if self.spread is not None:
+            model = {n: self.spread.whole_form(n, tensor) for n, tensor in model.items()}
+            optimizer = {k: self.spread.whole_form(k.rpartition(".")[0], slot) for k, slot in optimizer.items()}
         return {
-            "model": {**{n: m.detach() for n, m in self.masters.items()}, **biases},
-            "optimizer": self.optimizers.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "balance": self.balance.state_dict(),
             "collapse": self.detector.state_dict(),
+            "spike": self.spikes.state_dict(),
             "rng": {"torch": torch.get_rng_state()},
         }
 
-    def save(self, folder: Path, **facts: Any) -> None:
-        """Write a full checkpoint to `folder`, atomically."""
+    def _kept(self) -> dict[str, Tensor]:
+        """Return masters and expert biases by name: what a checkpoint calls the model."""
+        return {**self.masters, **{n: b for n, b in self.model.named_buffers() if n.endswith("expert_bias")}}
+
+    def save(self, folder: Path, then: Callable[[], None] = lambda: None, **facts: Any) -> None:
+        """Write a full checkpoint to `folder`, atomically, then call `then`; see `Saver` for when that is."""
         position = self.job.schedule.at(self.step - 1)
         record = {
             "stage": self.job.stage,
@@ -160,6 +231,8 @@ class Trainer:
             "parent": self.job.parent,
             "skipped_steps": self.skipped,
             "operators": self.operators,
+            "processes": self.processes,
+            "data_sum": self._data_sum(),
             "alarms": self.alarms,
             "rollbacks": [r for r in self.rollbacks if r["first_step"] < self.step],
             "optim": self.job.optim.model_dump(mode="json"),
@@ -168,25 +241,36 @@ class Trainer:
             **self.job.facts,
             **facts,
         }
-        native.save(folder, self.state(), self.job.model, record, self.job.files)
+        self.saver.save(folder, self.state(), self.job.model, record, self.job.files, then)
 
     def restore(self) -> bool:
         """Go on from the newest good checkpoint of this run; False when there is none.
 
         Checkpoints that a roll-back has left behind are deleted first.
         """
+        self.saver.wait()
         decided = self.job.folder / ROLLBACKS
         self.rollbacks = read_json(decided)["rollbacks"] if decided.exists() else []
         checkpoints = self.job.folder / "checkpoints"
-        native.remove_unless(checkpoints, self._is_on_course)
+        if self.world.is_main:
+            native.remove_unless(checkpoints, self._is_on_course)
+        self.world.barrier()
         folder = native.last_good(checkpoints, self.log.warn)
         if folder is None:
+            self.processes = [[self.step, self.world.size]]
             return False
         facts = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         self._must_read_the_same(facts, folder)
-        state = native.load(folder, verify=False)
+        state = self.read(folder)
         self.adopt(state, folder)
         self.detector.load_state_dict(state.get("collapse", {}))
+        self.spikes.load_state_dict(state.get("spike", {}))
+        self.fed.value = int(facts.get("data_sum", "0"), 16) if self.world.is_main else 0
+        self.processes = [span for span in facts.get("processes", []) if span[0] < facts["step"]]
+        if self.processes[-1:] != [[facts["step"], self.world.size]]:
+            last = self.processes[-1][1] if self.processes else 0
+            if last != self.world.size:
+                self.processes.append([facts["step"], self.world.size])
         self.step, self.tokens, self.skipped = facts["step"], facts["tokens"], list(facts["skipped_steps"])
         self.alarms = list(facts.get("alarms", []))
         self.log.rewind(self.step)
@@ -215,6 +299,14 @@ class Trainer:
                 todo="bring them back, or start anew with --clean or --fork NAME",
             )
 
+    def _data_sum(self) -> str:
+        """Return the sum over all rows that all ranks were fed; those that read the same rows count once."""
+        place = self.world.place
+        mine = self.fed.value if place.pipeline == place.context == 0 else 0
+        halves = torch.tensor([mine >> 32, mine & 0xFFFFFFFF], device=self.world.device)  # so that no sum overflows
+        high, low = map(int, self.world.sum_all_(halves).tolist())
+        return f"{((high << 32) + low) % (1 << 64):016x}"
+
     def _is_on_course(self, folder: Path) -> bool:
         """Tell whether a checkpoint was made in knowledge of every roll-back that concerns its steps."""
         try:
@@ -226,38 +318,59 @@ class Trainer:
             for rollback in self.rollbacks
         )
 
+    def read(self, folder: Path) -> native.State:
+        """Read a checkpoint into tensors that lie as those of this run do: of each, the part this rank holds."""
+
+        def empty(key: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
+            part, _, name = key.partition("/")
+            owner = name if part == "model" else name.rpartition(".")[0]
+            known = part in ("model", "optimizer") and owner in self.masters
+            # Of another shape it is another model's: read whole, and refused when it is taken over.
+            if self.spread is not None and known and self.spread.shapes()[owner] == size:
+                return self.spread.whole_form(owner, torch.empty_like(self.masters[owner], dtype=dtype).detach())
+            return torch.empty(size, dtype=dtype)
+
+        return native.load(folder, verify=False, empty=empty)
+
     def adopt(self, state: native.State, folder: Path) -> None:
         """Take over weights, optimizer, balancing and random state of a checkpoint; CheckpointError if it is another
         model's."""
-        native.match_keys(state["model"], self.model.state_dict(), folder)
-        here = {**self.masters, **{n: b for n, b in self.model.named_buffers() if n in state["model"]}}
+        here, held = self._kept(), native.read_names(folder)
+        native.match_keys(held["model"], {name for each in native.gather(list(here)) for name in each}, folder)
+        if held.get("optimizer"):  # nothing is remembered before the first step
+            owners = {key.rpartition(".")[0] for key in held["optimizer"]}
+            native.match_keys(owners, {name for each in native.gather(list(self.masters)) for name in each}, folder)
+        shapes = {n: tensor.shape for n, tensor in here.items()} | (self.spread.shapes() if self.spread else {})
         with torch.no_grad():
             for name, tensor in here.items():
                 found = state["model"][name]
-                if tensor.shape != found.shape:
+                if shapes[name] != found.shape:
                     raise CheckpointError(
                         "a tensor has another shape",
                         where=f"{folder}: {name}",
                         found=tuple(found.shape),
-                        expected=tuple(tensor.shape),
+                        expected=tuple(shapes[name]),
                     )
-                tensor.copy_(found)
+                tensor.copy_(self.spread.part_of(name, found) if self.spread else found)
         self._publish()
-        self.optimizers = Optimizers(
-            self.masters, self.job.optim, self.copies
-        )  # with nothing left of steps that are undone
-        self.optimizers.load_state_dict(state.get("optimizer", {}))
+        self.optimizers = self._new_optimizers()  # with nothing left of steps that are undone
+        optimizer = state.get("optimizer", {})
+        if self.spread is not None:
+            optimizer = {k: self.spread.part_of(k.rpartition(".")[0], slot) for k, slot in optimizer.items()}
+        self.optimizers.load_state_dict(optimizer)
         self.balance.load_state_dict(state.get("balance", {}))
         torch.set_rng_state(state["rng"]["torch"])
 
     # -- one step ----------------------------------------------------------------------------------------------
 
     def train_step(self, batch: Batch) -> dict[str, Any]:
-        """Run one optimizer step on a global batch; return its losses and gradient norm.
+        """Run one optimizer step on this process's part of a batch; return losses and gradient norm of the whole.
 
         A step whose loss or gradient is not finite changes nothing but the step count.
         """
-        targets, tokens = batch.target_tokens, int((batch.document_ids != PADDING).sum())
+        real, device = int((batch.document_ids != PADDING).sum()), self.world.device
+        mine = torch.tensor([batch.target_tokens, real, batch.input_ids.size], device=device)
+        targets, tokens, read_tokens = map(int, self.world.sum_(mine).tolist())
         cross_entropy = z = sequence = router_z = 0.0
         self.model.train()
         for layer in self.moe_layers.values():
@@ -265,13 +378,14 @@ class Trainer:
         logit_max: dict[str, Tensor] = {}
         for start in range(0, len(batch.input_ids), self.job.micro_sequences):
             micro = batch.rows(start, start + self.job.micro_sequences)
-            documents = torch.from_numpy(micro.document_ids)
+            documents = torch.from_numpy(micro.document_ids).to(device)
             routings: list[Routing] | None = [] if self.job.balance.has_loss else None
-            hidden = self.model.hidden(torch.from_numpy(micro.input_ids), document_ids=documents, routings=routings)
+            ids, wanted = (torch.from_numpy(array).to(device) for array in (micro.input_ids, micro.targets))
+            hidden = self.model.hidden(ids, document_ids=documents, routings=routings)
             losses = chunked_loss(
                 hidden,
                 self.model.lm_head.weight,
-                torch.from_numpy(micro.targets),
+                wanted,
                 scale=1 / max(targets, 1),
                 z_loss=self.job.trainer.z_loss,
                 chunk_tokens=self.job.trainer.loss_chunk_tokens,
@@ -290,19 +404,31 @@ class Trainer:
                 assert largest is not None
                 logit_max[name] = torch.maximum(largest, logit_max.get(name, largest))
             self._collect()
-        norm = float(gradient_norm(m.grad for m in self.masters.values() if m.grad is not None))
+        figures = torch.tensor([cross_entropy, z, sequence, router_z], dtype=torch.float64, device=device)
+        cross_entropy, z, sequence, router_z = self.world.sum_all_(figures).tolist()
+        norm = self._norm()
         finite = norm < float("inf") and cross_entropy < float("inf")
-        if finite:
+        why = "" if finite else "loss or gradient is not finite"
+        if self._stands_out(cross_entropy / max(targets, 1) if finite else math.inf) and finite:
+            told = (
+                f"its loss stands out: {cross_entropy / max(targets, 1):.2f} nats, usual are {self.spikes.median:.2f}"
+            )
+            if self.job.trainer.spike.action != "none":
+                why = told
+            elif self.spikes.in_a_row == 1:
+                self.log.warn(f"step {self.step}: {told}")
+        if not why:
             clip = min(1.0, self.job.optim.clip_norm / (norm + 1e-6))
             self.optimizers.step(self.job.schedule.at(self.step).factor, clip)
+            self._add_up_routing(logit_max)
             for name, layer in self.moe_layers.items():
                 self._balance(name, layer)
             self.monitor.add(logit_max)
         else:
-            self._skip("loss or gradient is not finite")
+            self._skip(why)
             last = self.job.trainer.max_skipped_steps
             bad = [step for step in self.skipped if not self._is_left_out(step)]
-            if bad[-last:] == list(range(self.step - last + 1, self.step + 1)):
+            if not finite and bad[-last:] == list(range(self.step - last + 1, self.step + 1)):
                 raise TrainingError(
                     f"{last} steps in a row had no finite loss or gradient",
                     where=f"{self.job.stage} step {self.step}",
@@ -313,7 +439,7 @@ class Trainer:
         for master in self.masters.values():
             master.grad = None
         self.step += 1
-        self.tokens += batch.input_ids.size
+        self.tokens += read_tokens
         values = {"loss/mean": cross_entropy / max(targets, 1), "loss/z": z / max(targets, 1), "optim/grad_norm": norm}
         routed = max(tokens * len(self.moe_layers), 1)
         if self.job.balance.sequence_loss:
@@ -325,17 +451,65 @@ class Trainer:
     def leave_out(self, batch: Batch) -> dict[str, Any]:
         """Let a step pass that a roll-back decided to leave out; return its figures, which are not numbers."""
         for rollback in self.rollbacks:
-            if rollback["first_step"] == self.step:
+            if rollback["first_step"] == self.step and rollback["layers"]:
                 self.log.metrics(self.step + 1, {"moe/alarm": rollback["layers"]})
         self._skip("left out by a roll-back")
         self.step += 1
-        self.tokens += batch.input_ids.size
+        self.tokens += int(self.world.sum_(torch.tensor(batch.input_ids.size, device=self.world.device)))
         return dict.fromkeys(("loss/mean", "loss/z", "optim/grad_norm"), math.nan)
 
+    def _norm(self) -> float:
+        """Return the norm of the whole step's gradient, alike on all processes."""
+        gradients = {n: m.grad for n, m in self.masters.items() if m.grad is not None}
+        if self.spread is None:
+            return float(gradient_norm(gradients.values()))
+        self.spread.sum_replicated_(gradients)
+        return self.spread.norm(gradients, gradient_norm)
+
+    def _add_up_routing(self, logit_max: dict[str, Tensor]) -> None:
+        """Make the counts and largest logits of a step those of all processes: integers, so biases agree to the bit."""
+        if self.world.size == 1 or not self.moe_layers:
+            return
+        counts = self.world.sum_(torch.stack([layer.load_counts for layer in self.moe_layers.values()]))
+        largest = self.world.max_(torch.stack([logit_max[name] for name in self.moe_layers]))
+        for (name, layer), of_layer, maximum in zip(self.moe_layers.items(), counts, largest, strict=True):
+            layer.load_counts.copy_(of_layer)
+            logit_max[name] = maximum
+
     def _skip(self, why: str) -> None:
+        """Count a step as skipped; name its documents, and put them down for quarantine."""
         self.skipped.append(self.step)
-        documents = sorted({f"{p.source}:{p.document_id}" for p in self.job.order.documents(self.step)})
-        self.log.warn(f"step {self.step} skipped: {why}; documents: {', '.join(documents)}")
+        if not self.world.is_main:
+            return
+        found = self.job.documents_of(self.step)
+        if not found:
+            pieces = {(p.source, p.document_id) for p in self.job.order.documents(self.step)}
+            found = [{"id": document, "source": source, "licence": None} for source, document in sorted(pieces)]
+        names = ", ".join(f"{d['source']}:{d['id']}" + (f" ({d['licence']})" if d["licence"] else "") for d in found)
+        self.log.warn(f"step {self.step} skipped: {why}; documents: {names}")
+        path = self.job.folder / QUARANTINE
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            for document in found:
+                file.write(json.dumps({"step": self.step, "why": why, **document}) + "\n")
+
+    def _stands_out(self, loss: float) -> bool:
+        position = self.job.schedule.at(self.step)
+        return self.spikes.stands_out(self.step, self.step - position.index, loss)
+
+    def _heed_spikes(self) -> bool:
+        """When losses keep standing out, go back to a checkpoint or take them as usual; return whether it went back."""
+        config = self.job.trainer.spike
+        if self.spikes.in_a_row < config.patience_steps:
+            return False
+        what = f"the loss has stood out for {self.spikes.in_a_row} steps"
+        if config.action == "roll_back":
+            self._roll_back(self.spikes.blamed_step(self.step - 1), what, [], config.max_rollbacks)
+            return True
+        if not math.isnan(self.spikes.median):
+            self.log.warn(f"{what}: its level is taken as the usual one")
+            self.spikes.accept()
+        return False
 
     def _is_left_out(self, step: int) -> bool:
         return any(rollback["first_step"] <= step < rollback["end_step"] for rollback in self.rollbacks)
@@ -355,14 +529,16 @@ class Trainer:
         layers = [alarm.number for alarm in alarms]
         self.log.warn("\n  ".join([f"routing collapses after {self.step} steps", *map(str, alarms)]))
         if config.action == "roll_back" and any(alarm.reason != "dead" for alarm in alarms):
-            self._roll_back([alarm for alarm in alarms if alarm.reason != "dead"])
+            to_blame = [alarm for alarm in alarms if alarm.reason != "dead"]
+            first = min(alarm.first_step for alarm in to_blame)
+            what = "routing collapsed: " + "; ".join(map(str, to_blame))
+            self._roll_back(first, what, [alarm.number for alarm in to_blame], config.max_rollbacks)
             return True
         for alarm in alarms:
             if config.action == "raise_rate":
                 self.detector.raise_rate(alarm.layer, self.step)
             elif config.action == "reinitialise":
-                reinitialise(alarm, self.state(), self.job.model.initializer_range)
-                self._publish()
+                self._reinitialise(alarm)
         acted = config.action if config.action != "roll_back" else "none"
         if acted == "raise_rate":
             self.log.say(f"  balance step x{config.rate_factor:g} in these layers for {config.raise_steps} steps")
@@ -372,25 +548,44 @@ class Trainer:
         self.log.metrics(self.step, {"moe/alarm": layers})
         return False
 
-    def _roll_back(self, alarms: list[Alarm]) -> None:
-        """Write down which steps to leave out, then go back to the newest checkpoint from before them."""
-        config = self.job.trainer.collapse
-        if len(self.rollbacks) >= config.max_rollbacks:
+    def _reinitialise(self, alarm: Alarm) -> None:
+        """Draw routing anew; in a spread model every process does so on whole tensors, and keeps its parts."""
+        state = self.state()
+        if self.spread is None:
+            reinitialise(alarm, state, self.job.model.initializer_range)
+        else:
+            whole = {
+                part: {n: self.spread.gathered(t) for n, t in state[part].items() if n.startswith(f"{alarm.layer}.")}
+                for part in ("model", "optimizer")
+            }
+            reinitialise(alarm, {**state, **whole}, self.job.model.initializer_range)
+            for part, tensors in whole.items():
+                for name, tensor in tensors.items():
+                    owner = name if part == "model" else name.rpartition(".")[0]
+                    here = state[part][name]
+                    self.spread.local(here).copy_(self.spread.part_of(owner, tensor))
+        self._publish()
+
+    def _roll_back(self, first: int, what: str, layers: list[int], limit: int) -> None:
+        """Write down which steps to leave out, from `first` on, then go back to the newest checkpoint from before."""
+        if len(self.rollbacks) >= limit:
             raise TrainingError(
-                f"routing collapsed again after {len(self.rollbacks)} roll-backs",
+                f"{what.partition(':')[0]} again after {len(self.rollbacks)} roll-backs",
                 where=f"{self.job.stage} step {self.step}",
-                found="; ".join(map(str, alarms)),
-                todo="the batches are not to blame: lower optim.lr, raise balance.rate or choose another "
-                f"{self.job.stage}.trainer.collapse.action; the last good checkpoint is kept",
+                found=what,
+                todo="the batches are not to blame: lower optim.lr, raise balance.rate or choose another action in "
+                f"{self.job.stage}.trainer; the last good checkpoint is kept",
             )
         # Not before an earlier roll-back's steps: what lay before them was good then, and its checkpoint is kept.
-        first = max([min(alarm.first_step for alarm in alarms), *(r["first_step"] for r in self.rollbacks)])
-        decision = {"first_step": first, "end_step": self.step, "layers": [alarm.number for alarm in alarms]}
-        write_json(self.job.folder / ROLLBACKS, {"rollbacks": [*self.rollbacks, decision]})
+        first = max([first, *(r["first_step"] for r in self.rollbacks)])
+        decision = {"first_step": first, "end_step": self.step, "layers": layers}
+        if self.world.is_main:
+            write_json(self.job.folder / ROLLBACKS, {"rollbacks": [*self.rollbacks, decision]})
+        self.world.barrier()
         self.log.say(f"  rolling back to before step {first}; steps {first} to {self.step - 1} will be left out")
         if not self.restore():
             raise TrainingError(
-                "no checkpoint from before the collapse is left",
+                f"no checkpoint from before the {'collapse' if layers else 'spike'} is left",
                 where=self.job.folder / "checkpoints",
                 expected=f"one of at most {first} steps",
                 todo="run again: training starts anew and leaves out the steps named above",
@@ -401,15 +596,19 @@ class Trainer:
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 master = self.masters[name]
+                gradient = parameter.grad if self.spread is None else self.spread.local(parameter.grad)
                 if master.grad is None:
-                    master.grad = parameter.grad
+                    master.grad = gradient
                 else:
-                    master.grad = master.grad.to(torch.float32).add_(parameter.grad)
+                    exact = torch.promote_types(gradient.dtype, torch.float32)
+                    master.grad = master.grad.to(exact).add_(gradient)
                 parameter.grad = None
 
     @torch.no_grad()
     def _publish(self) -> None:
-        """Copy the masters into the compute weights."""
+        """Copy the masters into the compute weights; a spread model gathers them anew."""
+        if self.spread is not None:
+            self.spread.forget()
         for name, copy in self.copies.items():
             copy.copy_(self.masters[name])
 
@@ -424,25 +623,32 @@ class Trainer:
         job, config, schedule = self.job, self.job.trainer, self.job.schedule
         if not self.restore():
             self.log.rewind(self.step)
-            if config.collapse.action == "roll_back":  # there must be something to go back to
+            if self._rolls_back:  # there must be something to go back to
                 self.save(native.step_folder(job.folder / "checkpoints", self.step), stage_type="step")
         if self.step >= schedule.total_steps:
             self._prune()
             return
+        self.heart.beat(self.step, "start")
         self.log.say(f"operators: {kernels.describe(DTYPES[config.dtype])}")
-        peak = gemm_flops_per_s(DTYPES[config.dtype])
-        context = job.order.batch(self.step).input_ids.shape[1]
+        peak = gemm_flops_per_s(DTYPES[config.dtype]) * self.world.size
+        context = job.order.batch(self.step, slice(0, 1)).input_ids.shape[1]
         flops = flops_per_token(job.model, context)
         ends = {end: name for name, end in schedule.ends().items()}
         process = psutil.Process()
         started, tokens_then, steps_then = time.monotonic(), self.tokens, self.step
+        values: dict[str, Any] = {}
         with _StopSignals() as stop:
             while self.step < schedule.total_steps:
                 position = schedule.at(self.step)
+                self.heart.beat(self.step, "step", loss=values.get("loss/mean"))
                 if self._is_left_out(self.step):
-                    values = self.leave_out(job.order.batch(self.step))
+                    values = self.leave_out(self._batch())
                 else:
-                    values = self.train_step(job.order.batch(self.step))
+                    values = self.train_step(self._batch())
+                    if self._heed_spikes():
+                        self.monitor.take()
+                        started, tokens_then, steps_then = time.monotonic(), self.tokens, self.step
+                        continue
                     if self.skipped[-1:] != [self.step - 1]:
                         counts = {name: layer.load_counts for name, layer in self.moe_layers.items()}
                         alarms = self.detector.watch(self.step - 1, counts)
@@ -450,8 +656,8 @@ class Trainer:
                             self.monitor.take()
                             started, tokens_then, steps_then = time.monotonic(), self.tokens, self.step
                             continue
-                done = self.step
-                if done % config.log_every_steps == 0 or done in ends or stop.asked:
+                done, asked = self.step, self.world.any(stop.asked)
+                if done % config.log_every_steps == 0 or done in ends or asked:
                     now = time.monotonic()
                     speed = (self.tokens - tokens_then) / (now - started)
                     seconds_left = (schedule.total_steps - done) * (now - started) / max(done - steps_then, 1)
@@ -470,35 +676,73 @@ class Trainer:
                 if validate and (
                     done in ends or (config.validate_every_steps and done % config.validate_every_steps == 0)
                 ):
+                    self.heart.beat(done, "validate")
                     bits = validate(self.model)
                     self.log.metrics(done, bits)
                     self.log.say(f"step {done}: validation bits per byte {bits['val/bpb']:.4f}")
                     started, tokens_then, steps_then = time.monotonic(), self.tokens, done
-                if done in ends or done % config.checkpoint_every_steps == 0 or stop.asked:
-                    self._checkpoint(ends.get(done))
+                if done in ends or done % config.checkpoint_every_steps == 0 or asked:
+                    self.heart.beat(done, "save")
+                    self._checkpoint(ends.get(done), must=asked)
                     started, tokens_then, steps_then = time.monotonic(), self.tokens, done
-                if stop.asked and done < schedule.total_steps:
+                if asked and done < schedule.total_steps:
                     raise Interrupted
 
-    def _checkpoint(self, phase: str | None) -> None:
+    def _batch(self) -> Batch:
+        """Return this process's part of the step's rows; what is to be learnt from is added to the data sum."""
+        order = self.job.order
+        rows = self.world.rows(order.sequences)
+        batch = order.batch(self.step, rows)
+        if not self._is_left_out(self.step):
+            self.fed.add(self.step, batch, rows.start)
+        return batch.columns(self.world.columns(batch.input_ids.shape[1]))
+
+    def _checkpoint(self, phase: str | None, must: bool = False) -> None:
+        """Save the step and, at the end of a phase, under the phase's name.
+
+        A step that cannot be saved (a full disk) is a warning, and the next one tries again, unless this one `must`.
+        """
         if phase is not None and self.job.schedule.phases[phase].checkpoint:
             declared = self.job.schedule.phases[phase]
             self.save(self.job.folder / declared.checkpoint, stage_type=declared.stage_type)
             self.log.say(f"saved {declared.stage_type or 'checkpoint'}: {self.job.folder / declared.checkpoint}")
-        self.save(native.step_folder(self.job.folder / "checkpoints", self.step), stage_type="step")
-        self._prune()
+        must = must or phase is not None
+        try:
+            self.save(
+                native.step_folder(self.job.folder / "checkpoints", self.step), self._pruning(), stage_type="step"
+            )
+            if must:
+                self.saver.wait()
+        except (ArtifactError, CheckpointError) as error:
+            if must:
+                raise
+            self.log.warn(f"step {self.step} was not saved, training goes on\n{error}")
+
+    @property
+    def _rolls_back(self) -> bool:
+        return "roll_back" in (self.job.trainer.collapse.action, self.job.trainer.spike.action)
 
     def _prune(self) -> None:
+        self._pruning()()
+
+    def _pruning(self) -> Callable[[], None]:
+        """Return what deletes the checkpoints that are not needed once that of this step is written."""
         config = self.job.trainer
-        rolls_back, finished = config.collapse.action == "roll_back", self.step >= self.job.schedule.total_steps
-        needed = max([self.detector.oldest_step, *(r["first_step"] for r in self.rollbacks)])
-        native.prune(
+        finished = self.step >= self.job.schedule.total_steps
+        reach = [
+            self.detector.oldest_step if config.collapse.action == "roll_back" else self.step,
+            self.spikes.blamed_step(self.step - 1) if config.spike.action == "roll_back" else self.step,
+        ]
+        needed = max([min(reach), *(r["first_step"] for r in self.rollbacks)])
+        keep = functools.partial(
+            native.prune,
             self.job.folder / "checkpoints",
             keep_last=config.keep_last,
             keep_every_steps=config.keep_every_steps,
             every_steps=config.checkpoint_every_steps,
-            needed_step=needed if rolls_back and not finished else None,
+            needed_step=needed if self._rolls_back and not finished else None,
         )
+        return keep if self.world.is_main else lambda: None
 
     def _say(self, values: dict[str, Any], done: int, seconds_left: float) -> None:
         line = (

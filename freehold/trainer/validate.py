@@ -15,6 +15,8 @@ import torch
 from freehold.data.loader import Source
 from freehold.data.packing import Batch, Example, conversation_batch, cut, pack
 from freehold.model.afmoe import Afmoe
+from freehold.parallel.config import ParallelConfig
+from freehold.parallel.mesh import World
 from freehold.trainer.loss import summed_nll
 
 
@@ -46,21 +48,32 @@ def held_out(
     return HeldOut(batch, int(document_bytes[:count].sum()))
 
 
-def bits_per_byte(model: Afmoe, sources: Mapping[str, HeldOut], rows: int = 8) -> dict[str, float]:
-    """Return `val/bpb/<source>` and `val/bpb` over all; the model is left in the mode it was in."""
+def bits_per_byte(
+    model: Afmoe, sources: Mapping[str, HeldOut], world: World | None = None, rows: int = 8
+) -> dict[str, float]:
+    """Return `val/bpb/<source>` and `val/bpb` over all; the model is left in the mode it was in.
+
+    Processes take turns in passes of `rows`; one that has none left for a turn runs the first again, uncounted, since
+    the others may need its experts.
+    """
+    world = world or World(ParallelConfig())
     training = model.training
     model.eval()
     values, all_bits, all_bytes = {}, 0.0, 0
     with torch.no_grad():
         for name, held in sources.items():
-            bits = 0.0
-            for start in range(0, len(held.batch.input_ids), rows):
-                part = held.batch.rows(start, start + rows)
-                hidden = model.hidden(
-                    torch.from_numpy(part.input_ids), document_ids=torch.from_numpy(part.document_ids)
+            bits, number = 0.0, len(held.batch.input_ids)
+            for turn in range(0, number, rows * world.parallel.data):
+                start = turn + rows * world.data_rank
+                part = held.batch.rows(start, start + rows) if start < number else held.batch.rows(0, rows)
+                part = part.columns(world.columns(part.input_ids.shape[1]))
+                ids, documents, targets = (
+                    torch.from_numpy(array).to(world.device)
+                    for array in (part.input_ids, part.document_ids, part.targets)
                 )
-                bits += float(summed_nll(hidden, model.lm_head.weight, torch.from_numpy(part.targets)).sum())
-            bits /= math.log(2)
+                nll = summed_nll(model.hidden(ids, document_ids=documents), model.lm_head.weight, targets).sum()
+                bits += float(nll) if start < number else 0.0
+            bits = float(world.sum_(torch.tensor(bits, dtype=torch.float64, device=world.device))) / math.log(2)
             values[f"val/bpb/{name}"] = bits / held.text_bytes
             all_bits += bits
             all_bytes += held.text_bytes
@@ -69,6 +82,6 @@ def bits_per_byte(model: Afmoe, sources: Mapping[str, HeldOut], rows: int = 8) -
     return values
 
 
-def validator(sources: Mapping[str, HeldOut]) -> Callable[[Afmoe], dict[str, float]]:
+def validator(sources: Mapping[str, HeldOut], world: World) -> Callable[[Afmoe], dict[str, float]]:
     """Return the function the training loop calls."""
-    return lambda model: bits_per_byte(model, sources)
+    return lambda model: bits_per_byte(model, sources, world)

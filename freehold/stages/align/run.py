@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from freehold.checkpoint import native
-from freehold.core.artifact import Workspace, read_manifest
+from freehold.core.artifact import Workspace, read_manifest, write_atomic
 from freehold.core.document import Conversation, read_rows
 from freehold.core.errors import CheckpointError, DataError
 from freehold.core.machine import must_fit_memory
 from freehold.data.loader import ConversationOrder
 from freehold.data.packing import Example
 from freehold.data.trace import ROW_BYTES, trace_rows, write_trace
+from freehold.ledger.batch import PREVIEW, documents_of_step
 from freehold.optim.schedule import Schedule
+from freehold.parallel.config import must_lay_out
 from freehold.stages.align.config import StageConfig
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.chat import render_ids
@@ -36,6 +38,14 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         )
     model, weights = native.read_model(start, verify=False)  # verified by `check`
     config.batch.must_fit(model.max_position_embeddings, "align")
+    must_lay_out(
+        config.parallel,
+        model,
+        context_tokens=config.batch.context_tokens,
+        sequences=config.batch.sequences,
+        micro_sequences=config.batch.micro_sequences,
+        stage="align",
+    )
     examples, assistant_tokens = [], 0
     for path in sorted((work.input("curate") / "conversations").glob("*.parquet")):
         for row in work.log.track(read_rows(path, Conversation), f"render {path.stem}"):
@@ -67,8 +77,10 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         balance=config.balance,
         schedule=schedule,
         order=order,
+        documents_of=lambda step: documents_of_step(work.folder, step),
         micro_sequences=config.batch.micro,
         stage="align",
+        parallel=config.parallel,
         parent=read_manifest(start)["content_sha256"],
         tokens_before=facts["tokens"],
         files=tuple(sorted(p for p in folder.iterdir() if p.is_file())),
@@ -78,10 +90,14 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
             "context_tokens": config.batch.context_tokens,
         },
     )
+    steps = range(schedule.total_steps)
+    preview = work.folder / PREVIEW
+    if work.leads:
+        write_trace(preview, trace_rows(order, steps, {s: schedule.at(s).phase for s in steps}))
     trainer = Trainer(job, work.log, seed=work.seed, weights=weights)
     trainer.run()
-    steps = range(schedule.total_steps)
-    write_trace(work.folder / "trace.parquet", trace_rows(order, steps, {s: schedule.at(s).phase for s in steps}))
+    if work.leads:
+        write_atomic(work.folder / "trace.parquet", preview.read_bytes())
     return {
         "steps": schedule.total_steps,
         "conversations": len(order.examples),

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from freehold.checkpoint import native
-from freehold.core.artifact import Workspace, atomic_folder, read_manifest
+from freehold.core.artifact import Workspace, atomic_folder, read_manifest, write_atomic
 from freehold.core.errors import CheckpointError, ConfigError
 from freehold.core.machine import must_fit_memory
 from freehold.data.buffer import text_order
 from freehold.data.loader import PhaseRows, consumed_by
 from freehold.data.shards import ShardSet
 from freehold.data.trace import ROW_BYTES, trace_rows, write_trace
+from freehold.ledger.batch import PREVIEW, documents_of_step
 from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
 from freehold.stages.pretrain.config import StageConfig
@@ -45,7 +47,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         parent_step, parent_tokens, consumed = facts["step"], facts["tokens"], consumed_by(facts)
         parent_hash = read_manifest(parent)["content_sha256"]
         if not config.phases:
-            return keep(parent, facts, work)
+            return keep(parent, facts, work) if work.leads else {}
         if facts.get("order", {"kind": "stream"}) != config.batch.order.model_dump():
             consumed = None
             work.log.warn("the parent read its text in another order: this one starts at its beginning")
@@ -55,7 +57,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     schedule = Schedule(config.phases, first_step=parent_step)
     order = text_order(
         config.batch,
-        shards.sources("train"),
+        shards.sources("train", without=quarantined(config.quarantine)),
         [PhaseRows(name, phase.steps, phase.mixture) for name, phase in config.phases.items()],
         seed=work.seed,
         separator=END_OF_TEXT,
@@ -70,8 +72,10 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         balance=config.balance,
         schedule=schedule,
         order=order,
+        documents_of=lambda step: documents_of_step(work.folder, step),
         micro_sequences=config.batch.micro,
         stage="pretrain",
+        parallel=config.parallel,
         parent=parent_hash,
         tokens_before=parent_tokens,
         files=tuple(sorted(p for p in tokenizer.iterdir() if p.is_file())),
@@ -88,9 +92,13 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     )
     for line in order.told():
         work.log.say(f"  {line}")
+    steps = range(parent_step, schedule.total_steps)
+    preview = work.folder / PREVIEW
+    if work.leads:  # before the first step, so that what goes wrong in one can be named
+        write_trace(preview, trace_rows(order, steps, {step: schedule.at(step).phase for step in steps}))
     trainer = Trainer(job, work.log, seed=work.seed)
     if config.parent:
-        trainer.adopt(native.load(Path(config.parent), verify=False), Path(config.parent))
+        trainer.adopt(trainer.read(Path(config.parent)), Path(config.parent))
     validation = {
         name: held_out(
             source,
@@ -102,10 +110,9 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         for name, source in shards.sources("validation").items()
         if source.total_tokens
     }
-    trainer.run(validator(validation) if validation else None)
-    steps = range(parent_step, schedule.total_steps)
-    phase_of = {step: schedule.at(step).phase for step in steps}
-    write_trace(work.folder / "trace.parquet", trace_rows(order, steps, phase_of))
+    trainer.run(validator(validation, trainer.world) if validation else None)
+    if work.leads:
+        write_atomic(work.folder / "trace.parquet", preview.read_bytes())
     return {
         "steps": schedule.total_steps,
         "tokens": schedule.total_steps * config.batch.step_tokens,
@@ -114,6 +121,25 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         "checkpoints": {phase.checkpoint: phase.stage_type for phase in config.phases.values() if phase.checkpoint},
         "skipped_steps": trainer.skipped,
     }
+
+
+def quarantined(path: str) -> frozenset[str]:
+    """Return the ids in a quarantine file: one a line, bare or as the `id` of a JSON object; none without a file.
+
+    Raises ConfigError when the file is not there or a line is neither.
+    """
+    if not path:
+        return frozenset()
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        return frozenset(json.loads(line)["id"] if line.startswith("{") else line for line in lines if line)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            "not a list of documents",
+            where=f"pretrain.quarantine: {path}",
+            found=error,
+            expected="document ids, one a line, or the lines of a run's log/quarantine.jsonl",
+        ) from error
 
 
 def keep(parent: Path, facts: dict[str, Any], work: Workspace) -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""Expert parallelism: each token goes to the rank that holds its expert, and its result comes back.
+
+Shapes: R rows here sorted by expert, S rows received, E experts, e experts held here, d model width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import _functional_collectives as collectives
+
+from freehold.model import ops
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Sent(NamedTuple):
+    """What brings the rows back: how many went and came by rank, and the way from rank order to expert order."""
+
+    sends: list[int]
+    receives: list[int]
+    path: ops.Route | None
+
+
+class AllToAll:
+    """The dispatcher of a layer whose experts are dealt to the ranks of `group`, each holding consecutive ones."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def dispatch(self, x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Sent]:
+        """Send rows x [R, d] (`counts` [E] of each expert) to their experts; return rows [S, d], counts [e], context.
+
+        Rows of one expert come in the order of the ranks they come from, which is the order of the tokens in the
+        batch. The sizes are needed on the host: one wait for the device in each layer.
+        """
+        ranks = self.group.size()
+        here = exchange(counts, None, None, self.group).view(ranks, -1)
+        sends, receives = counts.view(ranks, -1).sum(1).tolist(), here.sum(1).tolist()
+        rows, path = exchange(x, receives, sends, self.group), None
+        if len(rows):
+            experts = torch.arange(here.shape[1], device=x.device).repeat(ranks)
+            path = ops.route(experts.repeat_interleave(here.flatten(), output_size=len(rows))[:, None])
+            rows = ops.gather(rows, path)
+        return rows, here.sum(0), Sent(sends, receives, path)
+
+    def combine(self, y: Tensor, context: Sent) -> Tensor:
+        """Return the results [S, d] to the ranks their rows came from, in the order they had there: [R, d]."""
+        if context.path is not None:
+            order, inverse, _ = context.path
+            y = ops.gather(y, ops.Route(inverse, order, inverse))
+        return exchange(y, context.sends, context.receives, self.group)
+
+
+def exchange(x: Tensor, receives: list[int] | None, sends: list[int] | None, group: ProcessGroup) -> Tensor:
+    """Send stretches of x's first dimension to each rank of the group and return those received; differentiable.
+
+    Sizes None: all stretches are alike. These functional collectives are private in PyTorch 2.13; this is the one
+    place that calls them.
+    """
+    return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), receives, sends, group))

@@ -1,0 +1,50 @@
+"""Opening the process group, and making sure that everybody in it means the same run."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from freehold.core.errors import ConfigError
+from freehold.parallel import launch
+from freehold.parallel.config import ParallelConfig
+
+PATIENCE_S = 600.0
+"""How long a collective may take at least before it counts as failed; a supervisor acts sooner."""
+
+
+def join(parallel: ParallelConfig, claims: Mapping[str, str]) -> None:
+    """Open the process group that a launcher has prepared and compare what each rank means to run; alone, do nothing.
+
+    `claims` names what has to be the same everywhere (recipe, code, seed, inputs) and gives the hash of each. Raises
+    ConfigError, on every rank, that names the first claim and the ranks that differ from rank 0.
+    """
+    found = launch.place()
+    if found is None or torch.distributed.is_initialized():
+        return
+    rank, size = found
+    patience = datetime.timedelta(seconds=max(PATIENCE_S, 2 * parallel.supervise.hang_s))
+    backend = "gloo" if parallel.device == "cpu" else "cpu:gloo,cuda:nccl"
+    torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience)
+    everybody: list[Any] = [None] * size
+    torch.distributed.all_gather_object(everybody, dict(claims))
+    for name, value in everybody[0].items():
+        others = [number for number, told in enumerate(everybody) if told.get(name) != value]
+        if others:
+            raise ConfigError(
+                f"the ranks do not run the same {name}",
+                where=f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}",
+                found=str(everybody[others[0]].get(name))[:16],
+                expected=f"{value[:16]}, as rank 0",
+                todo="give every rank the same recipe, overrides, code and finished stages",
+            )
+
+
+def leave() -> None:
+    """Close the process group of a run that has ended well, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

