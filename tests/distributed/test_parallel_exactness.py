@@ -113,6 +113,14 @@ def test_bfloat16_is_that_of_one_process_in_bfloat16(ranks):
         assert difference < 0.02 * np.linalg.norm(gradient), name
 
 
+def test_parts_of_no_rows_are_stepped_by_the_kernels_too(ranks):
+    model = {"num_experts": 3, "num_experts_per_tok": 2}  # over four ranks
+    found = run(ranks, DEGREES["fsdp4"], "float32", {"model": model})[0]
+    expected = alone("float32", (("model", tuple(model.items())),))
+    assert error(found["gradients"], expected["gradients"]) < 1e-4
+    assert error(found["optimizer"], expected["optimizer"]) < 0.02
+
+
 def grouped_run(parallel):
     """Run with the experts' matrix products as a CUDA device would do them."""
     with mock.patch.object(ops, "grouped_swiglu", ops.grouped_swiglu_gemm):
