@@ -1,0 +1,106 @@
+"""Context parallelism: each rank holds a contiguous chunk of every row, and attention fetches the keys it lacks.
+
+Full layers gather the keys and values of all ranks. Sliding layers fetch only the rows their window reaches into the
+chunk before. Both are exact: the same pairs of tokens meet as on one device, and gradients go back the same way.
+Every layer but attention works on single tokens and needs nothing.
+
+Shapes: B rows, T tokens of a whole row, C = T / ranks tokens of a chunk, S keys a chunk sees, H query heads,
+K key-value heads, D head width, W window (the token itself counts).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+
+from freehold.model import ops
+from freehold.model.afmoe import Afmoe
+from freehold.model.attention import Attention, Mask, attend
+from freehold.model.config import ModelConfig
+
+
+class ContextParallel:
+    """The chunk of one rank, and what attention does to see beyond it."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.degree = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def apply(self, model: Afmoe) -> None:
+        """Put the attention cores and the masks of a chunk into a model; it then must be given `positions`."""
+        model.masks = self.masks
+        for attention in (module for module in model.modules() if isinstance(module, Attention)):
+            attention.core = self.attend_halo if attention.kind == "sliding_attention" else self.attend_gathered
+
+    def columns(self, tokens: int) -> slice:
+        """Return the part of a row of T tokens that is this rank's chunk."""
+        return slice(self.rank * tokens // self.degree, (self.rank + 1) * tokens // self.degree)
+
+    def positions(self, chunk: Tensor) -> Tensor:
+        """Return where the tokens of a chunk [B, C] are in their row, [C]: what rotary embedding must see."""
+        return torch.arange(chunk.shape[1], device=chunk.device) + self.rank * chunk.shape[1]
+
+    def row_sum(self, values: Tensor) -> Tensor:
+        """Return the sum of the ranks' tensors; it carries no gradient."""
+        total = values.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def masks(
+        self, config: ModelConfig, h: Tensor, positions: Tensor | None, document_ids: Tensor | None
+    ) -> dict[str, Mask]:
+        """Return the mask of each kind of layer for a chunk h [B, C, d]: [B or 1, 1, C, S] over the keys its core sees.
+
+        The document numbers of the other chunks are fetched; positions count through the row.
+        """
+        if positions is None or positions.ndim != 1:
+            raise ValueError("a chunk needs the positions of its tokens in the row")
+        chunk, device = h.shape[1], h.device
+        here = torch.arange(chunk, device=device) + self.rank * chunk
+        there = torch.arange((self.rank + 1) * chunk, device=device)
+        distance = here[:, None] - there[None, :]
+        seen = (distance >= 0)[None]
+        if document_ids is not None:
+            ids = collectives.all_gather_single(document_ids.int().contiguous(), 1, self.group)[:, : len(there)]
+            seen = seen & (document_ids[:, :, None] == ids[:, None, :])
+        masks: dict[str, Mask] = {}
+        for kind in sorted(set(config.layer_types)):
+            window, allowed = None, seen
+            if kind == "sliding_attention":
+                window = config.sliding_window
+                first = max(self.rank * chunk - self.halo_tokens(window, chunk), 0)
+                allowed = (seen & (distance < window))[:, :, first:]
+            allowed = allowed[:, None]
+            blockwise = device.type == "cpu" and ops.BLOCK_TOKENS < allowed.shape[-1] <= ops.BLOCKWISE_MAX_TOKENS
+            masks[kind] = Mask(allowed, False, window, ops.attention_blocks(allowed) if blockwise else None)
+        return masks
+
+    def halo_tokens(self, window: int, chunk: int) -> int:
+        """Return how many tokens before its chunk a rank's first token sees (the first rank has none)."""
+        if window - 1 > chunk:
+            raise ValueError(f"a window of {window} reaches over more than one chunk of {chunk} tokens")
+        return window - 1
+
+    def attend_gathered(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """Attend to the chunks up to this one: q [B, H, C, D], k and v [B, K, C, D] -> [B, H, C, D]."""
+        both = collectives.all_gather_single_autograd(torch.cat([k, v], -1).contiguous(), 2, self.group)
+        k, v = both[:, :, : (self.rank + 1) * q.shape[2]].chunk(2, -1)
+        return attend(q, k, v, mask)
+
+    def attend_halo(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """Attend to this chunk and the end of the one before: q [B, H, C, D], k and v [B, K, C, D] -> [B, H, C, D]."""
+        assert mask.window is not None
+        both = torch.cat([k, v], -1)
+        k, v = torch.cat([self._halo(both, self.halo_tokens(mask.window, q.shape[2])), both], 2).chunk(2, -1)
+        return attend(q, k, v, mask)
+
+    def _halo(self, x: Tensor, tokens: int) -> Tensor:
+        """Give the last tokens of x [B, K, C, D] to the next rank; return those of the rank before, or none."""
+        give, take = [0] * self.degree, [0] * self.degree
+        if self.rank + 1 < self.degree:
+            give[self.rank + 1] = tokens
+        if self.rank:
+            take[self.rank - 1] = tokens
+        tail = x.movedim(2, 0)[x.shape[2] - sum(give) :].contiguous()
+        return collectives.all_to_all_single_autograd(tail, take, give, self.group).movedim(0, 2)

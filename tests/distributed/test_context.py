@@ -1,0 +1,109 @@
+"""Chunks of rows on 2 and 4 processes give the loss, the gradients and the expert loads of one process."""
+
+from __future__ import annotations
+
+import pytest
+import spread_case as case
+import torch
+import torch.distributed as dist
+
+from freehold.model import ops
+from freehold.parallel.context import ContextParallel
+
+EXACT = 1e-13
+
+
+class OneRowShort(ContextParallel):
+    """A halo that lacks its first row."""
+
+    def halo_tokens(self, window, chunk):
+        return super().halo_tokens(window - 1, chunk)
+
+
+class OwnDocumentsOnly(ContextParallel):
+    """Masks that take every earlier chunk for the same document."""
+
+    def masks(self, config, h, positions, document_ids):
+        return super().masks(config, h, positions, None)
+
+
+class OwnLoadOnly(ContextParallel):
+    """A sequence loss on the chunk, as if it were the row."""
+
+    def row_sum(self, values):
+        return values
+
+
+def spread(how=ContextParallel, restart=False, recompute=False, block_tokens=None, **changes):
+    """Take the gradient of the batch in chunks; the first rank returns how far it is from that of one process."""
+    shape, usual = case.config(**changes), ops.BLOCK_TOKENS
+    model, whole = case.build(shape), case.batch()
+    model.recompute = recompute
+    context = how(dist.group.WORLD)
+    context.apply(model)
+    chunk = whole.part(columns=context.columns(case.TOKENS))
+    positions = torch.arange(chunk.ids.shape[1]) if restart else context.positions(chunk.ids)
+    try:
+        ops.BLOCK_TOKENS = block_tokens or usual
+        loss = case.loss_of(model, chunk, whole, positions, row_sum=context.row_sum)
+        loss.backward()
+    finally:
+        ops.BLOCK_TOKENS = usual
+    add = ContextParallel.row_sum  # not that of a control
+    found = case.Result(
+        add(context, loss).item(),
+        {name: add(context, gradient) for name, gradient in case.gradients(model).items()},
+        {name: add(context, counts) for name, counts in case.loads(model).items()},
+    )
+    return case.difference(found, case.one_process(shape)) if context.rank == 0 else None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"recompute": True},
+        {"block_tokens": 4},
+        {"sliding_window": 6},
+        {"sliding_window": 1},
+        {"num_key_value_heads": 6, "mup_enabled": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_chunks_equal_one_process(ranks, size, settings):
+    loss, worst, same_loads = ranks(size).run(call, settings)[0]
+    assert loss < EXACT
+    assert worst < EXACT
+    assert same_loads
+
+
+def call(settings):
+    return spread(**settings)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"restart": True}, {"how": OneRowShort}, {"how": OwnDocumentsOnly}, {"how": OwnLoadOnly}], ids=str
+)
+def test_this_test_would_see(ranks, wrong):
+    assert ranks(4).run(call, wrong)[0][1] > 1e-3
+
+
+def refuse():
+    context = ContextParallel(dist.group.WORLD)
+    told = []
+    model = case.build(case.config(sliding_window=14))
+    context.apply(model)
+    chunk = case.batch().part(columns=context.columns(case.TOKENS))
+    for positions in (context.positions(chunk.ids), None):
+        try:
+            case.loss_of(model, chunk, chunk, positions)
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def test_what_a_chunk_cannot_do_is_refused_and_not_computed_wrong(ranks):
+    window, positions = ranks(2).run(refuse)[0]
+    assert "reaches over more than one chunk of 12 tokens" in window
+    assert "positions of its tokens in the row" in positions
