@@ -19,7 +19,8 @@ ROOMS = {
     "data": {"core", "ledger"},
     "checkpoint": {"core", "model"},
     "infer": {"core", "model"},
-    "trainer": {"core", "ledger", "kernels", "model", "optim", "data", "checkpoint"},
+    "parallel": {"core", "model"},
+    "trainer": {"core", "ledger", "kernels", "model", "optim", "data", "checkpoint", "parallel"},
     "api": {"core", "tokenizer", "model", "checkpoint", "infer"},
     "stages": {
         "core",
@@ -31,13 +32,14 @@ ROOMS = {
         "data",
         "checkpoint",
         "infer",
+        "parallel",
         "trainer",
         "api",
     },
     "figure": {"core"},
     "report": {"core", "figure", "stages"},
     "walk": {"core", "stages"},
-    "planner": {"core", "model"},
+    "planner": {"core", "model", "parallel"},
     "cli": {"core", "ledger", "planner", "stages", "walk", "figure", "report"},
 }
 ONE_ROOM = {
@@ -96,6 +98,8 @@ def test_the_planner_knows_shapes_only():
     for path in (PACKAGE / "planner").glob("*.py"):
         ours = {m for m in imports(path) if m.startswith("freehold.model")}
         assert all(m.startswith("freehold.model.config") for m in ours), f"{path}: {ours}"
+        ours = {m for m in imports(path) if m.startswith("freehold.parallel")}
+        assert all(m.startswith("freehold.parallel.config") for m in ours), f"{path}: {ours}"
 
 
 def test_no_relative_imports():

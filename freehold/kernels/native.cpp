@@ -1,4 +1,4 @@
-// CPU kernels of the training step: matrix products, experts, attention over windows, norms, cross-entropy.
+// CPU kernels of the training step: matrix products, experts, attention over windows, norms, cross-entropy, optimizers.
 //
 // Plain C interface and no PyTorch headers, so that any C++17 compiler builds this file in seconds; native.py builds,
 // loads and registers it. Each function has a reference in ops.py which tests hold it to. Work is cut into tasks that
@@ -770,6 +770,38 @@ void cross_entropy(int threads, T* logits, const int64_t* targets, float scale, 
     });
 }
 
+// --- optimizers ------------------------------------------------------------------------------------------------
+
+constexpr int64_t STRETCH = 16384;
+
+// The sum of squares of each stretch of 16,384 numbers.
+template <class T> void squares(int threads, const T* x, float* sums, int64_t size) {
+    for_rows(threads, size, STRETCH, [&](int64_t first, int64_t last) {
+        vector square{};
+        for (int64_t i = first; i < last; i += LANES) square += load(x + i) * load(x + i);
+        sums[first / STRETCH] = sum(square);
+    });
+}
+
+inline vector root(vector x) { return (vector)_mm512_sqrt_ps((__m512)x); }
+
+// One step of AdamW on float weights, from a gradient that counts `scale` times, and the new weights once more in the
+// gradient's own type (unless `copy` is null), in a single pass over memory.
+template <class T>
+void adamw(int threads, const T* gradient, float* weight, float* mean, float* square, T* copy, float scale, float step,
+           float decay, float beta1, float beta2, float root_correction, float eps, int64_t size) {
+    for_rows(threads, size, STRETCH, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i += LANES) {
+            vector g = load(gradient + i) * scale, m = load(mean + i), v = load(square + i);
+            m += (1.f - beta1) * (g - m);
+            v = beta2 * v + (1.f - beta2) * (g * g);
+            vector w = load(weight + i) * decay - step * (m / (root(v) / root_correction + eps));
+            store(mean + i, m), store(square + i, v), store(weight + i, w);
+            if (copy) store(copy + i, w);
+        }
+    });
+}
+
 // --- Newton-Schulz ---------------------------------------------------------------------------------------------
 
 // C = S . B for a symmetric result: only blocks on and right of the diagonal are computed, the others mirrored.
@@ -889,3 +921,8 @@ EXPORT(cross_entropy,
        logits, targets, scale, z_loss, nll, log_partition, rows, vocab)
 EXPORT(orthogonalize, (int wide, int threads, any matrices, any coefficients, integer steps, integer n, integer rows, integer cols),
        matrices, coefficients, steps, n, rows, cols)
+EXPORT(squares, (int wide, int threads, any x, any sums, integer size), x, sums, size)
+EXPORT(adamw,
+       (int wide, int threads, any gradient, any weight, any mean, any square, any copy, float scale, float step,
+        float decay, float beta1, float beta2, float root_correction, float eps, integer size),
+       gradient, weight, mean, square, copy, scale, step, decay, beta1, beta2, root_correction, eps, size)

@@ -417,6 +417,34 @@ def orthogonalize_(matrices: Tensor, coefficients: Tensor) -> None:
     _call("orthogonalize", matrices, matrices, coefficients, len(coefficients), *matrices.shape)
 
 
+_STRETCH = 16384
+
+
+@_operator("square_sums(Tensor x) -> Tensor", lambda x: x.new_empty(-(-x.numel() // _STRETCH), dtype=torch.float32))
+def square_sums(x: Tensor) -> Tensor:
+    """Return the sum of squares of each stretch of 16,384 numbers, in float32."""
+    x = x.contiguous()
+    sums = x.new_empty(-(-x.numel() // _STRETCH), dtype=torch.float32)
+    _call("squares", x, x, sums, x.numel())
+    return sums
+
+
+@_operator(
+    "adamw_(Tensor(a!) weight, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? copy, "
+    "float scale, int step, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
+    lambda *_: None,
+)
+def adamw_(
+    weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, copy: Tensor | None,
+    scale: float, step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """Take AdamW's `step`-th step from `scale` times the gradient; also write the weights to `copy`, of its dtype."""
+    _call(
+        "adamw", gradient, gradient.contiguous(), weight, exp_avg, exp_avg_sq, copy, scale, lr / (1 - beta1**step),
+        1 - lr * weight_decay, beta1, beta2, (1 - beta2**step) ** 0.5, eps, weight.numel(),
+    )  # fmt: skip
+
+
 # --- gradients -------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ Shapes: E experts, i expert width, d hidden width, n matrices of one shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -74,8 +74,11 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool = True,
         steps: int = 5,
         weight_decay: float = 0.0,
+        copies: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
+        """Take named parameters; `copies`: where a parameter is wanted a second time, in another dtype."""
         named = list(named)
+        self.copies = copies or {}
         for name, parameter in named:
             if parameter.ndim < 2:
                 raise ValueError(f"Muon steps matrices; {name} has shape {tuple(parameter.shape)}")
@@ -90,8 +93,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__([parameter for _, parameter in named], defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take one step with the gradients in `.grad`; parameters without one are left alone."""
+    def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]
+        """Take one step from `scale` times the gradients in `.grad`; parameters without one are left alone."""
         for group in self.param_groups:
             batches: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
             for name, parameter in zip(self.names, group["params"], strict=True):
@@ -101,8 +104,10 @@ class Muon(torch.optim.Optimizer):
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum = state["momentum"]
-                momentum.mul_(group["momentum"]).add_(parameter.grad)
-                update = parameter.grad.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
+                gradient = parameter.grad.to(momentum.dtype)
+                gradient = gradient * scale if scale != 1 else gradient
+                momentum.mul_(group["momentum"]).add_(gradient)
+                update = gradient.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
                 weight = as_matrices(name, parameter)
                 shape = (weight.shape[1], weight.shape[2])
                 batches.setdefault(shape, []).append((weight, as_matrices(name, update)))
@@ -116,3 +121,6 @@ class Muon(torch.optim.Optimizer):
                     if group["weight_decay"]:
                         weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.add_(part, alpha=-lr)
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter in self.copies:
+                    self.copies[parameter].copy_(parameter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import pydantic
@@ -11,36 +10,17 @@ from pydantic import Field
 from freehold.core.config import Config, unknown_key
 from freehold.core.errors import ConfigError
 from freehold.model.config import ModelConfig
+from freehold.parallel.config import ParallelConfig, must_lay_out, must_multiply_to
 from freehold.planner.hardware import DEVICES, INTERRUPTIONS_PER_DEVICE_HOUR, Device
 
 PARTS = ("attention_per_layer", "norms_per_layer", "dense_ffn", "expert", "shared_experts", "router")
 """What `parts` may replace; see `parameter_counts`."""
 
 
-class ParallelConfig(Config):
-    """How the model and its data are spread; the product of replicate, shard, context and pipeline is the devices."""
+class PlannedParallel(ParallelConfig):
+    """The degrees, and what a rank keeps for the backward pass; a recipe says that under `trainer`."""
 
-    replicate: int = Field(1, ge=1, description="copies of the sharded model (the outer axis of HSDP)")
-    shard: int = Field(1, ge=1, description="data ranks that share one copy of the parameters (FSDP)")
-    expert: int = Field(1, ge=1, description="ranks the experts of a layer are dealt to; inside shard x context")
-    context: int = Field(1, ge=1, description="ranks that share one sequence")
-    pipeline: int = Field(1, ge=1, description="stages the layers are cut into")
     recompute: Literal["none", "full"] = Field("none", description="run every block again in the backward pass?")
-
-    @property
-    def devices(self) -> int:
-        """Return the product of the degrees."""
-        return self.replicate * self.shard * self.context * self.pipeline
-
-    @property
-    def data(self) -> int:
-        """Return how many ranks see different sequences."""
-        return self.replicate * self.shard
-
-    @property
-    def group(self) -> int:
-        """Return the ranks one copy of a stage's parameters is spread over."""
-        return self.shard * self.context
 
 
 class BatchConfig(Config):
@@ -98,7 +78,7 @@ class PlanConfig(Config):
     parts: dict[str, int] = Field(
         default_factory=dict, description="parameters of one layer's parts where the shape is not AFMoE's"
     )
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="degrees")
+    parallel: PlannedParallel = Field(default_factory=PlannedParallel, description="degrees")
     batch: BatchConfig = Field(default_factory=BatchConfig, description="rows of a step")
     machine: MachineConfig = Field(default_factory=MachineConfig, description="devices and assumptions")
     tokens: float = Field(0, ge=0, description="tokens of the run (0: unknown, so no days and no money)")
@@ -142,53 +122,15 @@ class PlanConfig(Config):
     @pydantic.model_validator(mode="after")
     def _agree(self) -> PlanConfig:
         """Refuse degrees that cannot be laid out."""
-        p, b, m = self.parallel, self.batch, self.model
-        if self.machine.devices and p.devices != self.machine.devices:
-            raise ConfigError(
-                "the degrees do not multiply to the devices",
-                where="parallel",
-                found=f"replicate {p.replicate} x shard {p.shard} x context {p.context} x pipeline {p.pipeline} "
-                f"= {p.devices}",
-                expected=f"machine.devices = {self.machine.devices}",
-                todo="change a degree or machine.devices; --search proposes degrees",
-            )
-        if m.num_experts % p.expert:
-            raise ConfigError(
-                "the experts cannot be dealt evenly",
-                where="parallel.expert",
-                found=f"{m.num_experts} experts over {p.expert} ranks",
-                expected=f"a divisor of {m.num_experts}",
-            )
-        if p.group % p.expert:
-            raise ConfigError(
-                "expert ranks lie inside shard x context",
-                where="parallel.expert",
-                found=f"{p.expert} in {p.shard} x {p.context}",
-                expected=f"a divisor of {p.group}",
-            )
-        sliding = "sliding_attention" in m.layer_types
-        if p.context > 1 and (b.context_tokens % p.context or sliding and self.chunk_tokens < m.sliding_window):
-            raise ConfigError(
-                "the piece of a sequence one rank holds is shorter than the window",
-                where="parallel.context",
-                found=f"{b.context_tokens} tokens over {p.context} ranks = {b.context_tokens / p.context:g} each",
-                expected=f"whole pieces of at least sliding_window = {m.sliding_window} tokens",
-                todo="lower parallel.context or raise batch.context_tokens",
-            )
-        if p.pipeline > m.num_hidden_layers:
-            raise ConfigError(
-                "more stages than layers",
-                where="parallel.pipeline",
-                found=p.pipeline,
-                expected=f"at most {m.num_hidden_layers}",
-            )
-        if not self.micro_sequences or self.sequences % (p.data * self.micro_sequences):
-            raise ConfigError(
-                "the rows of a step cannot be dealt evenly",
-                where="batch.sequences",
-                found=f"{self.sequences} rows over {p.data} data ranks in passes of {b.micro_sequences or 'all'}",
-                expected=f"a multiple of {math.lcm(p.data, p.data * max(b.micro_sequences, 1))}",
-            )
+        if self.machine.devices:
+            must_multiply_to(self.parallel, self.machine.devices, "devices (machine.devices)")
+        must_lay_out(
+            self.parallel,
+            self.model,
+            context_tokens=self.batch.context_tokens,
+            sequences=self.sequences,
+            micro_sequences=self.batch.micro_sequences,
+        )
         return self
 
     @property
@@ -209,6 +151,6 @@ def plan_of_recipe(name: str, pretrain: dict[str, Any]) -> dict[str, Any]:
         "matrices": pretrain["optim"]["matrices"],
         "dtype": trainer["dtype"],
         "loss_chunk_tokens": trainer["loss_chunk_tokens"],
-        "parallel": {"recompute": "full" if trainer["recompute"] else "none"},
+        "parallel": {**pretrain["parallel"], "nproc": 0, "recompute": "full" if trainer["recompute"] else "none"},
         "machine": {"device": "cpu", "mfu": 0.2, "kernels": "native", "storage_bytes_s": 0.5e9},
     }

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from freehold.core.config import Config
 from freehold.data.config import BatchConfig
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig, check_names
+from freehold.parallel.config import ParallelConfig
 from freehold.trainer.config import TrainerConfig
 
 
@@ -22,6 +23,7 @@ class StageConfig(Config):
         default_factory=NoBalanceConfig, description="expert balancing; none keeps the routing that Base learnt"
     )
     trainer: TrainerConfig = Field(default_factory=TrainerConfig, description="precision, loss, checkpoints, reports")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="how it is spread over processes")
     phases: dict[str, PhaseConfig] = Field(
         default_factory=lambda: {
             "sft": PhaseConfig(

@@ -13,6 +13,7 @@ from freehold.data.loader import ConversationOrder
 from freehold.data.packing import Example
 from freehold.data.trace import ROW_BYTES, trace_rows, write_trace
 from freehold.optim.schedule import Schedule
+from freehold.parallel.config import must_lay_out
 from freehold.stages.align.config import StageConfig
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.chat import render_ids
@@ -36,6 +37,14 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         )
     model, weights = native.read_model(start, verify=False)  # verified by `check`
     config.batch.must_fit(model.max_position_embeddings, "align")
+    must_lay_out(
+        config.parallel,
+        model,
+        context_tokens=config.batch.context_tokens,
+        sequences=config.batch.sequences,
+        micro_sequences=config.batch.micro_sequences,
+        stage="align",
+    )
     examples, assistant_tokens = [], 0
     for path in sorted((work.input("curate") / "conversations").glob("*.parquet")):
         for row in work.log.track(read_rows(path, Conversation), f"render {path.stem}"):
@@ -69,6 +78,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         order=order,
         micro_sequences=config.batch.micro,
         stage="align",
+        parallel=config.parallel,
         parent=read_manifest(start)["content_sha256"],
         tokens_before=facts["tokens"],
         files=tuple(sorted(p for p in folder.iterdir() if p.is_file())),

@@ -8,6 +8,7 @@ from freehold.core.config import Config
 from freehold.data.config import TextBatchConfig
 from freehold.model.config import ModelConfig, flops_per_token, parameter_counts
 from freehold.optim.config import BalanceConfig, OptimConfig, PhaseConfig, SmebuConfig, check_names
+from freehold.parallel.config import ParallelConfig, must_lay_out
 from freehold.trainer.config import TrainerConfig
 
 
@@ -21,6 +22,7 @@ class StageConfig(Config):
     optim: OptimConfig = Field(default_factory=OptimConfig, description="Muon and AdamW")
     balance: BalanceConfig = Field(default_factory=SmebuConfig, description="expert balancing: smebu, sign or none")
     trainer: TrainerConfig = Field(default_factory=TrainerConfig, description="precision, loss, checkpoints, reports")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="how it is spread over processes")
     phases: dict[str, PhaseConfig] = Field(
         default_factory=lambda: {
             "stable": PhaseConfig(steps=600, warmup_steps=20, checkpoint="truebase", stage_type="TrueBase"),
@@ -49,6 +51,14 @@ class StageConfig(Config):
     @model_validator(mode="after")
     def _fits(self) -> StageConfig:
         self.batch.must_fit(self.model.max_position_embeddings, "pretrain")
+        must_lay_out(
+            self.parallel,
+            self.model,
+            context_tokens=self.batch.context_tokens,
+            sequences=self.batch.sequences,
+            micro_sequences=self.batch.micro_sequences,
+            stage="pretrain",
+        )
         return self
 
 
@@ -60,6 +70,7 @@ def plan(config: StageConfig) -> list[str]:
     flops = tokens * flops_per_token(config.model, config.batch.context_tokens)
     return [
         f"model: {counts['total']:,} parameters, {counts['active']:,} active a token",
+        *([f"spread: {config.parallel.product} processes"] if config.parallel.devices > 1 else []),
         f"training: {steps:,} steps of {config.batch.step_tokens:,} tokens = {tokens:,} tokens, {flops:.2e} FLOPs",
         *(
             f"phase {name}: {phase.steps:,} steps, {phase.shape}, rate x{phase.start} -> x{phase.end}"

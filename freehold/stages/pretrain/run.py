@@ -68,6 +68,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         order=order,
         micro_sequences=config.batch.micro,
         stage="pretrain",
+        parallel=config.parallel,
         parent=parent_hash,
         tokens_before=parent_tokens,
         files=tuple(sorted(p for p in tokenizer.iterdir() if p.is_file())),

@@ -1,0 +1,125 @@
+"""What a recipe can say about how the model and its batches are spread over processes."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from freehold.core.config import Config
+from freehold.core.errors import ConfigError
+from freehold.model.config import ModelConfig
+
+
+class ParallelConfig(Config):
+    """Degrees; the product of replicate, shard, context and pipeline is the number of processes, one a device."""
+
+    replicate: int = Field(1, ge=1, description="copies of the sharded model (the outer axis of HSDP)")
+    shard: int = Field(1, ge=1, description="data ranks that share one copy of the parameters (FSDP)")
+    expert: int = Field(1, ge=1, description="ranks the experts of a layer are dealt to; inside shard x context")
+    context: int = Field(1, ge=1, description="ranks that share one sequence")
+    pipeline: int = Field(1, ge=1, description="stages the layers are cut into")
+    nproc: int = Field(
+        0, ge=0, description="processes to start on this machine (0: one, or those that a launcher has started)"
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="cpu talks over gloo, cuda over NCCL")
+
+    @property
+    def devices(self) -> int:
+        """Return the product of the degrees."""
+        return self.replicate * self.shard * self.context * self.pipeline
+
+    @property
+    def data(self) -> int:
+        """Return how many ranks see different sequences."""
+        return self.replicate * self.shard
+
+    @property
+    def group(self) -> int:
+        """Return the ranks one copy of a stage's parameters is spread over."""
+        return self.shard * self.context
+
+    @property
+    def backend(self) -> str:
+        """Return the library of the device's process groups."""
+        return "nccl" if self.device == "cuda" else "gloo"
+
+    @property
+    def product(self) -> str:
+        """Return the degrees and their product, for messages."""
+        return (
+            f"replicate {self.replicate} x shard {self.shard} x context {self.context} x pipeline {self.pipeline} "
+            f"= {self.devices}"
+        )
+
+
+def must_multiply_to(parallel: ParallelConfig, processes: int, what: str, place: str = "parallel") -> None:
+    """Raise ConfigError when the degrees do not multiply to the processes there are; `what` says whose number it is."""
+    if parallel.devices != processes:
+        raise ConfigError(
+            f"the degrees do not multiply to the {what}",
+            where=place,
+            found=parallel.product,
+            expected=processes,
+            todo=f"e.g. {place}.shard={processes}, or start {parallel.devices}",
+        )
+
+
+def must_lay_out(
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    *,
+    context_tokens: int,
+    sequences: int,
+    micro_sequences: int,
+    stage: str = "",
+) -> None:
+    """Raise ConfigError, naming the key, when model or batch cannot be dealt by the degrees.
+
+    `sequences` are the rows of a whole step, `micro_sequences` those of one forward pass of a data rank (0: all of
+    its rows).
+    """
+    p, place = parallel, f"{stage}." if stage else ""
+    if p.nproc:
+        must_multiply_to(p, p.nproc, f"processes to start ({place}parallel.nproc)", f"{place}parallel")
+    if model.num_experts % p.expert:
+        raise ConfigError(
+            "the experts cannot be dealt evenly",
+            where=f"{place}parallel.expert",
+            found=f"{model.num_experts} experts over {p.expert} ranks",
+            expected=f"a divisor of {model.num_experts}",
+        )
+    if p.group % p.expert:
+        raise ConfigError(
+            "expert ranks lie inside shard x context",
+            where=f"{place}parallel.expert",
+            found=f"{p.expert} in {p.shard} x {p.context}",
+            expected=f"a divisor of {p.group}",
+        )
+    slides = "sliding_attention" in model.layer_types
+    if p.context > 1 and (
+        context_tokens % p.context or (slides and context_tokens // p.context < model.sliding_window)
+    ):
+        raise ConfigError(
+            "the piece of a sequence one rank holds is shorter than the window",
+            where=f"{place}parallel.context",
+            found=f"{context_tokens} tokens over {p.context} ranks = {context_tokens / p.context:g} each",
+            expected=f"whole pieces of at least sliding_window = {model.sliding_window} tokens",
+            todo=f"lower {place}parallel.context or raise {place}batch.context_tokens",
+        )
+    if p.pipeline > model.num_hidden_layers:
+        raise ConfigError(
+            "more stages than layers",
+            where=f"{place}parallel.pipeline",
+            found=p.pipeline,
+            expected=f"at most {model.num_hidden_layers}",
+        )
+    each = micro_sequences or sequences // p.data
+    if not each or sequences % (p.data * each):
+        raise ConfigError(
+            "the rows of a step cannot be dealt evenly",
+            where=f"{place}batch.sequences",
+            found=f"{sequences} rows over {p.data} data ranks in passes of {micro_sequences or 'all'}",
+            expected=f"a multiple of {math.lcm(p.data, p.data * max(micro_sequences, 1))}",
+        )

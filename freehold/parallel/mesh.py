@@ -1,0 +1,142 @@
+"""Where this process stands among all of them, and the few things that all have to agree on.
+
+Ranks are numbered pipeline stage first, then replicate, shard, context (innermost). FSDP treats shard x context as one
+axis, `fsdp`; expert ranks are the innermost part of it, so that those of a small group are on one machine:
+
+    dense   (pipeline, replicate, fsdp)         everything but experts
+    sparse  (pipeline, replicate, edp, expert)  experts: dealt over `expert`, sharded over `edp`; fsdp = edp x expert
+    tokens  (pipeline, replicate, shard, context)
+
+One process has no meshes and no process group: every method of `World` then returns what it was given.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from freehold.core.errors import ConfigError
+from freehold.parallel.config import ParallelConfig, must_multiply_to
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Place(NamedTuple):
+    """The coordinates of a rank."""
+
+    pipeline: int
+    replicate: int
+    shard: int
+    context: int
+
+
+def place_of(rank: int, parallel: ParallelConfig) -> Place:
+    """Return the coordinates of a rank."""
+    rank, context = divmod(rank, parallel.context)
+    rank, shard = divmod(rank, parallel.shard)
+    pipeline, replicate = divmod(rank, parallel.replicate)
+    return Place(pipeline, replicate, shard, context)
+
+
+class World:
+    """One process among `size`; made by `world`."""
+
+    def __init__(self, parallel: ParallelConfig, rank: int = 0, size: int = 1) -> None:
+        self.parallel, self.rank, self.size = parallel, rank, size
+        self.place = place_of(rank, parallel)
+        self.device = torch.device("cpu")
+        if parallel.device == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        self.dense: DeviceMesh | None = None
+        self.sparse: DeviceMesh | None = None
+        self.tokens: DeviceMesh | None = None
+        self._stage: ProcessGroup | None = None
+        if size > 1:
+            self._build()
+
+    def _build(self) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        p, kind = self.parallel, self.device.type
+        edp = p.group // p.expert
+        dense = init_device_mesh(kind, (p.pipeline, p.replicate, p.group), mesh_dim_names=("pp", "replicate", "fsdp"))
+        self.dense = dense
+        self.sparse = init_device_mesh(
+            kind, (p.pipeline, p.replicate, edp, p.expert), mesh_dim_names=("pp", "replicate", "edp", "ep")
+        )
+        self._stage = dense["replicate", "fsdp"]._flatten("stage").get_group()
+        if p.context > 1:
+            self.tokens = init_device_mesh(
+                kind,
+                (p.pipeline, p.replicate, p.shard, p.context),
+                mesh_dim_names=("pp", "replicate", "shard", "context"),
+            )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that speaks and writes."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Return the number of this rank among those that read different rows."""
+        return self.place.replicate * self.parallel.shard + self.place.shard
+
+    def rows(self, sequences: int) -> slice:
+        """Return which rows of a step's `sequences` this rank reads."""
+        each = sequences // self.parallel.data
+        return slice(self.data_rank * each, (self.data_rank + 1) * each)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add, in place, over the ranks that hold the same layers: they see different tokens."""
+        return self._reduce(tensor, "SUM", self._stage)
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """Take the largest, in place, over the ranks that hold the same layers."""
+        return self._reduce(tensor, "MAX", self._stage)
+
+    def sum_all_(self, tensor: Tensor) -> Tensor:
+        """Add, in place, over all processes; a pipeline stage that has nothing to add gives zeros."""
+        return self._reduce(tensor, "SUM", None)
+
+    def any(self, flag: bool) -> bool:
+        """Tell, alike on all processes, whether the flag is up on any of them."""
+        if self.size == 1:
+            return flag
+        return bool(self._reduce(torch.tensor(int(flag), device=self.device), "MAX", None))
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def _reduce(self, tensor: Tensor, how: str, group: ProcessGroup | None) -> Tensor:
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how), group=group)
+        return tensor
+
+
+def world(parallel: ParallelConfig, stage: str = "") -> World:
+    """Return this process's world: alone, or in the process group that a launcher has opened.
+
+    Raises ConfigError when the degrees do not multiply to the processes there are.
+    """
+    place = f"{stage}.parallel" if stage else "parallel"
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if parallel.devices > 1:
+            raise ConfigError(
+                "one process cannot be spread",
+                where=place,
+                found=parallel.product,
+                expected="as many processes",
+                todo=f"set {place}.nproc={parallel.devices}, or use a launcher that sets RANK and WORLD_SIZE",
+            )
+        return World(parallel)
+    size = torch.distributed.get_world_size()
+    must_multiply_to(parallel, size, "processes that were started", place)
+    return World(parallel, torch.distributed.get_rank(), size)

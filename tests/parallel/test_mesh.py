@@ -1,0 +1,60 @@
+import pytest
+
+from freehold.core.errors import ConfigError
+from freehold.model.config import ModelConfig
+from freehold.parallel.config import ParallelConfig, must_lay_out, must_multiply_to
+from freehold.parallel.mesh import World, place_of, world
+
+MODEL = ModelConfig.model_validate({"preset": "laptop"})
+
+
+def test_ranks_are_numbered_with_context_innermost():
+    parallel = ParallelConfig(replicate=2, shard=3, context=2, pipeline=2)
+    places = [place_of(rank, parallel) for rank in range(parallel.devices)]
+    assert places == sorted(places)
+    assert len(set(places)) == 24
+    assert places[-1] == (1, 1, 2, 1)
+
+
+def test_every_row_is_read_once_by_the_ranks_of_each_piece_of_context():
+    parallel = ParallelConfig(replicate=2, shard=2, context=2)
+    rows = list(range(8))
+    read = [tuple(rows[World(parallel, rank).rows(8)]) for rank in range(8)]
+    assert read[::2] == read[1::2] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+
+
+def test_one_process_is_a_world_without_a_group():
+    alone = world(ParallelConfig())
+    assert (alone.size, alone.dense, alone.is_main, alone.rows(8)) == (1, None, True, slice(0, 8))
+    assert alone.any(True)
+    assert not alone.any(False)
+
+
+def test_one_process_is_not_spread():
+    with pytest.raises(ConfigError, match=r"pretrain\.parallel\.nproc=4"):
+        world(ParallelConfig(shard=4), "pretrain")
+
+
+def test_degrees_must_multiply():
+    with pytest.raises(ConfigError, match=r"found: +replicate 2 x shard 3 .* = 6\n +expected: +4"):
+        must_multiply_to(ParallelConfig(replicate=2, shard=3), 4, "processes")
+
+
+@pytest.mark.parametrize(
+    ("degrees", "batch", "where"),
+    [
+        ({"shard": 3, "expert": 3}, {}, "pretrain.parallel.expert"),
+        ({"shard": 2, "expert": 4}, {}, "pretrain.parallel.expert"),
+        ({"context": 8}, {}, "pretrain.parallel.context"),
+        ({"pipeline": 99}, {}, "pretrain.parallel.pipeline"),
+        ({"shard": 2}, {"sequences": 3}, "pretrain.batch.sequences"),
+        ({"shard": 16}, {}, "pretrain.batch.sequences"),
+        ({"shard": 2}, {"micro_sequences": 8}, "pretrain.batch.sequences"),
+        ({"nproc": 4}, {}, "pretrain.parallel"),
+    ],
+)
+def test_what_cannot_be_dealt_names_its_key(degrees, batch, where):
+    batch = {"context_tokens": 512, "sequences": 8, "micro_sequences": 0} | batch
+    with pytest.raises(ConfigError) as error:
+        must_lay_out(ParallelConfig(**degrees), MODEL, **batch, stage="pretrain")
+    assert error.value.where == where
