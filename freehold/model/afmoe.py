@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from freehold.model.attention import Attention, Cache, Context, Mask, build_masks
+from freehold.model.attention import Attention, Cache, Context, Mask, build_masks, count_positions
 from freehold.model.config import ModelConfig
 from freehold.model.layers import Embedding, Linear, RMSNorm, SwiGLU, rotary
 from freehold.model.moe import MoE, Routing
@@ -59,13 +59,15 @@ class Trunk(nn.Module):
 class Afmoe(nn.Module):
     """The language model. Set `recompute` to trade time for memory: layers are run again for their gradient.
 
-    `masks` says who sees whom; with the `core` of each attention layer it is the seam for context parallelism.
+    `positions` says where tokens stand when the caller does not, `masks` who sees whom; with the `core` of each
+    attention layer they are the seam for context parallelism.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.recompute = False
+        self.positions: Callable[[Tensor], Tensor] = count_positions
         self.masks: Callable[[ModelConfig, Tensor, Tensor | None, Tensor | None], dict[str, Mask]] = build_masks
         self.model = Trunk(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -107,7 +109,6 @@ class Afmoe(nn.Module):
         config, trunk = self.config, self.model
         if cache is not None and (positions is None or document_ids is not None):
             raise ValueError("with a cache, positions are required and document_ids cannot be given")
-        tokens, device = input_ids.shape[1], input_ids.device
         if document_ids is not None:
             real = document_ids != -1
             token_mask = real if token_mask is None else token_mask & real
@@ -118,7 +119,7 @@ class Afmoe(nn.Module):
             if config.mup_enabled:
                 h = h * config.hidden_size**0.5
         masks = {} if cache is not None else self.masks(config, h, positions, document_ids)
-        where = torch.arange(tokens, device=device) if positions is None else positions
+        where = self.positions(input_ids) if positions is None else positions
         cos, sin = rotary(where, config.head_dim, config.rope_theta, h.dtype)
         context = Context(cos, sin, masks, where, cache, token_mask)
         for block in (trunk.layers[str(number)] for number in numbers):

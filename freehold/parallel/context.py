@@ -28,34 +28,24 @@ class ContextParallel:
         self.group, self.rank, self.degree = group, dist.get_rank(group), dist.get_world_size(group)
 
     def apply(self, model: Afmoe) -> None:
-        """Put the attention cores and the masks of a chunk into a model; it then must be given `positions`."""
-        model.masks = self.masks
+        """Make a model take its rows for chunks of longer ones: positions, masks and attention cores."""
+        model.positions, model.masks = self.positions, self.masks
         for attention in (module for module in model.modules() if isinstance(module, Attention)):
             attention.core = self.attend_halo if attention.kind == "sliding_attention" else self.attend_gathered
 
-    def columns(self, tokens: int) -> slice:
-        """Return the part of a row of T tokens that is this rank's chunk."""
-        return slice(self.rank * tokens // self.degree, (self.rank + 1) * tokens // self.degree)
-
-    def positions(self, chunk: Tensor) -> Tensor:
-        """Return where the tokens of a chunk [B, C] are in their row, [C]: what rotary embedding must see."""
-        return torch.arange(chunk.shape[1], device=chunk.device) + self.rank * chunk.shape[1]
-
-    def row_sum(self, values: Tensor) -> Tensor:
-        """Return the sum of the ranks' tensors; it carries no gradient."""
-        total = values.detach().clone()
-        dist.all_reduce(total, group=self.group)
-        return total
+    def positions(self, input_ids: Tensor) -> Tensor:
+        """Return where the tokens of a chunk [B, C] stand in their row, [C]: what rotary embedding must see."""
+        return torch.arange(input_ids.shape[1], device=input_ids.device) + self.rank * input_ids.shape[1]
 
     def masks(
         self, config: ModelConfig, h: Tensor, positions: Tensor | None, document_ids: Tensor | None
     ) -> dict[str, Mask]:
         """Return the mask of each kind of layer for a chunk h [B, C, d]: [B or 1, 1, C, S] over the keys its core sees.
 
-        The document numbers of the other chunks are fetched; positions count through the row.
+        The document numbers of the other chunks are fetched. Positions must be None: they follow from the rank.
         """
-        if positions is None or positions.ndim != 1:
-            raise ValueError("a chunk needs the positions of its tokens in the row")
+        if positions is not None:
+            raise ValueError("where a chunk's tokens stand follows from its rank; positions cannot be given")
         chunk, device = h.shape[1], h.device
         here = torch.arange(chunk, device=device) + self.rank * chunk
         there = torch.arange((self.rank + 1) * chunk, device=device)

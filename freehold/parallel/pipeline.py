@@ -9,22 +9,21 @@ Shapes: B rows of a micro-batch, C tokens of a row that are here, d model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
-from freehold.core.errors import ConfigError
 from freehold.model.afmoe import Afmoe
+from freehold.model.config import ModelConfig
 
 Forward = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 """Run some layers: (ids [B, C] or stream [B, C, d], document ids [B, C], layer numbers) -> stream [B, C, d]"""
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Return the loss of one micro-batch: (hidden [B, C, d], targets [B, C]) -> scalar"""
-STAGES_PER_RANK = {"1f1b": 1, "interleaved": 2}
 
 
 def stage_layers(layers: int, stages: int) -> list[range]:
@@ -33,28 +32,13 @@ def stage_layers(layers: int, stages: int) -> list[range]:
     return [range(start, end) for start, end in zip(ends, ends[1:], strict=False)]
 
 
-def check_pipeline(layers: int, degree: int, schedule: str, micro_batches: int) -> None:
-    """Raise ConfigError unless so many layers and micro-batches can go through a pipeline of `degree` ranks."""
-    stages = degree * STAGES_PER_RANK[schedule]
-    if stages > layers:
-        raise ConfigError(
-            "there are more pipeline stages than layers",
-            where="parallel.pipeline",
-            found=f"{stages} stages ({degree} ranks, {schedule}), {layers} layers",
-            todo="lower parallel.pipeline, or use the schedule 1f1b",
-        )
-    rounds = max(1, micro_batches // degree)
-    if micro_batches < degree or (schedule == "interleaved" and micro_batches % rounds):
-        raise ConfigError(
-            "the micro-batches of a step do not fill the pipeline",
-            where="parallel.pipeline",
-            found=f"{micro_batches} micro-batches a step for {degree} ranks, {schedule}",
-            expected=f"a multiple of {degree}" if schedule == "interleaved" else f"at least {degree}",
-            todo="raise the rows of a step, or lower those of a micro-batch",
-        )
+def rank_stages(layers: int, stages: int, ranks: int, rank: int) -> dict[int, range]:
+    """Return the layers of each stage that one of the pipeline's ranks holds: every so many stages, dealt in turn."""
+    cuts = stage_layers(layers, stages)
+    return {number: cuts[number] for number in range(rank, stages, ranks)}
 
 
-def keep_stages(model: Afmoe, stages: Sequence[range]) -> None:
+def keep_layers(model: Afmoe, stages: Iterable[range]) -> None:
     """Take out of a model what belongs to other ranks: only the layers of `stages` stay, and what is at their ends."""
     kept, trunk = {number for stage in stages for number in stage}, model.model
     for number in range(model.config.num_hidden_layers):
@@ -82,58 +66,44 @@ class Pipeline:
 
     def __init__(
         self,
-        model: Afmoe,
+        config: ModelConfig,
         group: dist.ProcessGroup,
         *,
-        schedule: Literal["1f1b", "interleaved"],
+        stages: int,
         micro_batches: int,
         micro_shape: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Split the model in place. `micro_shape` is (B, C), the same for each micro-batch; `dtype` the stream's.
+        """Take the shape (B, C) of every micro-batch and the `dtype` of the stream.
 
-        All shapes are given to PyTorch, which else runs each stage once more to learn them, and counts its tokens.
+        All shapes are told to PyTorch, which else runs each stage once more to learn them, and counts its tokens.
+        With one stage a rank the schedule is 1F1B, with several it is the interleaved one.
         """
-        self.rank, self.degree = dist.get_rank(group), dist.get_world_size(group)
-        self.group = group
-        count = self.degree * STAGES_PER_RANK[schedule]
-        cuts = stage_layers(model.config.num_hidden_layers, count)
-        self.mine = range(self.rank, count, self.degree)
-        self.stage_layers = cuts
-        keep_stages(model, [cuts[number] for number in self.mine])
+        self.stages = rank_stages(config.num_hidden_layers, stages, dist.get_world_size(group), dist.get_rank(group))
         ids = torch.empty(micro_shape, dtype=torch.int64, device="meta")
-        stream = torch.empty(*micro_shape, model.config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
-        stages = [
+        stream = torch.empty(*micro_shape, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+        parts: list[Any] = [
             PipelineStage(
-                _Stage(cuts[number], lambda *arguments: self._forward(*arguments)),
+                _Stage(layers, lambda *arguments: self._forward(*arguments)),
                 number,
-                count,
+                stages,
                 device,
                 input_args=ids if number == 0 else stream,
                 output_args=stream,
                 group=group,
             )
-            for number in self.mine
+            for number, layers in self.stages.items()
         ]
+        self.is_first, self.is_last = 0 in self.stages, stages - 1 in self.stages
         options: dict[str, Any] = {"loss_fn": lambda *arguments: self._loss(*arguments), "scale_grads": False}
-        self.schedule: Schedule1F1B | ScheduleInterleaved1F1B
-        if schedule == "1f1b":
-            self.schedule = Schedule1F1B(stages[0], micro_batches, **options)
-        else:
-            self.schedule = ScheduleInterleaved1F1B([*stages], micro_batches, **options)
+        self._schedule = (
+            Schedule1F1B(parts[0], micro_batches, **options)
+            if len(parts) == 1
+            else ScheduleInterleaved1F1B(parts, micro_batches, **options)
+        )
         self._forward: Forward
         self._loss: Loss
-
-    @property
-    def is_first(self) -> bool:
-        """Tell whether token ids enter here."""
-        return 0 in self.mine
-
-    @property
-    def is_last(self) -> bool:
-        """Tell whether the loss is computed here."""
-        return len(self.stage_layers) - 1 in self.mine
 
     def step(self, input_ids: Tensor, targets: Tensor, document_ids: Tensor, forward: Forward, loss: Loss) -> None:
         """Run every micro-batch of ids, targets and documents [micro-batches * B, C] forward and backward.
@@ -143,26 +113,4 @@ class Pipeline:
         self._forward, self._loss = forward, loss
         arguments = (input_ids,) if self.is_first else ()
         target = targets if self.is_last else None
-        self.schedule.step(*arguments, target=target, return_outputs=False, document_ids=document_ids)
-
-
-class _Attached(torch.autograd.Function):
-    """The stream as it is; its gradient goes on, and the loss gets a gradient of 1."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, loss: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.loss = loss.dtype, loss.device
-        return h.view_as(h)
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        dtype, device = ctx.loss
-        return dh, torch.ones((), dtype=dtype, device=device)
-
-
-def attach_loss(h: Tensor, loss: Tensor) -> Tensor:
-    """Return h; when its gradient is taken, so is that of `loss` (a scalar), as if it were added to the training loss.
-
-    For losses on what happens inside a stage, which the last stage cannot see.
-    """
-    return _Attached.apply(h, loss)
+        self._schedule.step(*arguments, target=target, return_outputs=False, document_ids=document_ids)

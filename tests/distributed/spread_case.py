@@ -20,13 +20,14 @@ BALANCE = SmebuConfig(sequence_loss=0.1, router_z_loss=0.01)
 
 
 def config(**changes: Any) -> ModelConfig:
-    """Irregular layer types, two dense layers' worth of odd widths, a window of 5."""
-    shape = dict(
-        vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=6,
-        num_dense_layers=1, num_attention_heads=6, num_key_value_heads=2, head_dim=16, num_experts=8,
-        num_experts_per_tok=3, num_shared_experts=2, route_scale=2.3, sliding_window=5, max_position_embeddings=64,
-        layer_types=tuple(f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full", "sliding")),
-    )  # fmt: skip
+    """Irregular layer types, query width 96 over d 32, route_scale far from 1, two shared experts, a window of 5."""
+    kinds = ("sliding", "full", "sliding", "sliding", "full", "sliding")
+    shape: dict[str, Any] = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24,
+        "num_hidden_layers": 6, "num_dense_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "num_shared_experts": 2, "route_scale": 2.3,
+        "sliding_window": 5, "max_position_embeddings": 64, "layer_types": tuple(f"{kind}_attention" for kind in kinds),
+    }  # fmt: skip
     return ModelConfig(**shape | changes)
 
 
@@ -96,10 +97,10 @@ def routing_loss(routings: list[Any], documents: Tensor, whole: Rows, **across: 
     return router_losses(BALANCE, routings, documents != PADDING, scale=scales(whole)[1], **across).total
 
 
-def loss_of(model: Afmoe, rows: Rows, whole: Rows, positions: Tensor | None = None, **across: Any) -> Tensor:
+def loss_of(model: Afmoe, rows: Rows, whole: Rows, **across: Any) -> Tensor:
     """Return all losses of some rows, or of a chunk of them."""
     routings: list[Any] = []
-    hidden = model.hidden(rows.ids, positions=positions, document_ids=rows.documents, routings=routings)
+    hidden = model.hidden(rows.ids, document_ids=rows.documents, routings=routings)
     return head_loss(model, hidden, rows.targets, whole) + routing_loss(routings, rows.documents, whole, **across)
 
 

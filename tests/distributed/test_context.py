@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from freehold.model import ops
+from freehold.model.attention import count_positions
 from freehold.parallel.context import ContextParallel
 
 EXACT = 1e-13
@@ -27,35 +28,51 @@ class OwnDocumentsOnly(ContextParallel):
         return super().masks(config, h, positions, None)
 
 
-class OwnLoadOnly(ContextParallel):
-    """A sequence loss on the chunk, as if it were the row."""
+class Restarted(ContextParallel):
+    """Rotary embedding that begins anew with each chunk."""
 
-    def row_sum(self, values):
-        return values
+    def positions(self, input_ids):
+        return count_positions(input_ids)
 
 
-def spread(how=ContextParallel, restart=False, recompute=False, block_tokens=None, **changes):
+def over_ranks(tensor):
+    """Return the sum of the ranks' tensors."""
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def own(counts):
+    """Take the chunk for the row, in the sequence loss."""
+    return counts
+
+
+def spread(how=ContextParallel, row_sum=over_ranks, recompute=False, block_tokens=None, **changes):
     """Take the gradient of the batch in chunks; the first rank returns how far it is from that of one process."""
     shape, usual = case.config(**changes), ops.BLOCK_TOKENS
     model, whole = case.build(shape), case.batch()
     model.recompute = recompute
     context = how(dist.group.WORLD)
     context.apply(model)
-    chunk = whole.part(columns=context.columns(case.TOKENS))
-    positions = torch.arange(chunk.ids.shape[1]) if restart else context.positions(chunk.ids)
+    chunk = whole.part(columns=own_columns())
     try:
         ops.BLOCK_TOKENS = block_tokens or usual
-        loss = case.loss_of(model, chunk, whole, positions, row_sum=context.row_sum)
+        loss = case.loss_of(model, chunk, whole, row_sum=row_sum)
         loss.backward()
     finally:
         ops.BLOCK_TOKENS = usual
-    add = ContextParallel.row_sum  # not that of a control
     found = case.Result(
-        add(context, loss).item(),
-        {name: add(context, gradient) for name, gradient in case.gradients(model).items()},
-        {name: add(context, counts) for name, counts in case.loads(model).items()},
+        over_ranks(loss).item(),
+        {name: over_ranks(gradient) for name, gradient in case.gradients(model).items()},
+        {name: over_ranks(counts) for name, counts in case.loads(model).items()},
     )
-    return case.difference(found, case.one_process(shape)) if context.rank == 0 else None
+    return case.difference(found, case.one_process(shape)) if dist.get_rank() == 0 else None
+
+
+def own_columns():
+    """Return this rank's part of a row."""
+    each = case.TOKENS // dist.get_world_size()
+    return slice(dist.get_rank() * each, (dist.get_rank() + 1) * each)
 
 
 @pytest.mark.parametrize(
@@ -83,21 +100,18 @@ def call(settings):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"restart": True}, {"how": OneRowShort}, {"how": OwnDocumentsOnly}, {"how": OwnLoadOnly}], ids=str
+    "wrong", [{"how": Restarted}, {"how": OneRowShort}, {"how": OwnDocumentsOnly}, {"row_sum": own}], ids=str
 )
 def test_this_test_would_see(ranks, wrong):
     assert ranks(4).run(call, wrong)[0][1] > 1e-3
 
 
 def refuse():
-    context = ContextParallel(dist.group.WORLD)
-    told = []
-    model = case.build(case.config(sliding_window=14))
-    context.apply(model)
-    chunk = case.batch().part(columns=context.columns(case.TOKENS))
-    for positions in (context.positions(chunk.ids), None):
+    model, chunk, told = case.build(case.config(sliding_window=14)), case.batch().part(columns=own_columns()), []
+    ContextParallel(dist.group.WORLD).apply(model)
+    for positions in (None, torch.arange(12)):
         try:
-            case.loss_of(model, chunk, chunk, positions)
+            model.hidden(chunk.ids, document_ids=chunk.documents, positions=positions)
         except ValueError as error:
             told.append(str(error))
     return told
@@ -106,4 +120,4 @@ def refuse():
 def test_what_a_chunk_cannot_do_is_refused_and_not_computed_wrong(ranks):
     window, positions = ranks(2).run(refuse)[0]
     assert "reaches over more than one chunk of 12 tokens" in window
-    assert "positions of its tokens in the row" in positions
+    assert "positions cannot be given" in positions
