@@ -98,6 +98,9 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         for name, source in shards.sources("validation").items()
         if source.total_tokens
     }
+    if config.parallel.pipeline > 1:
+        validation = {}
+        work.log.say("  no validation while training: a pipeline's schedule always goes back as well")
     trainer.run(validator(validation, trainer.world) if validation else None)
     steps = range(parent_step, schedule.total_steps)
     phase_of = {step: schedule.at(step).phase for step in steps}
