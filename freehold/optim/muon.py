@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -43,7 +44,7 @@ def as_matrices(name: str, tensor: Tensor) -> Tensor:
     return tensor.view(math.prod(tensor.shape[:-2]), *tensor.shape[-2:])
 
 
-def lr_scale(name: str, shape: torch.Size) -> float:
+def rate_scale(name: str, shape: torch.Size) -> float:
     """Return sqrt(max(1, fan_out / fan_in)) of the matrices in a parameter of that shape; see `as_matrices`."""
     fan_out, fan_in = shape[-2] // 2 if name.endswith("gate_up_proj") else shape[-2], shape[-1]
     return math.sqrt(max(1.0, fan_out / fan_in))
@@ -83,25 +84,13 @@ def newton_schulz(x: Tensor, coefficients: Sequence[tuple[float, float, float]])
     return x
 
 
-def orthogonalize_all(updates: Mapping[str, Tensor], steps: int = 5) -> Iterator[tuple[str, Tensor]]:
-    """Yield the matrices of each update (see `as_matrices`), orthogonalised; those of one shape go in one batch."""
-    batches: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
-    for name, update in updates.items():
-        matrices = as_matrices(name, update)
-        batches.setdefault((matrices.shape[1], matrices.shape[2]), []).append((name, matrices))
-    for items in batches.values():
-        stacked = torch.cat([m.to(torch.bfloat16) if m.dtype != torch.float64 else m for _, m in items])
-        whole = orthogonalize(stacked, steps)
-        yield from zip([name for name, _ in items], whole.split([len(m) for _, m in items]), strict=True)
-
-
 class Together(Protocol):
     """Orthogonalises updates of which only parts may be here: the seam for sharded parameters."""
 
     def __call__(
-        self, updates: Mapping[str, Tensor], steps: int, orthogonalize: Callable[..., Iterator[tuple[str, Tensor]]]
+        self, updates: Mapping[str, Tensor], orthogonalize: Callable[[Tensor], Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the part of each update by name, as `as_matrices` views it; the function given takes whole updates."""
+        """Yield by name the orthogonalised part of each update [n, r, c]; the function given takes whole matrices."""
         ...
 
 
@@ -147,60 +136,53 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]
         """Take one step from `scale` times the gradients in `.grad`; parameters without one are left alone."""
         for group in self.param_groups:
+            named = {n: p for n, p in zip(self.names, group["params"], strict=True) if p.grad is not None}
             if self.together is not None:
-                self._step_together(group, scale)
+                updates = {name: self._empty(as_matrices(name, p).shape, p) for name, p in named.items()}
+                for name, parameter in named.items():
+                    self._momentum(parameter, updates[name], group, scale)
+                for name, update in self.together(updates, partial(orthogonalize, steps=group["steps"])):
+                    self._move(name, named[name], update, group)
                 continue
-            waiting: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-            for name, parameter in zip(self.names, group["params"], strict=True):
-                if parameter.grad is not None:
-                    matrices = as_matrices(name, parameter)
-                    shape = (matrices.shape[1], matrices.shape[2])
-                    batch = waiting.setdefault(shape, [])
-                    batch.append((parameter, matrices))
-                    if sum(matrices.numel() for _, matrices in batch) >= BATCH_ELEMENTS:
-                        self._turn(waiting.pop(shape), group, scale)
-            for batch in waiting.values():
-                self._turn(batch, group, scale)
+            waiting: dict[torch.Size, list[str]] = {}
+            for name, parameter in named.items():
+                shape = as_matrices(name, parameter).shape[1:]
+                names = waiting.setdefault(shape, [])
+                names.append(name)
+                if sum(named[n].numel() for n in names) >= BATCH_ELEMENTS:
+                    self._turn({n: named[n] for n in waiting.pop(shape)}, group, scale)
+            for names in waiting.values():
+                self._turn({n: named[n] for n in names}, group, scale)
 
-    def _turn(self, batch: list[tuple[Tensor, Tensor]], group: dict[str, Any], scale: float) -> None:
-        """Step some parameters, given as they are and as matrices [n, fan_out, fan_in] of one shape."""
-        _, fan_out, fan_in = batch[0][1].shape
-        step = group["lr"] * math.sqrt(max(1.0, fan_out / fan_in))
-        decay = 1 - group["lr"] * group["weight_decay"]
-        numbers = [len(matrices) for _, matrices in batch]
-        dtype = torch.float64 if batch[0][0].dtype == torch.float64 else torch.bfloat16
-        stacked = batch[0][0].new_empty(sum(numbers), fan_out, fan_in, dtype=dtype)
-        for (parameter, matrices), update in zip(batch, stacked.split(numbers), strict=True):
-            self._momentum(parameter, update, matrices.shape, group, scale)
+    def _turn(self, named: Mapping[str, Tensor], group: dict[str, Any], scale: float) -> None:
+        """Step some parameters whose matrices are of one shape."""
+        shapes = [as_matrices(name, parameter).shape for name, parameter in named.items()]
+        numbers = [shape[0] for shape in shapes]
+        stacked = self._empty((sum(numbers), *shapes[0][1:]), next(iter(named.values())))
+        for parameter, update in zip(named.values(), stacked.split(numbers), strict=True):
+            self._momentum(parameter, update, group, scale)
         whole = orthogonalize(stacked, group["steps"], in_place=True)
-        for (parameter, matrices), update in zip(batch, whole.split(numbers), strict=True):
-            copy = self.copies.get(parameter)
-            written = update if copy is None else copy
-            if parameter.dtype == torch.float32 and all(native.available(t, t.numel()) for t in (update, written)):
-                native.muon_move_(parameter, update.contiguous(), copy, step, decay)
-                continue
-            matrices.mul_(decay).add_(update, alpha=-step)
-            if copy is not None:
-                copy.copy_(parameter)
+        for (name, parameter), update in zip(named.items(), whole.split(numbers), strict=True):
+            self._move(name, parameter, update, group)
 
-    def _step_together(self, group: dict[str, Any], scale: float) -> None:
-        """Step parameters of which only parts may be here."""
-        assert self.together is not None
-        weights, updates = dict(zip(self.names, group["params"], strict=True)), {}
-        for name, parameter in weights.items():
-            if parameter.grad is not None:
-                updates[name] = torch.empty_like(parameter)
-                self._momentum(parameter, updates[name], parameter.shape, group, scale)
-        for name, direction in self.together(updates, group["steps"], orthogonalize_all):
-            weight = weights[name]
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            as_matrices(name, weight).add_(direction, alpha=-group["lr"] * lr_scale(name, self.shapes[name]))
-            if weight in self.copies:
-                self.copies[weight].copy_(weight)
+    @staticmethod
+    def _empty(shape: Iterable[int], parameter: Tensor) -> Tensor:
+        """Return room for updates in the precision they are orthogonalised in."""
+        return parameter.new_empty(*shape, dtype=torch.float64 if parameter.dtype == torch.float64 else torch.bfloat16)
 
-    def _momentum(
-        self, parameter: Tensor, update: Tensor, shape: torch.Size, group: dict[str, Any], scale: float
-    ) -> None:
+    def _move(self, name: str, parameter: Tensor, update: Tensor, group: dict[str, Any]) -> None:
+        """Move a parameter and its copy by the orthogonalised update."""
+        step = group["lr"] * rate_scale(name, self.shapes[name])
+        decay, copy = 1 - group["lr"] * group["weight_decay"], self.copies.get(parameter)
+        written = update if copy is None else copy
+        if parameter.dtype == torch.float32 and all(native.available(t, t.numel()) for t in (update, written)):
+            native.muon_move_(parameter, update.contiguous(), copy, step, decay)
+            return
+        as_matrices(name, parameter).mul_(decay).add_(update, alpha=-step)
+        if copy is not None:
+            copy.copy_(parameter)
+
+    def _momentum(self, parameter: Tensor, update: Tensor, group: dict[str, Any], scale: float) -> None:
         """Move a parameter's momentum and write what is to be orthogonalised to `update`."""
         state, gradient, decay = self.state[parameter], parameter.grad, group["momentum"]
         assert gradient is not None
@@ -213,4 +195,4 @@ class Muon(torch.optim.Optimizer):
         gradient = gradient.to(momentum.dtype) * scale
         momentum.mul_(decay).add_(gradient)
         moved = gradient.add(momentum, alpha=decay) if group["nesterov"] else momentum
-        update.copy_(moved.view(shape))
+        update.copy_(moved.view(update.shape))

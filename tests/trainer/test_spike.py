@@ -57,8 +57,8 @@ class PoisonedOrder(TextOrder):
 
     poisoned = ()
 
-    def batch(self, step, rows=None):
-        batch = super().batch(step, rows)
+    def batch(self, step, *part):
+        batch = super().batch(step, *part)
         if step in self.poisoned:
             batch.targets[:] = np.random.default_rng(step).integers(0, 32, batch.targets.shape)
         return batch
