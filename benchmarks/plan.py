@@ -190,10 +190,12 @@ def main() -> int:
             for _ in range(8):  # everything but a small fixed share scales with 1 / mfu: a few passes settle it
                 mfu *= predict(spec, mfu)[1] / found["seconds"]
             result |= {"mfu": mfu, "constant_bytes": found["bytes"] - predict(spec, mfu)[0]}
-        planned_bytes, planned_s = predict(spec, result["mfu"])
-        planned_bytes += result["constant_bytes"]
-        result["rows"][name] = {**found, "planned_bytes": planned_bytes, "planned_seconds": planned_s}
+        result["rows"][name] = found
+        for row, measured in result["rows"].items():  # of earlier calls too: the constant may be another
+            planned_bytes, planned_s = predict(CONFIGS[row], result["mfu"])
+            measured |= {"planned_bytes": planned_bytes + result["constant_bytes"], "planned_seconds": planned_s}
         write(args.json, result)
+        planned_bytes, planned_s = found["planned_bytes"], found["planned_seconds"]
         line = f"{planned_bytes / 2**20:7.1f} planned {found['bytes'] / 2**20:7.1f} MiB measured"
         print(f"{name:24} memory {line} ({planned_bytes / found['bytes'] - 1:+.1%})", end="")
         if "seconds" in found:
