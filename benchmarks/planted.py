@@ -170,7 +170,7 @@ def build(clean: Sequence[str], count: int, seed: int = 7) -> Plan:
         plan.add("pii", personal(dice, number) + story(dice))
         plan.add("pii control", PUBLIC + story(dice))
         plan.add(
-            "spam", "".join(SPAM.format(*dice.sample(LISTS["what"], 2)) + sentence(dice) for _ in range(6)), "spam"
+            "spam", "".join(SPAM.format(*dice.sample(LISTS["what"], 2)) + story(dice, 2) for _ in range(4)), "spam"
         )
         plan.add("story", story(dice, 30), "stories")
         plan.add("low quality", "".join(SPAM.format(*dice.sample(LISTS["what"], 2)) for _ in range(3)) + story(dice, 3))
