@@ -2,7 +2,8 @@
 
 The corpus is real text of a run (`--documents runs/laptop/gather/documents`) with near duplicates planted in it: one
 word in a hundred changed. Both read the same parquet file, make sketches of 5-word shingles (14 bands of 8), compare,
-and write what is left; ours verifies each pair as well. Datatrove needs an environment of its own, for it breaks with xxhash 4:
+and write what is left; ours verifies each pair as well. Datatrove needs an environment of its own, for it breaks with
+xxhash 4:
 
     python -m venv DIR; DIR/bin/pip install "datatrove[processing]==0.10.1" "xxhash<4" spacy pyarrow orjson
     python benchmarks/curate.py --documents runs/laptop/gather/documents --peer DIR/bin/python \\

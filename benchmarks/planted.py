@@ -87,7 +87,7 @@ def sentence(dice: random.Random) -> str:
     pick = {name: dice.choice(words) for name, words in LISTS.items()}
     also = {name: dice.choice(words) for name, words in LISTS.items()}
     return (
-        f"The {pick['who']} {pick['did']} a {pick['what']} that was at the {pick['where']} {dice.randrange(900)}, and"
+        f"The {pick['who']} {pick['did']} a {pick['what']} that was at the {pick['where']} {dice.randrange(90_000)}, and"
         f" then the {also['who']} of the {also['where']} {also['did']} {dice.randrange(2, 90)} of the {also['what']}s. "
     )
 
@@ -338,7 +338,7 @@ def add_bias(plan: Plan, drops: dict[str, str], kept: dict[str, str], table: lis
 def main() -> None:
     """Plant, curate, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--documents", type=Path, help="a folder of documents/*.parquet whose prose is the clean text")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

