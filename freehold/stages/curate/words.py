@@ -163,8 +163,16 @@ def stop_words() -> Lookup:
 def shingles(words: Words, n: int) -> np.ndarray:
     """Return the different runs of `n` words, sorted; kept with the words, for it is asked for twice."""
     if n not in words.cache:
-        words.cache[n] = np.unique(ngrams(words.hashes, n))
+        words.cache[n] = distinct(ngrams(words.hashes, n))
     return words.cache[n]
+
+
+def distinct(values: np.ndarray) -> np.ndarray:
+    """Return the different values, sorted: what `np.unique` does, several times faster on hashes."""
+    ordered = np.sort(values)
+    new = np.ones(len(ordered), bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    return ordered[new]
 
 
 def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
