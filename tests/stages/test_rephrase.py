@@ -225,6 +225,7 @@ def test_trouble_on_the_way_is_tried_again(tmp_path: Path, serve: Any) -> None:
         (lambda n: (401, "no key"), ConfigError, r"(?s)401: no key.*api_key_variable"),
         (lambda n: (200, "<html>moved</html>"), TeacherGone, r"not a chat completion: <html>moved</html>, 2 times"),
         (lambda n: "hang up", TeacherGone, "does not answer"),
+        (lambda n: (200, " " * (17 << 20)), TeacherGone, "more than 16 MB"),
         (lambda n: (400, "too long"), DataError, r"(?s)of no use.*12 refused"),
     ],
 )
@@ -246,6 +247,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
         (lambda text: text.partition("Text:\n")[2][:170], "copied"),
         (lambda text: "wxyz qqq " * 20, "repetition"),
         (lambda text: "", "empty"),
+        (lambda text: "Half a character \ud83d and the words that follow it, long enough for a rewrite.", "garbled"),
         (lambda text: "I'm sorry, but I cannot help with the text that was given to me here today.", "refusal"),
     ],
 )
