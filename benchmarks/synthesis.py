@@ -125,7 +125,6 @@ def train(sources: dict[str, Source], mixture: dict[str, float], seed: int, step
         trainer = Trainer(job, Log(quiet=True), seed=seed)
         for step in range(steps):
             trainer.train_step(order.batch(step))
-            trainer.step += 1
     trainer.epochs = order.epochs()  # type: ignore[attr-defined]
     return trainer
 

@@ -79,8 +79,11 @@ def run_folder(tmp_path: Path, rows: list[dict[str, object]]) -> Path:
     (run / "pretrain" / "base").mkdir()
     (run / "pretrain" / "base" / "trainer.json").write_text('{"stage_type": "Base"}')
     write_manifest(run / "pretrain" / "base", kind="checkpoint")
+    share = {"source": "plays", "tokens": 90, "upsampled": 1.0}
+    mixture = [{**share, "phase": "stable"}, {**share, "phase": "anneal", "tokens": 1230, "upsampled": 2.5}]
     for stage in report.STAGES:
-        write_manifest(run / stage, kind=stage, seconds=12.34, peak_memory_bytes=1_500_000_000)
+        counts = {"mixture": mixture, "epochs": {"plays": 1.5}} if stage == "pretrain" else {}
+        write_manifest(run / stage, kind=stage, counts=counts, seconds=12.34, peak_memory_bytes=1_500_000_000)
     return run
 
 
@@ -120,6 +123,7 @@ def test_report_shows_what_each_stage_left(run_folder: Path) -> None:
     assert f"| Base | pretrain/base/ | {sha} |" in text
     assert "| GGUF Small-F32.gguf (1.5 MB) | export/gguf/Small-F32.gguf |" in text
     assert "| pretrain | 4 | 400 | 4.900 | 4.600 | 1,003 | 25.0 % | 2.00 |" in text
+    assert "| plays | 90 (x1.0) | 1,230 (x2.5) | 1.50 |" in text
     assert "| plays | 1,000 | 2.500 | 2.600 | 2.000 (0.80) | 2.250 (0.90) |" in text
     assert "| capitals | 40 | 25 | 30.0 [20.0–40.0] | 60.0 [50.0–70.0] | +30.0 |" in text
     assert "| hf | 1e-13 | 1 | yes |" in text

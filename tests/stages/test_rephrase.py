@@ -16,10 +16,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from freehold.core.artifact import Workspace, hash_files
+from freehold import walk
+from freehold.core.artifact import Workspace, hash_files, write_manifest
 from freehold.core.config import fill
 from freehold.core.document import Document, document_id, read_rows, write_rows
-from freehold.core.errors import ConfigError, DataError, LicenceError
+from freehold.core.errors import ArtifactError, ConfigError, DataError, LicenceError
 from freehold.core.log import Log
 from freehold.stages.rephrase.checks import HeldOut, judge, measure, names, numbers
 from freehold.stages.rephrase.config import Limits, StageConfig, plan
@@ -224,6 +225,7 @@ def test_trouble_on_the_way_is_tried_again(tmp_path: Path, serve: Any) -> None:
         (lambda n: (401, "no key"), ConfigError, r"(?s)401: no key.*api_key_variable"),
         (lambda n: (200, "<html>moved</html>"), TeacherGone, r"not a chat completion: <html>moved</html>, 2 times"),
         (lambda n: "hang up", TeacherGone, "does not answer"),
+        (lambda n: (200, " " * (17 << 20)), TeacherGone, "more than 16 MB"),
         (lambda n: (400, "too long"), DataError, r"(?s)of no use.*12 refused"),
     ],
 )
@@ -245,6 +247,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
         (lambda text: text.partition("Text:\n")[2][:170], "copied"),
         (lambda text: "wxyz qqq " * 20, "repetition"),
         (lambda text: "", "empty"),
+        (lambda text: "Half a character \ud83d and the words that follow it, long enough for a rewrite.", "garbled"),
         (lambda text: "I'm sorry, but I cannot help with the text that was given to me here today.", "refusal"),
     ],
 )
@@ -430,6 +433,27 @@ def test_held_out_questions(tmp_path: Path) -> None:
         HeldOut(tmp_path)
 
 
+def test_in_a_walk_clean_makes_it_again_without_asking_again(tmp_path: Path, serve: Any) -> None:
+    server = serve()
+    source = {"kind": "folder", "path": "x", "licence": "MIT", "licence_evidence": {"rule": "x"}}
+    config = settings(server.url).model_dump(mode="json")
+    data = {"name": "run", "runs_dir": str(tmp_path), "gather": {"sources": {"seeds": source}}, "rephrase": config}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(data))
+    recipe = walk.resolve(tmp_path / "recipe.yaml")
+    write_manifest(curated(tmp_path / "run/curate"), kind="curate")
+    first = walk.run_stage(recipe, "rephrase", walk.Options(quiet=True))
+    assert first["counts"]["documents"] == len(server.bodies) == 12
+    assert walk.run_stage(recipe, "rephrase", walk.Options(quiet=True)) == first
+    again = walk.run_stage(recipe, "rephrase", walk.Options(quiet=True, clean=True))
+    assert again["content_sha256"] == first["content_sha256"]
+    assert again["created"] >= first["created"]
+    fewer = walk.resolve(tmp_path / "recipe.yaml", ["rephrase.strategies.condensed.passages=5"])
+    with pytest.raises(ArtifactError, match="passages: 1000 -> 5"):
+        walk.run_stage(fewer, "rephrase", walk.Options(quiet=True))
+    assert walk.run_stage(fewer, "rephrase", walk.Options(quiet=True, clean=True))["counts"]["documents"] == 5
+    assert len(server.bodies) == 12
+
+
 def test_our_own_server_is_a_teacher(tmp_path: Path, tiny_checkpoint: Path) -> None:
     """A random model writes nothing of use, and that is what is said; its answers are kept."""
     with socket.socket() as free:
@@ -448,7 +472,8 @@ def test_our_own_server_is_a_teacher(tmp_path: Path, tiny_checkpoint: Path) -> N
         with pytest.raises(DataError, match=r"(?s)of no use.*condensed: of 3 0 passed"):
             rephrase(tmp_path / "out", curated(tmp_path / "curate", count=3), config)
         answers = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
-        assert [answer["finish_reason"] for answer in answers] == ["length"] * 3
+        assert len(answers) == 3
+        assert {answer["finish_reason"] for answer in answers} <= {"stop", "length"}
     finally:
         server.terminate()
         server.wait()

@@ -31,6 +31,7 @@ _REFUSAL = re.compile(
     r"(?:help|assist|rewrite|fulfil|provide|access|do that))",
     re.I,
 )
+_GARBLED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]")
 _PAIR = re.compile(r"^Question: \S.*\n+Answer: \S.*$", re.M)
 
 
@@ -89,6 +90,8 @@ def judge(
         return "refused", answer.refused
     if not rewrite:
         return "empty", answer.finish_reason
+    if broken := _GARBLED.search(rewrite):
+        return "garbled", repr(broken.group())
     if answer.finish_reason == "length":
         return "unfinished", f"{count} words, then max_tokens"
     if refusal := _REFUSAL.search(rewrite):

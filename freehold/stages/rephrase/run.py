@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from freehold.core.artifact import Workspace, sha256_json, write_json
-from freehold.core.document import Document, document_id, read_rows, write_rows, write_table
+from freehold.core.document import Document, document_id, read_rows, replace, write_rows, write_table
 from freehold.core.errors import DataError
 from freehold.core.machine import machine_limits
 from freehold.ledger.licence import strictest
@@ -53,6 +53,7 @@ class Passage:
     """A stretch of a seed that is rewritten as a whole."""
 
     seed: Document
+    """Without its text."""
     number: int
     text: str
 
@@ -136,9 +137,10 @@ def choose(name: str, strategy: Strategy, paths: Sequence[Path], config: StageCo
                 continue
             for row in read_rows(path, Document):
                 if row.split == "train" and row.kind in strategy.kinds:
+                    seed_row = replace(row, text="")  # a passage must not hold its whole document in memory
                     for number, text in enumerate(cut(row.text, *config.passage_chars)):
                         place = f"{seed}\0{name}\0{row.id}\0{number}"
-                        yield hashlib.sha256(place.encode()).digest(), Passage(row, number, text)
+                        yield hashlib.sha256(place.encode()).digest(), Passage(seed_row, number, text)
 
     lowest = heapq.nsmallest(strategy.passages, ranked(), key=lambda one: one[0])
     return sorted((one for _, one in lowest), key=lambda p: (p.seed.source, p.seed.id, p.number))

@@ -26,6 +26,8 @@ from freehold.stages.rephrase.config import EndpointTeacher, GgufTeacher, StageC
 
 AGAIN = {408, 425, 429, *range(500, 600)}
 THIS_REQUEST = {400, 413, 422}
+MOST_BYTES = 16 << 20
+"""An answer longer than this is none."""
 SHOWN_CHARS = 200
 """How much of a server's answer an error shows."""
 
@@ -118,7 +120,10 @@ class Teacher:
             try:
                 connection.request("POST", self.path, data, self._headers)
                 answer = connection.getresponse()
-                return answer.status, answer.read()
+                data = answer.read(MOST_BYTES + 1)
+                if len(data) > MOST_BYTES:
+                    raise http.client.HTTPException(f"an answer of more than {MOST_BYTES >> 20} MB")
+                return answer.status, data
             except (ConnectionError, http.client.BadStatusLine):
                 # A connection that was idle for some seconds may have been closed: a new one, once.
                 connection.close()
@@ -174,7 +179,10 @@ def _read(data: bytes) -> Answer | None:
     try:
         choice = json.loads(data)["choices"][0]
         text = choice["message"]["content"]
-        return Answer(text if isinstance(text, str) else "", str(choice.get("finish_reason") or ""))
+        text = text if isinstance(text, str) else ""
+        # JSON can hold half characters, which no UTF-8 text can.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return Answer(text, str(choice.get("finish_reason") or ""))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
 
