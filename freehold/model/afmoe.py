@@ -6,13 +6,13 @@ Shapes: B sequences, T tokens, d model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from freehold.model.attention import Attention, Cache, Context, build_masks
+from freehold.model.attention import Attention, Cache, Context, Mask, build_masks, count_positions
 from freehold.model.config import ModelConfig
 from freehold.model.layers import Embedding, Linear, RMSNorm, SwiGLU, rotary
 from freehold.model.moe import MoE, Routing
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Embedding, layers (keyed by absolute index) and final norm."""
+    """Embedding, layers (keyed by absolute index, so that some of them alone keep their names) and final norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -57,12 +57,18 @@ class Trunk(nn.Module):
 
 
 class Afmoe(nn.Module):
-    """The language model. Set `recompute` to trade time for memory: layers are run again for their gradient."""
+    """The language model. Set `recompute` to trade time for memory: layers are run again for their gradient.
+
+    `positions` says where tokens stand when the caller does not, `masks` who sees whom; with the `core` of each
+    attention layer they are the seam for context parallelism.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.recompute = False
+        self.positions: Callable[[Tensor], Tensor] = count_positions
+        self.masks: Callable[[ModelConfig, Tensor, Tensor | None, Tensor | None], dict[str, Mask]] = build_masks
         self.model = Trunk(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
@@ -89,29 +95,34 @@ class Afmoe(nn.Module):
         cache: Cache | None = None,
         token_mask: Tensor | None = None,
         routings: list[Routing] | None = None,
+        layers: Sequence[int] | None = None,
     ) -> Tensor:
         """Return what the head is applied to, [B, T, d].
 
         positions [T] or [B, T]: 0, 1, 2, ... when None; required with a cache. document_ids [B, T]: tokens see
         only tokens of the same id; -1 is padding. token_mask [B, T] bool: False tokens (and padding) are
         computed but not counted in expert loads. routings: a list to which the routing of each MoE layer is added,
-        for losses on it; their logits then live until the backward pass, recompute or not.
+        for losses on it; their logits then live until the backward pass, recompute or not. layers: the ones to run,
+        all when None; without the first, input_ids is the stream [B, T, d] that enters them, without the last, the
+        stream that leaves them is returned.
         """
         config, trunk = self.config, self.model
         if cache is not None and (positions is None or document_ids is not None):
             raise ValueError("with a cache, positions are required and document_ids cannot be given")
-        tokens, device = input_ids.shape[1], input_ids.device
         if document_ids is not None:
             real = document_ids != -1
             token_mask = real if token_mask is None else token_mask & real
-        h = trunk.embed_tokens(input_ids)
-        if config.mup_enabled:
-            h = h * config.hidden_size**0.5
-        masks = {} if cache is not None else build_masks(config, h, positions, document_ids)
-        where = torch.arange(tokens, device=device) if positions is None else positions
+        numbers = range(config.num_hidden_layers) if layers is None else layers
+        h = input_ids
+        if numbers[0] == 0:
+            h = trunk.embed_tokens(input_ids)
+            if config.mup_enabled:
+                h = h * config.hidden_size**0.5
+        masks = {} if cache is not None else self.masks(config, h, positions, document_ids)
+        where = self.positions(input_ids) if positions is None else positions
         cos, sin = rotary(where, config.head_dim, config.rope_theta, h.dtype)
         context = Context(cos, sin, masks, where, cache, token_mask)
-        for block in trunk.layers.values():
+        for block in (trunk.layers[str(number)] for number in numbers):
             if self.recompute and self.training and torch.is_grad_enabled():
                 h, routing = checkpoint(block, h, context, use_reentrant=False)
             else:
@@ -122,7 +133,7 @@ class Afmoe(nn.Module):
                     block.mlp.load_counts += routing.counts
                 if routings is not None:
                     routings.append(routing)
-        return trunk.norm(h)
+        return trunk.norm(h) if numbers[-1] == config.num_hidden_layers - 1 else h
 
     def moe_layers(self) -> dict[str, MoE]:
         """Return the MoE of each layer that has one, by name (`model.layers.1.mlp`)."""

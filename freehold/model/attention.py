@@ -61,6 +61,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     )
 
 
+def count_positions(input_ids: Tensor) -> Tensor:
+    """Return where the tokens [B, T] (or their stream [B, T, d]) stand in their rows: 0, 1, 2, ... [T]."""
+    return torch.arange(input_ids.shape[1], device=input_ids.device)
+
+
 def build_masks(
     config: ModelConfig, h: Tensor, positions: Tensor | None, document_ids: Tensor | None
 ) -> dict[str, Mask]:

@@ -390,11 +390,11 @@ class Block(NamedTuple):
 
 
 def attention_blocks(allowed: Tensor) -> list[Block]:
-    """Cut the pairs that `allowed` ([B, 1, T, T] bool, or [1, 1, T, T] for all) into blocks without the empty part."""
-    rows, _, tokens, _ = allowed.shape
+    """Cut the pairs that `allowed` ([B, 1, T, S] bool, or [1, 1, T, S] for all) into blocks without the empty part."""
+    rows, _, tokens, width = allowed.shape
     starts = range(0, tokens, BLOCK_TOKENS)
     seen = torch.stack([allowed[:, 0, start : start + BLOCK_TOKENS].any(1) for start in starts], 1).to(torch.uint8)
-    first, beyond = seen.argmax(-1).tolist(), (tokens - seen.flip(-1).argmax(-1)).tolist()
+    first, beyond = seen.argmax(-1).tolist(), (width - seen.flip(-1).argmax(-1)).tolist()
     blocks = []
     for row in range(rows):
         for number, start in enumerate(starts):

@@ -10,7 +10,7 @@ their mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -134,24 +134,34 @@ class RouterLosses(NamedTuple):
     """sum of log(sum(exp(router logits)))^2"""
 
 
-def router_losses(config: RouterLossConfig, routings: Iterable[Routing], real: Tensor, *, scale: float) -> RouterLosses:
+def router_losses(
+    config: RouterLossConfig,
+    routings: Iterable[Routing],
+    real: Tensor,
+    *,
+    scale: float,
+    row_sum: Callable[[Tensor], Tensor] = lambda counts: counts,
+) -> RouterLosses:
     """Return the losses on the routing of some rows; `real` [B, T] bool is False where a token is padding.
 
     `scale` is 1 / (real tokens of the whole global step), so that micro-batches and ranks simply add up. A row is a
     sequence, however many documents are packed into it: of a document shorter than E / k tokens no load can be even.
-    Layers are summed: each router gets the published weight. A term of weight 0 is not computed.
+    Layers are summed: each router gets the published weight. A term of weight 0 is not computed. Where T tokens are a
+    part of each row, `row_sum` adds up counts over the parts.
     """
     sequence = z = torch.zeros((), device=real.device)
     for routing in routings:
         if config.sequence_loss:
-            sequence = sequence + sequence_loss(routing.logits, routing.chosen, real)
+            sequence = sequence + sequence_loss(routing.logits, routing.chosen, real, row_sum)
         if config.router_z_loss:
             z = z + router_z_loss(routing.logits, real)
     total = scale * (config.sequence_loss * sequence + config.router_z_loss * z)
     return RouterLosses(total, sequence.detach(), z.detach())
 
 
-def sequence_loss(logits: Tensor, chosen: Tensor, real: Tensor) -> Tensor:
+def sequence_loss(
+    logits: Tensor, chosen: Tensor, real: Tensor, row_sum: Callable[[Tensor], Tensor] = lambda counts: counts
+) -> Tensor:
     """Return the sum of T * L over the rows, L the complementary sequence-wise loss of one layer without its alpha.
 
     L = sum_i f_i P_i (DeepSeek-V3 report, equations 17 to 20; trinity report, section 2.2), with
@@ -162,8 +172,8 @@ def sequence_loss(logits: Tensor, chosen: Tensor, real: Tensor) -> Tensor:
     scores = logits.sigmoid().view(rows, tokens, experts)
     share = ((scores / scores.sum(-1, keepdim=True)) * real.unsqueeze(-1)).sum(1)
     place = chosen.view(rows, tokens, k) + experts * torch.arange(rows, device=chosen.device)[:, None, None]
-    load = place[real].flatten().bincount(minlength=rows * experts).view(rows, experts)
-    return experts / k * ((load * share).sum(1) / real.sum(1).clamp_min(1)).sum()
+    load = row_sum(place[real].flatten().bincount(minlength=rows * experts).view(rows, experts))
+    return experts / k * ((load * share).sum(1) / row_sum(real.sum(1)).clamp_min(1)).sum()
 
 
 def router_z_loss(logits: Tensor, real: Tensor) -> Tensor:

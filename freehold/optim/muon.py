@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -38,7 +39,7 @@ def as_matrices(name: str, tensor: Tensor) -> Tensor:
     return tensor.view(math.prod(tensor.shape[:-2]), *tensor.shape[-2:])
 
 
-def lr_scale(name: str, shape: torch.Size) -> float:
+def rate_scale(name: str, shape: torch.Size) -> float:
     """Return sqrt(max(1, fan_out / fan_in)) of the matrices in a parameter of that shape; see `as_matrices`."""
     fan_out, fan_in = shape[-2] // 2 if name.endswith("gate_up_proj") else shape[-2], shape[-1]
     return math.sqrt(max(1.0, fan_out / fan_in))
@@ -50,14 +51,14 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     Computed in bfloat16 on the smaller side, as the published recipe does; float64 stays float64 for tests.
     """
     x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
+    coefficients = COEFFICIENTS[-steps:] if steps < len(COEFFICIENTS) else COEFFICIENTS
+    if len(x) >= torch.get_num_threads() and native.available(x, *x.shape[-2:]):
+        x = x.clone(memory_format=torch.contiguous_format) if x is matrices else x.contiguous()
+        native.orthogonalize_(x, torch.tensor(coefficients))
+        return x
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.transpose(-2, -1)
-    coefficients = COEFFICIENTS[-steps:] if steps < len(COEFFICIENTS) else COEFFICIENTS
-    if len(x) >= torch.get_num_threads() and native.available(x, *x.shape[-2:]):
-        x = x.contiguous() if tall or x.data_ptr() != matrices.data_ptr() else x.clone()
-        native.orthogonalize_(x, torch.tensor(coefficients))
-        return x.transpose(-2, -1) if tall else x
     x = x / (x.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7).to(x.dtype)
     for a, b, c in coefficients:
         gram = torch.bmm(x, x.transpose(-2, -1))
@@ -66,25 +67,13 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.transpose(-2, -1) if tall else x
 
 
-def orthogonalize_all(updates: Mapping[str, Tensor], steps: int = 5) -> Iterator[tuple[str, Tensor]]:
-    """Yield the matrices of each update (see `as_matrices`), orthogonalised; those of one shape go in one batch."""
-    batches: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
-    for name, update in updates.items():
-        matrices = as_matrices(name, update)
-        batches.setdefault((matrices.shape[1], matrices.shape[2]), []).append((name, matrices))
-    for items in batches.values():
-        stacked = torch.cat([m.to(torch.bfloat16) if m.dtype != torch.float64 else m for _, m in items])
-        whole = orthogonalize(stacked, steps)
-        yield from zip([name for name, _ in items], whole.split([len(m) for _, m in items]), strict=True)
-
-
 class Together(Protocol):
     """Orthogonalises updates of which only parts may be here: the seam for sharded parameters."""
 
     def __call__(
-        self, updates: Mapping[str, Tensor], steps: int, orthogonalize: Callable[..., Iterator[tuple[str, Tensor]]]
+        self, updates: Mapping[str, Tensor], orthogonalize: Callable[[Tensor], Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the part of each update by name, as `as_matrices` views it; the function given takes whole updates."""
+        """Yield by name the orthogonalised part of each update [n, r, c]; the function given takes whole matrices."""
         ...
 
 
@@ -130,27 +119,54 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]
         """Take one step from `scale` times the gradients in `.grad`; parameters without one are left alone."""
         for group in self.param_groups:
-            weights, updates = dict(zip(self.names, group["params"], strict=True)), {}
-            for name, parameter in weights.items():
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"]
-                gradient = parameter.grad.to(momentum.dtype)
-                gradient = gradient * scale if scale != 1 else gradient
-                momentum.mul_(group["momentum"]).add_(gradient)
-                updates[name] = gradient.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
+            named = {n: p for n, p in zip(self.names, group["params"], strict=True) if p.grad is not None}
             if self.together is not None:
-                directions = self.together(updates, group["steps"], orthogonalize_all)
-            else:
-                directions = orthogonalize_all(updates, group["steps"])
-            for name, direction in directions:
-                if group["weight_decay"]:
-                    weights[name].mul_(1 - group["lr"] * group["weight_decay"])
-                matrices = as_matrices(name, weights[name])
-                matrices.add_(direction, alpha=-group["lr"] * lr_scale(name, self.shapes[name]))
-            for parameter in group["params"]:
-                if parameter.grad is not None and parameter in self.copies:
-                    self.copies[parameter].copy_(parameter)
+                updates = {name: self._empty(as_matrices(name, p).shape, p) for name, p in named.items()}
+                for name, parameter in named.items():
+                    self._momentum(parameter, updates[name], group, scale)
+                for name, update in self.together(updates, partial(orthogonalize, steps=group["steps"])):
+                    self._move(name, named[name], update, group)
+                continue
+            batches: dict[torch.Size, list[str]] = {}
+            for name, parameter in named.items():
+                batches.setdefault(as_matrices(name, parameter).shape[1:], []).append(name)
+            for shape, names in batches.items():
+                numbers = [len(as_matrices(name, named[name])) for name in names]
+                stacked = self._empty((sum(numbers), *shape), named[names[0]])
+                for name, update in zip(names, stacked.split(numbers), strict=True):
+                    self._momentum(named[name], update, group, scale)
+                whole = orthogonalize(stacked, group["steps"])
+                for name, update in zip(names, whole.split(numbers), strict=True):
+                    self._move(name, named[name], update, group)
+
+    @staticmethod
+    def _empty(shape: Iterable[int], parameter: Tensor) -> Tensor:
+        """Return room for updates in the precision they are orthogonalised in."""
+        return parameter.new_empty(*shape, dtype=torch.float64 if parameter.dtype == torch.float64 else torch.bfloat16)
+
+    def _move(self, name: str, parameter: Tensor, update: Tensor, group: dict[str, Any]) -> None:
+        """Move a parameter and its copy by the orthogonalised update."""
+        step = group["lr"] * rate_scale(name, self.shapes[name])
+        decay, copy = 1 - group["lr"] * group["weight_decay"], self.copies.get(parameter)
+        written = update if copy is None else copy
+        if parameter.dtype == torch.float32 and all(native.available(t, t.numel()) for t in (update, written)):
+            native.muon_move_(parameter, update.contiguous(), copy, step, decay)
+            return
+        as_matrices(name, parameter).mul_(decay).add_(update, alpha=-step)
+        if copy is not None:
+            copy.copy_(parameter)
+
+    def _momentum(self, parameter: Tensor, update: Tensor, group: dict[str, Any], scale: float) -> None:
+        """Move a parameter's momentum and write what is to be orthogonalised to `update`."""
+        state, gradient, decay = self.state[parameter], parameter.grad, group["momentum"]
+        assert gradient is not None
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"]
+        if update.dtype == torch.bfloat16 and native.available(gradient, gradient.numel()):
+            native.muon_momentum_(momentum, gradient, update, scale, decay, group["nesterov"])
+            return
+        gradient = gradient.to(momentum.dtype) * scale
+        momentum.mul_(decay).add_(gradient)
+        moved = gradient.add(momentum, alpha=decay) if group["nesterov"] else momentum
+        update.copy_(moved.view(update.shape))

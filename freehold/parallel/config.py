@@ -31,7 +31,10 @@ class ParallelConfig(Config):
     shard: int = Field(1, ge=1, description="data ranks that share one copy of the parameters (FSDP)")
     expert: int = Field(1, ge=1, description="ranks the experts of a layer are dealt to; inside shard x context")
     context: int = Field(1, ge=1, description="ranks that share one sequence")
-    pipeline: int = Field(1, ge=1, description="stages the layers are cut into")
+    pipeline: int = Field(1, ge=1, description="ranks the layers are dealt to")
+    schedule: Literal["1f1b", "interleaved"] = Field(
+        "1f1b", description="pipeline: one run of layers a rank, or two, which halves the idle time and sends twice"
+    )
     nproc: int = Field(
         0, ge=0, description="processes to start on this machine (0: one, or those that a launcher has started)"
     )
@@ -50,6 +53,11 @@ class ParallelConfig(Config):
     def data(self) -> int:
         """Return how many ranks see different sequences."""
         return self.replicate * self.shard
+
+    @property
+    def stages(self) -> int:
+        """Return the runs of consecutive layers that the pipeline is cut into."""
+        return self.pipeline * (2 if self.schedule == "interleaved" and self.pipeline > 1 else 1)
 
     @property
     def group(self) -> int:
@@ -124,11 +132,11 @@ def must_lay_out(
             expected=f"whole pieces of at least sliding_window = {model.sliding_window} tokens",
             todo=f"lower {place}parallel.context or raise {place}batch.context_tokens",
         )
-    if p.pipeline > model.num_hidden_layers:
+    if p.stages > model.num_hidden_layers:
         raise ConfigError(
             "more stages than layers",
             where=f"{place}parallel.pipeline",
-            found=p.pipeline,
+            found=p.stages,
             expected=f"at most {model.num_hidden_layers}",
         )
     each = micro_sequences or sequences // p.data
@@ -138,4 +146,13 @@ def must_lay_out(
             where=f"{place}batch.sequences",
             found=f"{sequences} rows over {p.data} data ranks in passes of {micro_sequences or 'all'}",
             expected=f"a multiple of {math.lcm(p.data, p.data * max(micro_sequences, 1))}",
+        )
+    passes = sequences // (p.data * each)
+    if passes < p.pipeline or (p.schedule == "interleaved" and passes % (passes // p.pipeline)):
+        raise ConfigError(
+            "the passes of a step do not fill the pipeline",
+            where=f"{place}batch.micro_sequences",
+            found=f"{passes} passes of {each} rows on each data rank, through {p.pipeline} ranks ({p.schedule})",
+            expected=f"at least {p.pipeline} passes" + (", a multiple of it" if p.schedule == "interleaved" else ""),
+            todo=f"lower {place}batch.micro_sequences or raise {place}batch.sequences",
         )

@@ -111,6 +111,12 @@ class World:
             return tensor
         return self._reduce(tensor, "SUM", self.dense["pp"].get_group() if self.dense else None)
 
+    def sum_row_(self, tensor: Tensor) -> Tensor:
+        """Add, in place, over the ranks that hold the chunks of the same rows."""
+        if self.parallel.context == 1:
+            return tensor
+        return self._reduce(tensor, "SUM", self.tokens["context"].get_group() if self.tokens else None)
+
     def max_(self, tensor: Tensor) -> Tensor:
         """Take the largest, in place, over the ranks that hold the same layers."""
         return self._reduce(tensor, "MAX", self._stage)

@@ -19,44 +19,54 @@ from freehold.parallel.dispatch import exchange
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Orthogonalize = Callable[[Mapping[str, Tensor], int], Iterable[tuple[str, Tensor]]]
-
 
 class Owners:
-    """Deals the matrices of `shapes` (whole, by name) to the ranks of a group by the work they make."""
+    """Deals matrices to the ranks of a group by the work they make; `shapes` are those of whole parameters, by name."""
 
     def __init__(self, shapes: Mapping[str, torch.Size], group: ProcessGroup) -> None:
         self.shapes, self.group, self.ranks, self.rank = shapes, group, group.size(), group.rank()
-        self.owned: list[list[str]] = [[] for _ in range(self.ranks)]
-        work = [0] * self.ranks
-        matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
-        for name in sorted(matrices, key=lambda name: (-self._work(matrices[name]), name)):
-            owner = work.index(min(work))
-            self.owned[owner].append(name)
-            work[owner] += self._work(matrices[name])
 
     def __call__(
-        self, updates: Mapping[str, Tensor], steps: int, orthogonalize: Orthogonalize
+        self, updates: Mapping[str, Tensor], orthogonalize: Callable[[Tensor], Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield each update orthogonalised, by name: the matrices of expert stacks, of others the rows here."""
-        mine = [name for name in self.owned[self.rank] if name in updates]
-        by_owner = [[name for name in names if name in updates] for names in self.owned]
-        wholes = self._bring(updates, by_owner, mine)
+        """Yield by name each update orthogonalised: matrices [., r, c] of expert stacks, else the rows here [1, ., n].
+
+        Matrices of one shape are orthogonalised in one batch.
+        """
+        by_owner = self._deal(name for name in updates if len(self.shapes[name]) == 2)
+        mine = self._bring(updates, by_owner)
         stacks = {name: update for name, update in updates.items() if len(self.shapes[name]) == 3}
-        done = dict(orthogonalize({**wholes, **stacks}, steps))
+        batches: dict[torch.Size, list[tuple[str, Tensor]]] = {}
+        for name, whole in (*mine.items(), *stacks.items()):
+            batches.setdefault(whole.shape[1:], []).append((name, whole))
+        done: dict[str, Tensor] = {}
+        for items in batches.values():
+            together = orthogonalize(torch.cat([whole for _, whole in items]))
+            parts = together.split([len(whole) for _, whole in items])
+            done |= zip([name for name, _ in items], parts, strict=True)
         yield from ((name, done[name]) for name in stacks)
         yield from self._hand_out(updates, by_owner, [done[name][0] for name in mine])
 
-    def _bring(self, updates: Mapping[str, Tensor], by_owner: list[list[str]], mine: list[str]) -> dict[str, Tensor]:
-        """Return the whole matrices that are owned here, in the precision in which they are orthogonalised."""
-        pieces = [[precise(updates[name]).flatten() for name in names] for names in by_owner]
-        sends = [sum(piece.numel() for piece in each) for each in pieces]
+    def _deal(self, names: Iterable[str]) -> list[list[str]]:
+        """Return the matrices each rank owns: the costliest first, each to the rank with least to do."""
+        owned: list[list[str]] = [[] for _ in range(self.ranks)]
+        work = [0] * self.ranks
+        for name in sorted(names, key=lambda name: (-self._work(self.shapes[name]), name)):
+            owner = work.index(min(work))
+            owned[owner].append(name)
+            work[owner] += self._work(self.shapes[name])
+        return owned
+
+    def _bring(self, updates: Mapping[str, Tensor], by_owner: list[list[str]]) -> dict[str, Tensor]:
+        """Return the whole matrices [1, m, n] that are owned here."""
+        mine = by_owner[self.rank]
+        pieces = [updates[name].flatten() for names in by_owner for name in names]
+        sends = [sum(updates[name].numel() for name in names) for names in by_owner]
         receives = [sum(self._numel(name, rank) for name in mine) for rank in range(self.ranks)]
-        flat = torch.cat([piece for each in pieces for piece in each]) if any(sends) else self._nothing(updates)
-        came = exchange(flat, receives, sends, self.group).split(receives)
+        came = exchange(self._together(pieces, updates), receives, sends, self.group).split(receives)
         parts = [part.split([self._numel(name, rank) for name in mine]) for rank, part in enumerate(came)]
         return {
-            name: torch.cat([part[number].view(-1, self.shapes[name][1]) for part in parts])
+            name: torch.cat([part[number].view(1, -1, self.shapes[name][1]) for part in parts], dim=1)
             for number, name in enumerate(mine)
         }
 
@@ -67,7 +77,7 @@ class Owners:
         pieces = [[whole[self._rows(len(whole), rank)].flatten() for whole in done] for rank in range(self.ranks)]
         sends = [sum(piece.numel() for piece in each) for each in pieces]
         receives = [sum(updates[name].numel() for name in names) for names in by_owner]
-        flat = torch.cat([piece for each in pieces for piece in each]) if any(sends) else self._nothing(updates)
+        flat = self._together([piece for each in pieces for piece in each], updates)
         names = [name for each in by_owner for name in each]
         came = exchange(flat, receives, sends, self.group).split([updates[name].numel() for name in names])
         yield from ((name, part.view_as(updates[name])) for name, part in zip(names, came, strict=True))
@@ -83,13 +93,10 @@ class Owners:
 
     @staticmethod
     def _work(shape: torch.Size) -> int:
+        """Return the multiplications of a Newton-Schulz step, up to a factor."""
         return min(shape) ** 2 * max(shape)
 
     @staticmethod
-    def _nothing(updates: Mapping[str, Tensor]) -> Tensor:
-        return precise(next(iter(updates.values())).flatten()[:0])
-
-
-def precise(update: Tensor) -> Tensor:
-    """Return an update in the precision in which it is orthogonalised: bfloat16, but float64 as it is."""
-    return update if update.dtype == torch.float64 else update.bfloat16()
+    def _together(pieces: list[Tensor], updates: Mapping[str, Tensor]) -> Tensor:
+        """Return pieces as one flat tensor, which may be empty."""
+        return torch.cat(pieces) if pieces else next(iter(updates.values())).new_empty(0)

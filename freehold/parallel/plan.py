@@ -5,10 +5,10 @@
     gains            [d]         on every rank, in fp32: together they are a few hundred kilobytes
     expert biases    [E]         on every rank, moved alike everywhere
 
-The order of application is fixed: meshes, experts dealt (DTensor) and their dispatcher, then FSDP2 from the inside out
-(experts, block, embedding, the rest), then gradients summed instead of averaged. The loss is a sum over the tokens of
-all ranks divided by their number, so sums are right for every tensor; a mean over the ranks of a group would be wrong
-for experts, whose group is another.
+The order of application is fixed: other stages' layers out, attention cores for chunks, experts dealt (DTensor) and
+their dispatcher, FSDP2 from the inside out (experts, block, embedding, the rest), gradients summed, not averaged. The
+loss is a sum over the tokens of all ranks divided by their number, so sums are right for every tensor; a mean over the
+ranks of a group would be wrong for experts, whose group is another.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from freehold.model.afmoe import Afmoe
 from freehold.model.moe import Experts, MoE
+from freehold.parallel.context import ContextParallel
 from freehold.parallel.dispatch import AllToAll
 from freehold.parallel.mesh import World
 from freehold.parallel.owners import Owners
+from freehold.parallel.pipeline import keep_layers, rank_stages
 
 
 def lay_out(model: Afmoe, world: World, dtype: torch.dtype) -> None:
@@ -39,6 +41,11 @@ def lay_out(model: Afmoe, world: World, dtype: torch.dtype) -> None:
     dense, sparse = world.dense["fsdp"], world.sparse["edp"]
     if degrees.replicate > 1:
         dense, sparse = world.dense["replicate", "fsdp"], world.sparse["replicate", "edp"]
+    if degrees.pipeline > 1:
+        stages = rank_stages(model.config.num_hidden_layers, degrees.stages, degrees.pipeline, world.place.pipeline)
+        keep_layers(model, stages.values())
+    if world.tokens is not None:
+        ContextParallel(world.tokens["context"].get_group()).apply(model)
     if degrees.expert > 1:
         for moe in model.moe_layers().values():
             _deal(moe.experts, world)

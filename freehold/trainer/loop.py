@@ -19,7 +19,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,11 +50,12 @@ from freehold.parallel.heart import Heart
 from freehold.parallel.mesh import world
 from freehold.trainer.collapse import Alarm, CollapseDetector, reinitialise
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loss import chunked_loss
+from freehold.trainer.loss import attach_loss, chunked_loss
 from freehold.trainer.monitor import LoadMonitor, gemm_flops_per_s
 from freehold.trainer.spike import SpikeDetector
 
 if TYPE_CHECKING:
+    from freehold.parallel.pipeline import Pipeline
     from freehold.parallel.plan import Spread
 
 ROLLBACKS = "rollbacks.json"
@@ -111,6 +112,13 @@ class Trainer:
                 found="raise_rate with balance.kind none",
                 expected="another action, or a balancing rule",
             )
+        if job.trainer.collapse.action != "none" and job.parallel.pipeline > 1:
+            raise ConfigError(
+                "a pipeline's stages watch their own layers only, and cannot act as one on what they see",
+                where=f"{job.stage}.trainer.collapse.action",
+                found=f"{job.trainer.collapse.action} with {job.stage}.parallel.pipeline={job.parallel.pipeline}",
+                expected="none",
+            )
         self.world = world(job.parallel, job.stage)
         self.log = log if self.world.is_main else Log(quiet=True)
         torch.manual_seed(seed)
@@ -118,6 +126,7 @@ class Trainer:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.spread: Spread | None = None
+        self.pipeline: Pipeline | None = None
         self.copies: dict[str, Tensor] = {}
         """What the model computes with where that is neither the master itself nor gathered from it."""
         if self.world.size == 1:
@@ -185,7 +194,8 @@ class Trainer:
             native.match_keys(weights, whole.state_dict(), self.job.folder)
         values = whole.initial_values(torch.Generator().manual_seed(seed)) if weights is None else weights.items()
         for name, value in values:
-            self.spread.fill_(name, value)
+            if name in self.spread.placed:  # else it is another pipeline stage's
+                self.spread.fill_(name, value)
         self.masters = self.spread.masters()
 
     def _new_optimizers(self) -> Optimizers:
@@ -207,7 +217,8 @@ class Trainer:
             "model": model,
             "optimizer": optimizer,
             "balance": self.balance.state_dict(),
-            "collapse": self.detector.state_dict(),
+            # The stages of a pipeline watch different layers, and do not act on what they see.
+            "collapse": self.detector.state_dict() if self.job.parallel.pipeline == 1 else {},
             "spike": self.spikes.state_dict(),
             "rng": {"torch": torch.get_rng_state()},
         }
@@ -346,43 +357,25 @@ class Trainer:
 
         A step whose loss or gradient is not finite changes nothing but the step count.
         """
-        real, device = int((batch.document_ids != PADDING).sum()), self.world.device
+        job, device = self.job, self.world.device
+        real = int((batch.document_ids != PADDING).sum())
         mine = torch.tensor([batch.target_tokens, real, batch.input_ids.size], device=device)
         targets, tokens, read_tokens = map(int, self.world.sum_(mine).tolist())
-        cross_entropy = z = sequence = router_z = 0.0
         self.model.train()
         for layer in self.moe_layers.values():
             layer.load_counts.zero_()
-        logit_max: dict[str, Tensor] = {}
-        for start in range(0, len(batch.input_ids), self.job.micro_sequences):
-            micro = batch.rows(start, start + self.job.micro_sequences)
-            documents = torch.from_numpy(micro.document_ids).to(device)
-            routings: list[Routing] | None = [] if self.job.balance.has_loss else None
-            ids, wanted = (torch.from_numpy(array).to(device) for array in (micro.input_ids, micro.targets))
-            hidden = self.model.hidden(ids, document_ids=documents, routings=routings)
-            losses = chunked_loss(
-                hidden,
-                self.model.lm_head.weight,
-                wanted,
-                scale=1 / max(targets, 1),
-                z_loss=self.job.trainer.z_loss,
-                chunk_tokens=self.job.trainer.loss_chunk_tokens,
-            )
-            total = losses.total
-            if routings:
-                router = router_losses(self.job.balance, routings, documents != PADDING, scale=1 / max(tokens, 1))
-                total = total + router.total
-                sequence += float(router.sequence)
-                router_z += float(router.z)
-            total.backward()
-            cross_entropy += float(losses.cross_entropy)
-            z += float(losses.z)
-            for name, layer in self.moe_layers.items():
-                largest = layer.last_router_logit_max
-                assert largest is not None
-                logit_max[name] = torch.maximum(largest, logit_max.get(name, largest))
-            self._collect()
-        figures = torch.tensor([cross_entropy, z, sequence, router_z], dtype=torch.float64, device=device)
+        passes = _Passes(self, 1 / max(targets, 1), 1 / max(tokens, 1))
+        if job.parallel.pipeline > 1:
+            self._pipe(batch, passes)
+        else:
+            for start in range(0, len(batch.input_ids), job.micro_sequences):
+                micro = batch.rows(start, start + job.micro_sequences)
+                ids, wanted, documents = self._tensors(micro)
+                hidden, routing_loss = passes.forward(ids, documents)
+                total = passes.loss(hidden, wanted)
+                (total if routing_loss is None else total + routing_loss).backward()
+                self._collect()
+        figures = torch.tensor(passes.sums, dtype=torch.float64, device=device)
         cross_entropy, z, sequence, router_z = self.world.sum_all_(figures).tolist()
         norm = self._norm()
         finite = norm < float("inf") and cross_entropy < float("inf")
@@ -398,10 +391,10 @@ class Trainer:
         if not why:
             clip = min(1.0, self.job.optim.clip_norm / (norm + 1e-6))
             self.optimizers.step(self.job.schedule.at(self.step).factor, clip)
-            self._add_up_routing(logit_max)
+            self._add_up_routing(passes.logit_max)
             for name, layer in self.moe_layers.items():
                 self._balance(name, layer)
-            self.monitor.add(logit_max)
+            self.monitor.add(passes.logit_max)
         else:
             self._skip(why)
             last = self.job.trainer.max_skipped_steps
@@ -419,12 +412,46 @@ class Trainer:
         self.step += 1
         self.tokens += read_tokens
         values = {"loss/mean": cross_entropy / max(targets, 1), "loss/z": z / max(targets, 1), "optim/grad_norm": norm}
-        routed = max(tokens * len(self.moe_layers), 1)
+        routed = max(tokens * (job.model.num_hidden_layers - job.model.num_dense_layers), 1)
         if self.job.balance.sequence_loss:
             values["loss/sequence"] = sequence / routed
         if self.job.balance.router_z_loss:
             values["loss/router_z"] = router_z / routed
         return values
+
+    def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids, targets and document numbers on the device."""
+        ids, targets, documents = (
+            torch.from_numpy(array).to(self.world.device)
+            for array in (batch.input_ids, batch.targets, batch.document_ids)
+        )
+        return ids, targets, documents
+
+    def _pipe(self, batch: Batch, passes: _Passes) -> None:
+        """Send the step's micro-batches through the stages of the pipeline, forward and backward."""
+        from freehold.parallel.pipeline import Pipeline
+
+        parallel, (rows, tokens) = self.job.parallel, batch.input_ids.shape
+        micro_rows = min(self.job.micro_sequences, rows)
+        if self.pipeline is None:
+            assert self.world.dense is not None
+            self.pipeline = Pipeline(
+                self.job.model,
+                self.world.dense["pp"].get_group(),
+                stages=parallel.stages,
+                micro_batches=rows // micro_rows,
+                micro_shape=(micro_rows, tokens),
+                dtype=DTYPES[self.job.trainer.dtype],
+                device=self.world.device,
+            )
+
+        def forward(x: Tensor, documents: Tensor, layers: Sequence[int]) -> Tensor:
+            hidden, routing_loss = passes.forward(x, documents, layers)
+            return hidden if routing_loss is None else attach_loss(hidden, routing_loss)
+
+        ids, targets, documents = self._tensors(batch)
+        self.pipeline.step(ids, targets, documents, forward, passes.loss)
+        self._collect()
 
     def leave_out(self, batch: Batch) -> dict[str, Any]:
         """Let a step pass that a roll-back decided to leave out; return its figures, which are not numbers."""
@@ -733,6 +760,55 @@ class Trainer:
         self.log.live(line)
         if done % (10 * self.job.trainer.log_every_steps) == 0:
             self.log.say(line)
+
+
+class _Routings(list[Routing]):
+    """A list that stays one object: FSDP rebuilds plain lists that it finds among arguments."""
+
+
+class _Passes:
+    """The forward passes of one step: sums of losses over this process's tokens, and the largest router logits."""
+
+    def __init__(self, trainer: Trainer, target_scale: float, token_scale: float) -> None:
+        self.trainer, self.target_scale, self.token_scale = trainer, target_scale, token_scale
+        self.sums = [0.0, 0.0, 0.0, 0.0]
+        """cross-entropy, z, sequence loss, router z"""
+        self.logit_max: dict[str, Tensor] = {}
+
+    def forward(
+        self, x: Tensor, documents: Tensor, layers: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run some layers (all: None) on ids or a stream; return what leaves them, and the loss on their routing."""
+        trainer = self.trainer
+        balance, routings = trainer.job.balance, _Routings() if trainer.job.balance.has_loss else None
+        hidden = trainer.model.hidden(x, document_ids=documents, routings=routings, layers=layers)
+        for name, layer in trainer.moe_layers.items():
+            largest = layer.last_router_logit_max
+            if largest is not None:
+                self.logit_max[name] = torch.maximum(largest, self.logit_max.get(name, largest))
+        if not routings:
+            return hidden, None
+        router = router_losses(
+            balance, routings, documents != PADDING, scale=self.token_scale, row_sum=trainer.world.sum_row_
+        )
+        self.sums[2] += float(router.sequence)
+        self.sums[3] += float(router.z)
+        return hidden, router.total
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of what left the last layer."""
+        config = self.trainer.job.trainer
+        losses = chunked_loss(
+            hidden,
+            self.trainer.model.lm_head.weight,
+            targets,
+            scale=self.target_scale,
+            z_loss=config.z_loss,
+            chunk_tokens=config.loss_chunk_tokens,
+        )
+        self.sums[0] += float(losses.cross_entropy)
+        self.sums[1] += float(losses.z)
+        return losses.total
 
 
 class _StopSignals:

@@ -74,6 +74,28 @@ def chunked_loss(
     return Losses(*_ChunkedLoss.apply(hidden, weight, targets, z_loss, scale, chunk_tokens))
 
 
+class _Attached(torch.autograd.Function):
+    """The stream as it is; its gradient goes on, and the loss gets a gradient of 1."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, loss: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.loss = loss.dtype, loss.device
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        dtype, device = ctx.loss
+        return dh, torch.ones((), dtype=dtype, device=device)
+
+
+def attach_loss(h: Tensor, loss: Tensor) -> Tensor:
+    """Return h; when its gradient is taken, so is that of `loss` (a scalar), as if it were added to the training loss.
+
+    For losses on what happens inside a stage, which the last stage cannot see.
+    """
+    return _Attached.apply(h, loss)
+
+
 @torch.no_grad()
 def summed_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int = 2048) -> Tensor:
     """Return -log p of each target [N] in nats, float64, 0 where the target is IGNORE; no gradients."""

@@ -80,7 +80,7 @@ def only_the_last_micro_batch_counts(patch):
 
 @leak("test_micro_batches_add_up")
 def router_losses_are_means_of_micro_batches(patch):
-    def losses(config, routings, real, scale):
+    def losses(config, routings, real, scale, **_):
         return router_losses(config, routings, real, scale=0.25 / max(int(real.sum()), 1))
 
     patch.setattr(loop, "router_losses", losses)
@@ -220,17 +220,17 @@ def the_bias_is_ignored(patch):
 
 @leak("test_the_sequence_loss_is_of_sequences_not_of_the_batch")
 def the_sequence_loss_is_of_the_batch(patch):
-    around(patch, balance, "sequence_loss", lambda old, logits, chosen, real: old(logits, chosen, real.view(1, -1)))
+    around(patch, balance, "sequence_loss", lambda old, x, chosen, real, *_: old(x, chosen, real.view(1, -1)))
 
 
 @leak("test_the_sequence_loss_is_of_sequences_not_of_the_batch", "test_micro_batches_add_up")
 def the_sequence_loss_is_divided_by_the_rows_once_more(patch):
-    around(patch, balance, "sequence_loss", lambda old, logits, chosen, real: old(logits, chosen, real) / len(real))
+    around(patch, balance, "sequence_loss", lambda old, x, chosen, real, *_: old(x, chosen, real) / len(real))
 
 
 @leak("test_the_sequence_loss_is_the_published_one")
 def the_sequence_loss_reads_a_softmax(patch):
-    def loss(old, logits, chosen, real):
+    def loss(old, logits, chosen, real, *_):
         return old(logits.softmax(-1).logit(), chosen, real)  # whose sigmoid is the softmax
 
     around(patch, balance, "sequence_loss", loss)
@@ -238,7 +238,7 @@ def the_sequence_loss_reads_a_softmax(patch):
 
 @leak("test_the_sequence_loss_is_the_published_one")
 def the_sequence_loss_has_no_gradient(patch):
-    around(patch, balance, "sequence_loss", lambda old, logits, chosen, real: old(logits.detach(), chosen, real))
+    around(patch, balance, "sequence_loss", lambda old, x, chosen, real, *_: old(x.detach(), chosen, real))
 
 
 @leak("test_the_sequence_loss_is_the_published_one")
@@ -262,7 +262,7 @@ def padding_is_in_the_losses(patch):
         patch,
         loop,
         "router_losses",
-        lambda old, config, routings, real, scale: old(config, routings, real | True, scale=scale),
+        lambda old, config, routings, real, **rest: old(config, routings, real | True, **rest),
     )
 
 

@@ -215,6 +215,9 @@ def test_registered_as_pytorch_wants_it(dtype: torch.dtype) -> None:
     numbers = {"scale": 0.5, "step": 3, "lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
     moments = torch.zeros(48, 16), torch.ones(48, 16)
     torch.library.opcheck(native.adamw_, (weight, leaf(48, 16).detach(), *moments, copy), numbers)
+    update = torch.empty(48, 16, dtype=torch.bfloat16)
+    torch.library.opcheck(native.muon_momentum_, (weight, leaf(48, 16).detach(), update, 0.5, 0.9, True))
+    torch.library.opcheck(native.muon_move_, (weight, update, copy, 0.1, 0.9))
     torch.library.opcheck(native.square_sums, (leaf(48, 16).detach(),))
 
 

@@ -1,0 +1,116 @@
+"""Pipeline parallelism: runs of consecutive layers on different ranks, several micro-batches under way at a time.
+
+The schedules are PyTorch's. A rank's model is an `Afmoe` from which the layers of other ranks are missing: what is
+left keeps its names, so a checkpoint does not tell how a run was spread. Losses are sums over the whole step, so
+micro-batches add up and PyTorch's division of gradients is off.
+
+Shapes: B rows of a micro-batch, C tokens of a row that are here, d model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+
+from freehold.model.afmoe import Afmoe
+from freehold.model.config import ModelConfig
+
+Forward = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+"""Run some layers: (ids [B, C] or stream [B, C, d], document ids [B, C], layer numbers) -> stream [B, C, d]"""
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Return the loss of one micro-batch: (hidden [B, C, d], targets [B, C]) -> scalar"""
+
+
+def stage_layers(layers: int, stages: int) -> list[range]:
+    """Cut layer numbers 0 .. layers - 1 into runs whose lengths differ by one at most."""
+    ends = [(number * layers + stages - 1) // stages for number in range(stages + 1)]
+    return [range(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def rank_stages(layers: int, stages: int, ranks: int, rank: int) -> dict[int, range]:
+    """Return the layers of each stage that one of the pipeline's ranks holds: every so many stages, dealt in turn."""
+    cuts = stage_layers(layers, stages)
+    return {number: cuts[number] for number in range(rank, stages, ranks)}
+
+
+def keep_layers(model: Afmoe, stages: Iterable[range]) -> None:
+    """Take out of a model what belongs to other ranks: only the layers of `stages` stay, and what is at their ends."""
+    kept, trunk = {number for stage in stages for number in stage}, model.model
+    for number in range(model.config.num_hidden_layers):
+        if number not in kept:
+            del trunk.layers[str(number)]
+    if 0 not in kept:
+        trunk.embed_tokens = None  # type: ignore[assignment]
+    if model.config.num_hidden_layers - 1 not in kept:
+        trunk.norm = model.lm_head = None  # type: ignore[assignment]
+
+
+class _Stage(nn.Module):
+    """What PyTorch's schedule calls for a micro-batch; the parameters are the model's, not its own."""
+
+    def __init__(self, layers: range, forward: Forward) -> None:
+        super().__init__()
+        self.layers, self.run = layers, forward
+
+    def forward(self, x: Tensor, document_ids: Tensor) -> Tensor:
+        return self.run(x, document_ids, self.layers)
+
+
+class Pipeline:
+    """The stages of one rank and the order in which micro-batches pass through them."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        group: dist.ProcessGroup,
+        *,
+        stages: int,
+        micro_batches: int,
+        micro_shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Take the shape (B, C) of every micro-batch and the `dtype` of the stream.
+
+        All shapes are told to PyTorch, which else runs each stage once more to learn them, and counts its tokens.
+        With one stage a rank the schedule is 1F1B, with several it is the interleaved one.
+        """
+        self.stages = rank_stages(config.num_hidden_layers, stages, dist.get_world_size(group), dist.get_rank(group))
+        ids = torch.empty(micro_shape, dtype=torch.int64, device="meta")
+        stream = torch.empty(*micro_shape, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+        parts: list[Any] = [
+            PipelineStage(
+                _Stage(layers, lambda *arguments: self._forward(*arguments)),
+                number,
+                stages,
+                device,
+                input_args=ids if number == 0 else stream,
+                output_args=stream,
+                group=group,
+            )
+            for number, layers in self.stages.items()
+        ]
+        self.is_first, self.is_last = 0 in self.stages, stages - 1 in self.stages
+        options: dict[str, Any] = {"loss_fn": lambda *arguments: self._loss(*arguments), "scale_grads": False}
+        self._schedule = (
+            Schedule1F1B(parts[0], micro_batches, **options)
+            if len(parts) == 1
+            else ScheduleInterleaved1F1B(parts, micro_batches, **options)
+        )
+        self._forward: Forward
+        self._loss: Loss
+
+    def step(self, input_ids: Tensor, targets: Tensor, document_ids: Tensor, forward: Forward, loss: Loss) -> None:
+        """Run every micro-batch of ids, targets and documents [micro-batches * B, C] forward and backward.
+
+        Each rank is given all three; `forward` is called for each stage here, `loss` on the last one.
+        """
+        self._forward, self._loss = forward, loss
+        arguments = (input_ids,) if self.is_first else ()
+        target = targets if self.is_last else None
+        self._schedule.step(*arguments, target=target, return_outputs=False, document_ids=document_ids)

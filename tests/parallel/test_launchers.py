@@ -1,0 +1,85 @@
+"""The launchers in examples/: what they would start is a command of ours, with the environment that it reads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "laptop.yaml"
+DEGREES = ["parallel.shard=2", "parallel.expert=2"]
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A PATH with what a cluster has and this machine has not; `freehold` tells its place, then does a dry run."""
+    programs = {
+        "scontrol": "echo node7; echo node8",
+        "srun": "while [[ $1 == --* ]]; do shift; done; "
+        'for n in 0 1; do SLURM_PROCID=$n SLURM_LOCALID=$n SLURM_NTASKS=2 "$@"; done',
+        "freehold": 'echo "at $RANK $LOCAL_RANK of $WORLD_SIZE by $MASTER_ADDR:$MASTER_PORT"; '
+        f'exec {sys.executable} -m freehold.cli "$@" --dry-run',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+
+def do(command, env):
+    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def test_slurm(machine):
+    script = ROOT / "examples" / "slurm.sh"
+    assert do(["bash", "-n", script], machine).returncode == 0
+    env = {**machine, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "1234567"}
+    done = do(["bash", script, RECIPE, *DEGREES], env)
+    assert done.returncode == 0, done.stderr
+    assert [f"at {n} {n} of 2 by node7:34567" in done.stdout for n in (0, 1)] == [True, True]
+    assert done.stdout.count("spread: replicate 1 x shard 2 x context 1 x pipeline 1 = 2 processes") == 2
+    assert "usage: sbatch" in do(["bash", script], env).stderr
+    assert do(["bash", script, RECIPE, "parallel.shards=2"], env).returncode == 2
+
+
+def test_slurm_asks_for_as_many_processes_as_its_example_spreads_over():
+    text = (ROOT / "examples" / "slurm.sh").read_text()
+    asked = {k: int(v) for k, v in (w.split("=") for w in text.split() if w.startswith(("--nodes=", "--ntasks-per")))}
+    replicate, shard = (int(w.split("=")[1]) for w in text.split() if w.startswith(("parallel.rep", "parallel.sh")))
+    assert asked["--nodes"] * asked["--ntasks-per-node"] == replicate * shard
+
+
+def job():
+    service, job = yaml.safe_load_all((ROOT / "examples" / "kubernetes.yaml").read_text())
+    assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    return job, container, {e["name"]: e["value"] for e in container["env"]}
+
+
+def test_kubernetes(machine):
+    _, container, env = job()
+    script = container["command"][2]
+    assert do(["bash", "-n", "-c", script], machine).returncode == 0
+    env = {**machine, **env, "RANKS_PER_POD": "2", "WORLD_SIZE": "4", "JOB_COMPLETION_INDEX": "1"}
+    done = do([*container["command"], RECIPE, "parallel.shard=4", "parallel.expert=2"], env)
+    assert done.returncode == 0, done.stderr
+    assert all(f"at {2 + n} {n} of 4 by freehold-0.freehold:29500" in done.stdout for n in (0, 1))
+    assert done.stdout.count("shard 4 x context 1 x pipeline 1 = 4 processes") == 2
+    failed = do([*container["command"], RECIPE, "parallel.shards=4"], env)
+    assert failed.returncode == 1
+    assert "parallel.shards" in failed.stderr
+
+
+def test_kubernetes_counts_its_processes_alike_everywhere():
+    spec, container, env = job()
+    spec, degrees = spec["spec"], dict(a.split("=") for a in container["args"] if "=" in a)
+    world = int(env["WORLD_SIZE"])
+    assert spec["completions"] == spec["parallelism"]
+    assert spec["completions"] * int(env["RANKS_PER_POD"]) == world
+    assert int(degrees["parallel.replicate"]) * int(degrees["parallel.shard"]) == world
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(env["RANKS_PER_POD"])
