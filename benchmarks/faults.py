@@ -57,7 +57,7 @@ TRAINING = [
     "pretrain.trainer.spike.window_steps=8",
     "pretrain.trainer.spike.rise_nats=1.0",
     "pretrain.trainer.spike.sigmas=6",
-    "pretrain.parallel.supervise.hang_s=20",
+    "pretrain.parallel.supervise.hang_s=60",
     "pretrain.parallel.supervise.slow_s=4",
 ]
 

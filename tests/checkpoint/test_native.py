@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +120,17 @@ def test_torch_s_word_for_a_full_disk_is_translated(tmp_path, monkeypatch):
     with pytest.raises(ArtifactError, match="No space left"):
         save(tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_the_first_version_stays_readable(tmp_path):
+    """Written by the code before a run could be spread over processes; must load for ever."""
+    folder = Path(__file__).parent / "fixtures" / "version_1"
+    facts, state = native.check(folder), native.load(folder)
+    assert facts["step"] == 2
+    assert set(state) == {"model", "optimizer", "balance", "collapse", "rng"}
+    config, model = native.read_model(folder)
+    assert config.num_hidden_layers == 2
+    assert all(torch.isfinite(tensor).all() for tensor in model.values())
+    assert float(state["optimizer"]["lm_head.weight.step"]) == 2
+    shutil.copytree(folder, tmp_path / "checkpoints" / "step_00000002")
+    assert native.last_good(tmp_path / "checkpoints", print) == tmp_path / "checkpoints" / "step_00000002"
