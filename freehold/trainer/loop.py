@@ -18,7 +18,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from freehold.data.packing import PADDING, Batch
 from freehold.kernels import native as kernels
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig, flops_per_token
-from freehold.model.moe import MoE, Routing
+from freehold.model.moe import Routing
 from freehold.optim.adamw import gradient_norm
 from freehold.optim.balance import build_balance, router_losses
 from freehold.optim.build import Optimizers
@@ -46,10 +46,11 @@ from freehold.parallel.config import ParallelConfig
 from freehold.parallel.mesh import world
 from freehold.trainer.collapse import Alarm, CollapseDetector, reinitialise
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loss import chunked_loss
-from freehold.trainer.monitor import LoadMonitor, gemm_flops_per_s
+from freehold.trainer.loss import attach_loss, chunked_loss
+from freehold.trainer.monitor import LoadMonitor, Routed, RoutedElsewhere, gemm_flops_per_s
 
 if TYPE_CHECKING:
+    from freehold.parallel.pipeline import Pipeline
     from freehold.parallel.plan import Spread
 
 ROLLBACKS = "rollbacks.json"
@@ -102,6 +103,13 @@ class Trainer:
                 found="raise_rate with balance.kind none",
                 expected="another action, or a balancing rule",
             )
+        if job.trainer.collapse.action == "reinitialise" and job.parallel.pipeline > 1:
+            raise ConfigError(
+                "routing cannot be drawn anew in a layer that another pipeline stage holds",
+                where=f"{job.stage}.trainer.collapse.action",
+                found=f"reinitialise with {job.stage}.parallel.pipeline {job.parallel.pipeline}",
+                expected="another action, or parallel.pipeline 1",
+            )
         self.world = world(job.parallel, job.stage)
         self.log = log if self.world.is_main else Log(quiet=True)
         torch.manual_seed(seed)
@@ -109,6 +117,9 @@ class Trainer:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.spread: Spread | None = None
+        self.pipeline: Pipeline | None = None
+        self.moe_layers: dict[str, Routed] = {}
+        """Every MoE layer of the model by name, also those of other pipeline stages."""
         self.copies: dict[str, Tensor] = {}
         """What the model computes with where that is neither the master itself nor gathered from it."""
         if self.world.size == 1:
@@ -119,7 +130,6 @@ class Trainer:
         self.parameters = dict(self.model.named_parameters())
         for master in self.masters.values():
             master.grad_dtype = None  # the gradient of a single micro-batch stays in the dtype it was computed in
-        self.moe_layers = self.model.moe_layers()
         self.optimizers = self._new_optimizers()
         self.balance = build_balance(job.balance)
         self.step = job.schedule.first_step
@@ -146,6 +156,8 @@ class Trainer:
             native.match_keys(weights, self.model.state_dict(), self.job.folder)
             self.model.load_state_dict(weights)
         self.model.to(self.world.device)
+        self.names = list(self.model.state_dict())
+        self.moe_layers.update(self.model.moe_layers())
         self.masters = {n: p.detach().requires_grad_() for n, p in self.model.named_parameters()}
         self.model.to_compute(DTYPES[self.job.trainer.dtype])
         parameters = dict(self.model.named_parameters())
@@ -166,12 +178,26 @@ class Trainer:
             layer.expert_bias.zero_()
             layer.load_counts.zero_()
         self.spread = Spread(self.model, self.world)
+        self.names, here = list(whole.state_dict()), self.model.moe_layers()
+        for name, layer in whole.moe_layers().items():
+            bias, counts = (
+                torch.zeros_like(t, device=self.world.device) for t in (layer.expert_bias, layer.load_counts)
+            )
+            self.moe_layers[name] = here.get(name, RoutedElsewhere(bias, counts))
         if weights is not None:
-            native.match_keys(weights, whole.state_dict(), self.job.folder)
+            native.match_keys(weights, self.names, self.job.folder)
+            self._take_biases(weights)
         values = whole.initial_values(torch.Generator().manual_seed(seed)) if weights is None else weights.items()
         for name, value in values:
-            self.spread.fill_(name, value)
+            if name in self.spread.placed:
+                self.spread.fill_(name, value)
         self.masters = self.spread.masters()
+
+    def _take_biases(self, model: Mapping[str, Tensor]) -> None:
+        """Copy the expert biases of other stages' layers."""
+        for name, layer in self.moe_layers.items():
+            if isinstance(layer, RoutedElsewhere):
+                layer.expert_bias.copy_(model[f"{name}.expert_bias"])
 
     def _new_optimizers(self) -> Optimizers:
         """Return optimizers that remember nothing yet."""
@@ -263,7 +289,7 @@ class Trainer:
         """Take over weights, optimizer, balancing and random state of a checkpoint; CheckpointError if it is another
         model's."""
         here = self._kept()
-        native.match_keys(state["model"], here, folder)
+        native.match_keys(state["model"], self.names, folder)
         shapes = {n: tensor.shape for n, tensor in here.items()} | (self.spread.shapes() if self.spread else {})
         with torch.no_grad():
             for name, tensor in here.items():
@@ -276,11 +302,13 @@ class Trainer:
                         expected=tuple(shapes[name]),
                     )
                 tensor.copy_(self.spread.part_of(name, found) if self.spread else found)
+        self._take_biases(state["model"])
         self._publish()
         self.optimizers = self._new_optimizers()  # with nothing left of steps that are undone
         optimizer = state.get("optimizer", {})
         if self.spread is not None:
-            optimizer = {k: self.spread.part_of(k.rpartition(".")[0], slot) for k, slot in optimizer.items()}
+            mine = ((k, k.rpartition(".")[0], slot) for k, slot in optimizer.items())
+            optimizer = {k: self.spread.part_of(name, slot) for k, name, slot in mine if name in self.masters}
         self.optimizers.load_state_dict(optimizer)
         self.balance.load_state_dict(state.get("balance", {}))
         torch.set_rng_state(state["rng"]["torch"])
@@ -299,13 +327,32 @@ class Trainer:
         self.model.train()
         for layer in self.moe_layers.values():
             layer.load_counts.zero_()
+            layer.last_router_logit_max = None
         logit_max: dict[str, Tensor] = {}
-        for start in range(0, len(batch.input_ids), self.job.micro_sequences):
-            micro = batch.rows(start, start + self.job.micro_sequences)
-            documents = torch.from_numpy(micro.document_ids).to(device)
+
+        def forward(x: Tensor, documents: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+            nonlocal sequence, router_z
             routings: list[Routing] | None = [] if self.job.balance.has_loss else None
-            ids, wanted = (torch.from_numpy(array).to(device) for array in (micro.input_ids, micro.targets))
-            hidden = self.model.hidden(ids, document_ids=documents, routings=routings)
+            hidden = self.model.hidden(x, document_ids=documents, routings=routings, layers=layers)
+            for name, layer in self.moe_layers.items():
+                largest = layer.last_router_logit_max
+                if largest is not None:
+                    logit_max[name] = torch.maximum(largest, logit_max.get(name, largest))
+            if not routings:
+                return hidden
+            router = router_losses(
+                self.job.balance,
+                routings,
+                documents != PADDING,
+                scale=1 / max(tokens, 1),
+                row_sum=self.world.sum_row_,
+            )
+            sequence += float(router.sequence)
+            router_z += float(router.z)
+            return attach_loss(hidden, router.total)
+
+        def loss(hidden: Tensor, wanted: Tensor) -> Tensor:
+            nonlocal cross_entropy, z
             losses = chunked_loss(
                 hidden,
                 self.model.lm_head.weight,
@@ -314,20 +361,20 @@ class Trainer:
                 z_loss=self.job.trainer.z_loss,
                 chunk_tokens=self.job.trainer.loss_chunk_tokens,
             )
-            total = losses.total
-            if routings:
-                router = router_losses(self.job.balance, routings, documents != PADDING, scale=1 / max(tokens, 1))
-                total = total + router.total
-                sequence += float(router.sequence)
-                router_z += float(router.z)
-            total.backward()
             cross_entropy += float(losses.cross_entropy)
             z += float(losses.z)
-            for name, layer in self.moe_layers.items():
-                largest = layer.last_router_logit_max
-                assert largest is not None
-                logit_max[name] = torch.maximum(largest, logit_max.get(name, largest))
+            return losses.total
+
+        arrays = (batch.input_ids, batch.targets, batch.document_ids)
+        ids, wanted, documents = (torch.from_numpy(array).to(device) for array in arrays)
+        if self.job.parallel.pipeline > 1:
+            self._stages(batch).step(ids, wanted, documents, forward, loss)
             self._collect()
+        else:
+            for start in range(0, len(ids), self.job.micro_sequences):
+                rows = slice(start, start + self.job.micro_sequences)
+                loss(forward(ids[rows], documents[rows]), wanted[rows]).backward()
+                self._collect()
         figures = torch.tensor([cross_entropy, z, sequence, router_z], dtype=torch.float64, device=device)
         cross_entropy, z, sequence, router_z = self.world.sum_all_(figures).tolist()
         norm = self._norm()
@@ -363,6 +410,25 @@ class Trainer:
             values["loss/router_z"] = router_z / routed
         return values
 
+    def _stages(self, batch: Batch) -> Pipeline:
+        """Return the pipeline that steps of this shape go through."""
+        if self.pipeline is None:
+            from freehold.parallel.pipeline import Pipeline
+
+            assert self.world.dense is not None
+            rows, tokens = batch.input_ids.shape
+            each = min(self.job.micro_sequences, rows)
+            self.pipeline = Pipeline(
+                self.job.model,
+                self.world.dense["pp"].get_group(),
+                stages=self.job.parallel.stages,
+                micro_batches=rows // each,
+                micro_shape=(each, tokens),
+                dtype=DTYPES[self.job.trainer.dtype],
+                device=self.world.device,
+            )
+        return self.pipeline
+
     def leave_out(self, batch: Batch) -> dict[str, Any]:
         """Let a step pass that a roll-back decided to leave out; return its figures, which are not numbers."""
         for rollback in self.rollbacks:
@@ -385,8 +451,9 @@ class Trainer:
         """Make the counts and largest logits of a step those of all processes: integers, so biases agree to the bit."""
         if self.world.size == 1 or not self.moe_layers:
             return
-        counts = self.world.sum_(torch.stack([layer.load_counts for layer in self.moe_layers.values()]))
-        largest = self.world.max_(torch.stack([logit_max[name] for name in self.moe_layers]))
+        counts = self.world.sum_all_(torch.stack([layer.load_counts for layer in self.moe_layers.values()]))
+        least = torch.full((), -math.inf, device=self.world.device)  # of a layer that another stage holds
+        largest = self.world.max_all_(torch.stack([logit_max.get(n, least).float() for n in self.moe_layers]))
         for (name, layer), of_layer, maximum in zip(self.moe_layers.items(), counts, largest, strict=True):
             layer.load_counts.copy_(of_layer)
             logit_max[name] = maximum
@@ -399,7 +466,7 @@ class Trainer:
     def _is_left_out(self, step: int) -> bool:
         return any(rollback["first_step"] <= step < rollback["end_step"] for rollback in self.rollbacks)
 
-    def _balance(self, name: str, layer: MoE) -> None:
+    def _balance(self, name: str, layer: Routed) -> None:
         """Move one layer's bias by the counts of the step; further, while its balance step is raised."""
         before, factor = layer.expert_bias.clone(), self.detector.rate_factor(name, self.step)
         self.balance.update(name, layer.expert_bias, layer.load_counts)
