@@ -1,58 +1,115 @@
-"""Chunks of rows, pipeline stages, experts and shards at once: three steps of the real loop are those of one process."""
+"""Chunks of rows, pipeline stages, experts and shards at once: the steps of the real loop are those of one process."""
 
 from __future__ import annotations
 
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
 import pytest
 import toy
-from test_parallel_exactness import alone, assert_one_process, error
+import torch
+from test_parallel_exactness import alone, assert_one_process
+
+from freehold.core.errors import ConfigError
+from freehold.trainer.validate import HeldOut, bits_per_byte
+
+DEGREES = {
+    "cp2": {"context": 2},
+    "cp4": {"context": 4},
+    "cp2-dp2-ep2": {"context": 2, "shard": 2, "expert": 2},
+    "cp2-dp2-ep4": {"context": 2, "replicate": 1, "shard": 2, "expert": 4},
+    "pp2": {"pipeline": 2},
+    "pp2-interleaved": {"pipeline": 2, "schedule": "interleaved"},
+    "pp2-ep2-fsdp2": {"pipeline": 2, "shard": 2, "expert": 2},
+    "pp2-interleaved-ep2-cp2": {"pipeline": 2, "schedule": "interleaved", "context": 2, "expert": 2},
+}
 
 
-def run(parallel, dtype="float64", changes=None):
+def size(degrees):
+    return math.prod(degrees.get(axis, 1) for axis in ("replicate", "shard", "context", "pipeline"))
+
+
+def run(parallel, changes):
     """Train on a rank; the first rank of each pipeline stage returns what its layers became."""
-    trainer = toy.make(parallel, dtype, **(changes or {}))
+    trainer = toy.make(parallel, **changes)
     report = toy.train(trainer)
     report["biases"] = {n: v for n, v in report["model"].items() if n.endswith("expert_bias")}
+    report["bits"] = bits_per_byte(trainer.model, held_out(), trainer.world, rows=2)
     if trainer.world.rank % (trainer.world.size // trainer.job.parallel.pipeline):
         for name in ("gradients", "model", "optimizer"):
             report[name] = {}
     return report
 
 
-def joined(reports):
-    """Return the reports with all stages' tensors in the first; no tensor may be on two stages."""
-    first = reports[0]
-    for other in reports[1:]:
-        for name in ("gradients", "model", "optimizer"):
-            assert not first[name].keys() & other[name].keys()
-            first[name] |= other[name]
-    return reports
+def held_out():
+    """Rows to validate on; those of the first source do not come out even over the ranks."""
+    batch = toy.batches()[0]
+    return {"a": HeldOut(batch.rows(0, 5), 100), "b": HeldOut(batch.rows(1, 8), 100)}
 
 
-CONTEXT = {
-    "cp2": {"context": 2},
-    "cp4": {"context": 4},
-    "cp2-ep2": {"context": 2, "expert": 2},
-    "cp2-dp2-ep2": {"context": 2, "shard": 2, "expert": 2},
-    "cp2-dp2-ep4": {"context": 2, "shard": 2, "expert": 4},
-    "cp2-replicate2": {"context": 2, "replicate": 2},
-}
-PIPELINE = {
-    "pp2": {"pipeline": 2},
-    "pp2-interleaved": {"pipeline": 2, "schedule": "interleaved"},
-    "pp4": {"pipeline": 4},
-    "pp2-fsdp2": {"pipeline": 2, "shard": 2},
-    "pp2-ep2-fsdp2": {"pipeline": 2, "shard": 2, "expert": 2},
-    "pp2-interleaved-ep2": {"pipeline": 2, "schedule": "interleaved", "shard": 2, "expert": 2},
-    "pp2-cp2-ep2": {"pipeline": 2, "context": 2, "expert": 2},
-}
-DEGREES = CONTEXT | PIPELINE
+@cache
+def bits_alone():
+    trainer = toy.make({})
+    toy.train(trainer)
+    return bits_per_byte(trainer.model, held_out(), trainer.world, rows=2)
 
 
 @pytest.mark.parametrize("name", DEGREES)
-def test_three_steps_are_those_of_one_process(ranks, name):
+def test_three_steps_and_a_validation_are_those_of_one_process(ranks, name):
     degrees = DEGREES[name]
-    size = 1
-    for axis in ("replicate", "shard", "context", "pipeline"):
-        size *= degrees.get(axis, 1)
-    micro = {"micro": 1} if size == 4 and "shard" in degrees else {}
-    assert_one_process(joined(ranks(size).run(run, degrees, "float64", micro)), alone("float64", tuple(micro.items())))
+    micro = {"micro": 1} if "pipeline" in degrees and "shard" in degrees else {}
+    reports = ranks(size(degrees)).run(run, degrees, micro)
+    first = reports[0]
+    for other in reports[1:]:
+        for part in ("gradients", "model", "optimizer"):
+            assert not first[part].keys() & other[part].keys()
+            first[part] |= other[part]
+    assert_one_process(reports, alone("float64", tuple(micro.items())))
+    for report in reports:
+        assert report["bits"] == first["bits"]
+        for counts, expected in zip(report["counts"].values(), alone()["counts"].values(), strict=True):
+            assert np.array_equal(counts, expected)
+    for key, value in bits_alone().items():
+        assert first["bits"][key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_stages_that_run_their_layers_again_and_other_optimizers(ranks):
+    changes = {"recompute": True, "optim": {"matrices": "adamw"}}
+    reports = ranks(2).run(run, DEGREES["pp2-interleaved"], changes)
+    for part in ("gradients", "model", "optimizer"):
+        reports[0][part] |= reports[1][part]
+    assert_one_process(reports, alone("float64", (("recompute", True), ("optim", (("matrices", "adamw"),)))))
+
+
+def go_on(parallel, state, steps):
+    """Take over the state of one process after some steps, and take the next."""
+    trainer = toy.make(parallel)
+    state = {part: {n: torch.from_numpy(t) for n, t in tensors.items()} for part, tensors in state.items()}
+    trainer.adopt(state, Path())
+    trainer.step = steps
+    trainer.train_step(toy.part(trainer, toy.batches()[steps]))
+    biases = {name: layer.expert_bias.numpy() for name, layer in trainer.moe_layers.items()}
+    return {n: toy.whole(trainer, n, m) for n, m in trainer.masters.items()}, biases
+
+
+@pytest.mark.parametrize("name", ["pp2-interleaved", "cp2"])
+def test_what_one_process_left_is_gone_on_with(ranks, name):
+    trainer = toy.make({})
+    for batch in toy.batches()[:2]:
+        trainer.train_step(batch)
+    state = {p: {n: t.numpy().copy() for n, t in tensors.items()} for p, tensors in trainer.state().items()}
+    trainer.train_step(toy.batches()[2])
+    found: dict[str, np.ndarray] = {}
+    for masters, biases in ranks(2).run(go_on, DEGREES[name], state, 2):
+        found |= masters
+        for layer, bias in biases.items():
+            assert np.array_equal(bias, trainer.moe_layers[layer].expert_bias.numpy())
+    for parameter, master in trainer.masters.items():
+        np.testing.assert_allclose(found[parameter], master.detach().numpy(), rtol=1e-9, atol=1e-12)
+
+
+def test_what_stages_cannot_do_is_refused_before_anything_starts():
+    with pytest.raises(ConfigError, match="another pipeline stage holds"):
+        toy.make({"pipeline": 2}, trainer={"collapse": {"action": "reinitialise"}})
