@@ -115,7 +115,9 @@ class World:
 
     def sum_row_(self, tensor: Tensor) -> Tensor:
         """Add, in place, over the ranks that hold the chunks of the same rows."""
-        return self._reduce(tensor, "SUM", self.tokens["context"].get_group()) if self.tokens is not None else tensor
+        if self.parallel.context == 1:
+            return tensor
+        return self._reduce(tensor, "SUM", self.tokens["context"].get_group() if self.tokens else None)
 
     def max_all_(self, tensor: Tensor) -> Tensor:
         """Take the largest, in place, over all processes."""

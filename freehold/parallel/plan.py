@@ -5,11 +5,10 @@
     gains            [d]         on every rank, in fp32: together they are a few hundred kilobytes
     expert biases    [E]         on every rank, moved alike everywhere
 
-The order of application is fixed: meshes, layers of other pipeline stages left out, experts dealt (DTensor) and their
-dispatcher, attention that sees beyond a chunk, then FSDP2 from the inside out
-(experts, block, embedding, the rest), then gradients summed instead of averaged. The loss is a sum over the tokens of
-all ranks divided by their number, so sums are right for every tensor; a mean over the ranks of a group would be wrong
-for experts, whose group is another.
+The order of application is fixed: other stages' layers out, attention cores for chunks, experts dealt (DTensor) and
+their dispatcher, FSDP2 from the inside out (experts, block, embedding, the rest), gradients summed, not averaged. The
+loss is a sum over the tokens of all ranks divided by their number, so sums are right for every tensor; a mean over the
+ranks of a group would be wrong for experts, whose group is another.
 """
 
 from __future__ import annotations
@@ -37,21 +36,22 @@ def lay_out(model: Afmoe, world: World, dtype: torch.dtype) -> None:
     """
     assert world.dense is not None
     assert world.sparse is not None
-    degrees, world.stream_dtype = world.parallel, dtype
-    if degrees.pipeline > 1:
-        from freehold.parallel.pipeline import keep_layers, rank_stages  # which imports half of PyTorch's compiler
-
-        layers = model.config.num_hidden_layers
-        keep_layers(model, rank_stages(layers, degrees.stages, degrees.pipeline, world.place.pipeline).values())
+    degrees = world.parallel
     dense, sparse = world.dense["fsdp"], world.sparse["edp"]
     if degrees.replicate > 1:
         dense, sparse = world.dense["replicate", "fsdp"], world.sparse["replicate", "edp"]
+    world.stream_dtype = dtype
+    if degrees.pipeline > 1:
+        from freehold.parallel.pipeline import keep_layers, rank_stages  # which imports much of PyTorch's compiler
+
+        stages = rank_stages(model.config.num_hidden_layers, degrees.stages, degrees.pipeline, world.place.pipeline)
+        keep_layers(model, stages.values())
+    if world.tokens is not None:
+        ContextParallel(world.tokens["context"].get_group()).apply(model)
     if degrees.expert > 1:
         for moe in model.moe_layers().values():
             _deal(moe.experts, world)
             moe.dispatcher = AllToAll(world.sparse["ep"].get_group())
-    if world.tokens is not None:
-        ContextParallel(world.tokens["context"].get_group()).apply(model)
     gains = {parameter for parameter in model.parameters() if parameter.ndim == 1}
     exact = next(model.parameters()).dtype
     policy = MixedPrecisionPolicy(

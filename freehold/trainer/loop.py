@@ -107,8 +107,8 @@ class Trainer:
             raise ConfigError(
                 "routing cannot be drawn anew in a layer that another pipeline stage holds",
                 where=f"{job.stage}.trainer.collapse.action",
-                found=f"reinitialise with {job.stage}.parallel.pipeline {job.parallel.pipeline}",
-                expected="another action, or parallel.pipeline 1",
+                found=f"reinitialise with {job.stage}.parallel.pipeline={job.parallel.pipeline}",
+                expected="another action, or parallel.pipeline=1",
             )
         self.world = world(job.parallel, job.stage)
         self.log = log if self.world.is_main else Log(quiet=True)
@@ -189,7 +189,7 @@ class Trainer:
             self._take_biases(weights)
         values = whole.initial_values(torch.Generator().manual_seed(seed)) if weights is None else weights.items()
         for name, value in values:
-            if name in self.spread.placed:
+            if name in self.spread.placed:  # else it is another pipeline stage's
                 self.spread.fill_(name, value)
         self.masters = self.spread.masters()
 
@@ -307,8 +307,8 @@ class Trainer:
         self.optimizers = self._new_optimizers()  # with nothing left of steps that are undone
         optimizer = state.get("optimizer", {})
         if self.spread is not None:
-            mine = ((k, k.rpartition(".")[0], slot) for k, slot in optimizer.items())
-            optimizer = {k: self.spread.part_of(name, slot) for k, name, slot in mine if name in self.masters}
+            of = ((key, key.rpartition(".")[0], slot) for key, slot in optimizer.items())
+            optimizer = {key: self.spread.part_of(name, slot) for key, name, slot in of if name in self.masters}
         self.optimizers.load_state_dict(optimizer)
         self.balance.load_state_dict(state.get("balance", {}))
         torch.set_rng_state(state["rng"]["torch"])
@@ -320,72 +320,36 @@ class Trainer:
 
         A step whose loss or gradient is not finite changes nothing but the step count.
         """
-        real, device = int((batch.document_ids != PADDING).sum()), self.world.device
+        job, device = self.job, self.world.device
+        real = int((batch.document_ids != PADDING).sum())
         mine = torch.tensor([batch.target_tokens, real, batch.input_ids.size], device=device)
         targets, tokens, read_tokens = map(int, self.world.sum_(mine).tolist())
-        cross_entropy = z = sequence = router_z = 0.0
         self.model.train()
         for layer in self.moe_layers.values():
             layer.load_counts.zero_()
             layer.last_router_logit_max = None
-        logit_max: dict[str, Tensor] = {}
-
-        def forward(x: Tensor, documents: Tensor, layers: Sequence[int] | None = None) -> Tensor:
-            nonlocal sequence, router_z
-            routings: list[Routing] | None = [] if self.job.balance.has_loss else None
-            hidden = self.model.hidden(x, document_ids=documents, routings=routings, layers=layers)
-            for name, layer in self.moe_layers.items():
-                largest = layer.last_router_logit_max
-                if largest is not None:
-                    logit_max[name] = torch.maximum(largest, logit_max.get(name, largest))
-            if not routings:
-                return hidden
-            router = router_losses(
-                self.job.balance,
-                routings,
-                documents != PADDING,
-                scale=1 / max(tokens, 1),
-                row_sum=self.world.sum_row_,
-            )
-            sequence += float(router.sequence)
-            router_z += float(router.z)
-            return attach_loss(hidden, router.total)
-
-        def loss(hidden: Tensor, wanted: Tensor) -> Tensor:
-            nonlocal cross_entropy, z
-            losses = chunked_loss(
-                hidden,
-                self.model.lm_head.weight,
-                wanted,
-                scale=1 / max(targets, 1),
-                z_loss=self.job.trainer.z_loss,
-                chunk_tokens=self.job.trainer.loss_chunk_tokens,
-            )
-            cross_entropy += float(losses.cross_entropy)
-            z += float(losses.z)
-            return losses.total
-
-        arrays = (batch.input_ids, batch.targets, batch.document_ids)
-        ids, wanted, documents = (torch.from_numpy(array).to(device) for array in arrays)
-        if self.job.parallel.pipeline > 1:
-            self._stages(batch).step(ids, wanted, documents, forward, loss)
-            self._collect()
+        passes = _Passes(self, 1 / max(targets, 1), 1 / max(tokens, 1))
+        if job.parallel.pipeline > 1:
+            self._pipe(batch, passes)
         else:
-            for start in range(0, len(ids), self.job.micro_sequences):
-                rows = slice(start, start + self.job.micro_sequences)
-                loss(forward(ids[rows], documents[rows]), wanted[rows]).backward()
+            for start in range(0, len(batch.input_ids), job.micro_sequences):
+                micro = batch.rows(start, start + job.micro_sequences)
+                ids, wanted, documents = self._tensors(micro)
+                hidden, routing_loss = passes.forward(ids, documents)
+                total = passes.loss(hidden, wanted)
+                (total if routing_loss is None else total + routing_loss).backward()
                 self._collect()
-        figures = torch.tensor([cross_entropy, z, sequence, router_z], dtype=torch.float64, device=device)
+        figures = torch.tensor(passes.sums, dtype=torch.float64, device=device)
         cross_entropy, z, sequence, router_z = self.world.sum_all_(figures).tolist()
         norm = self._norm()
         finite = norm < float("inf") and cross_entropy < float("inf")
         if finite:
             clip = min(1.0, self.job.optim.clip_norm / (norm + 1e-6))
             self.optimizers.step(self.job.schedule.at(self.step).factor, clip)
-            self._add_up_routing(logit_max)
+            self._add_up_routing(passes.logit_max)
             for name, layer in self.moe_layers.items():
                 self._balance(name, layer)
-            self.monitor.add(logit_max)
+            self.monitor.add(passes.logit_max)
         else:
             self._skip("loss or gradient is not finite")
             last = self.job.trainer.max_skipped_steps
@@ -410,24 +374,39 @@ class Trainer:
             values["loss/router_z"] = router_z / routed
         return values
 
-    def _stages(self, batch: Batch) -> Pipeline:
-        """Return the pipeline that steps of this shape go through."""
-        if self.pipeline is None:
-            from freehold.parallel.pipeline import Pipeline
+    def _tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids, targets and document numbers on the device."""
+        ids, targets, documents = (
+            torch.from_numpy(array).to(self.world.device)
+            for array in (batch.input_ids, batch.targets, batch.document_ids)
+        )
+        return ids, targets, documents
 
+    def _pipe(self, batch: Batch, passes: _Passes) -> None:
+        """Send the step's micro-batches through the stages of the pipeline, forward and backward."""
+        from freehold.parallel.pipeline import Pipeline
+
+        parallel, (rows, tokens) = self.job.parallel, batch.input_ids.shape
+        micro_rows = min(self.job.micro_sequences, rows)
+        if self.pipeline is None:
             assert self.world.dense is not None
-            rows, tokens = batch.input_ids.shape
-            each = min(self.job.micro_sequences, rows)
             self.pipeline = Pipeline(
                 self.job.model,
                 self.world.dense["pp"].get_group(),
-                stages=self.job.parallel.stages,
-                micro_batches=rows // each,
-                micro_shape=(each, tokens),
+                stages=parallel.stages,
+                micro_batches=rows // micro_rows,
+                micro_shape=(micro_rows, tokens),
                 dtype=DTYPES[self.job.trainer.dtype],
                 device=self.world.device,
             )
-        return self.pipeline
+
+        def forward(x: Tensor, documents: Tensor, layers: Sequence[int]) -> Tensor:
+            hidden, routing_loss = passes.forward(x, documents, layers)
+            return hidden if routing_loss is None else attach_loss(hidden, routing_loss)
+
+        ids, targets, documents = self._tensors(batch)
+        self.pipeline.step(ids, targets, documents, forward, passes.loss)
+        self._collect()
 
     def leave_out(self, batch: Batch) -> dict[str, Any]:
         """Let a step pass that a roll-back decided to leave out; return its figures, which are not numbers."""
@@ -664,6 +643,55 @@ class Trainer:
         self.log.live(line)
         if done % (10 * self.job.trainer.log_every_steps) == 0:
             self.log.say(line)
+
+
+class _Routings(list[Routing]):
+    """A list that stays one object: FSDP rebuilds plain lists that it finds among arguments."""
+
+
+class _Passes:
+    """The forward passes of one step: sums of losses over this process's tokens, and the largest router logits."""
+
+    def __init__(self, trainer: Trainer, target_scale: float, token_scale: float) -> None:
+        self.trainer, self.target_scale, self.token_scale = trainer, target_scale, token_scale
+        self.sums = [0.0, 0.0, 0.0, 0.0]
+        """cross-entropy, z, sequence loss, router z"""
+        self.logit_max: dict[str, Tensor] = {}
+
+    def forward(
+        self, x: Tensor, documents: Tensor, layers: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run some layers (all: None) on ids or a stream; return what leaves them, and the loss on their routing."""
+        trainer = self.trainer
+        balance, routings = trainer.job.balance, _Routings() if trainer.job.balance.has_loss else None
+        hidden = trainer.model.hidden(x, document_ids=documents, routings=routings, layers=layers)
+        for name, layer in trainer.moe_layers.items():
+            largest = layer.last_router_logit_max
+            if largest is not None:
+                self.logit_max[name] = torch.maximum(largest, self.logit_max.get(name, largest))
+        if not routings:
+            return hidden, None
+        router = router_losses(
+            balance, routings, documents != PADDING, scale=self.token_scale, row_sum=trainer.world.sum_row_
+        )
+        self.sums[2] += float(router.sequence)
+        self.sums[3] += float(router.z)
+        return hidden, router.total
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of what left the last layer."""
+        config = self.trainer.job.trainer
+        losses = chunked_loss(
+            hidden,
+            self.trainer.model.lm_head.weight,
+            targets,
+            scale=self.target_scale,
+            z_loss=config.z_loss,
+            chunk_tokens=config.loss_chunk_tokens,
+        )
+        self.sums[0] += float(losses.cross_entropy)
+        self.sums[1] += float(losses.z)
+        return losses.total
 
 
 class _StopSignals:

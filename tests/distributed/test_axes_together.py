@@ -1,43 +1,35 @@
-"""Chunks of rows, pipeline stages, experts and shards at once: the steps of the real loop are those of one process."""
+"""What the loop does beside its steps where rows are cut into chunks and layers into stages: validate, adopt, watch."""
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-import toy
 import torch
+import toy
 from test_parallel_exactness import alone, assert_one_process
 
 from freehold.core.errors import ConfigError
+from freehold.parallel.config import ParallelConfig
 from freehold.trainer.validate import HeldOut, bits_per_byte
 
 DEGREES = {
     "cp2": {"context": 2},
-    "cp4": {"context": 4},
-    "cp2-dp2-ep2": {"context": 2, "shard": 2, "expert": 2},
-    "cp2-dp2-ep4": {"context": 2, "replicate": 1, "shard": 2, "expert": 4},
-    "pp2": {"pipeline": 2},
     "pp2-interleaved": {"pipeline": 2, "schedule": "interleaved"},
     "pp2-ep2-fsdp2": {"pipeline": 2, "shard": 2, "expert": 2},
     "pp2-interleaved-ep2-cp2": {"pipeline": 2, "schedule": "interleaved", "context": 2, "expert": 2},
 }
 
 
-def size(degrees):
-    return math.prod(degrees.get(axis, 1) for axis in ("replicate", "shard", "context", "pipeline"))
-
-
 def run(parallel, changes):
-    """Train on a rank; the first rank of each pipeline stage returns what its layers became."""
+    """Train on a rank; the first of each pipeline stage returns what its layers became."""
     trainer = toy.make(parallel, **changes)
     report = toy.train(trainer)
-    report["biases"] = {n: v for n, v in report["model"].items() if n.endswith("expert_bias")}
+    report["biases"] = {name: layer.expert_bias.numpy() for name, layer in trainer.moe_layers.items()}
     report["bits"] = bits_per_byte(trainer.model, held_out(), trainer.world, rows=2)
-    if trainer.world.rank % (trainer.world.size // trainer.job.parallel.pipeline):
+    if any(trainer.world.place[1:]):
         for name in ("gradients", "model", "optimizer"):
             report[name] = {}
     return report
@@ -56,31 +48,29 @@ def bits_alone():
     return bits_per_byte(trainer.model, held_out(), trainer.world, rows=2)
 
 
-@pytest.mark.parametrize("name", DEGREES)
-def test_three_steps_and_a_validation_are_those_of_one_process(ranks, name):
-    degrees = DEGREES[name]
-    micro = {"micro": 1} if "pipeline" in degrees and "shard" in degrees else {}
-    reports = ranks(size(degrees)).run(run, degrees, micro)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [*((name, {}) for name in DEGREES), ("pp2-interleaved", {"recompute": True, "optim": {"matrices": "adamw"}})],
+)
+def test_every_process_knows_all_routing_and_validates_alike(ranks, name, changes):
+    size = ParallelConfig(**DEGREES[name]).devices
+    reports = ranks(size).run(run, DEGREES[name], changes)
     first = reports[0]
     for other in reports[1:]:
         for part in ("gradients", "model", "optimizer"):
             assert not first[part].keys() & other[part].keys()
             first[part] |= other[part]
-    assert_one_process(reports, alone("float64", tuple(micro.items())))
+    expected = alone("float64", tuple((k, tuple(v.items()) if isinstance(v, dict) else v) for k, v in changes.items()))
     for report in reports:
         assert report["bits"] == first["bits"]
-        for counts, expected in zip(report["counts"].values(), alone()["counts"].values(), strict=True):
-            assert np.array_equal(counts, expected)
-    for key, value in bits_alone().items():
-        assert first["bits"][key] == pytest.approx(value, rel=1e-5), key
-
-
-def test_stages_that_run_their_layers_again_and_other_optimizers(ranks):
-    changes = {"recompute": True, "optim": {"matrices": "adamw"}}
-    reports = ranks(2).run(run, DEGREES["pp2-interleaved"], changes)
-    for part in ("gradients", "model", "optimizer"):
-        reports[0][part] |= reports[1][part]
-    assert_one_process(reports, alone("float64", (("recompute", True), ("optim", (("matrices", "adamw"),)))))
+        for counts, right in zip(report["counts"].values(), expected["counts"].values(), strict=True):
+            assert np.array_equal(counts, right)
+        for layer, bias in report.pop("biases").items():
+            assert np.array_equal(bias, expected["model"][f"{layer}.expert_bias"])
+        report["biases"] = {}
+    assert_one_process(reports, expected)
+    if not changes:
+        assert first["bits"] == {key: pytest.approx(value, rel=1e-5) for key, value in bits_alone().items()}
 
 
 def go_on(parallel, state, steps):
@@ -112,4 +102,4 @@ def test_what_one_process_left_is_gone_on_with(ranks, name):
 
 def test_what_stages_cannot_do_is_refused_before_anything_starts():
     with pytest.raises(ConfigError, match="another pipeline stage holds"):
-        toy.make({"pipeline": 2}, trainer={"collapse": {"action": "reinitialise"}})
+        toy.make({"pipeline": 2}, collapse="reinitialise")

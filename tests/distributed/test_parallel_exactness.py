@@ -14,19 +14,19 @@ import toy
 from torch.distributed.fsdp import FSDPModule
 
 from freehold.model import ops
+from freehold.parallel.config import ParallelConfig
 
 
 def spread_run(parallel, dtype, changes, break_it=None):
-    """Run on a rank; only rank 0 returns everything, the others what must be alike everywhere."""
+    """Run on a rank; the first of each pipeline stage returns all it has, the others what must be alike."""
     trainer = toy.make(parallel, dtype, **changes)
     if break_it:
         break_it(trainer)
     report = toy.train(trainer)
-    if trainer.world.is_main:
+    if not any(trainer.world.place[1:]):
         return report
-    alike = ("loss", "norm", "balance", "counts")
     biases = {n: v for n, v in report["model"].items() if n.endswith("expert_bias")}
-    return {name: report[name] for name in alike} | {"biases": biases}
+    return {"loss": report["loss"], "norm": report["norm"], "biases": biases}
 
 
 @functools.cache
@@ -75,11 +75,33 @@ DEGREES = {
     "ep2-fsdp2": {"shard": 4, "expert": 2},
     "hsdp2-ep2": {"replicate": 2, "shard": 2, "expert": 2},
 }
+CHUNKS = {
+    "cp2": {"context": 2},
+    "cp4": {"context": 4},
+    "cp2-ep2": {"context": 2, "expert": 2},
+    "cp2-dp2-ep2": {"context": 2, "shard": 2, "expert": 2},
+    "cp2-dp2-ep4": {"context": 2, "shard": 2, "expert": 4},
+}
+STAGES = {
+    "pp2": {"pipeline": 2},
+    "pp2-interleaved": {"pipeline": 2, "schedule": "interleaved"},
+    "pp2-fsdp2": {"pipeline": 2, "shard": 2},
+    "pp2-ep2-fsdp2": {"pipeline": 2, "shard": 2, "expert": 2},
+    "pp2-ep2-fsdp2-interleaved": {"pipeline": 2, "shard": 2, "expert": 2, "schedule": "interleaved"},
+    "pp2-cp2-ep2": {"pipeline": 2, "context": 2, "expert": 2},
+}
+DEGREES |= CHUNKS | STAGES
 
 
 def run(ranks, degrees, dtype="float64", changes=None, break_it=None):
-    size = degrees.get("replicate", 1) * degrees.get("shard", 1)
-    return ranks(size).run(spread_run, degrees, dtype, changes or {}, break_it)
+    size = ParallelConfig(**degrees).devices
+    reports = ranks(size).run(spread_run, degrees, dtype, changes or {}, break_it)
+    for other in [report for report in reports[1:] if "model" in report]:  # of another pipeline stage
+        for part in ("gradients", "model", "optimizer"):
+            assert not reports[0][part].keys() & other[part].keys()
+            reports[0][part] |= other.pop(part)
+        other["biases"] = {}
+    return reports
 
 
 @pytest.mark.parametrize("name", DEGREES)
