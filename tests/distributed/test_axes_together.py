@@ -23,9 +23,9 @@ DEGREES = {
 }
 
 
-def run(parallel, changes):
+def run(parallel, changes, dtype="float64"):
     """Train on a rank; the first of each pipeline stage returns what its layers became."""
-    trainer = toy.make(parallel, **changes)
+    trainer = toy.make(parallel, dtype, **changes)
     report = toy.train(trainer)
     report["biases"] = {name: layer.expert_bias.numpy() for name, layer in trainer.moe_layers.items()}
     report["bits"] = bits_per_byte(trainer.model, held_out(), trainer.world, rows=2)
@@ -71,6 +71,16 @@ def test_every_process_knows_all_routing_and_validates_alike(ranks, name, change
     assert_one_process(reports, expected)
     if not changes:
         assert first["bits"] == {key: pytest.approx(value, rel=1e-5) for key, value in bits_alone().items()}
+
+
+def test_stages_hand_on_bfloat16(ranks):
+    reports, expected = ranks(2).run(run, DEGREES["pp2-interleaved"], {}, "bfloat16"), alone("bfloat16")
+    assert np.allclose(reports[0]["loss"][0], expected["loss"][0], rtol=1e-3)
+    assert np.allclose(reports[0]["norm"][0], expected["norm"][0], rtol=5e-3)
+    for report in reports:
+        for parameter, gradient in report["gradients"].items():
+            right = expected["gradients"][parameter]
+            assert np.linalg.norm(gradient - right) < 0.02 * np.linalg.norm(right), parameter
 
 
 def go_on(parallel, state, steps):
