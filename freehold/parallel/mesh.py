@@ -52,6 +52,8 @@ class World:
         self.device = torch.device("cpu")
         if parallel.device == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        self.stream_dtype = torch.get_default_dtype()
+        """What one pipeline stage hands to the next; the plan sets it."""
         self.dense: DeviceMesh | None = None
         self.sparse: DeviceMesh | None = None
         self.tokens: DeviceMesh | None = None
@@ -117,9 +119,9 @@ class World:
             return tensor
         return self._reduce(tensor, "SUM", self.tokens["context"].get_group() if self.tokens else None)
 
-    def max_(self, tensor: Tensor) -> Tensor:
-        """Take the largest, in place, over the ranks that hold the same layers."""
-        return self._reduce(tensor, "MAX", self._stage)
+    def max_all_(self, tensor: Tensor) -> Tensor:
+        """Take the largest, in place, over all processes."""
+        return self._reduce(tensor, "MAX", None)
 
     def sum_all_(self, tensor: Tensor) -> Tensor:
         """Add, in place, over all processes; a pipeline stage that has nothing to add gives zeros."""

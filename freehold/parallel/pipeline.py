@@ -19,6 +19,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
+from freehold.parallel.mesh import World
 
 Forward = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 """Run some layers: (ids [B, C] or stream [B, C, d], document ids [B, C], layer numbers) -> stream [B, C, d]"""
@@ -48,6 +49,26 @@ def keep_layers(model: Afmoe, stages: Iterable[range]) -> None:
         trunk.embed_tokens = None  # type: ignore[assignment]
     if model.config.num_hidden_layers - 1 not in kept:
         trunk.norm = model.lm_head = None  # type: ignore[assignment]
+
+
+def relay(model: Afmoe, world: World, input_ids: Tensor, document_ids: Tensor) -> Tensor | None:
+    """Run one batch [B, C] forward from stage to stage, all others waiting; return the last stage's hidden [B, C, d].
+
+    None on the ranks that do not hold the last stage.
+    """
+    assert world.dense is not None
+    group, degrees, config = world.dense["pp"].get_group(), world.parallel, model.config
+    x, held, ranks = input_ids, world.place.pipeline, degrees.pipeline
+    for number, layers in enumerate(stage_layers(config.num_hidden_layers, degrees.stages)):
+        if number % ranks != held:
+            continue
+        if number:
+            x = torch.empty(*input_ids.shape, config.hidden_size, dtype=world.stream_dtype, device=input_ids.device)
+            dist.recv(x, group=group, group_src=(number - 1) % ranks)
+        x = model.hidden(x, document_ids=document_ids, layers=layers)
+        if number + 1 < degrees.stages:
+            dist.send(x, group=group, group_dst=(number + 1) % ranks)
+    return x if (degrees.stages - 1) % ranks == held else None
 
 
 class _Stage(nn.Module):

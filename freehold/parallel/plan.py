@@ -27,7 +27,6 @@ from freehold.parallel.context import ContextParallel
 from freehold.parallel.dispatch import AllToAll
 from freehold.parallel.mesh import World
 from freehold.parallel.owners import Owners
-from freehold.parallel.pipeline import keep_layers, rank_stages
 
 
 def lay_out(model: Afmoe, world: World, dtype: torch.dtype) -> None:
@@ -41,7 +40,10 @@ def lay_out(model: Afmoe, world: World, dtype: torch.dtype) -> None:
     dense, sparse = world.dense["fsdp"], world.sparse["edp"]
     if degrees.replicate > 1:
         dense, sparse = world.dense["replicate", "fsdp"], world.sparse["replicate", "edp"]
+    world.stream_dtype = dtype
     if degrees.pipeline > 1:
+        from freehold.parallel.pipeline import keep_layers, rank_stages  # which imports much of PyTorch's compiler
+
         stages = rank_stages(model.config.num_hidden_layers, degrees.stages, degrees.pipeline, world.place.pipeline)
         keep_layers(model, stages.values())
     if world.tokens is not None:

@@ -19,7 +19,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ from freehold.data.packing import PADDING, Batch
 from freehold.kernels import native as kernels
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig, flops_per_token
-from freehold.model.moe import MoE, Routing
+from freehold.model.moe import Routing
 from freehold.optim.adamw import gradient_norm
 from freehold.optim.balance import build_balance, router_losses
 from freehold.optim.build import Optimizers
@@ -51,7 +51,7 @@ from freehold.parallel.mesh import world
 from freehold.trainer.collapse import Alarm, CollapseDetector, reinitialise
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.loss import attach_loss, chunked_loss
-from freehold.trainer.monitor import LoadMonitor, gemm_flops_per_s
+from freehold.trainer.monitor import LoadMonitor, Routed, RoutedElsewhere, gemm_flops_per_s
 from freehold.trainer.spike import SpikeDetector
 
 if TYPE_CHECKING:
@@ -116,12 +116,12 @@ class Trainer:
                 found="raise_rate with balance.kind none",
                 expected="another action, or a balancing rule",
             )
-        if job.trainer.collapse.action != "none" and job.parallel.pipeline > 1:
+        if job.trainer.collapse.action == "reinitialise" and job.parallel.pipeline > 1:
             raise ConfigError(
-                "a pipeline's stages watch their own layers only, and cannot act as one on what they see",
+                "routing cannot be drawn anew in a layer that another pipeline stage holds",
                 where=f"{job.stage}.trainer.collapse.action",
-                found=f"{job.trainer.collapse.action} with {job.stage}.parallel.pipeline={job.parallel.pipeline}",
-                expected="none",
+                found=f"reinitialise with {job.stage}.parallel.pipeline={job.parallel.pipeline}",
+                expected="another action, or parallel.pipeline=1",
             )
         self.world = world(job.parallel, job.stage)
         self.log = log if self.world.is_main else Log(quiet=True)
@@ -131,6 +131,8 @@ class Trainer:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.spread: Spread | None = None
         self.pipeline: Pipeline | None = None
+        self.moe_layers: dict[str, Routed] = {}
+        """Every MoE layer of the model by name, also those of other pipeline stages."""
         self.copies: dict[str, Tensor] = {}
         """What the model computes with where that is neither the master itself nor gathered from it."""
         if self.world.size == 1:
@@ -141,7 +143,6 @@ class Trainer:
         self.parameters = dict(self.model.named_parameters())
         for master in self.masters.values():
             master.grad_dtype = None  # the gradient of a single micro-batch stays in the dtype it was computed in
-        self.moe_layers = self.model.moe_layers()
         self.optimizers = self._new_optimizers()
         self.balance = build_balance(job.balance)
         self.step = job.schedule.first_step
@@ -174,6 +175,8 @@ class Trainer:
             native.match_keys(weights, self.model.state_dict(), self.job.folder)
             self.model.load_state_dict(weights)
         self.model.to(self.world.device)
+        self.names = list(self.model.state_dict())
+        self.moe_layers.update(self.model.moe_layers())
         self.masters = {n: p.detach().requires_grad_() for n, p in self.model.named_parameters()}
         self.model.to_compute(DTYPES[self.job.trainer.dtype])
         parameters = dict(self.model.named_parameters())
@@ -194,13 +197,26 @@ class Trainer:
             layer.expert_bias.zero_()
             layer.load_counts.zero_()
         self.spread = Spread(self.model, self.world)
+        self.names, here = list(whole.state_dict()), self.model.moe_layers()
+        for name, layer in whole.moe_layers().items():
+            bias, counts = (
+                torch.zeros_like(t, device=self.world.device) for t in (layer.expert_bias, layer.load_counts)
+            )
+            self.moe_layers[name] = here.get(name, RoutedElsewhere(bias, counts))
         if weights is not None:
-            native.match_keys(weights, whole.state_dict(), self.job.folder)
+            native.match_keys(weights, self.names, self.job.folder)
+            self._take_biases(weights)
         values = whole.initial_values(torch.Generator().manual_seed(seed)) if weights is None else weights.items()
         for name, value in values:
             if name in self.spread.placed:  # else it is another pipeline stage's
                 self.spread.fill_(name, value)
         self.masters = self.spread.masters()
+
+    def _take_biases(self, model: Mapping[str, Tensor]) -> None:
+        """Copy the expert biases of other stages' layers."""
+        for name, layer in self.moe_layers.items():
+            if isinstance(layer, RoutedElsewhere):
+                layer.expert_bias.copy_(model[f"{name}.expert_bias"])
 
     def _new_optimizers(self) -> Optimizers:
         """Return optimizers that remember nothing yet."""
@@ -221,8 +237,7 @@ class Trainer:
             "model": model,
             "optimizer": optimizer,
             "balance": self.balance.state_dict(),
-            # The stages of a pipeline watch different layers, and do not act on what they see.
-            "collapse": self.detector.state_dict() if self.job.parallel.pipeline == 1 else {},
+            "collapse": self.detector.state_dict(),
             "spike": self.spikes.state_dict(),
             "rng": {"torch": torch.get_rng_state()},
         }
@@ -363,11 +378,13 @@ class Trainer:
                         expected=tuple(shapes[name]),
                     )
                 tensor.copy_(self.spread.part_of(name, found) if self.spread else found)
+        self._take_biases(state["model"])
         self._publish()
         self.optimizers = self._new_optimizers()  # with nothing left of steps that are undone
         optimizer = state.get("optimizer", {})
         if self.spread is not None:
-            optimizer = {k: self.spread.part_of(k.rpartition(".")[0], slot) for k, slot in optimizer.items()}
+            of = ((key, key.rpartition(".")[0], slot) for key, slot in optimizer.items())
+            optimizer = {key: self.spread.part_of(name, slot) for key, name, slot in of if name in self.masters}
         self.optimizers.load_state_dict(optimizer)
         self.balance.load_state_dict(state.get("balance", {}))
         torch.set_rng_state(state["rng"]["torch"])
@@ -386,6 +403,7 @@ class Trainer:
         self.model.train()
         for layer in self.moe_layers.values():
             layer.load_counts.zero_()
+            layer.last_router_logit_max = None
         passes = _Passes(self, 1 / max(targets, 1), 1 / max(tokens, 1))
         if job.parallel.pipeline > 1:
             self._pipe(batch, passes)
@@ -434,7 +452,7 @@ class Trainer:
         self.step += 1
         self.tokens += read_tokens
         values = {"loss/mean": cross_entropy / max(targets, 1), "loss/z": z / max(targets, 1), "optim/grad_norm": norm}
-        routed = max(tokens * (job.model.num_hidden_layers - job.model.num_dense_layers), 1)
+        routed = max(tokens * len(self.moe_layers), 1)
         if self.job.balance.sequence_loss:
             values["loss/sequence"] = sequence / routed
         if self.job.balance.router_z_loss:
@@ -497,8 +515,9 @@ class Trainer:
         """Make the counts and largest logits of a step those of all processes: integers, so biases agree to the bit."""
         if self.world.size == 1 or not self.moe_layers:
             return
-        counts = self.world.sum_(torch.stack([layer.load_counts for layer in self.moe_layers.values()]))
-        largest = self.world.max_(torch.stack([logit_max[name] for name in self.moe_layers]))
+        counts = self.world.sum_all_(torch.stack([layer.load_counts for layer in self.moe_layers.values()]))
+        least = torch.full((), -math.inf, device=self.world.device)  # of a layer that another stage holds
+        largest = self.world.max_all_(torch.stack([logit_max.get(n, least).float() for n in self.moe_layers]))
         for (name, layer), of_layer, maximum in zip(self.moe_layers.items(), counts, largest, strict=True):
             layer.load_counts.copy_(of_layer)
             logit_max[name] = maximum
@@ -541,7 +560,7 @@ class Trainer:
     def _is_left_out(self, step: int) -> bool:
         return any(rollback["first_step"] <= step < rollback["end_step"] for rollback in self.rollbacks)
 
-    def _balance(self, name: str, layer: MoE) -> None:
+    def _balance(self, name: str, layer: Routed) -> None:
         """Move one layer's bias by the counts of the step; further, while its balance step is raised."""
         before, factor = layer.expert_bias.clone(), self.detector.rate_factor(name, self.step)
         self.balance.update(name, layer.expert_bias, layer.load_counts)

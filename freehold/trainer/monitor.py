@@ -5,12 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from freehold.model.moe import MoE
 from freehold.optim.balance import max_violation
+
+
+@dataclass
+class RoutedElsewhere:
+    """What every process keeps of a MoE layer of another pipeline stage: its loads and bias, which move alike."""
+
+    expert_bias: Tensor
+    load_counts: Tensor
+    last_router_logit_max: Tensor | None = None
+
+
+Routed = MoE | RoutedElsewhere
 
 
 class LoadMonitor:
@@ -20,7 +33,7 @@ class LoadMonitor:
     balancing rule sees.
     """
 
-    def __init__(self, layers: Mapping[str, MoE]) -> None:
+    def __init__(self, layers: Mapping[str, Routed]) -> None:
         self.layers = layers
         self.loads = {name: torch.zeros_like(layer.load_counts) for name, layer in self.layers.items()}
         self.violations: dict[str, list[float]] = {name: [] for name in self.layers}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from freehold.data.loader import Source
 from freehold.data.packing import Batch, Example, conversation_batch, cut, pack
@@ -71,15 +72,25 @@ def bits_per_byte(
                     torch.from_numpy(array).to(world.device)
                     for array in (part.input_ids, part.document_ids, part.targets)
                 )
-                nll = summed_nll(model.hidden(ids, document_ids=documents), model.lm_head.weight, targets).sum()
-                bits += float(nll) if start < number else 0.0
-            bits = float(world.sum_(torch.tensor(bits, dtype=torch.float64, device=world.device))) / math.log(2)
+                hidden = _hidden(model, world, ids, documents)
+                if hidden is not None and start < number:
+                    bits += float(summed_nll(hidden, model.lm_head.weight, targets).sum())
+            bits = float(world.sum_all_(torch.tensor(bits, dtype=torch.float64, device=world.device))) / math.log(2)
             values[f"val/bpb/{name}"] = bits / held.text_bytes
             all_bits += bits
             all_bytes += held.text_bytes
     values["val/bpb"] = all_bits / max(all_bytes, 1)
     model.train(training)
     return values
+
+
+def _hidden(model: Afmoe, world: World, ids: Tensor, documents: Tensor) -> Tensor | None:
+    """Return what the head is applied to; None where another pipeline stage has the head."""
+    if world.parallel.pipeline == 1:
+        return model.hidden(ids, document_ids=documents)
+    from freehold.parallel.pipeline import relay
+
+    return relay(model, world, ids, documents)
 
 
 def validator(sources: Mapping[str, HeldOut], world: World) -> Callable[[Afmoe], dict[str, float]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOAD = ["freehold.trainer.loop", "freehold.parallel.mesh", "torch.distributed.fsdp"]
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0
 GRACE_S = 2.0
 """After one rank has failed, the others may still say why they did, too."""
 

@@ -97,7 +97,7 @@ def run(ranks, degrees, dtype="float64", changes=None, break_it=None):
     size = ParallelConfig(**degrees).devices
     reports = ranks(size).run(spread_run, degrees, dtype, changes or {}, break_it)
     for other in [report for report in reports[1:] if "model" in report]:  # of another pipeline stage
-        for part in ("gradients", "model", "optimizer", "balance", "counts"):
+        for part in ("gradients", "model", "optimizer"):
             assert not reports[0][part].keys() & other[part].keys()
             reports[0][part] |= other.pop(part)
         other["biases"] = {}

@@ -19,7 +19,7 @@ from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.parallel.config import ParallelConfig
-from freehold.trainer.config import TrainerConfig
+from freehold.trainer.config import CollapseConfig, TrainerConfig
 from freehold.trainer.loop import Job, Trainer
 
 ROWS, TOKENS, STEPS = 8, 16, 3
@@ -63,7 +63,9 @@ def make(parallel: dict[str, Any], dtype: str = "float64", **changes: Any) -> Tr
     """Return the real loop on this process's world."""
     config = ModelConfig.model_validate(SHAPE | changes.pop("model", {}))
     # Float64 is no dtype a recipe can ask for.
-    trainer = TrainerConfig(threads=1, recompute=changes.pop("recompute", False)).model_copy(update={"dtype": dtype})
+    collapse = CollapseConfig(action=changes.pop("collapse", "none"))
+    trainer = TrainerConfig(threads=1, recompute=changes.pop("recompute", False), collapse=collapse)
+    trainer = trainer.model_copy(update={"dtype": dtype})
     job = Job(
         folder=Path(),
         model=config,

@@ -110,9 +110,6 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         for name, source in shards.sources("validation").items()
         if source.total_tokens
     }
-    if config.parallel.pipeline > 1:
-        validation = {}
-        work.log.say("  no validation while training: a pipeline's schedule always goes back as well")
     trainer.run(validator(validation, trainer.world) if validation else None)
     if work.leads:
         write_atomic(work.folder / "trace.parquet", preview.read_bytes())
