@@ -44,7 +44,7 @@ from freehold.parallel.heart import read_beat
 RECIPE = Path("recipes/tiny.yaml")
 STEPS = 36
 FAULTS = ("kill", "store", "stop", "disk", "truncate", "flip", "poison", "slow")
-PATIENCE_S = 600.0
+PATIENCE_S = 3600.0
 TRAINING = [
     "pretrain.parallel.nproc=2",
     "pretrain.parallel.shard=2",

@@ -19,7 +19,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benc
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
-COMMAND = re.compile(r"(?:^\s*|`|bin/|: |\$ |\| )freehold ([a-z]+)([^`\n]*)")
+COMMAND = re.compile(r"(?:^\s*|`|bin/|: |\$ |\| )freehold ([a-z]+(?:-[a-z]+)*)([^`\n]*)")
 
 PLACEHOLDERS = {"STAGE": "gather", "N": "1"}
 """Words that stand for one of a few; any other capitals are as good a path or name as any."""

@@ -71,8 +71,9 @@ class _Watched:
             return
         with contextlib.suppress(psutil.Error):
             self.state = psutil.Process(self.rank.process.pid).status()
-        self.busy.append((now, self.state not in (psutil.STATUS_SLEEPING, psutil.STATUS_IDLE)))
-        while now - self.busy[0][0] > window_s:
+        if self.beat.get("doing") == "step":  # saving and starting are not shared evenly
+            self.busy.append((now, self.state not in (psutil.STATUS_SLEEPING, psutil.STATUS_IDLE)))
+        while self.busy and now - self.busy[0][0] > window_s:
             self.busy.popleft()
 
     @property
@@ -252,16 +253,16 @@ class Supervisor:
         if sent:
             first = [e for e in sent if e.ended == sent[0].ended]
         names = ", ".join(str(e.rank.rank) for e in first)
-        one = first[0]
+        one, perhaps = first[0], ""
         if one.code is not None and one.code < 0:
             how = f"was ended by {signal.Signals(-one.code).name}" if len(first) == 1 else "were ended by a signal"
             if -one.code == signal.SIGKILL:
-                how += ", perhaps by the system for lack of memory"
+                perhaps = ", perhaps by the system for lack of memory"
         elif told and one in told:
             how = f"told: {(one.told() or {}).get('what')}"
         else:
             how = f"failed with exit code {one.code}: {(one.rank.last_lines(1) or [''])[-1].strip()}"
-        what = f"rank{'s' * (len(first) > 1)} {names} {how} after step {one.beat.get('step', 'none')}"
+        what = f"rank{'s' * (len(first) > 1)} {names} {how} after step {one.beat.get('step', 'none')}{perhaps}"
         return self._end(what, watched, first, ours, None if sent or not told else told[0].told())
 
     def _hung(self, watched: list[_Watched], silent: list[_Watched]) -> End:
@@ -269,10 +270,12 @@ class Supervisor:
         for each in watched:
             each.rank.send(DUMP)
         time.sleep(min(GRACE_S, 0.5))
-        stopped = [e for e in silent if e.state in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)]
-        steps = [e.beat.get("step", -1) for e in silent]
-        behind = [e for e in silent if e.beat.get("step", -1) == min(steps)] if len(set(steps)) > 1 else []
-        spinning = [e for e in silent if e.share > 0.9] if any(e.share < 0.5 for e in silent) else []
+        # Who is silent first is not who is to blame: those that wait may have spoken before it.
+        alive = [e for e in watched if e.ended is None]
+        stopped = [e for e in alive if e.state in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)]
+        steps = [e.beat.get("step", -1) for e in alive]
+        behind = [e for e in alive if e.beat.get("step", -1) == min(steps)] if len(set(steps)) > 1 else []
+        spinning = [e for e in alive if e.share > 0.9] if any(e.share < 0.5 for e in alive) else []
         blamed = stopped or behind or spinning
         ours = {e.rank.rank for e in watched if e.code is None}
         launch.kill(self.ranks)

@@ -347,11 +347,16 @@ class Trainer:
     def read(self, folder: Path) -> native.State:
         """Read a checkpoint into tensors that lie as those of this run do: of each, the part this rank holds."""
 
+        kept = self._kept()
+
         def empty(key: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
             part, _, name = key.partition("/")
             owner = name if part == "model" else name.rpartition(".")[0]
-            known = part in ("model", "optimizer") and owner in self.masters
+            weights = part in ("model", "optimizer")
+            if (weights and owner not in kept) or (part == "balance" and name not in self.moe_layers):
+                return None  # another pipeline stage's, or nobody's: that is told when names are compared
             # Of another shape it is another model's: read whole, and refused when it is taken over.
+            known = weights and owner in self.masters
             if self.spread is not None and known and self.spread.shapes()[owner] == size:
                 return self.spread.whole_form(owner, torch.empty_like(self.masters[owner], dtype=dtype).detach())
             return torch.empty(size, dtype=dtype)

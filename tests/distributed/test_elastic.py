@@ -67,9 +67,9 @@ def write_again(folder, parallel, step):
     trainer.save(folder / "again")
 
 
-def equal(a, b):
-    """Return the names of all tensors of two checkpoints whose bits differ."""
-    one, two = native.load(a), native.load(b)
+def equal(a, b, without=()):
+    """Return the names of all tensors of two checkpoints whose bits differ; some parts may be `without` an equal."""
+    one, two = ({part: t for part, t in native.load(folder).items() if part not in without} for folder in (a, b))
     assert one.keys() == two.keys()
     assert all(one[part].keys() == two[part].keys() for part in one)
     return [f"{p}/{n}" for p in one for n in one[p] if not torch.equal(one[p][n].nan_to_num(), two[p][n].nan_to_num())]
@@ -94,9 +94,11 @@ def test_four_then_two_then_three_processes(ranks, tmp_path):
 def test_what_one_world_wrote_another_reads_to_the_bit(ranks, tmp_path):
     ranks(4).run(go_on, tmp_path, {"shard": 2, "replicate": 2, "expert": 2}, 2)
     written = native.step_folder(tmp_path / "checkpoints", 2)
-    for size, parallel in ((2, {"shard": 2}), (3, {"shard": 3}), (4, {"shard": 4, "expert": 4})):
+    for size, parallel in ((2, {"shard": 2}), (3, {"shard": 3}), (4, {"shard": 2, "pipeline": 2})):
         ranks(size).run(write_again, tmp_path, parallel, 2)
-        assert equal(written, tmp_path / "again") == [], parallel
+        # The stages of a pipeline do not watch for a collapse.
+        without = ["collapse"] if "pipeline" in parallel else []
+        assert equal(written, tmp_path / "again", without) == [], parallel
     write_again(tmp_path, {}, 2)
     assert equal(written, tmp_path / "again") == []
 

@@ -16,7 +16,7 @@ from freehold.parallel.supervise import RankToldError, Supervisor, WorldFailed
 RANK = """
 import json, os, signal, sys, time
 from pathlib import Path
-from freehold.parallel.heart import Heart
+from freehold.parallel.heart import Heart, read_beat
 
 heart, rank, folder = Heart(), int(os.environ["RANK"]), Path(os.environ["FREEHOLD_HEARTBEAT"])
 world, run = int(folder.name.removeprefix("world_")), folder.parent.parent
@@ -118,6 +118,9 @@ def test_a_rank_that_stays_behind_is_named_with_its_stack(supervise):
         def stuck_here():
             time.sleep(60)
         if world == 1 and step == 3 and rank == 0:
+            while read_beat(folder / "rank_1.json").get("step", 0) < 4:
+                heart.beat(3, "step", loss=time.time())
+                time.sleep(0.05)
             stuck_here()
         elif world == 1 and step == 4:
             time.sleep(60)

@@ -63,6 +63,17 @@ def test_each_manifest_names_inputs_hashes_versions_and_code(runs):
         assert manifest["seconds"] >= 0
 
 
+def test_killed_and_gone_on_training_has_the_same_bits(runs):
+    result = freehold("verify-resume", RECIPE, f"runs_dir={runs}", "--first", "3", "--more", "4", "--json")
+    answer = json.loads(result.stdout)
+    (world,) = answer["worlds"]
+    assert answer["passed"]
+    assert world["must_be_exact"]
+    assert {"model", "optimizer", "balance", "rng"} <= set(world["parts"])
+    assert not any(part["differing"] for part in world["parts"].values())
+    assert not (runs / "tiny" / "verify-resume").exists()
+
+
 def test_again_does_nothing_and_quickly(runs):
     before = {p: p.stat().st_mtime_ns for p in (runs / "tiny").rglob("manifest.json")}
     started = time.monotonic()
