@@ -43,25 +43,26 @@ WAYS = {"adamw": ("adamw", 5), "muon, 5 iterations": ("muon", 5), "muon, 3 itera
 Curve = list[dict[str, float]]
 
 
-def best_runs(runs: Runs, cells: Iterable[tuple[int, int]]) -> dict[tuple[int, int], dict[str, tuple[Setting, Curve]]]:
-    """Return the best run of each way in each cell, by bits per byte at the end."""
+def best_runs(
+    runs: Runs, cells: Iterable[tuple[int, int]], finished: bool
+) -> dict[tuple[int, int], dict[str, tuple[Setting, Curve]]]:
+    """Return the best run of each way in each cell, by bits per byte at the end; of none: any setting and no curve."""
     found: dict[tuple[int, int], dict[str, tuple[Setting, Curve]]] = {}
     multiples: dict[tuple[int, int, str], float] = {}
     for cell in cells:
         batch, width = cell
         found[cell] = {}
         for name, (way, iterations) in WAYS.items():
+            tried = list(MULTIPLES[way])
             if iterations != 5:
                 tried = [multiples[batch, width, way]]
             elif cell == CELLS[-1] and (batch, 128) in found:
                 tried = [multiples[batch, 128, way]]
-            else:
-                tried = list(MULTIPLES[way])
             made = {m: replace(setting(way, width, m, batch, STEPS[batch]), iterations=iterations) for m in tried}
-            curves = {m: runs.curve(s) for m, s in made.items()}
-            best = min(curves, key=lambda m: curves[m][-1]["bpb"])
+            curves = {m: runs.curve(s) for m, s in made.items() if not finished or runs.finished(s)}
+            best = min(curves, key=lambda m: curves[m][-1]["bpb"]) if curves else tried[0]
             multiples[batch, width, way] = best
-            found[cell][name] = made[best], curves[best]
+            found[cell][name] = made[best], curves.get(best, [])
     return found
 
 
@@ -91,7 +92,7 @@ def step_seconds(
     rounds: int,
     pause_s: float,
 ) -> dict[tuple[int, int], dict[str, dict[str, float]]]:
-    """Return the median step of each way in each cell, timed in turn, and the load of others."""
+    """Return what a step of each way takes in each cell, timed in turn; `price`: the median ratio to AdamW's."""
     seconds = {}
     for (batch, width), ways in found.items():
         ids = np.random.default_rng(0).integers(32, vocab_size, (batch // CONTEXT_TOKENS, CONTEXT_TOKENS + 1))
@@ -102,6 +103,9 @@ def step_seconds(
             name: {
                 **middle(t["seconds"] for t in times),
                 "foreign_cores": middle(t["foreign_cores"] for t in times)["median"],
+                "price": middle(t["seconds"] / base["seconds"] for t, base in zip(times, taken["adamw"], strict=True))[
+                    "median"
+                ],
             }
             for name, times in taken.items()
         }
@@ -123,9 +127,12 @@ def draw(cells: list[dict[str, Any]]) -> bytes:
             row = sorted((c for c in cells if c["width"] == width), key=lambda c: c["batch_tokens"])
             x = [c["batch_tokens"] for c in row]
             for name, colour in colours.items():
-                even = [c["ways"][name]["break_even"] or 2.0 for c in row]
+                known = [c for c in row if "break_even" in c["ways"][name]]
+                even = [c["ways"][name]["break_even"] or 2.0 for c in known]
                 price = [c["ways"][name]["price"] for c in row]
-                axes.plot(x, even, color=colour, marker="o", ms=4, label=f"{name}: may cost")
+                axes.plot(
+                    [c["batch_tokens"] for c in known], even, color=colour, marker="o", ms=4, label=f"{name}: may cost"
+                )
                 axes.plot(x, price, color=colour, marker="s", ms=4, ls=(0, (4, 3)), label=f"{name}: does cost")
             axes.axhline(1, color=MUTED, lw=1)
             axes.set_xscale("log", base=2)
@@ -142,7 +149,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=Path, default=Path("runs/laptop/tokenize/tokens"))
     parser.add_argument("--cases", type=Path, default=Path("runs/short_runs"), help="finished runs")
-    parser.add_argument("--cells", nargs="+", default=[f"{b}x{w}" for b, w in CELLS], help="tokens x width")
+    parser.add_argument("--finished", action="store_true", help="report the runs there are, make none")
+    parser.add_argument("--wanted", nargs="+", default=[f"{b}x{w}" for b, w in CELLS], help="tokens x width")
     parser.add_argument("--rounds", type=int, default=7, help="of timing; 0: only make the runs")
     parser.add_argument("--pause-s", type=float, default=0.0, help="rest between rounds, on a machine that is shared")
     parser.add_argument("--threads", type=int, default=2, help="while steps are timed")
@@ -150,44 +158,39 @@ def main() -> int:
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     runs = Runs(args.tokens, args.cases)
-    found = best_runs(runs, [tuple(map(int, cell.split("x"))) for cell in args.cells])  # type: ignore[misc]
+    cells = [tuple(map(int, cell.split("x"))) for cell in args.wanted]
+    found = best_runs(runs, cells, args.finished)  # type: ignore[arg-type]
     if not args.rounds:
         return 0
     torch.set_num_threads(args.threads)
     seconds = step_seconds(found, runs.shards.vocab_size, args.threads, args.rounds, args.pause_s)
-    cells: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     if args.json and args.json.exists():  # cells that were not asked for stay
-        cells = [c for c in json.loads(args.json.read_text())["cells"] if (c["batch_tokens"], c["width"]) not in found]
+        old = json.loads(args.json.read_text())["cells"]
+        lines = [c for c in old if (c["batch_tokens"], c["width"]) not in found]
     for (batch, width), ways in found.items():
-        base = seconds[batch, width]["adamw"]["median"]
         adamw = ways["adamw"][1]
         cell: dict[str, Any] = {"batch_tokens": batch, "width": width, "steps": STEPS[batch], "ways": {}}
         for name, (made, curve) in ways.items():
-            price = seconds[batch, width][name]["median"] / base
-            cell["ways"][name] = {
-                "lr": made.lr,
-                "muon_lr": made.muon_lr,
-                "seconds": seconds[batch, width][name],
-                "price": price,
-                "bpb": curve[-1]["bpb"],
-                "bpb_at_equal_time": at(curve, STEPS[batch] / price),
-                "break_even": break_even(adamw, curve),
-                "curve": curve,
-            }
-            line = cell["ways"][name]
-            print(
-                f"{batch:6} tokens {width:4} wide {name:18} {line['bpb']:.4f} after {STEPS[batch]} steps, "
-                f"{line['bpb_at_equal_time']:.4f} at equal time; step costs {price:.2f}, "
-                f"may cost {line['break_even'] or 'more than 2'}"
-            )
-        cells.append(cell)
+            price = seconds[batch, width][name].pop("price")
+            cell["ways"][name] = line = {"seconds": seconds[batch, width][name], "price": price}
+            told = f"{batch:6} tokens {width:4} wide {name:18} step costs {price:.2f}"
+            if curve:
+                line |= {"lr": made.lr, "muon_lr": made.muon_lr, "bpb": curve[-1]["bpb"], "curve": curve}
+                told += f"; {line['bpb']:.4f} after {STEPS[batch]} steps"
+            if curve and adamw:
+                line["bpb_at_equal_time"] = at(curve, STEPS[batch] / price)
+                line["break_even"] = break_even(adamw, curve)
+                told += f", {line['bpb_at_equal_time']:.4f} at equal time; may cost {line['break_even'] or 'over 2'}"
+            print(told)
+        lines.append(cell)
     write(
         args.json,
-        {"cells": cells, "threads": args.threads, "operators": native.describe(torch.bfloat16),
+        {"cells": lines, "threads": args.threads, "operators": native.describe(torch.bfloat16),
          "environment": environment()},
     )  # fmt: skip
     if args.picture:
-        args.picture.write_bytes(draw(cells))
+        args.picture.write_bytes(draw(lines))
     return 0
 
 

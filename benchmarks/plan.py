@@ -5,7 +5,7 @@ before the trainer is built, with an allocator that hands freed memory back; a f
 fastest of which counts, with others' load beside it. One configuration (`fit`) sets the CPU's utilisation and the
 constant of the process (code, threads, buffers); the others are predictions: six shapes that vary what the formulas
 depend on, then the laptop preset and S and M of `train_step.py` with Muon and AdamW, with and without recompute. Every
-line is written when it is known, and stays if the script is asked for others. M needs 12 GB and is not timed.
+line is written when it is known, and stays if the script is asked for others. M needs 9 GB and is not timed.
 
     python benchmarks/plan.py --json benchmarks/results/plan.json
     python benchmarks/plan.py --recompute-cost laptop S --json benchmarks/results/plan.json

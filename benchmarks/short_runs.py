@@ -94,10 +94,17 @@ class Runs:
             if source.total_tokens
         }
 
+    def _path(self, setting: Setting) -> Path:
+        key = json.dumps(asdict(setting), sort_keys=True)
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+    def finished(self, setting: Setting) -> bool:
+        """Tell whether a run needs no more computing."""
+        return self._path(setting).exists()
+
     def curve(self, setting: Setting) -> list[dict[str, float]]:
         """Return validation bits per byte and training loss after two, three and four quarters of the steps."""
-        key = json.dumps(asdict(setting), sort_keys=True)
-        path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        path = self._path(setting)
         if not path.exists():
             operators = native.operators(torch.bfloat16)
             write(path, {"setting": asdict(setting), "operators": operators, "curve": self._run(setting)})

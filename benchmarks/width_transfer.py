@@ -68,30 +68,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=Path, default=Path("runs/laptop/tokenize/tokens"))
     parser.add_argument("--cases", type=Path, default=Path("runs/short_runs"), help="finished runs")
+    parser.add_argument("--finished", action="store_true", help="report the runs there are, make none")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
-    runs = Runs(args.tokens, args.cases)
+    runs, less = Runs(args.tokens, args.cases), args.finished
     found: dict[str, Any] = {way: {} for way in MULTIPLES}
     for width in args.widths:
         for way, multiples in MULTIPLES.items():
-            if found[way]:  # a wider model takes a while: only around the best of the one before
+            if found[way] and not less:  # a wider model takes a while: only around the best of the one before
                 near = best(list(found[way].values())[-1])
                 multiples = tuple(m for m in multiples if near / 2 <= m <= near * 2)
-            swept = {f"{m:g}": runs.curve(setting(way, width, m))[-1]["bpb"] for m in multiples}
-            while (low := best(swept)) in (ends := [float(m) for m in swept])[:: len(ends) - 1]:  # the best lies inside
-                further = low / 2 if low == ends[0] else low * 2
+            wanted = {m: setting(way, width, m) for m in multiples}
+            swept = {f"{m:g}": runs.curve(s)[-1]["bpb"] for m, s in wanted.items() if not less or runs.finished(s)}
+            while not less and (low := best(swept)) in (ends := [float(m) for m in swept])[:: len(ends) - 1]:
+                further = low / 2 if low == ends[0] else low * 2  # the best must lie inside
                 swept[f"{further:g}"] = runs.curve(setting(way, width, further))[-1]["bpb"]
                 swept = dict(sorted(swept.items(), key=lambda item: float(item[0])))
+            if not swept:
+                continue
             found[way][str(width)] = swept
     moved = {way: {width: best(swept) for width, swept in widths.items()} for way, widths in found.items()}
     for way, widths in moved.items():
         print(f"{way}: best multiple " + ", ".join(f"{m:g} at {width}" for width, m in widths.items()))
     write(
         args.json,
-        {"batch_tokens": BATCH_TOKENS, "steps": STEPS, "rates": {"muon_lr": MUON_LR, "lr": MUON_ADAMW_LR},
-         "adamw_lr": ADAMW_LR, "bpb": found, "best": moved, "environment": environment()},
+        {"finished_only": less, "batch_tokens": BATCH_TOKENS, "steps": STEPS,
+         "rates": {"muon_lr": MUON_LR, "lr": MUON_ADAMW_LR}, "adamw_lr": ADAMW_LR, "bpb": found, "best": moved,
+         "environment": environment()},
     )  # fmt: skip
     if args.picture:
         args.picture.write_bytes(draw(found))
