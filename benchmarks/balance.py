@@ -263,7 +263,8 @@ def draw(cases: list[dict[str, Any]], floors: dict[str, Any], tuned: dict[str, f
             axes.set(yscale="log", title=f"{experts} experts, top-{TOP_K}", xlabel="first step of the window")
             if column == 0:
                 axes.set_ylabel("MaxVio of the window, worse layer")
-            axes.legend(loc="upper right")
+            if not figure.legends and (experts == TUNED_AT or TUNED_AT not in sizes):
+                figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
             names = [name_of(c["rule"], c["rate"]) for c in shown]
             prices.scatter([c["val_bpb"] for c in shown], names, color=[colours[c["rule"]] for c in shown], s=28)
             prices.invert_yaxis()

@@ -1,9 +1,9 @@
 """Seconds of training until held-out text is predicted to a given number of bits per byte, for six ways to train.
 
 All read the same tokens in the same order from a finished `tokenize` stage, hold the same validation documents out,
-warm up for 20 steps and then keep their rates. Each way tries the same three multiples of its base rates with seed
-0; the best goes on with the other seeds. Only training steps are timed, from the second one on, so that compiling is
-free.
+warm up for 20 steps and then keep their rates. Each way tries the same three multiples of its base rates for a few
+steps (one more, twice or half as far out, while the best is the outermost); the best trains with every seed until
+the target.
 
 1 freehold       AFMoE, Muon + AdamW, SMEBU: what the laptop recipe does
 2 transformers   the same AFMoE in transformers, fused AdamW, bfloat16 autocast, torch.compile, no balancing
@@ -11,10 +11,14 @@ free.
 4 adamw          as 1 with AdamW for every parameter
 5 sign, none     as 1 with the sign rule, without balancing
 
+How many steps a way needs does not depend on how busy the machine is, so the curves may be computed at any time, each a
+file in `--cases`; how long a step takes does, so steps are timed afterwards, all ways in turn, many rounds. Seconds are
+steps times the median step; compiling and validation are not counted.
+
     freehold run recipes/laptop.yaml until=tokenize
     python benchmarks/time_to_quality.py --run runs/laptop --json benchmarks/results/time_to_quality.json
 
-An interrupted run goes on: every finished measurement is in the JSON file.
+Finished cases are not run again: an interrupted run goes on, and `--ways` lets two processes share the work.
 """
 
 from __future__ import annotations
@@ -23,16 +27,18 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
+import numpy as np
 import torch
-from common import environment, write
+from common import environment, machine_busy_s, write
 
 from freehold.core.log import Log
 from freehold.data.loader import PhaseRows, TextOrder
@@ -48,8 +54,10 @@ from freehold.trainer.config import TrainerConfig
 from freehold.trainer.loop import Job, Trainer
 from freehold.trainer.validate import bits_per_byte, held_out
 
-CONTEXT_TOKENS, SEQUENCES, STEPS, WARMUP_STEPS, VALIDATE_EVERY = 512, 8, 4000, 20, 25
+CONTEXT_TOKENS, SEQUENCES, STEPS, WARMUP_STEPS, VALIDATE_EVERY = 512, 8, 4000, 20, 20
+SWEEP_STEPS = 120
 MULTIPLES = (0.5, 1.0, 2.0)
+TIMED_STEPS = 6
 LAPTOP = ModelConfig(**SHAPES["laptop"])
 DENSE = ModelConfig(**{**SHAPES["laptop"], "num_dense_layers": SHAPES["laptop"]["num_hidden_layers"]})
 MUON, MUON_LR, ADAMW_LR = "muon", 0.02, 5e-3
@@ -127,104 +135,170 @@ class Theirs:
         return self.measure
 
 
-def curve(
-    make: Callable[[], Ours | Theirs], validate: Callable[[Afmoe], float], target: float, budget_s: float
-) -> Iterator[dict[str, float]]:
-    """Train; yield (step, seconds of training, bits per byte) until the target or the budget is reached."""
-    way, seconds = make(), 0.0
-    for step in range(STEPS):
-        start = time.perf_counter()
+def curve(way: Ours | Theirs, validate: Callable[[Afmoe], float], target: float, steps: int) -> list[list[float]]:
+    """Train for `steps` steps, or to the target; return [step, bits per byte] of every VALIDATE_EVERY-th step."""
+    points = []
+    for step in range(steps):
         way.step(step)
-        if step:
-            seconds += time.perf_counter() - start
         if (step + 1) % VALIDATE_EVERY == 0:
-            point = {"step": step + 1, "seconds": round(seconds, 2), "bpb": validate(way.model())}
-            yield point
-            if point["bpb"] <= target or seconds > budget_s:
-                return
+            points.append([step + 1, validate(way.model())])
+            if points[-1][1] <= target:
+                break
+    return points
+
+
+def reached(points: list[list[float]], target: float) -> float | None:
+    """Return the step at which a curve crosses the target, between two validations, or None."""
+    for (step, bits), (next_step, next_bits) in zip(points, points[1:], strict=False):
+        if next_bits <= target:
+            return step + (next_step - step) * (bits - target) / (bits - next_bits)
+    return None
+
+
+def bits_at(points: list[list[float]], step: float) -> float | None:
+    """Return the bits per byte of a curve at a step, between two validations; None beyond its end."""
+    if step > points[-1][0]:
+        return None
+    return float(np.interp(step, *zip(*points, strict=True)))
+
+
+class Bench:
+    """The data, and what has been measured so far."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        shards = ShardSet.load(args.run / "tokenize" / "tokens")
+        self.tokens_sha256 = json.loads((args.run / "tokenize" / "manifest.json").read_text())["content_sha256"]
+        self.orders = {
+            seed: TextOrder(
+                shards.sources("train"),
+                [PhaseRows("all", STEPS, {})],
+                context_tokens=CONTEXT_TOKENS,
+                sequences=SEQUENCES,
+                seed=seed,
+                separator=END_OF_TEXT,
+            )
+            for seed in range(args.seeds)
+        }
+        validation = {
+            name: held_out(source, shards.document_bytes("validation", name), CONTEXT_TOKENS, 4096, END_OF_TEXT)
+            for name, source in shards.sources("validation").items()
+            if source.total_tokens
+        }
+        self.validate = lambda model: bits_per_byte(model, validation)["val/bpb"]
+
+    def make(self, name: str, multiple: float, seed: int, folder: str) -> Ours | Theirs:
+        """Return a way to train at its first step."""
+        kind = Theirs if name == "transformers" else Ours
+        return kind(self.orders[seed], WAYS[name], multiple, seed, Path(folder))
+
+    def measured(self, name: str, multiple: float, seed: int, steps: int) -> list[list[float]]:
+        """Return the curve of one case, computing it unless it is there."""
+        path = self.args.cases / f"{name}-x{multiple:g}-seed{seed}-{steps}-{self.args.target:g}.json"
+        if not path.exists():
+            start = time.monotonic()
+            with tempfile.TemporaryDirectory() as folder:
+                points = curve(self.make(name, multiple, seed, folder), self.validate, self.args.target, steps)
+            case = {"tokens_sha256": self.tokens_sha256, "operators": native.describe(torch.bfloat16), "curve": points}
+            write(path, case)
+            print(f"{path.stem}: {points[-1]}, {time.monotonic() - start:.0f} s", flush=True)
+        case = json.loads(path.read_text())
+        if case["tokens_sha256"] != self.tokens_sha256:
+            raise SystemExit(f"{path} is of other tokens: delete {self.args.cases} or name the run it was made from")
+        return case["curve"]
+
+    def best_multiple(self, name: str) -> tuple[float, dict[float, float]]:
+        """Return the multiple with the fewest bits per byte after SWEEP_STEPS, and those of all that were tried."""
+        tried: dict[float, float] = {}
+        todo = list(MULTIPLES)
+        while todo:
+            tried |= {m: self.measured(name, m, 0, SWEEP_STEPS)[-1][1] for m in todo}
+            best, todo = min(tried, key=tried.__getitem__), []
+            if best in (min(tried), max(tried)) and len(tried) < len(MULTIPLES) + 2:
+                todo = [best * 2 if best == max(tried) else best / 2]
+        return best, tried
+
+    def time(self, multiples: dict[str, float]) -> dict[str, list[float]]:
+        """Return the seconds of a step of each way in every round, all ways in turn."""
+        with tempfile.TemporaryDirectory() as folder:
+            ways = {name: self.make(name, multiple, 0, folder) for name, multiple in multiples.items()}
+            seconds: dict[str, list[float]] = {name: [] for name in ways}
+            for round_ in range(-1, self.args.rounds):  # the first warms up and compiles
+                for name, way in ways.items():
+                    taken = []
+                    for step in range(TIMED_STEPS):
+                        start = time.perf_counter()
+                        way.step((round_ + 1) * TIMED_STEPS + step)
+                        taken.append(time.perf_counter() - start)
+                    if round_ >= 0:
+                        seconds[name].append(statistics.median(taken))
+        return seconds
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/laptop"))
+    parser.add_argument("--cases", type=Path, default=Path("runs/time_to_quality"), help="finished curves")
     parser.add_argument("--target", type=float, default=1.9, help="bits per byte")
-    parser.add_argument("--budget-s", type=float, default=300, help="give up after so many seconds of training")
+    parser.add_argument("--steps", type=int, default=1200, help="give up after so many steps")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9, help="of timing; 0 computes curves only")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/time_to_quality.json"))
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    shards = ShardSet.load(args.run / "tokenize" / "tokens")
-    orders = {
-        seed: TextOrder(
-            shards.sources("train"),
-            [PhaseRows("all", STEPS, {})],
-            context_tokens=CONTEXT_TOKENS,
-            sequences=SEQUENCES,
-            seed=seed,
-            separator=END_OF_TEXT,
-        )
-        for seed in range(args.seeds)
+    bench, names = Bench(args), args.ways.split(",")
+    sweeps = {name: bench.best_multiple(name) for name in names}
+    curves = {
+        name: [bench.measured(name, sweeps[name][0], seed, args.steps) for seed in range(args.seeds)] for name in names
     }
-    validation = {
-        name: held_out(source, shards.document_bytes("validation", name), CONTEXT_TOKENS, 4096, END_OF_TEXT)
-        for name, source in shards.sources("validation").items()
-        if source.total_tokens
-    }
-    result: dict[str, Any] = {"target_bpb": args.target, "budget_s": args.budget_s, "measured": {}}
-    if args.json.exists():
-        old = json.loads(args.json.read_text())
-        if (old["target_bpb"], old["budget_s"]) == (args.target, args.budget_s):
-            result = old
-    result |= {
-        "tokens_sha256": json.loads((args.run / "tokenize" / "manifest.json").read_text())["content_sha256"],
+    if not args.rounds:
+        return 0
+    busy, own, start = machine_busy_s(), time.process_time(), time.monotonic()
+    seconds = bench.time({name: sweeps[name][0] for name in names})
+    foreign = ((machine_busy_s() - busy) - (time.process_time() - own)) / (time.monotonic() - start)
+    summary: dict[str, Any] = {}
+    for name in names:
+        step_s = statistics.median(seconds[name])
+        steps = [reached(points, args.target) for points in curves[name]]
+        summary[name] = {
+            "multiple": sweeps[name][0],
+            "sweep_bpb": sweeps[name][1],
+            "step_s": step_s,
+            "steps": steps,
+            "seconds": [None if s is None else s * step_s for s in steps],
+            "bpb_at_end": [points[-1] for points in curves[name]],
+        }
+    base = summary.get("freehold")
+    for name, line in summary.items():
+        if base and None not in line["steps"] + base["steps"]:
+            ratios = [a / b for a, b in zip(line["seconds"], base["seconds"], strict=True)]
+            line["ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+            line["step_ratio"] = statistics.median(
+                a / b for a, b in zip(seconds[name], seconds["freehold"], strict=True)
+            )
+            line["bpb_when_freehold_is_there"] = [
+                bits_at(points, s / line["step_s"]) for points, s in zip(curves[name], base["seconds"], strict=True)
+            ]
+    result = {
+        "target_bpb": args.target,
+        "tokens_sha256": bench.tokens_sha256,
         "active_parameters": {n: parameter_counts(c)["active"] for n, c in (("afmoe", LAPTOP), ("dense", DENSE))},
         "operators": native.describe(torch.bfloat16),
+        "summary": summary,
+        "step_s_by_round": seconds,
+        "foreign_cores": max(foreign, 0.0),
+        "curves": curves,
         "environment": environment("transformers"),
     }
-
-    def measured(name: str, multiple: float, seed: int) -> dict[str, Any]:
-        key = f"{name} x{multiple} seed {seed}"
-        if key not in result["measured"]:
-            kind = Theirs if name == "transformers" else Ours
-            with tempfile.TemporaryDirectory() as folder:
-                points = list(
-                    curve(
-                        lambda: kind(orders[seed], WAYS[name], multiple, seed, Path(folder)),
-                        lambda model: bits_per_byte(model, validation)["val/bpb"],
-                        args.target,
-                        args.budget_s,
-                    )
-                )
-            result["measured"][key] = {"curve": points, "reached": points[-1]["bpb"] <= args.target, **points[-1]}
-            write(args.json, result)
-        found = result["measured"][key]
-        how = "reached" if found["reached"] else "NOT reached, stands at"
-        print(f"{key}: {how} {found['bpb']:.3f} after {found['seconds']:.0f} s, {found['step']} steps", flush=True)
-        return found
-
-    summary = {}
-    for name in args.ways.split(","):
-        swept = {multiple: measured(name, multiple, 0) for multiple in MULTIPLES}
-        best = min(swept, key=lambda m: (not swept[m]["reached"], swept[m]["seconds"], swept[m]["bpb"]))
-        runs = [swept[best], *(measured(name, best, seed) for seed in range(1, args.seeds))]
-        seconds = [r["seconds"] if r["reached"] else None for r in runs]
-        known = [s for s in seconds if s is not None]
-        summary[name] = {
-            "multiple": best,
-            "seconds": seconds,
-            "median_s": statistics.median(known) if len(known) == len(runs) else None,
-            "steps": [r["step"] for r in runs],
-            "bpb_at_end": [r["bpb"] for r in runs],
-        }
-    result["summary"] = {**result.get("summary", {}), **summary}
     write(args.json, result)
-    base = result["summary"].get("freehold", {}).get("median_s")
-    for name, line in result["summary"].items():
-        ratio = f"{line['median_s'] / base:.2f} x" if base and line["median_s"] else "not reached by all"
-        print(f"{name:14s} rates x{line['multiple']}: {line['seconds']} s, {ratio}")
+    for name, line in summary.items():
+        ratio = line.get("ratio")
+        against = f"{ratio['median']:.2f} x [{ratio['min']:.2f}, {ratio['max']:.2f}]" if ratio else "not by all seeds"
+        print(f"{name:13} rates x{line['multiple']:g}  {line['step_s']:.3f} s a step  steps {line['steps']}  {against}")
+    print(f"others kept {result['foreign_cores']:.2f} cores busy while steps were timed", file=sys.stderr)
     return 0
 
 

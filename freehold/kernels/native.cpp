@@ -1,4 +1,4 @@
-// CPU kernels of the training step: matrix products, experts, attention over windows, norms, cross-entropy.
+// CPU kernels of the training step: matrix products, experts, attention over windows, norms, cross-entropy, optimizers.
 //
 // Plain C interface and no PyTorch headers, so that any C++17 compiler builds this file in seconds; native.py builds,
 // loads and registers it. Each function has a reference in ops.py which tests hold it to. Work is cut into tasks that
@@ -770,7 +770,70 @@ void cross_entropy(int threads, T* logits, const int64_t* targets, float scale, 
     });
 }
 
+// --- optimizers ------------------------------------------------------------------------------------------------
+
+constexpr int64_t STRETCH = 16384;
+
+// The sum of squares of each stretch of 16,384 numbers.
+template <class T> void squares(int threads, const T* x, float* sums, int64_t size) {
+    for_rows(threads, size, STRETCH, [&](int64_t first, int64_t last) {
+        vector square{};
+        for (int64_t i = first; i < last; i += LANES) square += load(x + i) * load(x + i);
+        sums[first / STRETCH] = sum(square);
+    });
+}
+
+inline vector root(vector x) { return (vector)_mm512_sqrt_ps((__m512)x); }
+
+// One step of AdamW on float weights, from a gradient that counts `scale` times, and the new weights once more in the
+// gradient's own type (unless `copy` is null), in a single pass over memory.
+template <class T>
+void adamw(int threads, const T* gradient, float* weight, float* mean, float* square, T* copy, float scale, float step,
+           float decay, float beta1, float beta2, float root_correction, float eps, int64_t size) {
+    for_rows(threads, size, STRETCH, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i += LANES) {
+            vector g = load(gradient + i) * scale, m = load(mean + i), v = load(square + i);
+            m += (1.f - beta1) * (g - m);
+            v = beta2 * v + (1.f - beta2) * (g * g);
+            vector w = load(weight + i) * decay - step * (m / (root(v) / root_correction + eps));
+            store(mean + i, m), store(square + i, v), store(weight + i, w);
+            if (copy) store(copy + i, w);
+        }
+    });
+}
+
+// Move a momentum by a gradient that counts `scale` times, and write what is to be orthogonalised in bfloat16.
+template <class T>
+void muon_momentum(int threads, const T* gradient, float* momentum, bf16* update, float scale, float decay,
+                   int64_t nesterov, int64_t size) {
+    for_rows(threads, size, STRETCH, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i += LANES) {
+            vector g = load(gradient + i) * scale, m = decay * load(momentum + i) + g;
+            store(momentum + i, m);
+            store(update + i, nesterov ? g + decay * m : m);
+        }
+    });
+}
+
+// weight <- decay * weight - step * update, and the new weights once more in another type (unless `copy` is null).
+template <class T>
+void muon_move(int threads, float* weight, const bf16* update, T* copy, float step, float decay, int64_t size) {
+    for_rows(threads, size, STRETCH, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i += LANES) {
+            vector w = load(weight + i) * decay - step * load(update + i);
+            store(weight + i, w);
+            if (copy) store(copy + i, w);
+        }
+    });
+}
+
 // --- Newton-Schulz ---------------------------------------------------------------------------------------------
+
+template <class T> void transpose(const T* from, int64_t rows, int64_t cols, T* to) {
+    for (int64_t row = 0; row < rows; row += LANES)  // in blocks, so that neither side leaves the cache
+        for (int64_t col = 0; col < cols; col++)
+            for (int64_t i = row; i < row + LANES; i++) to[col * rows + i] = from[i * cols + col];
+}
 
 // C = S . B for a symmetric result: only blocks on and right of the diagonal are computed, the others mirrored.
 // `blend(row, col, product)` turns 16 sums into what is stored.
@@ -787,19 +850,23 @@ void symmetric_product(Left a, const word* b, int64_t steps, int64_t n, float* r
     }
 }
 
-// Draw the singular values of each of n matrices [rows, cols], rows <= cols, towards 1, in place: with G = X X^T,
-// X <- a X + (b G + c G G) X for each of the `steps` triples (a, b, c), after scaling to Frobenius norm 1.
+// Draw the singular values of each of n matrices [height, width] towards 1, in place: with X the matrix, lying down if it
+// stands, and G = X X^T, X <- a X + (b G + c G G) X for each of the `steps` triples (a, b, c), after scaling to Frobenius
+// norm 1.
 template <class T>
-void orthogonalize(int threads, T* matrices, const float* coefficients, int64_t steps, int64_t n, int64_t rows,
-                   int64_t cols) {
+void orthogonalize(int threads, T* matrices, const float* coefficients, int64_t steps, int64_t n, int64_t height,
+                   int64_t width) {
+    int64_t rows = std::min(height, width), cols = std::max(height, width), size = rows * cols;
     for_tasks(threads, n, [&](int64_t task) {
-        T *x = matrices + task * rows * cols, *gram = scratch<T>(0, rows * rows), *mixed = scratch<T>(1, rows * rows);
+        T *matrix = matrices + task * size, *x = height > width ? scratch<T>(4, size) : matrix;
+        T *gram = scratch<T>(0, rows * rows), *mixed = scratch<T>(1, rows * rows);
         word* packed = scratch<word>(2, std::max(packed_size<T>(cols, rows), packed_size<T>(rows, std::max(rows, cols))));
-        float* room = scratch<float>(3, std::max(PANEL * rows, rows * cols));
+        float* room = scratch<float>(3, std::max(PANEL * rows, size));
         vector square{};
-        for (int64_t i = 0; i < rows * cols; i += LANES) square += load(x + i) * load(x + i);
+        for (int64_t i = 0; i < size; i += LANES) square += load(matrix + i) * load(matrix + i);
         float scale = 1.f / (std::sqrt(sum(square)) + 1e-7f);
-        for (int64_t i = 0; i < rows * cols; i += LANES) store(x + i, load(x + i) * scale);
+        if (x != matrix) transpose(matrix, height, width, x);
+        for (int64_t i = 0; i < size; i += LANES) store(x + i, load(x + i) * scale);
         for (int64_t step = 0; step < steps; step++) {
             float a = coefficients[3 * step], b = coefficients[3 * step + 1], c = coefficients[3 * step + 2];
             pack_transposed(x, cols, cols, rows, packed);
@@ -810,8 +877,9 @@ void orthogonalize(int threads, T* matrices, const float* coefficients, int64_t 
                               [&](int64_t i, int64_t j, vector product) { return b * load(gram + i * rows + j) + c * product; });
             pack_straight(x, cols, rows, cols, packed);
             multiply<T, float>(rows_of(mixed, rows), rows, packed, steps_of<T>(rows), cols, room, cols);
-            for (int64_t i = 0; i < rows * cols; i += LANES) store(x + i, a * load(x + i) + load(room + i));
+            for (int64_t i = 0; i < size; i += LANES) store(x + i, a * load(x + i) + load(room + i));
         }
+        if (x != matrix) transpose(x, width, height, matrix);
     });
 }
 
@@ -887,5 +955,17 @@ EXPORT(cross_entropy,
        (int wide, int threads, any logits, any targets, float scale, float z_loss, any nll, any log_partition,
         integer rows, integer vocab),
        logits, targets, scale, z_loss, nll, log_partition, rows, vocab)
-EXPORT(orthogonalize, (int wide, int threads, any matrices, any coefficients, integer steps, integer n, integer rows, integer cols),
-       matrices, coefficients, steps, n, rows, cols)
+EXPORT(orthogonalize, (int wide, int threads, any matrices, any coefficients, integer steps, integer n, integer height,
+        integer width),
+       matrices, coefficients, steps, n, height, width)
+EXPORT(squares, (int wide, int threads, any x, any sums, integer size), x, sums, size)
+EXPORT(adamw,
+       (int wide, int threads, any gradient, any weight, any mean, any square, any copy, float scale, float step,
+        float decay, float beta1, float beta2, float root_correction, float eps, integer size),
+       gradient, weight, mean, square, copy, scale, step, decay, beta1, beta2, root_correction, eps, size)
+EXPORT(muon_momentum,
+       (int wide, int threads, any gradient, any momentum, any update, float scale, float decay, integer nesterov,
+        integer size),
+       gradient, momentum, update, scale, decay, nesterov, size)
+EXPORT(muon_move, (int wide, int threads, any weight, any update, any copy, float step, float decay, integer size),
+       weight, update, copy, step, decay, size)

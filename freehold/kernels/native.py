@@ -413,8 +413,58 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float, z_loss: float)
 
 @_operator("orthogonalize_(Tensor(a!) matrices, Tensor coefficients) -> ()", lambda matrices, coefficients: None)
 def orthogonalize_(matrices: Tensor, coefficients: Tensor) -> None:
-    """Take the Newton-Schulz steps [s, 3] (float32) on each matrix [n, r, c], r <= c, in place."""
+    """Take the Newton-Schulz steps [s, 3] (float32) on each matrix [n, r, c] in place, a tall one lying down."""
     _call("orthogonalize", matrices, matrices, coefficients, len(coefficients), *matrices.shape)
+
+
+_STRETCH = 16384
+
+
+@_operator("square_sums(Tensor x) -> Tensor", lambda x: x.new_empty(-(-x.numel() // _STRETCH), dtype=torch.float32))
+def square_sums(x: Tensor) -> Tensor:
+    """Return the sum of squares of each stretch of 16,384 numbers, in float32."""
+    x = x.contiguous()
+    sums = x.new_empty(-(-x.numel() // _STRETCH), dtype=torch.float32)
+    _call("squares", x, x, sums, x.numel())
+    return sums
+
+
+@_operator(
+    "adamw_(Tensor(a!) weight, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? copy, "
+    "float scale, int step, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
+    lambda *_: None,
+)
+def adamw_(
+    weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, copy: Tensor | None,
+    scale: float, step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """Take AdamW's `step`-th step from `scale` times the gradient; also write the weights to `copy`, of its dtype."""
+    _call(
+        "adamw", gradient, gradient.contiguous(), weight, exp_avg, exp_avg_sq, copy, scale, lr / (1 - beta1**step),
+        1 - lr * weight_decay, beta1, beta2, (1 - beta2**step) ** 0.5, eps, weight.numel(),
+    )  # fmt: skip
+
+
+@_operator(
+    "muon_momentum_(Tensor(a!) momentum, Tensor gradient, Tensor(b!) update, float scale, float decay, bool nesterov) "
+    "-> ()",
+    lambda *_: None,
+)
+def muon_momentum_(
+    momentum: Tensor, gradient: Tensor, update: Tensor, scale: float, decay: float, nesterov: bool
+) -> None:
+    """Move a momentum by `scale` times the gradient; write what is to be orthogonalised to `update` (bfloat16)."""
+    _call(
+        "muon_momentum", gradient, gradient.contiguous(), momentum, update, scale, decay, nesterov, momentum.numel()
+    )  # fmt: skip
+
+
+@_operator(
+    "muon_move_(Tensor(a!) weight, Tensor update, Tensor(b!)? copy, float step, float decay) -> ()", lambda *_: None
+)
+def muon_move_(weight: Tensor, update: Tensor, copy: Tensor | None, step: float, decay: float) -> None:
+    """Take `step` times the update (bfloat16) off `decay` times the weights; also write them to `copy`."""
+    _call("muon_move", weight if copy is None else copy, weight, update, copy, step, decay, weight.numel())
 
 
 # --- gradients -------------------------------------------------------------------------------------------------

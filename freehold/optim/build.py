@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from freehold.optim.adamw import AdamW
 from freehold.optim.config import OptimConfig
 from freehold.optim.muon import Muon
 
@@ -22,13 +22,19 @@ def decays(name: str, tensor: Tensor) -> bool:
 
 
 class Optimizers:
-    """Muon and AdamW side by side; `step(factor)` sets both rates to factor x peak and steps both."""
+    """Muon and AdamW side by side; `step(factor)` sets both rates to factor x peak and steps both.
 
-    def __init__(self, named: Mapping[str, Tensor], config: OptimConfig) -> None:
+    Weights that have one in `copies`, by name, are written there too (the weights in the dtype to compute in).
+    """
+
+    def __init__(
+        self, named: Mapping[str, Tensor], config: OptimConfig, copies: Mapping[str, Tensor] | None = None
+    ) -> None:
+        twice = {named[name]: copy for name, copy in (copies or {}).items()}
         self.config, self.named = config, dict(named)
         matrices = {n: p for n, p in named.items() if config.matrices == "muon" and is_hidden_matrix(n, p)}
         others = {n: p for n, p in named.items() if n not in matrices}
-        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = []
+        self.optimizers: list[tuple[Muon | AdamW, float]] = []
         if matrices:
             muon = Muon(
                 matrices.items(),
@@ -37,21 +43,21 @@ class Optimizers:
                 config.nesterov,
                 config.newton_schulz_steps,
                 config.muon_weight_decay,
+                twice,
             )
             self.optimizers.append((muon, config.muon_lr))
         groups = [
             {"params": [p for n, p in others.items() if decays(n, p)], "weight_decay": config.weight_decay},
             {"params": [p for n, p in others.items() if not decays(n, p)], "weight_decay": 0.0},
         ]
-        adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        self.optimizers.append((adamw, config.lr))
+        self.optimizers.append((AdamW(groups, config.lr, config.betas, config.eps, twice), config.lr))
 
-    def step(self, factor: float) -> None:
-        """Step every parameter at `factor` times its peak rate."""
+    def step(self, factor: float, scale: float = 1.0) -> None:
+        """Step every parameter at `factor` times its peak rate, from `scale` times its gradient."""
         for optimizer, peak in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-            optimizer.step()
+            optimizer.step(scale=scale)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every state tensor as `<parameter>.<slot>` (momentum, exp_avg, exp_avg_sq, step)."""

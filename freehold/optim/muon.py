@@ -9,7 +9,7 @@ Shapes: E experts, i expert width, d hidden width, n matrices of one shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,14 +44,14 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     Computed in bfloat16 on the smaller side, as the published recipe does; float64 stays float64 for tests.
     """
     x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
+    coefficients = COEFFICIENTS[-steps:] if steps < len(COEFFICIENTS) else COEFFICIENTS
+    if len(x) >= torch.get_num_threads() and native.available(x, *x.shape[-2:]):
+        x = x.clone(memory_format=torch.contiguous_format) if x is matrices else x.contiguous()
+        native.orthogonalize_(x, torch.tensor(coefficients))
+        return x
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.transpose(-2, -1)
-    coefficients = COEFFICIENTS[-steps:] if steps < len(COEFFICIENTS) else COEFFICIENTS
-    if len(x) >= torch.get_num_threads() and native.available(x, *x.shape[-2:]):
-        x = x.contiguous() if tall or x.data_ptr() != matrices.data_ptr() else x.clone()
-        native.orthogonalize_(x, torch.tensor(coefficients))
-        return x.transpose(-2, -1) if tall else x
     x = x / (x.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7).to(x.dtype)
     for a, b, c in coefficients:
         gram = torch.bmm(x, x.transpose(-2, -1))
@@ -74,8 +74,11 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool = True,
         steps: int = 5,
         weight_decay: float = 0.0,
+        copies: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
+        """Take named parameters; `copies`: where a parameter is wanted a second time, in another dtype."""
         named = list(named)
+        self.copies = copies or {}
         for name, parameter in named:
             if parameter.ndim < 2:
                 raise ValueError(f"Muon steps matrices; {name} has shape {tuple(parameter.shape)}")
@@ -90,29 +93,48 @@ class Muon(torch.optim.Optimizer):
         super().__init__([parameter for _, parameter in named], defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take one step with the gradients in `.grad`; parameters without one are left alone."""
+    def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]
+        """Take one step from `scale` times the gradients in `.grad`; parameters without one are left alone."""
         for group in self.param_groups:
             batches: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
             for name, parameter in zip(self.names, group["params"], strict=True):
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"]
-                momentum.mul_(group["momentum"]).add_(parameter.grad)
-                update = parameter.grad.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
-                weight = as_matrices(name, parameter)
-                shape = (weight.shape[1], weight.shape[2])
-                batches.setdefault(shape, []).append((weight, as_matrices(name, update)))
+                if parameter.grad is not None:
+                    matrices = as_matrices(name, parameter)
+                    batches.setdefault((matrices.shape[1], matrices.shape[2]), []).append((parameter, matrices))
             for (fan_out, fan_in), items in batches.items():
-                lr = group["lr"] * math.sqrt(max(1.0, fan_out / fan_in))
-                stacked = torch.cat(
-                    [update.to(torch.bfloat16) if update.dtype != torch.float64 else update for _, update in items]
-                )
+                step = group["lr"] * math.sqrt(max(1.0, fan_out / fan_in))
+                decay = 1 - group["lr"] * group["weight_decay"]
+                numbers = [len(matrices) for _, matrices in items]
+                dtype = torch.float64 if items[0][0].dtype == torch.float64 else torch.bfloat16
+                stacked = items[0][0].new_empty(sum(numbers), fan_out, fan_in, dtype=dtype)
+                for (parameter, matrices), update in zip(items, stacked.split(numbers), strict=True):
+                    self._momentum(parameter, update, matrices.shape, group, scale)
                 whole = orthogonalize(stacked, group["steps"])
-                for (weight, _), part in zip(items, whole.split([len(u) for _, u in items]), strict=True):
-                    if group["weight_decay"]:
-                        weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(part, alpha=-lr)
+                for (parameter, matrices), update in zip(items, whole.split(numbers), strict=True):
+                    copy = self.copies.get(parameter)
+                    written = update if copy is None else copy
+                    if parameter.dtype == torch.float32 and all(
+                        native.available(t, t.numel()) for t in (update, written)
+                    ):
+                        native.muon_move_(parameter, update.contiguous(), copy, step, decay)
+                        continue
+                    matrices.mul_(decay).add_(update, alpha=-step)
+                    if copy is not None:
+                        copy.copy_(parameter)
+
+    def _momentum(
+        self, parameter: Tensor, update: Tensor, shape: torch.Size, group: dict[str, Any], scale: float
+    ) -> None:
+        """Move a parameter's momentum and write what is to be orthogonalised to `update`."""
+        state, gradient, decay = self.state[parameter], parameter.grad, group["momentum"]
+        assert gradient is not None
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"]
+        if update.dtype == torch.bfloat16 and native.available(gradient, gradient.numel()):
+            native.muon_momentum_(momentum, gradient, update, scale, decay, group["nesterov"])
+            return
+        gradient = gradient.to(momentum.dtype) * scale
+        momentum.mul_(decay).add_(gradient)
+        moved = gradient.add(momentum, alpha=decay) if group["nesterov"] else momentum
+        update.copy_(moved.view(shape))

@@ -1,7 +1,8 @@
 """The only training loop: pre-training and fine-tuning differ in the batches and phases they hand it.
 
-A step: micro-batches forward and backward in the compute dtype, gradients summed in float32 on the masters, global
-norm clipped, optimizers stepped, masters copied back, expert biases moved from the counts of the whole step.
+A step: micro-batches forward and backward in the compute dtype, gradients summed in float32, global norm clipped,
+optimizers stepped on float32 masters and their copies in the compute dtype, expert biases moved from the counts of the
+whole step.
 The loss is a sum over the targets of the whole step divided by their number, so micro-batches just add up.
 
 A step changes the weights, or is skipped: its loss was not finite, or a roll-back (docs/collapse.md) put it among the
@@ -36,6 +37,7 @@ from freehold.kernels import native as kernels
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig, flops_per_token
 from freehold.model.moe import MoE, Routing
+from freehold.optim.adamw import gradient_norm
 from freehold.optim.balance import build_balance, router_losses
 from freehold.optim.build import Optimizers
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig
@@ -105,11 +107,15 @@ class Trainer:
         else:
             native.match_keys(weights, self.model.state_dict(), job.folder)
             self.model.load_state_dict(weights)
-        self.masters = {n: p.detach().clone().requires_grad_() for n, p in self.model.named_parameters()}
+        self.masters = {n: p.detach().requires_grad_() for n, p in self.model.named_parameters()}
+        for master in self.masters.values():
+            master.grad_dtype = None  # the gradient of a single micro-batch stays in the dtype it was computed in
         self.model.to_compute(DTYPES[job.trainer.dtype])
         self.parameters = dict(self.model.named_parameters())
+        self.copies = {n: p.detach() for n, p in self.parameters.items() if p.data_ptr() != self.masters[n].data_ptr()}
+        """What the model computes with where that is not the master itself."""
         self.moe_layers = self.model.moe_layers()
-        self.optimizers = Optimizers(self.masters, job.optim)
+        self.optimizers = Optimizers(self.masters, job.optim, self.copies)
         self.balance = build_balance(job.balance)
         self.step = job.schedule.first_step
         self.tokens = job.tokens_before
@@ -215,7 +221,9 @@ class Trainer:
                     )
                 tensor.copy_(found)
         self._publish()
-        self.optimizers = Optimizers(self.masters, self.job.optim)  # with nothing left of steps that are undone
+        self.optimizers = Optimizers(
+            self.masters, self.job.optim, self.copies
+        )  # with nothing left of steps that are undone
         self.optimizers.load_state_dict(state.get("optimizer", {}))
         self.balance.load_state_dict(state.get("balance", {}))
         torch.set_rng_state(state["rng"]["torch"])
@@ -260,14 +268,11 @@ class Trainer:
                 assert largest is not None
                 logit_max[name] = torch.maximum(largest, logit_max.get(name, largest))
             self._collect()
-        norm = float(torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None]))
+        norm = float(gradient_norm(m.grad for m in self.masters.values() if m.grad is not None))
         finite = norm < float("inf") and cross_entropy < float("inf")
         if finite:
             clip = min(1.0, self.job.optim.clip_norm / (norm + 1e-6))
-            if clip < 1:
-                torch._foreach_mul_([m.grad for m in self.masters.values() if m.grad is not None], clip)
-            self.optimizers.step(self.job.schedule.at(self.step).factor)
-            self._publish()
+            self.optimizers.step(self.job.schedule.at(self.step).factor, clip)
             for name, layer in self.moe_layers.items():
                 self._balance(name, layer)
             self.monitor.add(logit_max)
@@ -370,20 +375,21 @@ class Trainer:
             )
 
     def _collect(self) -> None:
-        """Add the micro-batch's gradients to those of the masters, in float32."""
+        """Hand the micro-batch's gradients to the masters; several are added up in float32."""
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 master = self.masters[name]
                 if master.grad is None:
-                    master.grad = parameter.grad.to(torch.float32)
+                    master.grad = parameter.grad
                 else:
-                    master.grad += parameter.grad
+                    master.grad = master.grad.to(torch.float32).add_(parameter.grad)
                 parameter.grad = None
 
     @torch.no_grad()
     def _publish(self) -> None:
         """Copy the masters into the compute weights."""
-        torch._foreach_copy_(list(self.parameters.values()), [self.masters[n] for n in self.parameters])
+        for name, copy in self.copies.items():
+            copy.copy_(self.masters[name])
 
     # -- the loop ----------------------------------------------------------------------------------------------
 

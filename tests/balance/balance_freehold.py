@@ -85,8 +85,8 @@ class FreeholdAdapter:
     def gradients(self, rows: Rows) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
 
-        def look(factor: float) -> None:
-            found.update({n: m.grad.clone() for n, m in self.trainer.masters.items() if m.grad is not None})
+        def look(factor: float, scale: float) -> None:
+            found.update({n: m.grad * scale for n, m in self.trainer.masters.items() if m.grad is not None})
 
         with (
             mock.patch.object(self.trainer.optimizers, "step", look),

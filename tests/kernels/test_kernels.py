@@ -211,6 +211,14 @@ def test_registered_as_pytorch_wants_it(dtype: torch.dtype) -> None:
         (native.attention, (leaf(2, 20, 4, 16), leaf(2, 20, 2, 16), leaf(2, 20, 2, 16), start)),
     ):
         torch.library.opcheck(operator, arguments)
+    weight, copy = random(48, 16, dtype=torch.float32, seed=8), torch.empty(48, 16, dtype=dtype)
+    numbers = {"scale": 0.5, "step": 3, "lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    moments = torch.zeros(48, 16), torch.ones(48, 16)
+    torch.library.opcheck(native.adamw_, (weight, leaf(48, 16).detach(), *moments, copy), numbers)
+    update = torch.empty(48, 16, dtype=torch.bfloat16)
+    torch.library.opcheck(native.muon_momentum_, (weight, leaf(48, 16).detach(), update, 0.5, 0.9, True))
+    torch.library.opcheck(native.muon_move_, (weight, update, copy, 0.1, 0.9))
+    torch.library.opcheck(native.square_sums, (leaf(48, 16).detach(),))
 
 
 # --- when they cannot be had --------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from freehold.kernels import native
 from freehold.optim.build import Optimizers, decays, is_hidden_matrix
 from freehold.optim.config import OptimConfig
 from freehold.optim.muon import COEFFICIENTS, Muon, as_matrices, orthogonalize
@@ -97,3 +99,27 @@ def test_state_round_trip_gives_the_same_next_step():
     resumed.step(0.5)
     for name in named:
         assert torch.equal(named[name], again[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_and_pytorch_take_the_same_steps(dtype, monkeypatch):
+    if not native.available(torch.empty(16, dtype=dtype)):
+        pytest.skip(native.describe(dtype))
+    shapes = {"a": (3, 32, 48), "mlp.experts.gate_up_proj": (2, 64, 16), "tall": (64, 32), "odd": (10, 6)}
+    results = []
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(native, "available", lambda *_: False)
+        g = torch.Generator().manual_seed(3)
+        named = {n: torch.randn(shape, generator=g).requires_grad_() for n, shape in shapes.items()}
+        copies = {p: torch.empty_like(p, dtype=torch.bfloat16) for p in list(named.values())[:3]}
+        muon = Muon(named.items(), lr=0.1, weight_decay=0.1, copies=copies)
+        for _ in range(3):
+            for p in named.values():
+                p.grad_dtype = None
+                p.grad = torch.randn(p.shape, generator=g).to(dtype)
+            muon.step(scale=0.5)
+        assert all(torch.equal(copy, p.detach().bfloat16()) for p, copy in copies.items())
+        results.append([*named.values(), *(muon.state[p]["momentum"] for p in named.values())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found.detach(), expected.detach(), rtol=0, atol=5e-3)

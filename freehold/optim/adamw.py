@@ -1,0 +1,86 @@
+"""AdamW (Loshchilov & Hutter 2019) on float32 weights, from gradients in the dtype they were computed in.
+
+On CPU one pass over memory does what the step needs: it scales the gradient (to clip its norm), moves both moments and
+the weights, and writes the copy that the model computes with. Otherwise PyTorch's fused AdamW does the first part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from freehold.kernels import native
+
+
+def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Return the norm of all gradients together, summed in float32 or wider whatever their dtype."""
+    squares = [
+        native.square_sums(g).double().sum()
+        if native.available(g, g.numel())
+        else torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).double().square()
+        for g in gradients
+    ]
+    return torch.stack(squares).sum().sqrt()
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW whose gradients may be narrower than its weights (`weight.grad_dtype = None` allows that in PyTorch).
+
+    The learning rate is set from outside each step through `param_groups`. The state is that of torch.optim.AdamW.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        copies: Mapping[Tensor, Tensor],
+    ) -> None:
+        """Take parameter groups, each with its weight_decay; `copies`: where a weight is wanted a second time."""
+        self.copies = copies
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]
+        """Take one step from `scale` times the gradients in `.grad`; parameters without one are left alone."""
+        for group in self.param_groups:
+            settings: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+            settings["beta1"], settings["beta2"] = group["betas"]
+            rest = []
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state, copy = self.state[weight], self.copies.get(weight)
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+                if weight.dtype == torch.float32 and native.available(weight.grad, weight.numel()):
+                    state["step"] += 1
+                    written = copy if copy is not None and copy.dtype == weight.grad.dtype else None
+                    moments = state["exp_avg"], state["exp_avg_sq"]
+                    step = int(state["step"])
+                    native.adamw_(weight, weight.grad, *moments, written, scale=scale, step=step, **settings)
+                    if copy is not None and copy is not written:
+                        copy.copy_(weight)
+                else:
+                    rest.append(weight)
+            adamw(
+                rest,
+                [weight.grad.to(weight.dtype) * scale for weight in rest],
+                [self.state[weight]["exp_avg"] for weight in rest],
+                [self.state[weight]["exp_avg_sq"] for weight in rest],
+                [],
+                [self.state[weight]["step"] for weight in rest],
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                **settings,
+            )
+            for weight in rest:
+                if weight in self.copies:
+                    self.copies[weight].copy_(weight)

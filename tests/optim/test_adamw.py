@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from freehold.kernels import native
+from freehold.optim.adamw import AdamW, gradient_norm
+
+SHAPES = ((40, 64), (7, 5), (16,), (300, 160))
+
+
+@pytest.fixture(params=["kernel", "pytorch"])
+def _path(request, monkeypatch):
+    if request.param == "pytorch":
+        monkeypatch.setattr(native, "available", lambda *_: False)
+    elif not native.available(torch.empty(16)):
+        pytest.skip(native.describe(torch.float32))
+
+
+def draw(seed, dtype, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(size * torch.randn(shape, generator=generator)).to(dtype) for shape in SHAPES]
+
+
+@pytest.mark.usefixtures("_path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_are_those_of_adamw_in_float64(dtype):
+    weights = [w.requires_grad_() for w in draw(0, torch.float32)]
+    exact = [w.detach().double().requires_grad_() for w in weights]
+    copies = {w: torch.zeros_like(w, dtype=torch.bfloat16) for w in weights}
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+    ours = AdamW([{"params": weights[:2], "weight_decay": 0.1}, {"params": weights[2:]}], copies=copies, **settings)
+    groups = [{"params": exact[:2], "weight_decay": 0.1}, {"params": exact[2:], "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, **settings)
+    for step in range(5):
+        for w, e, g in zip(weights, exact, draw(step + 1, dtype, 10.0**-step), strict=True):
+            w.grad_dtype = None
+            w.grad, e.grad = g, 0.25 * g.double()
+        ours.step(scale=0.25)
+        theirs.step()
+    for w, e in zip(weights, exact, strict=True):
+        torch.testing.assert_close(w.detach().double(), e.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            ours.state[w]["exp_avg_sq"].double(), theirs.state[e]["exp_avg_sq"], rtol=1e-5, atol=0
+        )
+        assert torch.equal(copies[w], w.detach().bfloat16())
+
+
+@pytest.mark.usefixtures("_path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_of_all_gradients_in_full_precision(dtype):
+    gradients = draw(9, dtype)
+    exact = torch.cat([g.double().flatten() for g in gradients]).norm()
+    assert float(gradient_norm(gradients)) == pytest.approx(float(exact), rel=1e-5)
+    gradients[1][0, 0] = torch.nan
+    assert gradient_norm(gradients).isnan()
+
+
+def test_a_weight_without_gradient_is_left_alone():
+    weight = torch.ones(16, 16, requires_grad=True)
+    optimizer = AdamW([{"params": [weight], "weight_decay": 0.1}], lr=1.0, betas=(0.9, 0.95), eps=1e-8, copies={})
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(16, 16))
+    assert not optimizer.state
