@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_curate import clean_texts, curate, document, drops_of, gather, kept_in
+from test_curate import clean_texts, conversation, curate, document, drops_of, gather, kept_in
 
 from freehold.core.artifact import hash_files
 from freehold.core.config import fill
 from freehold.core.errors import ConfigError, DataError
 from freehold.stages.curate import bias
 from freehold.stages.curate.classifier import train
-from freehold.stages.curate.config import Classifier, Overlap, RepeatedLines, StageConfig
+from freehold.stages.curate.config import Classifier, Decontamination, Overlap, RepeatedLines, StageConfig
+from freehold.stages.curate.decontaminate import Questions, read_questions
 from freehold.stages.curate.dedup import cut_lines, cut_words, find_overlaps, repeated, winnow
 from freehold.stages.curate.toxicity import scorer
 from freehold.stages.curate.words import WORD, read_batch, read_words
@@ -317,6 +319,40 @@ def curate_watched(gathered: Path, folder: Path, made: list[str], before: dict[s
         shards.Corpus.__init__ = original  # type: ignore[method-assign]
 
 
+def test_every_item_of_every_task_is_found() -> None:
+    """Whatever its form: in a conversation always, in a document from six words on."""
+    asked = [
+        {
+            "id": "a",
+            "kind": "choice",
+            "prompt": [{"role": "user", "content": "What is the capital?"}],
+            "choices": ["x"],
+        },
+        {
+            "id": "b",
+            "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 + 4?"}],
+        },
+        {"id": "c", "prompt": "Name the longest river that flows through Egypt."},
+        {"id": "d", "question": "Which of the four kings of the old song built the tower by the sea, and for whom?"},
+        {"id": "e", "prompt": "Say this.", "seen": True},
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for row in asked:
+            (Path(folder) / f"{row['id']}.jsonl").write_text(json.dumps(row))
+        questions = read_questions(Path(folder))
+    held = Questions(questions, Decontamination())
+    talks = [conversation(name, f" {text.upper()} ", "It is so.") for name, text in questions]
+    assert [why is not None for why in held.in_conversations(talks)] == [True] * 4
+    texts = [f"They asked: {text} Nobody knew." for _, text in questions]
+    found = held.in_documents(texts, read_batch(texts))
+    assert [why is not None for why in found] == [False, False, True, True]
+    part = "of the four kings of the old song built the tower by the sea"
+    assert held.in_documents([part, part[3:-4]], read_batch([part, part[3:-4]])) == [
+        ("decontamination", "holds 13 words of the question of d"),
+        None,
+    ]
+
+
 def test_shards_of_another_recipe_are_not_taken(several: Path, straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "other"
     command = [sys.executable, "-c", KILLED.replace("20000", "20001"), str(several), str(folder)]
@@ -337,16 +373,16 @@ def test_memory_and_workers_change_nothing(several: Path, straight: Path, tmp_pa
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A Ray cluster of a head without processors and two workers with one each, all on this machine."""
+    """A Ray cluster of two workers with one processor each, on this machine; the first is the head."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
     from ray.cluster_utils import Cluster
 
-    small = {"object_store_memory": 80_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
-    nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
+    small = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **small})
+    second = cluster.add_node(**small)
     ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
-    yield cluster, nodes
+    yield cluster, second
     ray.shutdown()
     cluster.shutdown()
 
@@ -356,7 +392,7 @@ def test_ray_gives_the_same_and_a_killed_worker_loses_nothing(
 ) -> None:
     import threading
 
-    ray_cluster, nodes = cluster
+    ray_cluster, second = cluster
     folder = tmp_path / "ray"
     seen: list[int] = []
 
@@ -364,7 +400,7 @@ def test_ray_gives_the_same_and_a_killed_worker_loses_nothing(
         while not (done := list((folder / "shards").glob("0????"))):
             time.sleep(0.02)
         seen.append(len(done))
-        ray_cluster.remove_node(nodes[1], allow_graceful=False)
+        ray_cluster.remove_node(second, allow_graceful=False)
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()

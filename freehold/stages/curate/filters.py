@@ -20,6 +20,7 @@ Why = tuple[str, str]
 NEWLINES = re.compile("\r\n?|[\u0085\u2028\u2029]")
 # C0 except tab and newline, DEL, C1, the byte order mark and the non-characters that end plane 0.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")
+_ASCII_CONTROLS = bytes(code for code in range(128) if CONTROLS.match(chr(code)))
 # UTF-8 read as Latin-1 or Windows-1252: a lead byte's letter followed by what a continuation byte becomes.
 _CONTINUED = (
     "\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013\u2014\u2018-\u201e\u2020-\u2022"
@@ -48,7 +49,11 @@ def clean_unicode(text: str) -> tuple[str, str]:
         if repaired != clean:
             clean = repaired
             done.append("mojibake")
-    stripped = CONTROLS.sub("", clean)
+    if clean.isascii():  # the same as the expression finds, at the speed of a copy
+        raw = clean.encode()
+        stripped = clean if len(kept := raw.translate(None, _ASCII_CONTROLS)) == len(raw) else kept.decode()
+    else:
+        stripped = CONTROLS.sub("", clean)
     if stripped != clean:
         done.append("controls")
     normal = stripped if stripped.isascii() else unicodedata.normalize("NFC", stripped)

@@ -93,6 +93,8 @@ KINDS: dict[str, tuple[re.Pattern[str], Callable[[re.Match[str]], bool], str]] =
 
 def redact(text: str, config: Privacy) -> tuple[str, dict[str, int]]:
     """Return the text with personal data replaced, and how many of each kind were found."""
+    if not config.find:
+        return text, {}
     found: Counter[str] = Counter()
     pieces, done = [], 0
     # One quick scan finds the lines worth five slow ones.

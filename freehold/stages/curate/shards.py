@@ -245,7 +245,7 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @lru_cache(maxsize=64)  # noqa: B019 - as long as the stage
+    @lru_cache(maxsize=8)  # noqa: B019 - as long as the stage; mapped pages count as memory
     def rows(self, shard: int) -> pa.Table:
         """Return a shard's rows; the columns lie in the file and are read when touched."""
         with pa.memory_map(str(self.folders[shard] / "rows.arrow")) as file:
@@ -264,7 +264,7 @@ class Corpus:
         end = int(self.word_ends[document] - self.word_first[shard])
         return self._words(shard)[end - int(self.table["words"][document]) : end]
 
-    @lru_cache(maxsize=64)  # noqa: B019 - as long as the stage
+    @lru_cache(maxsize=8)  # noqa: B019 - as long as the stage; mapped pages count as memory
     def _words(self, shard: int) -> np.ndarray:
         return self.array(shard, "words")
 
