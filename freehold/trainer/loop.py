@@ -180,13 +180,14 @@ class Trainer:
         checkpoints = self.job.folder / "checkpoints"
         native.remove_unless(checkpoints, self._is_on_course)
         folder = native.last_good(checkpoints, self.log.warn)
+        if folder is not None:
+            self._must_read_the_same(folder)
         if folder is None:
             return False
-        facts = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-        self._must_read_the_same(facts, folder)
         state = native.load(folder, verify=False)
         self.adopt(state, folder)
         self.detector.load_state_dict(state.get("collapse", {}))
+        facts = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         self.step, self.tokens, self.skipped = facts["step"], facts["tokens"], list(facts["skipped_steps"])
         self.alarms = list(facts.get("alarms", []))
         self.log.rewind(self.step)
@@ -198,8 +199,20 @@ class Trainer:
             )
         return True
 
-    def _must_read_the_same(self, facts: dict[str, Any], folder: Path) -> None:
+    def _is_on_course(self, folder: Path) -> bool:
+        """Tell whether a checkpoint was made in knowledge of every roll-back that concerns its steps."""
+        try:
+            facts = read_json(folder / "trainer.json")
+        except (ArtifactError, OSError):
+            return True  # damaged: skipped, and named, when the newest good one is looked for
+        return all(
+            facts["step"] <= rollback["first_step"] or rollback in facts.get("rollbacks", [])
+            for rollback in self.rollbacks
+        )
+
+    def _must_read_the_same(self, folder: Path) -> None:
         """Raise CheckpointError when the steps so far read other data, or the same in another order."""
+        facts = read_json(folder / "trainer.json")
         for key in READS:
             before, now = facts.get(key), self.job.facts.get(key)
             if before is None or now is None or before == now:
@@ -214,17 +227,6 @@ class Trainer:
                 expected=now,
                 todo="bring them back, or start anew with --clean or --fork NAME",
             )
-
-    def _is_on_course(self, folder: Path) -> bool:
-        """Tell whether a checkpoint was made in knowledge of every roll-back that concerns its steps."""
-        try:
-            facts = read_json(folder / "trainer.json")
-        except (ArtifactError, OSError):
-            return True  # damaged: skipped, and named, when the newest good one is looked for
-        return all(
-            facts["step"] <= rollback["first_step"] or rollback in facts.get("rollbacks", [])
-            for rollback in self.rollbacks
-        )
 
     def adopt(self, state: native.State, folder: Path) -> None:
         """Take over weights, optimizer, balancing and random state of a checkpoint; CheckpointError if it is another
