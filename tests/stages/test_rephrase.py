@@ -53,6 +53,9 @@ class Server(ThreadingHTTPServer):
         self.say, self.fail, self.bodies, self.keys = say, fail, [], []
         self.lock = threading.Lock()
 
+    def handle_error(self, *_: object) -> None:
+        """A client that hangs up is no news."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
