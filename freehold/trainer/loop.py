@@ -282,11 +282,12 @@ class Trainer:
             native.remove_unless(checkpoints, self._is_on_course)
         self.world.barrier()
         folder = native.last_good(checkpoints, self.log.warn)
+        if folder is not None:
+            self._must_read_the_same(folder)
         if folder is None:
             self.processes = [[self.step, self.world.size]]
             return False
         facts = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-        self._must_read_the_same(facts, folder)
         state = self.read(folder)
         self.adopt(state, folder)
         self.detector.load_state_dict(state.get("collapse", {}))
@@ -308,8 +309,20 @@ class Trainer:
             )
         return True
 
-    def _must_read_the_same(self, facts: dict[str, Any], folder: Path) -> None:
+    def _is_on_course(self, folder: Path) -> bool:
+        """Tell whether a checkpoint was made in knowledge of every roll-back that concerns its steps."""
+        try:
+            facts = read_json(folder / "trainer.json")
+        except (ArtifactError, OSError):
+            return True  # damaged: skipped, and named, when the newest good one is looked for
+        return all(
+            facts["step"] <= rollback["first_step"] or rollback in facts.get("rollbacks", [])
+            for rollback in self.rollbacks
+        )
+
+    def _must_read_the_same(self, folder: Path) -> None:
         """Raise CheckpointError when the steps so far read other data, or the same in another order."""
+        facts = read_json(folder / "trainer.json")
         for key in READS:
             before, now = facts.get(key), self.job.facts.get(key)
             if before is None or now is None or before == now:
@@ -332,17 +345,6 @@ class Trainer:
         halves = torch.tensor([mine >> 32, mine & 0xFFFFFFFF], device=self.world.device)  # so that no sum overflows
         high, low = map(int, self.world.sum_all_(halves).tolist())
         return f"{((high << 32) + low) % (1 << 64):016x}"
-
-    def _is_on_course(self, folder: Path) -> bool:
-        """Tell whether a checkpoint was made in knowledge of every roll-back that concerns its steps."""
-        try:
-            facts = read_json(folder / "trainer.json")
-        except (ArtifactError, OSError):
-            return True  # damaged: skipped, and named, when the newest good one is looked for
-        return all(
-            facts["step"] <= rollback["first_step"] or rollback in facts.get("rollbacks", [])
-            for rollback in self.rollbacks
-        )
 
     def read(self, folder: Path) -> native.State:
         """Read a checkpoint into tensors that lie as those of this run do: of each, the part this rank holds."""

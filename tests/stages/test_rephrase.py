@@ -42,7 +42,7 @@ def passage(number: int) -> str:
 
 def condensed(text: str) -> str:
     """Say the same in fewer words: what stands between commas goes."""
-    return re.sub(r", [^.,\d]*,| rather| very| great", "", text.partition("Text:\n")[2])
+    return re.sub(r", [^.,\d]*,| rather| very| great", "", text.partition("Text: ")[2])
 
 
 class Server(ThreadingHTTPServer):
@@ -52,6 +52,9 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.say, self.fail, self.bodies, self.keys = say, fail, [], []
         self.lock = threading.Lock()
+
+    def handle_error(self, *_: object) -> None:
+        """A client that hangs up is no news."""
 
     @property
     def url(self) -> str:
@@ -147,7 +150,7 @@ def test_rows_carry_seed_teacher_prompt_sampling_and_the_strictest_licence(tmp_p
     for row in made(tmp_path / "out"):
         seed = seeds[row.synthetic_from]
         assert (seed.split, seed.kind, row.split) == ("train", "prose", "train")
-        assert row.text.strip() == condensed("Text:\n" + seed.text)
+        assert row.text.strip() == condensed("Text: " + seed.text)
         assert (row.teacher, row.licence) == ("Condenser", "Apache-2.0 AND BSD-3-Clause")
         assert "LICENSE: words" in row.licence_evidence
         assert "its card" in row.licence_evidence
@@ -243,8 +246,8 @@ def test_nobody_listens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("say", "reason"),
     [
-        (lambda text: text.partition("Text:\n")[2], "too_long"),
-        (lambda text: text.partition("Text:\n")[2][:170], "copied"),
+        (lambda text: text.partition("Text: ")[2], "too_long"),
+        (lambda text: text.partition("Text: ")[2][:170], "copied"),
         (lambda text: "wxyz qqq " * 20, "repetition"),
         (lambda text: "", "empty"),
         (lambda text: "Half a character \ud83d and the words that follow it, long enough for a rewrite.", "garbled"),
@@ -272,7 +275,7 @@ def test_bad_rewrites_among_good_ones_are_named(tmp_path: Path, serve: Any) -> N
                 "Im Jahre 1904 fuhren 24 Leute mit dem Schiff nach Chile, doch der Hafen war leider noch geschlossen."
             )
         if year == 1905:
-            return "Keep all facts, names and numbers, leave out the rest. " + condensed(text)
+            return "Rewrite the following text so that it is shorter. " + condensed(text)
         return 'Here is the shorter text:\n\n"' + condensed(text).strip() + '"'
 
     curate = curated(tmp_path / "curate")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         "steps": schedule.total_steps,
         "tokens": schedule.total_steps * config.batch.step_tokens,
         "epochs": {name: round(epochs, 4) for name, epochs in order.epochs().items()},
-        "mixture": [dataclasses.asdict(share) for share in order.shares],
+        "mixture": [asdict(share) for share in order.shares],
         "checkpoints": {phase.checkpoint: phase.stage_type for phase in config.phases.values() if phase.checkpoint},
         "skipped_steps": trainer.skipped,
     }

@@ -1,6 +1,7 @@
 """What a teacher is asked, strategy by strategy, and how far a rewrite may be from its passage.
 
-The strategies are those of the literature; the words are ours, short and plain, so that small teachers follow them too:
+The strategies are those of the literature; the words are ours, short and plain, and there is no system message, so that
+small teachers follow them too:
 
 - question_answer: WRAP (Maini et al. 2024, arXiv:2401.16380) and the diverse question-answer pairs of Nemotron-CC (Su
   et al. 2024, arXiv:2412.02595).
@@ -21,9 +22,6 @@ from typing import Literal
 from freehold.stages.rephrase.config import Limits
 
 Message = dict[str, str]
-SYSTEM = (
-    "You rewrite texts. Every fact, name and number you write stands in the given text. Answer with the result only."
-)
 
 
 @dataclass(frozen=True)
@@ -38,30 +36,26 @@ class Prompt:
 
     def messages(self, passage: str) -> list[Message]:
         """Return the request's messages for a passage."""
-        return [
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": f"{self.ask}\n\nText:\n{passage.strip()}"},
-        ]
+        return [{"role": "user", "content": f"{self.ask}\n\nText: {passage.strip()}"}]
 
 
 PROMPTS: dict[str, Prompt] = {
     "question_answer": Prompt(
         1,
-        "Write three to six questions that the following text answers, each with its answer. Begin each question on a "
-        'new line with "Question: " and its answer on the next line with "Answer: ". Questions must be understood '
-        "without the text.",
+        "Write three questions about the following text, each with its answer. Begin each question with "
+        '"Question: " and each answer, on the next line, with "Answer: ". Questions must be understood without the '
+        "text.",
         Limits(length=(0.15, 2.0), max_copied=0.6, min_kept=0.1),
         form="pairs",
     ),
     "pedagogical": Prompt(
         1,
-        "Explain what the following text says as a teacher would in a textbook: in simple, full sentences, step by "
-        "step, with the hard words explained.",
+        "Explain the following text to a student, in simple words and full sentences. Add no facts of your own.",
         Limits(length=(0.4, 2.5), max_copied=0.5, min_kept=0.3),
     ),
     "condensed": Prompt(
         1,
-        "Rewrite the following text so that it is shorter. Keep all facts, names and numbers, leave out the rest.",
+        "Rewrite the following text so that it is shorter. Keep all the facts.",
         Limits(length=(0.1, 0.85), max_copied=0.9, min_kept=0.3),
     ),
     "restructured": Prompt(

@@ -120,10 +120,10 @@ class Teacher:
             try:
                 connection.request("POST", self.path, data, self._headers)
                 answer = connection.getresponse()
-                data = answer.read(MOST_BYTES + 1)
-                if len(data) > MOST_BYTES:
+                found = answer.read(MOST_BYTES + 1)
+                if len(found) > MOST_BYTES:
                     raise http.client.HTTPException(f"an answer of more than {MOST_BYTES >> 20} MB")
-                return answer.status, data
+                return answer.status, found
             except (ConnectionError, http.client.BadStatusLine):
                 # A connection that was idle for some seconds may have been closed: a new one, once.
                 connection.close()
