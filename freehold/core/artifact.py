@@ -40,6 +40,9 @@ VERSIONED = [
     "transformers",
     "xllamacpp",
     "reasoning-gym",
+    "selectolax",
+    "pypdf",
+    "licenseclassifier",
 ]
 
 

@@ -38,7 +38,7 @@ def installed() -> list[tuple[str, str, str]]:
             for f in files
             if re.match(r"(UN)?LICEN[CS]E|COPYING", f.name, re.I)
         )
-        if declared and 0 < len(text) < 60_000:  # more is what others put into one wheel
+        if declared and 0 < len(text) < 20_000:  # more is what others put into one wheel
             found.append((distribution.name, declared, text))
     return found
 
