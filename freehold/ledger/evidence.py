@@ -220,7 +220,9 @@ def weigh(claim: Weighed, own: Iterable[Finding], *, detected: bool = False) -> 
             mine = strictest(mine, finding.says)
         if detected or not licence:
             licence, confidence = mine, "high" if all(finding.sure for finding in said) else "medium"
-        elif agreement(licence, Text(_leaves(mine), 1.0, False)) != "agrees" or _leaves(mine) - set(_leaves(licence)):
+        elif agreement(licence, Text(tuple(_leaves(mine)), 1.0, False)) != "agrees" or _leaves(mine) - set(
+            _leaves(licence)
+        ):
             try:
                 licence = strictest(licence, mine)
             except LicenceError:
