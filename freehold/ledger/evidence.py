@@ -43,7 +43,7 @@ RESTRICTIONS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = tuple(
          rf"\bnon-?\s?commercial\s+(?:\w+,?\s+){{0,4}}{_USE}\b|\bnon-?\s?commercial(?:ly)? only\b"
          r"|\bnot\s+(?:be\s+used\s+)?for\s+(?:any\s+)?commercial\s+(?:use|purposes?)\b"),
         ("some uses only", ("use only", "uses only", "purposes only", "purpose only", "research only", "study only"),
-         rf"\bfor\s+(?:(?:your|personal|private|research|educational|academic|evaluation|internal|"
+         rf"\bfor\s+(?:(?:your|personal|private|research|educational|academic|evaluation|"
          rf"and|or|,)\s*){{1,6}}{_USE}\s+only\b|\bfor\s+research\s+only\b"),
         ("no copies", ("no part of", "may not be"),
          r"\bno\s+part\s+of\s+(?:this|the)\s+\w+[^.]{0,60}\bmay\s+be\s+(?:reproduced|copied|stored|trans)"

@@ -135,6 +135,7 @@ def test_finds_words_that_withhold(text: str) -> None:
         "Neither the name of the project nor the names of its contributors may be used to endorse products.",
         "Commercial use is welcome. The function returns only numbers. It may be copied.",
         "Only the first argument is used; see the section on text and data.",
+        "--packfile=<hash>: For internal use only.",
         "and/or the left/right brackets, in/out parameters, and/or files",
         "He was asked for his permission and gave it.",
     ],
