@@ -123,6 +123,7 @@ def _rights(name: str, rows: np.ndarray, ids: np.ndarray, licence: str) -> pa.Ta
         "kind": ["prose"] * n,
     }
     columns |= {key: [""] * n for key in ("synthetic_from", "teacher", "split")}
+    columns["licence_confidence"] = ["high"] * n
     return pa.table(columns, schema=Document.SCHEMA)
 
 

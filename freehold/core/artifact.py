@@ -43,6 +43,9 @@ VERSIONED = [
     "transformers",
     "xllamacpp",
     "reasoning-gym",
+    "selectolax",
+    "pypdf",
+    "licenseclassifier",
 ]
 
 

@@ -33,31 +33,32 @@ CREATIVE_COMMONS = re.compile(
     r"|publicdomain/(zero|mark)/1\.0)",
     re.I,
 )
-# Words by which a text or its package withholds a use; each was met in real packages. Licences of software say "may not
-# be used to endorse", and must not match.
 _USE = r"(?:use|uses|purposes?|research|study|applications?)"
-RESTRICTIONS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (name, re.compile(pattern, re.I))
-    for name, pattern in (
-        ("non-commercial", rf"\bnon-?\s?commercial\s+(?:\w+,?\s+){{0,4}}{_USE}\b|\bnon-?\s?commercial(?:ly)? only\b"
-                           r"|\bnot\s+(?:be\s+used\s+)?for\s+(?:any\s+)?commercial\s+(?:use|purposes?)\b"),
-        ("some uses only", rf"\bfor\s+(?:(?:your|personal|private|research|educational|academic|evaluation|internal|"
-                           rf"and|or|,)\s*){{1,6}}{_USE}\s+only\b|\bfor\s+research\s+only\b"),
-        ("no copies", r"\bno\s+part\s+of\s+(?:this|the)\s+\w+[^.]{0,60}\bmay\s+be\s+(?:reproduced|copied|stored|trans)"
-                      r"|\bmay\s+not\s+be\s+(?:reproduced|re-?distributed|republished|copied)\b(?!\s+and\s+used\s+to)"),
-        ("no republishing", r"\b(?:do\s+not|don't|please\s+don't)\s+(?:commercially\s+)?(?:republish|redistribute)\b"),
-        ("no training", r"\bmay\s+not\s+be\s+used\s+(?:to|for)\s+(?:\w+\s+){0,4}(?:train|training|machine\s+learning)\b"
-                        r"|\btext\s+and\s+data\s+mining\b[^.]{0,80}\breserved\b"),
-        ("permission asked", r"\bwith\s+the\s+permission\s+of\s+the\s+copyright\s+holder"),
+# Words by which a text or its package withholds a use; each was met in real packages. Licences of software say "may not
+# be used to endorse", and must not match. Without one of the words in front, the pattern is not tried.
+RESTRICTIONS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = tuple(
+    (name, words, re.compile(pattern, re.I))
+    for name, words, pattern in (
+        ("non-commercial", ("commercial",),
+         rf"\bnon-?\s?commercial\s+(?:\w+,?\s+){{0,4}}{_USE}\b|\bnon-?\s?commercial(?:ly)? only\b"
+         r"|\bnot\s+(?:be\s+used\s+)?for\s+(?:any\s+)?commercial\s+(?:use|purposes?)\b"),
+        ("some uses only", ("use only", "uses only", "purposes only", "purpose only", "research only", "study only"),
+         rf"\bfor\s+(?:(?:your|personal|private|research|educational|academic|evaluation|"
+         rf"and|or|,)\s*){{1,6}}{_USE}\s+only\b|\bfor\s+research\s+only\b"),
+        ("no copies", ("no part of", "may not be"),
+         r"\bno\s+part\s+of\s+(?:this|the)\s+\w+[^.]{0,60}\bmay\s+be\s+(?:reproduced|copied|stored|trans)"
+         r"|\bmay\s+not\s+be\s+(?:reproduced|re-?distributed|republished|copied)\b(?!\s+and\s+used\s+to)"),
+        ("no republishing", ("republish", "redistribute"),
+         r"\b(?:do\s+not|don't|please\s+don't)\s+(?:commercially\s+)?(?:republish|redistribute)\b"),
+        ("no training", ("train", "machine learning", "mining"),
+         r"\bmay\s+not\s+be\s+used\s+(?:to|for)\s+(?:\w+\s+){0,4}(?:train|training|machine\s+learning)\b"
+         r"|\btext\s+and\s+data\s+mining\b[^.]{0,80}\breserved\b"),
+        ("permission asked", ("copyright holder",), r"\bwith\s+the\s+permission\s+of\s+the\s+copyright\s+holder"),
     )
 )  # fmt: skip
-# One of these is in every restriction; most texts are passed over by this alone.
-WITHHELD = re.compile(
-    r"commercial|\bonly\b|may\s+(?:not\s+)?be|n[o']t\s+(?:commercially\s+)?re|mining|copyright\s+holder", re.I
-)
 # What a package says of texts that are not its own. Only for texts that are said to be under the wrapper's licence.
-FOREIGN: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (name, re.compile(pattern, re.I))
+FOREIGN: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = tuple(
+    (name, (), re.compile(pattern, re.I))
     for name, pattern in (
         ("lyrics or transcripts", r"\blyrics\b"
                                   r"|\b(?:tv|show|film|movie|sitcom|television)[- ]?(?:show )?transcripts?\b"),
@@ -68,11 +69,11 @@ FOREIGN: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     )
 )  # fmt: skip
 # The same, told by the text or its path.
-MARKS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("the Brown Corpus", re.compile(r"(?:[\w'-]+/(?:at|nns?|np|vb[dgnz]?|in|jj|cc|pp\$?|rb|to|md)\s+){5}")),
-    ("the GCIDE dictionary", re.compile(r"\[1913 Webster\]")),
-    ("a script of others", re.compile(r"^\s*\[Scene\b", re.M)),
-    ("essays of a living author", re.compile(r"paul[\s_-]*graham[\s_-]*essays", re.I)),
+MARKS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = (
+    ("the Brown Corpus", ("/at ",), re.compile(r"(?:[\w'-]+/(?:at|nns?|np|vb[dgnz]?|in|jj|cc|pp\$?|rb|to|md)\s+){5}")),
+    ("the GCIDE dictionary", ("[1913",), re.compile(r"\[1913 Webster\]")),
+    ("a script of others", ("[scene",), re.compile(r"^\s*\[Scene\b", re.M)),
+    ("essays of a living author", ("graham",), re.compile(r"paul[\s_-]*graham[\s_-]*essays", re.I)),
 )
 TEMPLATE = re.compile(r"\[year\]|\[fullname\]|<year>|<copyright holders?>|\[copyright holders?\]", re.I)
 
@@ -168,8 +169,10 @@ def restrictions(text: str, place: str = "", *, foreign: bool = False) -> list[F
     """
     ends = text if len(text) <= HEAD_CHARS + TAIL_CHARS else text[:HEAD_CHARS] + "\n" + text[-TAIL_CHARS:]
     found = []
-    looked_for = MARKS + (RESTRICTIONS if WITHHELD.search(ends) else ()) + (FOREIGN if foreign else ())
-    for name, pattern in looked_for:
+    # Line breaks are no matter to the words; looking for them first spares most texts the patterns.
+    plain = " ".join(ends.lower().split())
+    looked_for = [pattern for pattern in MARKS + RESTRICTIONS if any(word in plain for word in pattern[1])]
+    for name, _, pattern in [*looked_for, *(FOREIGN if foreign else ())]:
         match = pattern.search(ends)
         if match:
             start = max(match.start() - 30, 0)
@@ -217,7 +220,9 @@ def weigh(claim: Weighed, own: Iterable[Finding], *, detected: bool = False) -> 
             mine = strictest(mine, finding.says)
         if detected or not licence:
             licence, confidence = mine, "high" if all(finding.sure for finding in said) else "medium"
-        elif agreement(licence, Text(_leaves(mine), 1.0, False)) != "agrees" or _leaves(mine) - set(_leaves(licence)):
+        elif agreement(licence, Text(tuple(_leaves(mine)), 1.0, False)) != "agrees" or _leaves(mine) - set(
+            _leaves(licence)
+        ):
             try:
                 licence = strictest(licence, mine)
             except LicenceError:

@@ -105,6 +105,7 @@ def table(groups: list[Group]) -> list[dict[str, Any]]:
 
 
 def _judged(tables: Tables, rows: str, policy: Policy) -> list[Group]:
+    tables.with_all_columns()
     weighed = "licence_confidence" in tables.column_names(rows.partition(" ")[0])
     columns = RIGHTS if weighed else RIGHTS.replace("licence_confidence", "'' licence_confidence")
     groups = []

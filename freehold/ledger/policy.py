@@ -25,8 +25,9 @@ PUBLIC_DOMAIN = (
     "LicenseRef-PD-dedicated", "LicenseRef-PD-mark",
 )  # fmt: skip
 PERMISSIVE = (
-    "0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "HPND", "ISC", "MIT", "MIT-0", "MIT-CMU", "NCSA",
-    "PostgreSQL", "PSF-2.0", "Python-2.0", "Python-2.0.1", "Unicode-3.0", "Zlib", "CNRI-Python",
+    "0BSD", "Apache-2.0", "BSD-1-Clause", "BSD-2-Clause", "BSD-2-Clause-Views", "BSD-3-Clause", "BSD-3-Clause-Clear",
+    "BSL-1.0", "CNRI-Python", "HPND", "ISC", "MIT", "MIT-0", "MIT-CMU", "MIT-Modern-Variant", "NCSA", "PostgreSQL",
+    "PSF-2.0", "Python-2.0", "Python-2.0.1", "TCL", "Unicode-3.0", "Unicode-DFS-2016", "X11", "Zlib",
     "LicenseRef-WordNet", "LicenseRef-Freehold-Generated",
 )  # fmt: skip
 ATTRIBUTION = ("CC-BY-2.5", "CC-BY-3.0", "CC-BY-4.0")

@@ -314,15 +314,11 @@ class Tables:
             self._empty("rewritten", "id varchar, source varchar, synthetic_from varchar")
         kept, gathered = ([*files, *rewritten] if files else [] for files in (kept, gathered))
         self._view("rights", RIGHTS, gathered or kept)
-        # With what files of earlier versions do not have; for questions about rights alone.
-        self._view("all_rights", "*", gathered or kept)
         if kept:
             self._view("kept", "id, source, split", kept)
-            self._view("kept_rights", "*", kept)
         else:
             self.missing.append("curate: not finished, so splits and drops are not known")
             self._empty("kept", "id varchar, source varchar, split varchar")
-            self.connection.execute("create view kept_rights as select * from all_rights where false")
         drops = run_folder / "curate" / "drops.parquet"
         if drops.exists():
             self._view("drops", "id, source, reason, detail", [drops])
@@ -353,6 +349,13 @@ class Tables:
 
     def _empty(self, name: str, columns: str) -> None:
         self.connection.execute(f"create table {name} ({columns})")
+
+    def with_all_columns(self) -> None:
+        """Add the views `all_rights` and `kept_rights`, with the columns that files of earlier versions do not have."""
+        patterns = ("documents/*.parquet", "conversations/*.parquet")
+        kept, gathered = (self._files(stage, *patterns) for stage in ("curate", "gather"))
+        self._view("all_rights", "*", gathered or kept)
+        self._view("kept_rights", "*", kept or gathered)
 
     def column_names(self, table: str) -> list[str]:
         """Return the columns of one of the views."""

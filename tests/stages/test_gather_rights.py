@@ -18,6 +18,7 @@ from gather_fixtures import FREE, ar, deb, gather, install, page
 from freehold.core.config import fill
 from freehold.core.document import Document, read_rows
 from freehold.core.errors import ConfigError, DataError, LicenceError
+from freehold.ledger import known
 from freehold.stages.gather import origins
 from freehold.stages.gather.config import StageConfig
 from freehold.stages.gather.readers import page_text
@@ -96,6 +97,21 @@ def test_the_reject_list_is_refused(name: str, renamed: bool, tmp_path: Path, si
     assert "words" in str(caught.value)
     assert ("refuse:" if not renamed else "review:") in str(caught.value)
     assert not list((tmp_path / "out").glob("documents/*"))
+
+
+def test_the_reject_list_is_refused_by_its_files(tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real files are not here: one of ours takes the place of one of theirs in the list."""
+    install(site, "plain-words", {"texts/a.txt": WORDS, "plain_words-1.0.dist-info/LICENSE": MIT})
+    source = {"kind": "package", "distribution": "plain-words", "version": "1.0", "members": ["texts/*"], **GRANTED}
+    monkeypatch.setitem(known.FILES, hashlib.sha256(WORDS.encode()).hexdigest()[:16], "gensim")
+    for more in ({}, {"refused": "drop"}, {"licence": "MIT", "settled": "I looked"}):
+        with pytest.raises(LicenceError, match=r"refuse: words, .*gensim declares LGPL-2\.1-only but holds"):
+            gather(tmp_path / "out", {"words": {**source, **more}})
+
+
+def test_every_listed_file_is_of_a_known_package() -> None:
+    assert {known.look_up(name).name for name in known.FILES.values()} == set(known.FILES.values())  # type: ignore[union-attr]
+    assert set(known.FILES.values()) == set(REJECTED)
 
 
 def test_an_honest_package_of_that_form_is_let_in(tmp_path: Path, site: Path) -> None:

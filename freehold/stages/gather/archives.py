@@ -183,7 +183,7 @@ def _unpacked(file: BinaryIO) -> BinaryIO:
     if head.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
     if head.startswith(b"\xfd7zXZ\0"):
-        return lzma.LZMAFile(file)
+        return lzma.LZMAFile(file)  # type: ignore[return-value]
     if head.startswith(b"BZh"):
         return bz2.BZ2File(file)  # type: ignore[return-value]
     if head.startswith(b"\x28\xb5\x2f\xfd"):

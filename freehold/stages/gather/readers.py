@@ -272,7 +272,8 @@ def read_dictd(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
             good.append(text)
     if bad:
         reading.skipped.append((member.path, f"{bad:,} of {len(entries):,} entries are not UTF-8"))
-    number, page, size = 0, [], 0
+    number, size = 0, 0
+    page: list[str] = []
     for text in itertools.chain(good, [None]):
         if page and (text is None or size + len(text) > PAGE_CHARS):
             yield Part(member, f"{number:05d}", "\n\n".join(page) + "\n")

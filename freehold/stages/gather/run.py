@@ -14,7 +14,7 @@ from freehold.core.artifact import Workspace, sha256_file, write_json
 from freehold.core.document import Conversation, Document, document_id, write_rows
 from freehold.core.errors import DataError
 from freehold.ledger.evidence import Weighed, of_head, restrictions, weigh
-from freehold.ledger.known import look_up
+from freehold.ledger.known import look_up, of_file
 from freehold.ledger.policy import Claim, Policy, Verdict, gate, judge_row, judged
 from freehold.stages.gather import generate, rights
 from freehold.stages.gather.config import (
@@ -186,6 +186,10 @@ def _claims(sources: dict[str, Source], origins: dict[str, Origin], claims: dict
 
     Sources that leave out what is refused, and those whose files must be read first, are judged row by row later.
     """
+    for name, origin in origins.items():
+        for known in filter(None, (of_file(member.sha256) for member in origin.members)):
+            yield Claim(name, known.name, "", origin.wrapper_licence, claims[name].licence, claims[name].evidence)
+            break
     for name, source in sources.items():
         if source.refused == "drop":
             continue
