@@ -305,9 +305,9 @@ def gate_and_up_are_one_matrix(patch):
 
 @leak(*MUON)
 def the_stack_shares_one_norm(patch):
-    def orthogonalize(old, matrices, steps):
+    def orthogonalize(old, matrices, steps, **how):
         shares = matrices.flatten(1).norm(dim=1) / matrices.norm()
-        return old(matrices, steps) * shares.view(-1, 1, 1).to(torch.bfloat16)
+        return old(matrices, steps, **how) * shares.view(-1, 1, 1).to(torch.bfloat16)
 
     around(patch, muon, "orthogonalize", orthogonalize)
 
