@@ -17,7 +17,7 @@
 set -euo pipefail
 
 : "${1:?usage: sbatch examples/slurm.sh RECIPE [key=value ...]}"
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 

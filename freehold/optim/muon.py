@@ -59,6 +59,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5, *, in_place: bool = False) -
     """
     x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
     coefficients = COEFFICIENTS[-steps:]
+    if not len(x):  # a rank may have none
+        return x
     if native.available(x, *x.shape[-2:]):
         x = x.contiguous()
         x = x.clone() if x is matrices and not in_place else x

@@ -355,7 +355,10 @@ class Trainer:
             part, _, name = key.partition("/")
             owner = name if part == "model" else name.rpartition(".")[0]
             weights = part in ("model", "optimizer")
-            if (weights and owner not in kept) or (part == "balance" and name not in self.moe_layers):
+            everywhere = owner.removesuffix(".expert_bias") in self.moe_layers
+            if (weights and owner not in kept and not everywhere) or (
+                part == "balance" and name not in self.moe_layers
+            ):
                 return None  # another pipeline stage's, or nobody's: that is told when names are compared
             # Of another shape it is another model's: read whole, and refused when it is taken over.
             known = weights and owner in self.masters
@@ -368,7 +371,8 @@ class Trainer:
     def adopt(self, state: native.State, folder: Path) -> None:
         """Take over weights, optimizer, balancing and random state of a checkpoint; CheckpointError if it is another
         model's."""
-        here, held = self._kept(), native.read_names(folder)
+        on_disk = (folder / native.STATE).exists()  # where each rank has read its own part only
+        here, held = self._kept(), native.read_names(folder) if on_disk else state
         native.match_keys(held["model"], {name for each in native.gather(list(here)) for name in each}, folder)
         if held.get("optimizer"):  # nothing is remembered before the first step
             owners = {key.rpartition(".")[0] for key in held["optimizer"]}

@@ -37,7 +37,8 @@ def taken_and_given(parallel):
     state = trainer.state()
     whole = {part: {n: trainer.spread.gathered(t) for n, t in tensors.items()} for part, tensors in state.items()}
     other.adopt(whole, trainer.job.folder)
-    mine, theirs = trainer.state(), other.state()
+    # What the detectors remember is for `restore` to take over: it belongs to a run, not to weights.
+    mine, theirs = ({p: t for p, t in x.state().items() if p not in ("collapse", "spike")} for x in (trainer, other))
     keys = all(mine[part].keys() == theirs[part].keys() for part in mine)
     pairs = [
         [trainer.spread.local(tensor).detach().numpy() for tensor in (found, theirs[part][name])]
