@@ -1,4 +1,7 @@
-"""Worlds of real processes, opened at first use and shared by all tests of a session."""
+"""Worlds of real processes, opened at first use and shared by the tests of a file.
+
+Not of a session: every mesh leaves threads of gloo behind that wake up all the time, and the rest of the suite waits.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import pytest
 from ranks import Ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks():
     """Call as `ranks(4)`: four open processes; `ranks(4).run(function, *args)` runs it on each."""
     worlds: dict[int, Ranks] = {}
