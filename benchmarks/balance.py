@@ -21,7 +21,6 @@ later shows 0.1 or more.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import os
@@ -236,7 +235,7 @@ def draw(cases: list[dict[str, Any]], floors: dict[str, Any], tuned: dict[str, f
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    from freehold.figure import BLUE, FAINT, GREEN, INK, MUTED, ORANGE, STYLE
+    from freehold.figure import BLUE, FAINT, GREEN, INK, MUTED, ORANGE, STYLE, png
 
     colours = {"none": MUTED, "smebu": BLUE, "smebu+sequence": "#7b4fa3", "sign": ORANGE, "sequence": GREEN}
     sizes = sorted({c["experts"] for c in cases})
@@ -270,9 +269,7 @@ def draw(cases: list[dict[str, Any]], floors: dict[str, Any], tuned: dict[str, f
             prices.invert_yaxis()
             prices.set_xlabel("validation bits per byte after the last step")
             prices.grid(axis="x", color=FAINT, lw=0.6)
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+        return png(figure)
 
 
 def table(cases: list[dict[str, Any]]) -> str:

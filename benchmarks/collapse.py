@@ -13,7 +13,6 @@ on over the same batches, with SMEBU at its published rate, which is too slow to
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import shutil
 import subprocess
@@ -189,9 +188,9 @@ def draw(told: dict[str, Any], gaps: dict[str, np.ndarray], max_vio: dict[str, n
         below.set_xlim(FAULT - 50, END)
         above.legend(frameon=False, loc="upper right")
     panels[1, 0].set_ylim(bottom=0)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+    from freehold.figure import png
+
+    return png(figure)
 
 
 def main() -> int:

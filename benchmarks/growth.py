@@ -13,7 +13,6 @@ Every size is timed once a round, in turn; random tokens, a fresh router, so the
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 from collections.abc import Callable
@@ -59,8 +58,8 @@ def trainer_of(model: ModelConfig, matrices: str, sequences: int, threads: int) 
     return Trainer(job, Log(quiet=True), seed=0)
 
 
-def rows(context_tokens: int, sequences: int) -> Batch:
-    ids = np.random.default_rng(0).integers(32, S["vocab_size"], (sequences, context_tokens + 1))
+def rows(context_tokens: int, sequences: int, vocab_size: int = S["vocab_size"]) -> Batch:
+    ids = np.random.default_rng(0).integers(32, vocab_size, (sequences, context_tokens + 1))
     return text_batch(ids.astype(np.uint16), 0)
 
 
@@ -123,7 +122,7 @@ def draw(axes_of: dict[str, Any]) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from freehold.figure import BLUE, GREEN, MUTED, ORANGE, STYLE
+    from freehold.figure import BLUE, GREEN, MUTED, ORANGE, STYLE, png
 
     colours = {"model": GREEN, "adamw": BLUE, "muon": ORANGE}
     names = {"model": "forward and backward", "adamw": "whole step, AdamW", "muon": "whole step, Muon"}
@@ -145,9 +144,7 @@ def draw(axes_of: dict[str, Any]) -> bytes:
             axes.set_ylim(0)
             axes.set(title=titles[axis], ylabel="seconds")
             axes.legend()
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+        return png(figure)
 
 
 def main() -> int:

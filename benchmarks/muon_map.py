@@ -18,7 +18,6 @@ About half an hour of one core; finished runs lie in `--cases` and are not run a
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 from collections.abc import Iterable
@@ -117,7 +116,7 @@ def draw(cells: list[dict[str, Any]]) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from freehold.figure import BLUE, MUTED, ORANGE, STYLE
+    from freehold.figure import BLUE, MUTED, ORANGE, STYLE, png
 
     colours = {"muon, 5 iterations": BLUE, "muon, 3 iterations": ORANGE}
     with rc_context(STYLE):
@@ -140,9 +139,7 @@ def draw(cells: list[dict[str, Any]]) -> bytes:
             axes.set(title=f"{width} wide", xlabel="tokens a step")
         figure.axes[0].set_ylabel("steps of AdamW")
         figure.axes[0].legend()
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+        return png(figure)
 
 
 def main() -> int:

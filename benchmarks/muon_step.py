@@ -24,24 +24,18 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-import numpy as np
 import torch
 from common import environment, interleaved, middle, timed, write
+from growth import rows, trainer_of
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from train_step import SHAPES as TRAIN_SHAPES
 
-from freehold.core.log import Log
-from freehold.data.packing import text_batch
 from freehold.kernels import native
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import SHAPES, ModelConfig
 from freehold.optim.build import is_hidden_matrix
-from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.muon import COEFFICIENTS, ONE_BY_ONE_FROM, Muon, as_matrices, newton_schulz
-from freehold.optim.schedule import Schedule
-from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loop import Job, Trainer
 
 CONFIGS = {"laptop": (SHAPES["laptop"], 8, 512), **TRAIN_SHAPES}
 SAMPLE = 64
@@ -102,21 +96,8 @@ def schedules(rounds: int) -> dict[str, Any]:
 def share(name: str, passes: int, rounds: int, threads: int, pause_s: float) -> dict[str, Any]:
     """Return the seconds of a step, and of it inside Muon."""
     shape, sequences, tokens = CONFIGS[name]
-    job = Job(
-        folder=Path(),
-        model=ModelConfig(**shape),
-        trainer=TrainerConfig(threads=threads),
-        optim=OptimConfig(matrices="muon"),
-        balance=SmebuConfig(),
-        schedule=Schedule({"all": PhaseConfig(steps=1000)}),
-        order=None,  # type: ignore[arg-type]  # the batch is handed to each step
-        micro_sequences=sequences,
-        stage="pretrain",
-        parent="",
-    )
-    trainer = Trainer(job, Log(quiet=True), seed=0)
-    ids = np.random.default_rng(0).integers(32, shape["vocab_size"], (sequences * passes, tokens + 1))
-    batch = text_batch(ids.astype(np.uint16), 0)
+    trainer = trainer_of(ModelConfig(**shape), "muon", sequences, threads)
+    batch = rows(tokens, sequences * passes, shape["vocab_size"])
     inside = [0.0]
 
     def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:

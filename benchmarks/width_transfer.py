@@ -13,7 +13,6 @@ About twenty minutes of one core; finished runs lie in `--cases` and are not run
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def draw(found: dict[str, dict[str, dict[str, float]]]) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from freehold.figure import BLUE, GREEN, ORANGE, STYLE
+    from freehold.figure import BLUE, GREEN, ORANGE, STYLE, png
 
     titles = {"muon": "Muon, AdamW for the rest", "adamw": "AdamW for everything"}
     with rc_context(STYLE):
@@ -59,9 +58,7 @@ def draw(found: dict[str, dict[str, dict[str, float]]]) -> bytes:
             axes.set(title=titles[way], xlabel="multiple of the rates (ring: the best)")
             axes.legend(title="width")
         figure.axes[0].set_ylabel("validation bits per byte")
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+        return png(figure)
 
 
 def main() -> int:

@@ -38,9 +38,14 @@ HEAT_LAYERS = 6
 
 def draw(rows: list[dict[str, Any]], results: dict[str, Any]) -> bytes:
     """Return a PNG drawn from metrics rows (`step`, `phase`, slash names) and evaluate's results (may be empty)."""
-    out = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        picture(rows, results).savefig(out, format="png", metadata={"Software": None})
+        return png(picture(rows, results))
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as PNG, without the name of the software in it: same figure, same bytes."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
 
 
@@ -94,9 +99,7 @@ def draw_plan(plan: dict[str, Any]) -> bytes:
             beside.axvline(1, color=MUTED, linewidth=1)
             beside.set_yticks(range(len(rows)), [row["figure"] for row in rows])
             beside.invert_yaxis()
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+        return png(figure)
 
 
 def _stack(axes: Axes, parts: list[tuple[str, float]], unit: str, wrong: float) -> None:
@@ -128,9 +131,7 @@ def draw_data(facts: dict[str, Any]) -> bytes:
         for row in facts["read"]:
             read[row["source"]] = read.get(row["source"], 0) + row["tokens"]
         _bars(axes[5], "Tokens read, by source", list(read.items()), GREEN)
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+        return png(figure)
 
 
 def _bars(axes: Axes, title: str, rows: list[tuple[str, int]], colour: str, most: int = 10) -> None:

@@ -175,7 +175,6 @@ class Trainer:
             native.match_keys(weights, self.model.state_dict(), self.job.folder)
             self.model.load_state_dict(weights)
         self.model.to(self.world.device)
-        self.names = list(self.model.state_dict())
         self.moe_layers.update(self.model.moe_layers())
         self.masters = {n: p.detach().requires_grad_() for n, p in self.model.named_parameters()}
         self.model.to_compute(DTYPES[self.job.trainer.dtype])
@@ -197,14 +196,14 @@ class Trainer:
             layer.expert_bias.zero_()
             layer.load_counts.zero_()
         self.spread = Spread(self.model, self.world)
-        self.names, here = list(whole.state_dict()), self.model.moe_layers()
+        here = self.model.moe_layers()
         for name, layer in whole.moe_layers().items():
             bias, counts = (
                 torch.zeros_like(t, device=self.world.device) for t in (layer.expert_bias, layer.load_counts)
             )
             self.moe_layers[name] = here.get(name, RoutedElsewhere(bias, counts))
         if weights is not None:
-            native.match_keys(weights, self.names, self.job.folder)
+            native.match_keys(weights, whole.state_dict(), self.job.folder)
             self._take_biases(weights)
         values = whole.initial_values(torch.Generator().manual_seed(seed)) if weights is None else weights.items()
         for name, value in values:
@@ -282,22 +281,19 @@ class Trainer:
             native.remove_unless(checkpoints, self._is_on_course)
         self.world.barrier()
         folder = native.last_good(checkpoints, self.log.warn)
-        if folder is not None:
-            self._must_read_the_same(folder)
         if folder is None:
             self.processes = [[self.step, self.world.size]]
             return False
-        facts = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        facts = read_json(folder / "trainer.json")
+        self._must_read_the_same(facts, folder)
         state = self.read(folder)
         self.adopt(state, folder)
         self.detector.load_state_dict(state.get("collapse", {}))
         self.spikes.load_state_dict(state.get("spike", {}))
         self.fed.value = int(facts.get("data_sum", "0"), 16) if self.world.is_main else 0
         self.processes = [span for span in facts.get("processes", []) if span[0] < facts["step"]]
-        if self.processes[-1:] != [[facts["step"], self.world.size]]:
-            last = self.processes[-1][1] if self.processes else 0
-            if last != self.world.size:
-                self.processes.append([facts["step"], self.world.size])
+        if not self.processes or self.processes[-1][1] != self.world.size:
+            self.processes.append([facts["step"], self.world.size])
         self.step, self.tokens, self.skipped = facts["step"], facts["tokens"], list(facts["skipped_steps"])
         self.alarms = list(facts.get("alarms", []))
         self.log.rewind(self.step)
@@ -320,9 +316,8 @@ class Trainer:
             for rollback in self.rollbacks
         )
 
-    def _must_read_the_same(self, folder: Path) -> None:
+    def _must_read_the_same(self, facts: dict[str, Any], folder: Path) -> None:
         """Raise CheckpointError when the steps so far read other data, or the same in another order."""
-        facts = read_json(folder / "trainer.json")
         for key in READS:
             before, now = facts.get(key), self.job.facts.get(key)
             if before is None or now is None or before == now:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from toy import unsettle
 
 from freehold.data.packing import IGNORE, PADDING
 from freehold.model.afmoe import Afmoe
@@ -33,16 +34,8 @@ def config(**changes: Any) -> ModelConfig:
 
 def build(shape: ModelConfig) -> Afmoe:
     """A model with attention and routing far from uniform, in training mode; the same in every process."""
-    model, generator = Afmoe(shape).double(), torch.Generator().manual_seed(0)
-    model.init_weights(generator)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-            else:
-                parameter.mul_(3.0)
-        for moe in model.moe_layers().values():
-            moe.expert_bias.normal_(0, 0.3, generator=generator)
+    model = Afmoe(shape).double()
+    unsettle(model, seed=0)
     return model.train()
 
 

@@ -44,18 +44,24 @@ def batches() -> list[Batch]:
     return found
 
 
+@torch.no_grad()
+def unsettle(model: Afmoe, seed: int) -> None:
+    """Fill a model with weights far from their first values, and biases that decide something."""
+    generator = torch.Generator().manual_seed(seed)
+    model.init_weights(generator)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        else:
+            parameter.mul_(3)
+    for moe in model.moe_layers().values():
+        moe.expert_bias.normal_(0, 0.3, generator=generator)
+
+
 def weights(config: ModelConfig) -> dict[str, torch.Tensor]:
     """Return weights far from their first values, and biases that decide something."""
-    model, generator = Afmoe(config), torch.Generator().manual_seed(1)
-    model.init_weights(generator)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-            else:
-                parameter.mul_(3)
-        for moe in model.moe_layers().values():
-            moe.expert_bias.normal_(0, 0.3, generator=generator)
+    model = Afmoe(config)
+    unsettle(model, seed=1)
     return model.state_dict()
 
 

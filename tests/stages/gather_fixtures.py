@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from freehold.core.artifact import Workspace
 from freehold.core.config import fill
+from freehold.core.document import Document, read_rows
 from freehold.core.log import Log
 from freehold.stages.gather.config import StageConfig
 from freehold.stages.gather.run import run
@@ -59,6 +60,16 @@ def gather(folder: Path, sources: dict[str, Any], seed: int = 17, **keys: Any) -
     config = fill(StageConfig, {"sources": sources, **keys}, "gather")
     folder.mkdir(parents=True, exist_ok=True)
     return run(config, Workspace(folder, "gather", "test", seed, Log(quiet=True)))
+
+
+def documents(folder: Path, name: str) -> list[Document]:
+    """Return the documents of a source that was gathered into `folder`."""
+    return list(read_rows(folder / "documents" / f"{name}.parquet", Document))
+
+
+def report(folder: Path, name: str) -> dict[str, Any]:
+    """Return what the stage wrote down of a source."""
+    return json.loads((folder / "sources.json").read_text())[name]
 
 
 def country(name: str, index: int, **more: Any) -> str:

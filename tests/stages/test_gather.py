@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gather_fixtures import FREE, SOTU, SPEECHES, country, gather, install, install_factbook, sdist
+from gather_fixtures import FREE, SOTU, SPEECHES, country, documents, gather, install, install_factbook, report, sdist
 
 from freehold.core.artifact import hash_files
 from freehold.core.config import fill, load_recipe
-from freehold.core.document import Document, document_id, read_rows
+from freehold.core.document import document_id
 from freehold.core.errors import ConfigError, DataError, LicenceError
 from freehold.ledger.known import KNOWN
 from freehold.stages.gather import origins, readers
@@ -21,22 +21,6 @@ from freehold.stages.gather.config import Debian, Folder, JsonLines, StageConfig
 from freehold.stages.gather.origins import Member, find
 from freehold.stages.gather.readers import Part, Reading, strip_html
 from freehold.stages.gather.run import _left_out, _row_documents, choose, cut
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(folder)
-    return folder
-
-
-def documents(folder: Path, name: str) -> list[Document]:
-    return list(read_rows(folder / "documents" / f"{name}.parquet", Document))
-
-
-def report(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads((folder / "sources.json").read_text())[name]
 
 
 def member(path: str, data: bytes) -> Member:

@@ -13,10 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from gather_fixtures import FREE, ar, deb, gather, install, page
+from gather_fixtures import FREE, ar, deb, documents, gather, install, page, report
 
 from freehold.core.config import fill
-from freehold.core.document import Document, read_rows
 from freehold.core.errors import ConfigError, DataError, LicenceError
 from freehold.ledger import known
 from freehold.stages.gather import origins
@@ -47,22 +46,6 @@ GPL_NOTICE = (
 )
 GRANTED = {"licence": "wrapper", "licence_evidence": {"file": "*LICENSE*", "quote": "Permission is hereby granted"}}
 WORDS = "These are a few words of our own, enough for a text. " * 3
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(folder)
-    return folder
-
-
-def documents(folder: Path, name: str) -> list[Document]:
-    return list(read_rows(folder / "documents" / f"{name}.parquet", Document))
-
-
-def report(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads((folder / "sources.json").read_text())[name]
 
 
 # The packages of the reject list as they present themselves (wrapper, description) and by what their texts show, in
