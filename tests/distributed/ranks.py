@@ -65,7 +65,10 @@ class Ranks:
                     good, value = pipe.recv()  # type: ignore[union-attr]
                 except (EOFError, ConnectionResetError):
                     self.processes[rank].join(GRACE_S)
-                    good, value = False, f"the process ended with code {self.processes[rank].exitcode}"
+                    good, value = (
+                        False,
+                        f"the process ended with code {self.processes[rank].exitcode}\n{self._where(rank)}",
+                    )
                 if good:
                     results[rank] = value
                 else:
@@ -111,6 +114,7 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
         timeout=datetime.timedelta(seconds=TIMEOUT_S),
     )
     with open(f"{folder}/hang_{rank}", "w") as hang:
+        faulthandler.enable(hang)  # a crash leaves its traceback there too
         while True:
             try:
                 function, args, timeout_s = pipe.recv()
