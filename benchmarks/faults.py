@@ -240,6 +240,7 @@ def one(seed: int, work: Path, references: dict[str, Any]) -> dict[str, Any]:
         }
         if not record["survived"]:
             record["said"] = run.tail()
+        run.said.close()  # an open file keeps the file system from being unmounted
         shutil.rmtree(run.folder, ignore_errors=True)
         return record
     finally:
