@@ -45,6 +45,8 @@ RECIPE = Path("recipes/tiny.yaml")
 STEPS = 36
 FAULTS = ("kill", "store", "stop", "disk", "truncate", "flip", "poison", "slow")
 PATIENCE_S = 3600.0
+FULL_S = 20.0
+"""How long a disk stays full at most: the run waits for room at the end of a phase."""
 TRAINING = [
     "pretrain.parallel.nproc=2",
     "pretrain.parallel.shard=2",
@@ -133,12 +135,15 @@ def damage(path: Path, fault: str, rng: random.Random) -> str:
 
 
 def fill_disk(run: Run, folder: Path, step: int) -> dict[str, Any]:
-    """Fill the file system from `step` on until a checkpoint should have been written, then make room."""
+    """Fill the file system from `step` on until a checkpoint should have been written or FULL_S, then make room."""
     run.wait_for(step)
     ballast, until = folder / "ballast", min(step + 6, STEPS)
+    deadline = time.monotonic() + FULL_S
     size = 1 << 16
     with ballast.open("ab", buffering=0) as file:
         while run.process.poll() is None and min(b["step"] for b in run.beats().values()) < until:
+            if time.monotonic() > deadline:
+                break
             try:
                 file.write(bytes(size))
             except OSError:
