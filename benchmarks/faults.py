@@ -210,7 +210,7 @@ def one(seed: int, work: Path, references: dict[str, Any]) -> dict[str, Any]:
     if fault == "disk":
         runs = work / "disk"
         runs.mkdir(exist_ok=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(runs)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(runs)], check=True)
     try:
         run = Run(runs, f"seed_{seed}", work / f"{kind}_inputs")
         told: dict[str, Any] = {}
