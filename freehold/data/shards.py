@@ -184,7 +184,7 @@ class ShardSet:
         for (name, of), shard in self.shards.items():
             if of == split and shard.counts["tokens"]:
                 files = [self._files[f"{self.folder.name}/{name}.{split}.{kind}"]["sha256"] for kind in _KINDS]
-                left_out = sorted(without.intersection(shard.ids)) if without else []
+                left_out = sorted(without & set(shard.ids)) if without else []
                 found[name] = sha256_json([*files, left_out] if left_out else files)
         return found
 
