@@ -45,6 +45,8 @@ RECIPE = Path("recipes/tiny.yaml")
 STEPS = 36
 FAULTS = ("kill", "store", "stop", "disk", "truncate", "flip", "poison", "slow")
 PATIENCE_S = 3600.0
+FULL_S = 20.0
+"""How long a disk stays full at most: the run waits for room at the end of a phase."""
 TRAINING = [
     "pretrain.parallel.nproc=2",
     "pretrain.parallel.shard=2",
@@ -133,12 +135,15 @@ def damage(path: Path, fault: str, rng: random.Random) -> str:
 
 
 def fill_disk(run: Run, folder: Path, step: int) -> dict[str, Any]:
-    """Fill the file system from `step` on until a checkpoint should have been written, then make room."""
+    """Fill the file system from `step` on until a checkpoint should have been written or FULL_S, then make room."""
     run.wait_for(step)
     ballast, until = folder / "ballast", min(step + 6, STEPS)
+    deadline = time.monotonic() + FULL_S
     size = 1 << 16
     with ballast.open("ab", buffering=0) as file:
         while run.process.poll() is None and min(b["step"] for b in run.beats().values()) < until:
+            if time.monotonic() > deadline:
+                break
             try:
                 file.write(bytes(size))
             except OSError:
@@ -205,7 +210,7 @@ def one(seed: int, work: Path, references: dict[str, Any]) -> dict[str, Any]:
     if fault == "disk":
         runs = work / "disk"
         runs.mkdir(exist_ok=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(runs)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(runs)], check=True)
     try:
         run = Run(runs, f"seed_{seed}", work / f"{kind}_inputs")
         told: dict[str, Any] = {}
@@ -240,6 +245,7 @@ def one(seed: int, work: Path, references: dict[str, Any]) -> dict[str, Any]:
         }
         if not record["survived"]:
             record["said"] = run.tail()
+        run.said.close()  # an open file keeps the file system from being unmounted
         shutil.rmtree(run.folder, ignore_errors=True)
         return record
     finally:

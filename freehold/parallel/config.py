@@ -21,6 +21,9 @@ class SuperviseConfig(Config):
         2.0, gt=1, description="a rank this many times as busy as the median of the others slows"
     )
     slow_s: float = Field(60.0, gt=0, description="seconds over which that is measured")
+    disk_wait_s: float = Field(
+        600.0, ge=0, description="a run the disk has no room for is tried again for so long before it is given up"
+    )
     max_relaunches: int = Field(3, ge=0, description="give up after so many starts without a new checkpoint")
 
 

@@ -3,7 +3,8 @@
 A world is one set of ranks that met at one port. It ends well when every rank exits with 0. It ends badly when a rank
 dies or hangs; then all are killed, what happened is written down, and a new world with a new port goes on from the
 newest finished checkpoint. It ends for good when the user asked for it, when a rank told of a mistake of the user's
-(the same recipe would meet it again), or when worlds keep ending without one new checkpoint between them.
+(the same recipe would meet it again), or when worlds keep ending without one new checkpoint between them. A full disk
+is told as well, but ends the run only when nobody has made room for `disk_wait_s`.
 
 Why the first rank that fails is not always the one to blame: a killed rank takes the connections of all others down.
 So a signal from outside comes first, then a told error, then the rank whose last words are not about its peers.
@@ -12,7 +13,9 @@ So a signal from outside comes first, then a told error, then the rank whose las
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import signal
 import statistics
 import time
@@ -120,6 +123,10 @@ class End:
     ranks: tuple[dict[str, Any], ...] = ()
 
 
+def _is_full(told: dict[str, Any] | None) -> bool:
+    return told is not None and any(os.strerror(n) in str(told.get("what")) for n in (errno.ENOSPC, errno.EDQUOT))
+
+
 class Supervisor:
     """Runs one command as `nproc` ranks to its end, through as many worlds as it takes.
 
@@ -155,6 +162,7 @@ class Supervisor:
         KeyboardInterrupt when the user asked to stop and the ranks have.
         """
         futile, before = 0, self.newest_step()
+        full_since, full_times = 0.0, 0
         with self._signals():
             while True:
                 self.number += 1
@@ -165,9 +173,17 @@ class Supervisor:
                     raise KeyboardInterrupt
                 step = self.newest_step()
                 futile, before = (0 if step > before else futile + 1), step
+                pause_s = min(2.0 ** (futile - 1) - 1, 60.0) if futile else 0.0
                 gives_up = end.told is not None or futile > self.config.max_relaunches
+                if _is_full(end.told):  # no mistake in the recipe, and room may be made meanwhile
+                    full_times = full_times + 1 if futile else 1
+                    full_since = full_since if full_times > 1 else time.monotonic()
+                    gives_up = time.monotonic() - full_since >= self.config.disk_wait_s
+                    pause_s = min(2.0**full_times, 60.0)
+                else:
+                    full_times = 0
                 path = self._post_mortem(end, step, "give up" if gives_up else f"start again from step {max(step, 0)}")
-                if end.told is not None:
+                if gives_up and end.told is not None:
                     raise RankToldError(**end.told)
                 if gives_up:
                     raise WorldFailed(
@@ -176,8 +192,8 @@ class Supervisor:
                         found=end.what,
                         todo="the file named above tells what each rank saw; run the same command again to go on",
                     )
-                self.say(f"{end.what}; starting again from step {max(step, 0)} ({path})")
-                self._pause(min(2.0 ** (futile - 1) - 1, 60.0) if futile else 0.0)
+                self.say(f"{end.what}; starting again from step {max(step, 0)} in {pause_s:.0f} s ({path})")
+                self._pause(pause_s)
 
     def _one_world(self) -> End:
         """Start the ranks and watch them to their end, whatever it is; none is left running."""

@@ -142,6 +142,31 @@ def test_a_users_mistake_is_told_once_and_not_tried_again(supervise):
     assert [event["event"] for event in events(supervise)] == ["started", "failed"]
 
 
+def test_a_full_disk_is_waited_for(supervise):
+    full = """
+        if step == 2 and world == 1:
+            print(json.dumps({"error": {"what": f"could not write or read: {os.strerror(28)}", "where": "checkpoint"}}))
+            sys.exit(2)
+    """
+    assert "counts" in json.loads(supervise(full))
+    assert [e["event"] for e in events(supervise)] == ["started", "failed", "started", "finished"]
+    assert "starting again from step 0 in 2 s" in supervise.said[-1]
+
+
+def test_a_disk_that_stays_full_ends_the_run(supervise):
+    with pytest.raises(RankToldError, match=os.strerror(28)):
+        supervise(
+            """
+            print(json.dumps({"error": {"what": f"could not write or read: {os.strerror(28)}", "where": "checkpoint"}}))
+            sys.exit(2)
+            """,
+            disk_wait_s=1,
+        )
+    assert [e["decision"] for e in events(supervise) if e["event"] == "failed"] == [
+        "start again from step 0", "give up",
+    ]  # fmt: skip
+
+
 def test_gives_up_when_no_world_makes_a_checkpoint(supervise):
     with pytest.raises(WorldFailed, match="3 times in a row it ended without a new checkpoint"):
         supervise("sys.exit('RuntimeError: always')", max_relaunches=2)
