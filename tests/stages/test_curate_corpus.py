@@ -289,7 +289,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(several: Path, straig
     child.stdout.close()
     done = sorted(path.name for path in (folder / "shards").glob("0*"))
     assert done == ["00000", "00001", "00002", "00003"]
-    before = {name: (folder / "shards" / name / "words.npy").stat().st_mtime_ns for name in done}
+    before = {name: (folder / "shards" / name / "words_of.npy").stat().st_mtime_ns for name in done}
     # What a kill in the middle of a shard leaves is not taken for one.
     (folder / "shards" / "00004.tmp").mkdir()
     made: list[str] = []
@@ -308,7 +308,7 @@ def curate_watched(gathered: Path, folder: Path, made: list[str], before: dict[s
 
     def look(self: Any, job: Any, plan: Any) -> None:
         for name, when in before.items():
-            same = (job.shards / name / "words.npy").stat().st_mtime_ns == when
+            same = (job.shards / name / "words_of.npy").stat().st_mtime_ns == when
             made.append("kept" if same else "made again")
         original(self, job, plan)
 

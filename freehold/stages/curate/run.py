@@ -153,7 +153,7 @@ def compare(corpus: Corpus, report: Report) -> Kept:
             mine = kept.alive & (corpus.source == source)
             tally.close(name, [(int(mine.sum()), int(kept.sizes[mine].sum()))])
 
-    twins = exact_duplicates(standing(), table["exact"])
+    twins = exact_duplicates(standing(), table["exact"], lambda document: _row(corpus, document)[1])
     step("exact_duplicates", {i: ("exact_duplicate", f"of {corpus.ids[j]}") for i, j in twins.items()})
     if config.near_duplicates.enabled:
         near = config.near_duplicates
@@ -192,7 +192,7 @@ def compare(corpus: Corpus, report: Report) -> Kept:
         places = np.full(len(corpus), -1, np.int64)
         left = standing(table["cut"])
         places[left] = np.arange(len(left))
-        lines = repeated_lines(places, lambda: corpus.flat("lines", "lines"), config.lines, config.memory_bytes)
+        lines = repeated_lines(places, lambda: corpus.flat("line_hashes", "lines"), config.lines, config.memory_bytes)
     for name, cuts, act in (("passages", spans, overlap.passages), ("lines", lines, config.lines.act)):
         if act == "off":
             continue

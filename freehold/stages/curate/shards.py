@@ -20,14 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from freehold.core.artifact import atomic_folder, sha256_file, sha256_json, write_json
-from freehold.core.document import Document, replace
+from freehold.core.document import Document
 from freehold.core.errors import DataError
 from freehold.core.machine import machine_limits
 from freehold.stages.curate import bias
 from freehold.stages.curate.classifier import Model
 from freehold.stages.curate.config import StageConfig
 from freehold.stages.curate.decontaminate import Questions, read_questions
-from freehold.stages.curate.dedup import exact_key, line_hashes, sketches, winnow
+from freehold.stages.curate.dedup import line_hashes, sketches, winnow, words_key
 from freehold.stages.curate.steps import BATCH_CHARS, Draft, Tally, Tools, read, take
 from freehold.stages.curate.words import Words
 
@@ -124,7 +124,9 @@ def read_shard(shard: Shard, config: StageConfig) -> Iterator[Draft]:
     """Yield the documents of a shard; DataError for a kind that has no rules."""
     skip, left = shard.start, shard.rows
     kinds = type(config.kinds).model_fields
-    for batch in pq.ParquetFile(shard.path).iter_batches(batch_size=256, row_groups=[shard.group]):
+    # The whole row group need not be read ahead, and threads cost more than they bring beside other shards.
+    file = pq.ParquetFile(shard.path, pre_buffer=False)
+    for batch in file.iter_batches(batch_size=256, row_groups=[shard.group], use_threads=False):
         part = batch.slice(skip, left)
         skip, left = max(0, skip - len(batch)), left - len(part)
         for values in part.to_pylist():
@@ -165,52 +167,72 @@ def make_shard(job: Job, shard: Shard) -> None:
     tools = Tools(config, questions, model, Tally())
     came: list[int] = []
     kept: list[Draft] = []
-    before = np.zeros((len(bias.GROUPS), 1 + len(bias.ATTRIBUTES)), np.int64)
-    counts: list[np.ndarray] = []
+    before = np.zeros(bias.SHAPE, np.int64)
+    columns: dict[str, list[np.ndarray]] = {}
     for batch in batches(read_shard(shard, config)):
         came += [draft.size_bytes for draft in batch]
+        first: dict[int, tuple[Words, np.ndarray]] = {}
         if config.bias.act != "off":
             sane = [draft for draft in batch if len(draft.text) <= draft.rules.max_chars]
             read(sane)
-            before += bias.count([draft.hashed for draft in sane], config.bias.window_words).sum(axis=0)
+            counts = bias.count([draft.hashed for draft in sane], config.bias.window_words)
+            before += counts.sum(axis=0)
+            first = {id(draft): (draft.hashed, one) for draft, one in zip(sane, counts, strict=True)}
         left = take(batch, tools)
-        if config.bias.act != "off":
-            counts.append(bias.count([draft.hashed for draft in left], config.bias.window_words))
+        for name, column in describe(left, first, config).items():
+            columns.setdefault(name, []).append(column)
+        for draft in left:
+            draft.words = None  # it is in the columns, and large
         kept += left
-    words = [draft.hashed for draft in kept]
-    flat = np.concatenate([one.hashes for one in words] or [np.zeros(0, np.uint64)])
-    alike = np.array([draft.rules.near_duplicates for draft in kept], bool)
-    some = [one if yes else Words(one.hashes[:0], 0, 0.0) for one, yes in zip(words, alike, strict=True)]
-    overlap = config.overlap.contained != "off" or config.overlap.passages != "off"
-    hashes, places, runs = winnow(some if overlap else [], config.overlap)
-    lines = [
-        line_hashes(draft.text, config.lines) if draft.rules.cut and config.lines.act != "off" else flat[:0]
-        for draft in kept
-    ]
     with atomic_folder(folder) as temporary:
-        rows = [replace(draft.row, text=draft.text) for draft in kept]
-        columns = {name: [getattr(row, name) for row in rows] for name in Document.SCHEMA.names}
         with pa.ipc.new_file(temporary / "rows.arrow", Document.SCHEMA) as writer:
-            writer.write_table(pa.table(columns, schema=Document.SCHEMA), max_chunksize=256)
-        np.save(temporary / "words.npy", flat)
-        if config.near_duplicates.enabled:
-            np.save(temporary / "sketch.npy", sketches(some, config.near_duplicates))
-        np.save(temporary / "run_hashes.npy", hashes)
-        np.save(temporary / "run_places.npy", places)
-        np.save(temporary / "lines.npy", np.concatenate(lines or [flat[:0]]))
-        np.save(temporary / "bias.npy", np.concatenate(counts) if counts else np.zeros((0, *before.shape), np.int32))
-        np.savez(
-            temporary / "documents.npz",
-            exact=np.array([exact_key(draft.text) for draft in kept], np.uint64).reshape(-1, 2),
-            words=np.array([len(one.hashes) for one in words], np.int64),
-            sizes=np.array([draft.size_bytes for draft in kept], np.int64),
-            alike=alike,
-            cut=np.array([draft.rules.cut for draft in kept], bool),
-            runs=runs if overlap else np.zeros(len(kept), np.int64),
-            lines=np.array([len(one) for one in lines], np.int64),
-            bias_before=before,
-        )
+            values = {name: [getattr(draft.row, name) for draft in kept] for name in Document.SCHEMA.names}
+            values["text"] = [draft.text for draft in kept]
+            writer.write_table(pa.table(values, schema=Document.SCHEMA), max_chunksize=256)
+        table = {name: np.concatenate(parts) for name, parts in columns.items()}
+        for name in ARRAYS & table.keys():
+            np.save(temporary / f"{name}.npy", table.pop(name))
+        np.savez(temporary / "documents.npz", allow_pickle=False, **table, bias_before=before)
         write_json(temporary / "tally.json", {"in": [len(came), sum(came)], **tools.tally.as_dict()})
+
+
+ARRAYS = {"words_of", "sketch", "run_hashes", "run_places", "line_hashes", "bias"}
+"""What is large of `describe`, and mapped when it is read; the rest is a number or so for each document."""
+
+
+def describe(
+    drafts: Sequence[Draft], counted: dict[int, tuple[Words, np.ndarray]], config: StageConfig
+) -> dict[str, np.ndarray]:
+    """Return what comparing asks of documents; `counted` has the bias of their words as they came, by id of the draft.
+
+    Arrays with a row for each document, and of those that take up several (words, runs, lines) also how many.
+    """
+    words = [draft.hashed for draft in drafts]
+    none = np.zeros(0, np.uint64)
+    alike = np.array([draft.rules.near_duplicates for draft in drafts], bool)
+    cut = np.array([draft.rules.cut for draft in drafts], bool)
+    some = [one if yes else Words(none, 0, 0.0) for one, yes in zip(words, alike, strict=True)]
+    columns = {
+        "alike": alike,
+        "cut": cut,
+        "exact": np.array([words_key(one) for one in words], np.uint64),
+        "sizes": np.array([draft.size_bytes for draft in drafts], np.int64),
+        "words": np.array([len(one.hashes) for one in words], np.int64),
+        "words_of": np.concatenate([none, *(one.hashes for one in words)]),
+    }
+    if config.near_duplicates.enabled:
+        columns["sketch"] = sketches(some, config.near_duplicates)
+    if config.overlap.contained != "off" or config.overlap.passages != "off":
+        columns["run_hashes"], columns["run_places"], columns["runs"] = winnow(some, config.overlap)
+    if config.lines.act != "off":
+        lines = [line_hashes(draft.text, config.lines) if yes else none for draft, yes in zip(drafts, cut, strict=True)]
+        columns["line_hashes"] = np.concatenate([none, *lines])
+        columns["lines"] = np.array([len(one) for one in lines], np.int64)
+    if config.bias.act != "off":
+        again = [i for i, draft in enumerate(drafts) if counted[id(draft)][0] is not draft.words]
+        columns["bias"] = np.array([counted[id(draft)][1] for draft in drafts], np.int32).reshape(-1, *bias.SHAPE)
+        columns["bias"][again] = bias.count([words[i] for i in again], config.bias.window_words)
+    return columns
 
 
 @lru_cache(maxsize=1)
@@ -266,7 +288,7 @@ class Corpus:
 
     @lru_cache(maxsize=8)  # noqa: B019 - as long as the stage; mapped pages count as memory
     def _words(self, shard: int) -> np.ndarray:
-        return self.array(shard, "words")
+        return self.array(shard, "words_of")
 
     def flat(self, name: str, count: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (values, document) of an array with `count` values a document, shard by shard."""

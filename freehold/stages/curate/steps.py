@@ -30,7 +30,7 @@ from freehold.stages.curate.toxicity import check_toxicity
 from freehold.stages.curate.words import Words, read_batch
 
 # Text read at once, characters: the arrays of a batch should stay in the processor's cache.
-BATCH_CHARS = 1_000_000
+BATCH_CHARS = 120_000
 SAMPLES = 3
 SAMPLE_CHARS = 240
 
@@ -43,8 +43,7 @@ class Draft:
     rules: KindRules
     text: str
     words: Words | None = None
-    number: int = 0
-    """Its place among the documents of its shard."""
+    size: int | None = None
 
     @property
     def hashed(self) -> Words:
@@ -55,7 +54,13 @@ class Draft:
     @property
     def size_bytes(self) -> int:
         """Return the length of the text in UTF-8."""
-        return len(self.text) if self.text.isascii() else len(self.text.encode())
+        if self.size is None:
+            self.size = len(self.text) if self.text.isascii() else len(self.text.encode())
+        return self.size
+
+    def edit(self, text: str) -> None:
+        """Replace the text, and forget what was known of it."""
+        self.text, self.words, self.size = text, None, None
 
 
 @dataclass
@@ -199,7 +204,7 @@ def unicode(batch: Sequence[Draft], tools: Tools) -> list[Why | None]:
         if repairs:
             tools.tally.repaired.update(repairs.split())
             tools.tally.sample("unicode", draft.row, (repairs, "repaired"), draft.text, clean)
-            draft.text, draft.words = clean, None
+            draft.edit(clean)
     return length(batch, tools)
 
 
@@ -245,7 +250,7 @@ def privacy(batch: Sequence[Draft], tools: Tools) -> list[Why | None]:
             tools.tally.redacted.update(found)
             kinds = " ".join(sorted(found))
             tools.tally.sample("privacy", draft.row, (kinds, "redacted"), draft.text, clean)
-            draft.text, draft.words = clean, None
+            draft.edit(clean)
         why.append(check_density(len(clean), found, tools.config.privacy))
     return why
 

@@ -19,14 +19,16 @@ _COMMON = (
 STOP_WORDS = frozenset(_COMMON.split(" "))
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _HALF = np.uint64(32)
-# Beyond ASCII what is no part of a word becomes a space; every other byte from 0x80 on is then part of one.
-_OUTSIDE = re.compile(r"[^\w\x00-\x7f]")
-_INSIDE = np.array([chr(b).isalnum() or b == ord("_") or b >= 0x80 for b in range(256)])
+# Of the bytes of a text, those that are part of a word; from 0x80 on it hangs on the character.
+_INSIDE = np.array([b >= 0x80 or chr(b).isalnum() or b == ord("_") for b in range(256)])
+_INSIDE_TABLE = _INSIDE.tobytes()
+ASCII = bytes(range(128))
 # Keeps the first n bytes of eight, as they lie in memory.
 _FIRST = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 _LONG_BYTES = 64
-# One bit per low bits of a hash says "not among them" for almost every word without a search.
-_TABLE_BITS = 20
+# A table by the low bits of a hash says "not among them" of almost every word without a search; it is so much larger
+# than the set, and the smaller the faster.
+_TABLE_BITS, _TABLE_BITS_EACH = 16, 5
 
 
 @dataclass(frozen=True)
@@ -40,53 +42,91 @@ class Words:
     stop_fraction: float
     cache: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
+    def ngrams(self, n: int) -> np.ndarray:
+        """Return the hash of each run of `n` words; kept with the words, for it is asked for more than once."""
+        if n not in self.cache:
+            fewer = max((m for m in self.cache if m < n), default=1)
+            self.cache[n] = ngrams(self.hashes, n, self.cache.get(fewer), fewer)
+        return self.cache[n]
+
 
 def read_words(text: str) -> Words:
     """Split a text into lower-case runs of word characters and hash them."""
     return read_batch([text])[0]
 
 
+def beyond_ascii(text: str) -> str:
+    """Return the characters of a text that are not ASCII, in order: few, so what asks for them alone is fast."""
+    return "" if text.isascii() else text.encode().translate(None, ASCII).decode()
+
+
+def _lower(text: str) -> bytes:
+    """Return `text.lower()` in UTF-8: byte by byte when nothing beyond ASCII changes, which is much faster."""
+    few = beyond_ascii(text)
+    return text.encode().lower() if few == few.lower() else text.lower().encode()
+
+
 def read_batch(texts: Sequence[str]) -> list[Words]:
     """Return the words of each text: the lower-cased matches of `\\w+`, hashed; all texts in one pass."""
-    parts = []
-    for text in texts:
-        low = text.lower()
-        parts.append((low if low.isascii() else _OUTSIDE.sub(" ", low)).encode())
+    parts = [_lower(text) for text in texts]
     # Spaces around and between the texts, and eight behind for the last word's chunk.
     joined = b" " + b" ".join(parts) + b" " * 9
-    raw = np.frombuffer(joined, np.uint8)
-    inside = _INSIDE[raw]
-    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
-    starts, sizes = edges[::2], edges[1::2] - edges[::2]
+    inside: np.ndarray = np.frombuffer(bytearray(joined.translate(_INSIDE_TABLE)), bool)
+    is_ascii = joined.isascii()
+    if not is_ascii:
+        _exclude_symbols(joined, inside)
+    edges = np.flatnonzero(inside[1:] != inside[:-1])
+    edges += 1
+    starts = edges[::2].copy()
+    sizes = edges[1::2] - starts
     hashes = _hash_words(joined, starts, sizes)
     ends = np.cumsum([len(part) + 1 for part in parts])
     borders = np.searchsorted(starts, np.concatenate([[0], ends]))
-    chars = sizes
-    if not joined.isascii():  # a character's bytes after the first begin with the bits 10
-        tails = np.flatnonzero((raw & 0xC0) == 0x80)
-        chars = sizes - np.bincount(np.searchsorted(starts, tails, "right") - 1, minlength=len(sizes))
-    char_sums = np.concatenate([[0], np.cumsum(chars)])[borders].tolist()
-    stop_sums = np.concatenate([[0], np.cumsum(stop_words().has(hashes))])[borders].tolist()
-    places = borders.tolist()
+    char_sums = np.concatenate([[0], np.cumsum(sizes)])[borders]
+    if not is_ascii:  # a character's bytes after the first begin with the bits 10
+        raw = np.frombuffer(joined, np.uint8)
+        tails = np.flatnonzero(((raw & 0xC0) == 0x80) & inside)
+        char_sums -= np.searchsorted(tails, np.concatenate([[0], ends]))
+    stops = np.searchsorted(stop_words().find(hashes)[0], borders).tolist()
+    places, chars = borders.tolist(), char_sums.tolist()
     return [
         Words(
             hashes[start:end],
-            char_sums[i + 1] - char_sums[i],
-            (stop_sums[i + 1] - stop_sums[i]) / (end - start) if end > start else 0.0,
+            chars[i + 1] - chars[i],
+            (stops[i + 1] - stops[i]) / (end - start) if end > start else 0.0,
         )
         for i, (start, end) in enumerate(zip(places[:-1], places[1:], strict=True))
     ]
 
 
+def _exclude_symbols(joined: bytes, inside: np.ndarray) -> None:
+    """Set `inside` to false at the bytes of those characters beyond ASCII that are no part of a word."""
+    raw = np.frombuffer(joined, np.uint8)
+    leads = np.flatnonzero(raw >= 0xC0)
+    points = np.frombuffer(joined.translate(None, ASCII).decode().encode("utf-32-le"), "<u4")
+    which = np.flatnonzero(~_in_words(points))
+    sizes = 1 + (points[which] >= 0x80) + (points[which] >= 0x800) + (points[which] >= 0x10000)
+    for byte in range(4):
+        inside[leads[which[sizes > byte]] + byte] = False
+
+
+def _in_words(points: np.ndarray) -> np.ndarray:
+    """Return bool [points]: whether each code point beyond ASCII is part of a word."""
+    letters, which = np.unique(points, return_inverse=True)
+    return np.array([chr(point).isalnum() for point in letters.tolist()], bool)[which]
+
+
 def _hash_words(joined: bytes, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return uint64 [words]: eight bytes at a time, mixed; up to eight bytes two words never share a hash."""
     chunks: np.ndarray = np.ndarray((len(joined) - 7,), "<u8", joined, strides=(1,))
-    hashes = _mix(chunks[starts] & _FIRST[np.minimum(sizes, 8)])
+    hashes = chunks[starts]
+    hashes &= _FIRST.take(sizes, mode="clip")
+    _mix(hashes)
     longer = np.flatnonzero(sizes > 8)
     done = 8
     while len(longer) and done < _LONG_BYTES:
         left = sizes[longer] - done
-        chunk = chunks[starts[longer] + done] & _FIRST[np.minimum(left, 8)]
+        chunk = chunks[starts[longer] + done] & _FIRST.take(left, mode="clip")
         hashes[longer] = _mix(hashes[longer] * _MULTIPLIER + chunk)
         longer, done = longer[left > 8], done + 8
     for i in longer.tolist():  # what is longer is no word of a language
@@ -95,10 +135,12 @@ def _hash_words(joined: bytes, starts: np.ndarray, sizes: np.ndarray) -> np.ndar
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Return the finalizer of SplitMix64: a bijection whose every output bit hangs on every input bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """Return the finalizer of SplitMix64, in place: a bijection whose output bits all hang on every input bit."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x ^= x >> np.uint64(shift)
+        x *= np.uint64(factor)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def word_spans(text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -107,8 +149,7 @@ def word_spans(text: str) -> tuple[np.ndarray, np.ndarray]:
     inside = np.zeros(len(points) + 2, bool)
     inside[1:-1] = _INSIDE[np.minimum(points, 127)]  # the last of ASCII is no part of a word
     beyond = np.flatnonzero(points >= 128)
-    letters, which = np.unique(points[beyond], return_inverse=True)
-    inside[1 + beyond] = np.array([chr(point).isalnum() for point in letters.tolist()], bool)[which]
+    inside[1 + beyond] = _in_words(points[beyond])
     edges = np.flatnonzero(inside[1:] != inside[:-1])
     return edges[::2], edges[1::2]
 
@@ -119,7 +160,9 @@ class Lookup:
     def __init__(self, hashes: np.ndarray) -> None:
         self.order = np.argsort(hashes, kind="stable")
         self.sorted = hashes[self.order]
-        self.table = np.zeros(1 << _TABLE_BITS, bool)
+        bits = max(_TABLE_BITS, len(hashes).bit_length() + _TABLE_BITS_EACH)
+        self.mask = np.uint64((1 << bits) - 1)
+        self.table = np.zeros(1 << bits, bool)
         self.table[self._low(hashes)] = True
 
     def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -131,15 +174,8 @@ class Lookup:
         sure = self.sorted[place] == hashes[maybe]
         return maybe[sure], self.order[place[sure]]
 
-    def has(self, hashes: np.ndarray) -> np.ndarray:
-        """Return bool [hashes]: whether each is in the set."""
-        found = np.zeros(len(hashes), bool)
-        found[self.find(hashes)[0]] = True
-        return found
-
-    @staticmethod
-    def _low(hashes: np.ndarray) -> np.ndarray:
-        return (hashes & np.uint64((1 << _TABLE_BITS) - 1)).astype(np.int64)
+    def _low(self, hashes: np.ndarray) -> np.ndarray:
+        return (hashes & self.mask).view(np.int64)
 
 
 def word_hashes(words: Sequence[str]) -> np.ndarray:
@@ -160,11 +196,14 @@ def stop_words() -> Lookup:
     return Lookup(word_hashes(sorted(STOP_WORDS)))
 
 
-def shingles(words: Words, n: int) -> np.ndarray:
-    """Return the different runs of `n` words, sorted; kept with the words, for it is asked for twice."""
-    if n not in words.cache:
-        words.cache[n] = distinct(ngrams(words.hashes, n))
-    return words.cache[n]
+def repeats_at_most(values: np.ndarray, share: float) -> bool:
+    """Return whether at most this share of the values repeat an earlier one; only doubtful cases are sorted."""
+    if not len(values):
+        return True
+    # Different values may share a place in the table, never the other way round: there are no fewer than places taken.
+    table = np.zeros(1 << (len(values).bit_length() + 2), bool)
+    table[(values & np.uint64(len(table) - 1)).view(np.int64)] = True
+    return bool(1 - np.count_nonzero(table) / len(values) <= share)
 
 
 def distinct(values: np.ndarray) -> np.ndarray:
@@ -175,12 +214,19 @@ def distinct(values: np.ndarray) -> np.ndarray:
     return ordered[new]
 
 
-def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
-    """Return the hash of each run of `n` words, uint64 [words - n + 1]; order inside the run matters."""
+def ngrams(hashes: np.ndarray, n: int, given: np.ndarray | None = None, of: int = 1) -> np.ndarray:
+    """Return the hash of each run of `n` words, uint64 [words - n + 1]; order inside the run matters.
+
+    The runs of fewer words, if they are known, are `given`, with their number of words.
+    """
     count = max(0, len(hashes) - n + 1)
-    mixed = hashes[:count].copy()
-    for i in range(1, n):
-        mixed = _join(mixed, hashes[i : i + count])
+    mixed = (hashes if given is None else given)[:count].copy()
+    high = np.empty_like(mixed)
+    for i in range(of, n):
+        np.right_shift(mixed, _HALF, out=high)
+        high += hashes[i : i + count]
+        mixed *= _MULTIPLIER
+        mixed ^= high
     return mixed
 
 
