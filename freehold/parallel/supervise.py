@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 
 from freehold.core.artifact import write_json
-from freehold.core.errors import FreeholdError
+from freehold.core.errors import ArtifactError, FreeholdError
 from freehold.core.machine import disk_error
 from freehold.parallel import launch
 from freehold.parallel.config import SuperviseConfig
@@ -351,7 +351,7 @@ class Supervisor:
             "documents_unknown": trouble,
             "ranks": list(end.ranks),
         }
-        with contextlib.suppress(OSError):  # on a full disk the run is worth more than its story
+        with contextlib.suppress(ArtifactError):  # on a full disk the run is worth more than its story
             write_json(path, record)
         self.event("failed", what=end.what, blamed=list(end.blamed), step=step, newest=newest, decision=decision)
         return path

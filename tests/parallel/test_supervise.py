@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from freehold.core.errors import ConfigError
+from freehold.core.machine import disk_error
 from freehold.parallel import launch
 from freehold.parallel import supervise as supervise_module
 from freehold.parallel.config import SuperviseConfig
@@ -259,7 +260,7 @@ def test_a_disk_too_full_for_a_word_is_waited_for(supervise, monkeypatch):
 
     def no_story(path, record):
         if free[0] == 0:
-            raise refused
+            raise disk_error(refused, path)
         write(path, record)
 
     monkeypatch.setattr(launch, "start", no_room)
