@@ -29,6 +29,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ class Run:
             shutil.copytree(inputs / stage, self.folder / stage)
         command = ["pretrain", str(RECIPE), *TRAINING, f"runs_dir={runs}", f"name={name}"]
         self.started = time.monotonic()
-        self.said = (self.folder / "said.txt").open("w+")
+        # In no folder of the run: a disk that is filled would not keep it.
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen([sys.executable, "-m", "freehold.cli", *command], stderr=self.said)
 
     def beats(self) -> dict[int, dict[str, Any]]:
@@ -112,7 +114,8 @@ class Run:
     def tail(self) -> str:
         """Return the end of what the run said."""
         self.said.flush()
-        return "\n".join((self.folder / "said.txt").read_text(errors="replace").splitlines()[-8:])
+        self.said.seek(0)
+        return "\n".join(self.said.read().splitlines()[-8:])
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
@@ -141,8 +144,8 @@ def fill_disk(run: Run, folder: Path, step: int) -> dict[str, Any]:
     deadline = time.monotonic() + FULL_S
     size = 1 << 16
     with ballast.open("ab", buffering=0) as file:
-        while run.process.poll() is None and min(b["step"] for b in run.beats().values()) < until:
-            if time.monotonic() > deadline:
+        while run.process.poll() is None and time.monotonic() < deadline:
+            if min((b["step"] for b in run.beats().values()), default=0) >= until:
                 break
             try:
                 file.write(bytes(size))
@@ -210,7 +213,7 @@ def one(seed: int, work: Path, references: dict[str, Any]) -> dict[str, Any]:
     if fault == "disk":
         runs = work / "disk"
         runs.mkdir(exist_ok=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(runs)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(runs)], check=True)
     try:
         run = Run(runs, f"seed_{seed}", work / f"{kind}_inputs")
         told: dict[str, Any] = {}
@@ -245,7 +248,6 @@ def one(seed: int, work: Path, references: dict[str, Any]) -> dict[str, Any]:
         }
         if not record["survived"]:
             record["said"] = run.tail()
-        run.said.close()  # an open file keeps the file system from being unmounted
         shutil.rmtree(run.folder, ignore_errors=True)
         return record
     finally:

@@ -8,6 +8,7 @@ depend on, then the laptop preset and S and M of `train_step.py` with Muon and A
 line is written when it is known, and stays if the script is asked for others. M needs 9 GB and is not timed.
 
     python benchmarks/plan.py --json benchmarks/results/plan.json
+    python benchmarks/plan.py --replan --json benchmarks/results/plan.json
     python benchmarks/plan.py --recompute-cost laptop S --json benchmarks/results/plan.json
 """
 
@@ -160,12 +161,42 @@ def predict(spec: dict[str, Any], mfu: float) -> tuple[float, float]:
     return figures["memory/peak"].value, figures["step/time"].value
 
 
+def fitted(spec: dict[str, Any], seconds: float) -> float:
+    """Return the utilisation at which the planner gives a configuration these seconds."""
+    mfu = 0.2
+    for _ in range(8):  # everything but a small fixed share scales with 1 / mfu: a few passes settle it
+        mfu *= predict(spec, mfu)[1] / seconds
+    return mfu
+
+
+def lay_beside(result: dict[str, Any]) -> None:
+    """Write the plan beside every row that was measured; `fit` sets utilisation and constant."""
+    fit = result["rows"]["fit"]
+    mfu = fitted(CONFIGS["fit"], fit["seconds"])
+    result |= {"mfu": mfu, "constant_bytes": fit["bytes"] - predict(CONFIGS["fit"], mfu)[0]}
+    for row, measured in result["rows"].items():  # of earlier calls too: the constant may be another
+        planned_bytes, planned_s = predict(CONFIGS[row], mfu)
+        measured |= {"planned_bytes": planned_bytes + result["constant_bytes"], "planned_seconds": planned_s}
+
+
+def two_threads() -> dict[str, float]:
+    """Return M's step on two threads as `train_step.py` measured it, and as planned from S's of the same script."""
+    steps = {}
+    for size in ("S", "M"):
+        pairs = json.loads((Path(__file__).parent / "results" / f"train_step_{size}.json").read_text())["pairs"]
+        steps[size] = statistics.median(pair["ours"]["seconds"] for pair in pairs)
+    mfu = fitted(CONFIGS["S adamw"], steps["S"])
+    return {"fit_seconds": steps["S"], "mfu": mfu, "seconds": steps["M"],
+            "planned_seconds": predict(CONFIGS["M adamw"], mfu)[1]}  # fmt: skip
+
+
 def main() -> int:
     """Measure configurations in processes of their own and lay the plan beside them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--replan", action="store_true", help="measure nothing: plan again what was measured")
     parser.add_argument("--recompute-cost", nargs="+", choices=SIZES, help="measure this instead")
     parser.add_argument("--rounds", type=int, default=7, help="of --recompute-cost")
     parser.add_argument("--only", default="", help="measure one configuration in this process")
@@ -177,6 +208,15 @@ def main() -> int:
     result: dict[str, Any] = {"rows": {}, "recompute_cost": {}}
     if args.json and args.json.exists():
         result |= json.loads(args.json.read_text())
+    if args.replan:
+        lay_beside(result)
+        result["two_threads"] = {"M adamw": two_threads()}
+        write(args.json, result)
+        for name, row in [*result["rows"].items(), *result["two_threads"].items()]:
+            if "seconds" in row:
+                off = row["planned_seconds"] / row["seconds"] - 1
+                print(f"{name:24} {row['planned_seconds']:6.3f} planned {row['seconds']:6.3f} s measured ({off:+.0%})")
+        return 0
     result |= {"environment": environment(), "threads": args.threads}
     for name in args.recompute_cost or ():
         result["recompute_cost"][name] = recompute_cost(name, args.rounds, args.threads)
@@ -185,15 +225,8 @@ def main() -> int:
         spec = CONFIGS[name]
         found = in_process(name, args.steps, args.threads) if spec.get("timed", True) else {}
         found["bytes"] = in_process(name, 2, args.threads, **HAND_BACK)["bytes"]
-        if name == "fit":
-            mfu = 0.2
-            for _ in range(8):  # everything but a small fixed share scales with 1 / mfu: a few passes settle it
-                mfu *= predict(spec, mfu)[1] / found["seconds"]
-            result |= {"mfu": mfu, "constant_bytes": found["bytes"] - predict(spec, mfu)[0]}
         result["rows"][name] = found
-        for row, measured in result["rows"].items():  # of earlier calls too: the constant may be another
-            planned_bytes, planned_s = predict(CONFIGS[row], result["mfu"])
-            measured |= {"planned_bytes": planned_bytes + result["constant_bytes"], "planned_seconds": planned_s}
+        lay_beside(result)
         write(args.json, result)
         planned_bytes, planned_s = found["planned_bytes"], found["planned_seconds"]
         line = f"{planned_bytes / 2**20:7.1f} planned {found['bytes'] / 2**20:7.1f} MiB measured"

@@ -12,10 +12,12 @@ them: that row measures the step, not the model.
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import pydoc_data.topics
 import random
 import re
+import string
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -195,15 +197,46 @@ def personal(dice: random.Random, number: int) -> str:
     """Return a sentence with one of each kind of personal data; the numbers are made up."""
     return (
         f"Write to {dice.choice(LISTS['who'])}.smith{number}@corporate-mail.org or (415) 867-{5300 + number:04d}, card"
-        f" 4111 1111 1111 1111, from 93.184.{number % 200}.77, number 219-09-{1000 + number}. "
+        f" 4111 1111 1111 1111, from 93.184.{number % 200}.77, number 219-09-{1000 + number}, account"
+        f" {account(number)}, {secret(number)}. "
     )
 
 
+def account(number: int) -> str:
+    """Return a German bank account number with right check digits (ISO 7064)."""
+    bank = f"37040044{number:010d}"
+    check = 98 - int(bank + "131400") % 97  # D is 13, E is 14, and 00 stands where the check digits will be
+    plain = f"DE{check:02d}{bank}"
+    return " ".join(plain[i : i + 4] for i in range(0, len(plain), 4)) if number % 2 else plain
+
+
+def secret(number: int) -> str:
+    """Return a private key or a token, random in the form of one service or another; each has PLANTED in it."""
+    dice = random.Random(number)
+    letters = string.ascii_letters + string.digits
+    upper = string.ascii_uppercase + "234567"
+
+    def some(chars: int, of: str = letters) -> str:
+        return PLANTED + "".join(dice.choices(of, k=chars - len(PLANTED)))
+
+    head, body = (base64.urlsafe_b64encode(s).decode().rstrip("=") for s in (b'{"alg": "HS256"}', b'{"sub": "17"}'))
+    lines = "\n".join(some(64) for _ in range(12))
+    forms = (
+        f"-----BEGIN RSA PRIVATE KEY-----\n{lines}\n-----END RSA PRIVATE KEY-----",
+        f"AKIA{some(16, upper)}", f"aws_secret_access_key = '{some(40)}'", f"ghp_{some(36)}", f"glpat-{some(20)}",
+        f"xoxb-{dice.randrange(10**11, 10**12)}-{some(24)}", f"sk_live_{some(24)}", f"AIza{some(35)}",
+        f"{head}.{body}.{some(43)}",
+    )  # fmt: skip
+    return forms[number % len(forms)]
+
+
+PLANTED = "Q7PLAN"
 PUBLIC = (
     "Write to user@example.com or (212) 555-0100, from 192.168.0.1 or 198.51.100.7; version 12.34.56.78, the 13th of"
-    " 1861-1865, id 5404319552844595 and 3.14159265358979. "
+    " 1861-1865, id 5404319552844595 and 3.14159265358979; account DE88 3704 0044 0532 0130 00, part AB12 3456 7890"
+    " 1234; key AKIA" + "IOSFODNN7EXAMPLE, token ghp_" + "x" * 36 + ", commit 0a4d55a8d778e5022fab701977c5d840bbc486d0,"
+    " -----BEGIN PRIVATE KEY-----\n(your key)\n-----END PRIVATE KEY----- "
 )
-KINDS_OF_DATA = ("card", "email", "ip", "phone", "ssn")
 
 
 def hostile(dice: random.Random) -> str:
@@ -305,9 +338,10 @@ def tabulate(plan: Plan, drops: dict[str, str], kept: dict[str, str], report: di
     repaired = sum(kept.get(i, "").startswith("The café ‘Zoë’ is naïve — ") for i in plan.planted["mojibake"])
     spoilt = sum(kept.get(i, original[i]) != original[i] for i in plan.planted["mojibake control"])
     add("mojibake", len(plan.planted["mojibake"]), repaired, repaired + spoilt)
-    found = sum(KINDS[kind](kept.get(i, "")) for i in plan.planted["pii"] for kind in KINDS_OF_DATA)
+    ids = [i for i in plan.planted["pii"] if i in kept]
+    found = sum(is_gone(kept[i]) for i in ids for is_gone in KINDS.values())
     replaced = sum(report["totals"]["redacted"].values())
-    add("personal data", len(plan.planted["pii"]) * len(KINDS_OF_DATA), found, replaced)
+    add("personal data", len(ids) * len(KINDS), found, replaced)
     refused = right = 0
     for place, name in ((0, "licences"), (1, "licence controls")):
         for text in plan.planted[name]:
@@ -321,11 +355,13 @@ def tabulate(plan: Plan, drops: dict[str, str], kept: dict[str, str], report: di
 
 
 KINDS: dict[str, Callable[[str], bool]] = {
-    "card": lambda text: bool(text) and "4111" not in text,
-    "email": lambda text: bool(text) and "corporate-mail" not in text,
-    "ip": lambda text: bool(text) and "93.184" not in text,
-    "phone": lambda text: bool(text) and "867-" not in text,
-    "ssn": lambda text: bool(text) and "219-09" not in text,
+    "card": lambda text: "4111" not in text,
+    "email": lambda text: "corporate-mail" not in text,
+    "iban": lambda text: not re.search(r"3704 ?0044", text),
+    "ip": lambda text: "93.184" not in text,
+    "secret": lambda text: PLANTED not in text,
+    "phone": lambda text: "867-" not in text,
+    "ssn": lambda text: "219-09" not in text,
 }
 
 

@@ -79,7 +79,7 @@ def build(folder: Path, documents: int) -> dict[str, Any]:
     write_trace(folder / "pretrain/trace.parquet", [])
     schema = pa.parquet.read_schema(folder / "pretrain/trace.parquet")
     trained = np.flatnonzero(fate == "train")
-    trained = trained[np.argsort(ids[trained])]
+    trained = trained[np.lexsort((ids[trained], source[trained]))]
     n = 2 * len(trained)
     steps = first[trained].ravel().astype(np.int32)
     offsets = pa.array(np.arange(n + 1), pa.int32())

@@ -47,6 +47,8 @@ def verify_resume(
     """
     if more < 2 or first < 1:
         raise ConfigError("too few steps to kill a run between", where="--first, --more", expected="at least 1 and 2")
+    if min(worlds, default=1) < 1:
+        raise ConfigError("no such number of processes", where="--world", found=min(worlds), expected="at least 1")
     recipe = walk.resolve(path, overrides, stage=STAGE)
     own = recipe.stages[STAGE].parallel
     settings = [*recipe.overrides, *_shortened(recipe, first, more)]
@@ -229,13 +231,14 @@ def _freehold(*arguments: str) -> None:
     command = [sys.executable, "-m", "freehold.cli", *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        told = ""
+        told: dict[str, Any] = {}
         with contextlib.suppress(ValueError, KeyError, IndexError):
-            told = json.loads(done.stdout.splitlines()[-1])["error"]["what"]
+            told = json.loads(done.stdout.splitlines()[-1])["error"]
         raise VerifyFailed(
             f"a run did not end well (exit code {done.returncode})",
             where=" ".join(["freehold", *arguments]),
-            found=told or "\n".join(done.stderr.splitlines()[-5:]),
+            found=told.get("what") or "\n".join(done.stderr.splitlines()[-5:]),
+            todo=told.get("todo"),
         )
 
 

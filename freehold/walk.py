@@ -306,6 +306,7 @@ def _work(recipe: Recipe, stage: str, work: Workspace, key: dict[str, Any]) -> d
 def _supervise(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
     """Make one stage as `parallel.nproc` ranks that are started here, watched, and started again when they fail."""
     folder, parallel = recipe.run_folder / stage, recipe.stages[stage].parallel
+    launch.must_fit_machine(parallel, stage)
     command = [*_command(recipe, stage), "--parent", str(os.getpid()), "--json"]
     log = Log(quiet=options.quiet)
     supervisor = Supervisor(

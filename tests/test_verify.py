@@ -98,3 +98,8 @@ def test_rows_that_cannot_be_dealt_are_refused_before_anything_starts(tmp_path):
             Path("recipes/tiny.yaml"), [f"runs_dir={tmp_path}"], first=2, more=2, worlds=[3], tolerance=0.1, keep=False
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_world_of_no_processes_is_refused():
+    with pytest.raises(ConfigError, match=r"(?s)--world.*found: +0"):
+        verify.verify_resume(Path("recipes/tiny.yaml"), [], first=2, more=2, worlds=[2, 0], tolerance=0.1, keep=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -118,6 +117,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def package_versions() -> dict[str, str]:
     """Return python's version and that of each installed package that can change bytes."""
+    import importlib.metadata  # takes longer than all of this file: commands that only read do without
+
     versions = {"python": platform.python_version()}
     for name in VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -59,7 +59,7 @@ def disk_error(error: OSError, path: Path) -> ArtifactError:
     )
 
 
-def must_fit_memory(needed_bytes: int, what: str, where: str) -> None:
+def must_fit_memory(needed_bytes: int, what: str, where: str, todo: str | None = None) -> None:
     """Raise ConfigError when `what` needs more bytes than this machine has, before the system kills for them."""
     has_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed_bytes > has_bytes:
@@ -68,4 +68,5 @@ def must_fit_memory(needed_bytes: int, what: str, where: str) -> None:
             where=where,
             found=f"{what}: about {needed_bytes / 1e9:,.0f} GB",
             expected=f"less than {has_bytes / 1e9:,.0f} GB",
+            todo=todo,
         )

@@ -175,13 +175,18 @@ class ShardSet:
             )
         return cls(folder, index, files)
 
-    def identity(self, split: str) -> dict[str, str]:
-        """Return a hash of each source's tokens and document index: which text a run reads. Needs `verify` at load."""
-        return {
-            name: sha256_json([self._files[f"{self.folder.name}/{name}.{split}.{kind}"]["sha256"] for kind in _KINDS])
-            for (name, of), shard in self.shards.items()
-            if of == split and shard.counts["tokens"]
-        }
+    def identity(self, split: str, without: Set[str] = frozenset()) -> dict[str, str]:
+        """Return a hash of each source's tokens, document index and left-out documents: which text a run reads.
+
+        A source of which `without` names no document has the hash it has without it. Needs `verify` at load.
+        """
+        found = {}
+        for (name, of), shard in self.shards.items():
+            if of == split and shard.counts["tokens"]:
+                files = [self._files[f"{self.folder.name}/{name}.{split}.{kind}"]["sha256"] for kind in _KINDS]
+                left_out = sorted(without & set(shard.ids)) if without else []
+                found[name] = sha256_json([*files, left_out] if left_out else files)
+        return found
 
     def sources(self, split: str, without: Set[str] = frozenset()) -> dict[str, Source]:
         """Return the shards of one split as the loader takes them, by source; documents of `without` are left out."""

@@ -16,11 +16,14 @@ ROW_BYTES = 200
 
 
 def trace_rows(order: Order, steps: range, phase_of: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Return one row per (document, phase): the steps that saw it, and the tokens: `trace.parquet`."""
+    """Return one row per (document, phase): the steps that saw it, and the tokens: `trace.parquet`.
+
+    Sorted by source, then document, so that a question about one source reads its part of the table alone.
+    """
     found: dict[tuple[str, str, str], dict[int, int]] = {}
     for step in steps:
         for piece in order.documents(step):
-            seen = found.setdefault((piece.document_id, piece.source, phase_of[step]), {})
+            seen = found.setdefault((piece.source, piece.document_id, phase_of[step]), {})
             seen[step] = seen.get(step, 0) + piece.tokens
     return [
         {
@@ -33,7 +36,7 @@ def trace_rows(order: Order, steps: range, phase_of: Mapping[int, str]) -> list[
             "step_tokens": [seen[step] for step in sorted(seen)],
             "tokens": sum(seen.values()),
         }
-        for (document, source, phase), seen in sorted(found.items())
+        for (source, document, phase), seen in sorted(found.items())
     ]
 
 

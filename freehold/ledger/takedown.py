@@ -56,8 +56,8 @@ def takedown(run_folder: Path, query: str, *, widen: bool = False) -> dict[str, 
                 "select source, source_version, kind, licence, count(*) documents from matched"
                 " group by all order by all"
             ),
-            "fate": tables.rows("select source, fate, count(*) documents from matched group by all order by all"),
-            "excluded": _exclusion(tables),
+            "fate": _fates(tables, named.whole),
+            "excluded": _exclusion(tables, named.whole),
         }
         for other in family.others():
             with readable(other), Tables(other) as beside:
@@ -79,6 +79,8 @@ class _Named:
     derived: int = 0
     twins: list[dict[str, Any]] = field(default_factory=list)
     perhaps: list[dict[str, Any]] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+    """Sources of which every row is in question."""
 
 
 @dataclass
@@ -128,21 +130,20 @@ class _Family:
         run = self.runs[folder]
         run.traced = set(tables.traced)
         run.rows = tables.value("select count(*) from matched")
-        whole = _whole_sources(tables)
+        named.whole = whole = _whole_sources(tables)
         run.shards = tables.rows(
             "select shard, count(*) documents, sum(tokens)::bigint tokens from shards"
             f" where {_is_matched(tables, 'id', whole)} group by shard order by shard"
         )
-        tables.connection.execute(
-            "create table hits as select stage, document_id, first_step, steps, tokens from trace"
-            f" where {_is_matched(tables, 'document_id', whole)}"
-        )
+        here = _is_matched(tables, "document_id", whole)
         steps: dict[str, list[int]] = {}
-        for row in tables.rows("select distinct stage, unnest(steps) step from hits order by stage, step"):
+        for row in tables.rows(
+            f"select distinct stage, unnest(steps) step from trace where {here} order by stage, step"
+        ):
             steps.setdefault(row["stage"], []).append(row["step"])
         tables.connection.execute(
             "create table firsts_here as select stage, document_id, min(first_step)::integer first_step,"
-            " sum(tokens)::bigint tokens from hits group by stage, document_id"
+            f" sum(tokens)::bigint tokens from trace where {here} group by stage, document_id"
         )
         for row in tables.rows(
             "select stage, count(*) documents, sum(tokens)::bigint tokens from firsts_here"
@@ -293,6 +294,8 @@ def _widen(tables: Tables, widen: bool) -> _Named:
 
 def _made_from(tables: Tables) -> list[dict[str, Any]]:
     """Return what rows outside `matched` say they were made from, when that is in it: `certain` if all of it is."""
+    if not tables.rows("select 1 from rights where synthetic_from <> '' limit 1"):
+        return []
     told = tables.rows(
         "select synthetic_from, count(*) documents from rights where synthetic_from <> ''"
         " and id not in (select id from matched) group by synthetic_from order by synthetic_from"
@@ -335,18 +338,37 @@ def _twins(tables: Tables) -> list[dict[str, Any]]:
     )
 
 
-def _exclusion(tables: Tables) -> dict[str, list[str]]:
+def _fates(tables: Tables, whole: list[str]) -> list[dict[str, Any]]:
+    """Return how many rows of `matched` each source kept for training and validation and dropped; the rest: unknown.
+
+    No row is both kept and dropped, so nothing has to be joined.
+    """
+    here = _is_matched(tables, "id", whole)
+    return tables.rows(
+        "with known as (select source, split fate, count(*) documents from kept"
+        f" where {here} group by all union all select source, 'dropped', count(distinct id) from drops"
+        f" where {here} group by all), every as (select source, count(*) documents from matched group by source),"
+        " rest as (select source, 'unknown', every.documents - coalesce(sum(known.documents), 0)::bigint documents"
+        " from every left join known using (source) group by source, every.documents)"
+        " select * from known union all select * from rest where documents > 0 order by all"
+    )
+
+
+def _exclusion(tables: Tables, whole: list[str]) -> dict[str, list[str]]:
     """Return `matched` as what curate and rephrase take: whole sources by name, the rest by id.
 
     A rewrite whose seed goes too need not be named: it is not made again.
     """
-    whole = _whole_sources(tables)
     made = {row["source"] for row in tables.rows("select distinct source from rewritten")}
     sources = [source for source in whole if source not in made]
     ids = tables.rows(f"select id, source from matched where source not in {listed(sources)} order by id")
-    rewritten = tables.rows(
-        "select id, source from rewritten where id in (select id from matched)"
-        " and synthetic_from not in (select id from matched) order by id"
+    rewritten = (
+        tables.rows(
+            "select id, source from rewritten where id in (select id from matched)"
+            " and synthetic_from not in (select id from matched) order by id"
+        )
+        if made
+        else []
     )
     return {
         "sources": sources,

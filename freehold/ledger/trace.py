@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ RIGHTS = (
     "id, source, source_version, path, sha256, wrapper_licence, licence, licence_evidence, acquired, kind,"
     " synthetic_from, teacher"
 )
+ID = re.compile("[0-9a-f]{16}")
+"""What `document_id` returns."""
 # Ways to read a question, tried in this order; the first that matches anything is taken.
 MATCHES = {
     "id": "id = $query",
@@ -45,6 +48,7 @@ def trace_document(run_folder: Path, query: str, *, limit: int | None = 50) -> d
     """
     with readable(run_folder), Tables(run_folder) as tables:
         matched_by = tables.match(query)
+        tables.add_fates()
         answer: dict[str, Any] = {
             "query": query,
             "matched_by": matched_by,
@@ -410,26 +414,28 @@ class Tables:
     def match(self, query: str, columns: str = RIGHTS) -> str:
         """Fill `matched` with the rows a question means; returns how it was read. DataError when nothing matches."""
         for name, condition in MATCHES.items():
+            if name == "id" and not ID.fullmatch(query):
+                continue  # a million ids need not be read for it
             if self.add_matched(condition, {"query": query}, columns, new=True):
                 return name
         raise self._unknown(query)
 
     def add_matched(self, condition: str, values: dict[str, Any], columns: str = RIGHTS, *, new: bool = False) -> int:
         """Add the rows of `rights` for which a condition holds to `matched`, or begin it; returns how many they are."""
-        self.connection.execute(
-            f"create or replace table chosen as select {columns} from rights where {condition}", values
-        )
+        into = "create or replace table matched as" if new else "insert into matched"
+        return int(self.first_row(f"{into} select {columns} from rights where {condition}", **values)[0])
+
+    def add_fates(self) -> None:
+        """Add to `matched` what became of each row: `split`, `fate`, `reason` and `detail`."""
         # A source is a file or a few: naming them here spares the reading of all others.
-        among = listed(row["source"] for row in self.rows("select distinct source from chosen"))
+        among = listed(row["source"] for row in self.rows("select distinct source from matched"))
         self.connection.execute(
-            ("create or replace table matched as" if new else "insert into matched")
-            + " select chosen.*, coalesce(split, '') split,"
+            "create or replace table matched as select matched.*, coalesce(split, '') split,"
             " case when drops.id is not null then 'dropped' else coalesce(split, 'unknown') end fate,"
-            " coalesce(reason, '') reason, coalesce(detail, '') detail from chosen"
-            f" left join (select id, split from kept where source in {among}) kept on kept.id = chosen.id"
-            f" left join (select id, reason, detail from drops where source in {among}) drops on drops.id = chosen.id"
+            " coalesce(reason, '') reason, coalesce(detail, '') detail from matched"
+            f" left join (select id, split from kept where source in {among}) kept on kept.id = matched.id"
+            f" left join (select id, reason, detail from drops where source in {among}) drops on drops.id = matched.id"
         )
-        return int(self.value("select count(*) from chosen"))
 
     def _unknown(self, query: str) -> DataError:
         names = [

@@ -93,6 +93,37 @@ def must_multiply_to(parallel: ParallelConfig, processes: int, what: str, place:
         )
 
 
+def must_deal(parallel: ParallelConfig, *, sequences: int, micro_sequences: int, stage: str = "") -> None:
+    """Raise ConfigError for what is wrong whatever the model: processes, rows, passes; see `must_lay_out`."""
+    p, place = parallel, f"{stage}." if stage else ""
+    if p.nproc:
+        must_multiply_to(p, p.nproc, f"processes to start ({place}parallel.nproc)", f"{place}parallel")
+    if p.group % p.expert:
+        raise ConfigError(
+            "expert ranks lie inside shard x context",
+            where=f"{place}parallel.expert",
+            found=f"{p.expert} in {p.shard} x {p.context}",
+            expected=f"a divisor of {p.group}",
+        )
+    each = micro_sequences or sequences // p.data
+    if not each or sequences % (p.data * each):
+        raise ConfigError(
+            "the rows of a step cannot be dealt evenly",
+            where=f"{place}batch.sequences",
+            found=f"{sequences} rows over {p.data} data ranks in passes of {micro_sequences or 'all'}",
+            expected=f"a multiple of {math.lcm(p.data, p.data * max(micro_sequences, 1))}",
+        )
+    passes = sequences // (p.data * each)
+    if passes < p.pipeline or (p.schedule == "interleaved" and passes % (passes // p.pipeline)):
+        raise ConfigError(
+            "the passes of a step do not fill the pipeline",
+            where=f"{place}batch.micro_sequences",
+            found=f"{passes} passes of {each} rows on each data rank, through {p.pipeline} ranks ({p.schedule})",
+            expected=f"at least {p.pipeline} passes" + (", a multiple of it" if p.schedule == "interleaved" else ""),
+            todo=f"lower {place}batch.micro_sequences or raise {place}batch.sequences",
+        )
+
+
 def must_lay_out(
     parallel: ParallelConfig,
     model: ModelConfig,
@@ -108,21 +139,12 @@ def must_lay_out(
     its rows).
     """
     p, place = parallel, f"{stage}." if stage else ""
-    if p.nproc:
-        must_multiply_to(p, p.nproc, f"processes to start ({place}parallel.nproc)", f"{place}parallel")
     if model.num_experts % p.expert:
         raise ConfigError(
             "the experts cannot be dealt evenly",
             where=f"{place}parallel.expert",
             found=f"{model.num_experts} experts over {p.expert} ranks",
             expected=f"a divisor of {model.num_experts}",
-        )
-    if p.group % p.expert:
-        raise ConfigError(
-            "expert ranks lie inside shard x context",
-            where=f"{place}parallel.expert",
-            found=f"{p.expert} in {p.shard} x {p.context}",
-            expected=f"a divisor of {p.group}",
         )
     slides = "sliding_attention" in model.layer_types
     if p.context > 1 and (
@@ -142,20 +164,4 @@ def must_lay_out(
             found=p.stages,
             expected=f"at most {model.num_hidden_layers}",
         )
-    each = micro_sequences or sequences // p.data
-    if not each or sequences % (p.data * each):
-        raise ConfigError(
-            "the rows of a step cannot be dealt evenly",
-            where=f"{place}batch.sequences",
-            found=f"{sequences} rows over {p.data} data ranks in passes of {micro_sequences or 'all'}",
-            expected=f"a multiple of {math.lcm(p.data, p.data * max(micro_sequences, 1))}",
-        )
-    passes = sequences // (p.data * each)
-    if passes < p.pipeline or (p.schedule == "interleaved" and passes % (passes // p.pipeline)):
-        raise ConfigError(
-            "the passes of a step do not fill the pipeline",
-            where=f"{place}batch.micro_sequences",
-            found=f"{passes} passes of {each} rows on each data rank, through {p.pipeline} ranks ({p.schedule})",
-            expected=f"at least {p.pipeline} passes" + (", a multiple of it" if p.schedule == "interleaved" else ""),
-            todo=f"lower {place}batch.micro_sequences or raise {place}batch.sequences",
-        )
+    must_deal(p, sequences=sequences, micro_sequences=micro_sequences, stage=stage)

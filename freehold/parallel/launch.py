@@ -17,9 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from freehold.core.errors import ConfigError
+from freehold.core.machine import must_fit_memory
+from freehold.parallel.config import ParallelConfig
 from freehold.parallel.heart import FOLDER
 
 LOOPBACK = "127.0.0.1"
+RANK_BYTES = 300_000_000
+"""What a process holds before its first tensor: Python, PyTorch, pyarrow (287 MB resident)."""
 
 
 def place(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
@@ -49,6 +53,17 @@ def leads() -> bool:
     """Tell whether this process is the one that writes what a run writes once: rank 0, or the only one."""
     found = place()
     return found is None or found[0] == 0
+
+
+def must_fit_machine(parallel: ParallelConfig, stage: str) -> None:
+    """Raise ConfigError when `nproc` is more than this machine has devices, or memory for; a dry run may be larger."""
+    where, todo = f"{stage}.parallel.nproc", "--dry-run and `freehold plan` show a mesh larger than this machine"
+    if parallel.device == "cpu":
+        must_fit_memory(parallel.nproc * RANK_BYTES, f"{parallel.nproc} processes", where, todo)
+    elif parallel.nproc > (devices := len(list(Path("/dev").glob("nvidia[0-9]*")))):
+        raise ConfigError(
+            "more processes than devices", where=where, found=parallel.nproc, expected=f"at most {devices}", todo=todo
+        )
 
 
 def free_port() -> int:

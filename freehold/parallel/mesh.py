@@ -147,9 +147,17 @@ class World:
 def world(parallel: ParallelConfig, stage: str = "") -> World:
     """Return this process's world: alone, or in the process group that a launcher has opened.
 
-    Raises ConfigError when the degrees do not multiply to the processes there are.
+    Raises ConfigError when the degrees do not multiply to the processes there are, or this one has no device.
     """
     place = f"{stage}.parallel" if stage else "parallel"
+    if parallel.device == "cuda" and not int(os.environ.get("LOCAL_RANK", "0")) < torch.cuda.device_count():
+        raise ConfigError(
+            "there is no device for this process",
+            where=f"{place}.device",
+            found=f"cuda, {torch.cuda.device_count()} devices here",
+            expected=f"one for LOCAL_RANK {os.environ.get('LOCAL_RANK', '0')}",
+            todo=f"{place}.device=cpu, or fewer processes on this machine",
+        )
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         if parallel.devices > 1:
             raise ConfigError(

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import statistics
 import time
@@ -28,7 +29,8 @@ from typing import Any
 import psutil
 
 from freehold.core.artifact import write_json
-from freehold.core.errors import FreeholdError
+from freehold.core.errors import ArtifactError, FreeholdError
+from freehold.core.machine import disk_error
 from freehold.parallel import launch
 from freehold.parallel.config import SuperviseConfig
 from freehold.parallel.heart import DUMP, read_beat
@@ -39,6 +41,8 @@ STOPPED_S = 5.0
 GRACE_S = 2.0
 """How long the other ranks may take to say what they saw of a failure."""
 LAST_LINES = 30
+FULL = (errno.ENOSPC, errno.EDQUOT)
+MIN_FREE_BYTES = 1 << 20
 LOST_A_PEER = ("Connection closed by peer", "Connection reset", "Broken pipe", "Connection refused", "Socket Timeout")
 
 
@@ -123,10 +127,6 @@ class End:
     ranks: tuple[dict[str, Any], ...] = ()
 
 
-def _is_full(told: dict[str, Any] | None) -> bool:
-    return told is not None and any(os.strerror(n) in str(told.get("what")) for n in (errno.ENOSPC, errno.EDQUOT))
-
-
 class Supervisor:
     """Runs one command as `nproc` ranks to its end, through as many worlds as it takes.
 
@@ -175,7 +175,7 @@ class Supervisor:
                 futile, before = (0 if step > before else futile + 1), step
                 pause_s = min(2.0 ** (futile - 1) - 1, 60.0) if futile else 0.0
                 gives_up = end.told is not None or futile > self.config.max_relaunches
-                if _is_full(end.told):  # no mistake in the recipe, and room may be made meanwhile
+                if self._full(end):  # no mistake in the recipe, and room may be made meanwhile
                     full_times = full_times + 1 if futile else 1
                     full_since = full_since if full_times > 1 else time.monotonic()
                     gives_up = time.monotonic() - full_since >= self.config.disk_wait_s
@@ -195,10 +195,20 @@ class Supervisor:
                 self.say(f"{end.what}; starting again from step {max(step, 0)} in {pause_s:.0f} s ({path})")
                 self._pause(pause_s)
 
+    def _full(self, end: End) -> bool:
+        """Tell whether a world ended for want of room; on a disk that is quite full a rank cannot even tell."""
+        told = end.told is not None and any(os.strerror(n) in str(end.told.get("what")) for n in FULL)
+        return told or shutil.disk_usage(self.folder).free < MIN_FREE_BYTES
+
     def _one_world(self) -> End:
         """Start the ranks and watch them to their end, whatever it is; none is left running."""
         config, folder = self.config, self.folder / f"world_{self.number:03d}"
-        self.ranks = launch.start(self.command, self.nproc, folder)
+        try:
+            self.ranks = launch.start(self.command, self.nproc, folder)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            return End(f"no rank could be started: {error.strerror}", told=disk_error(error, folder).to_dict())
         self.event("started", nproc=self.nproc, from_step=self.newest_step())
         for number in self.asked:  # came before there was anyone to pass it on to
             self._pass_on(number)
@@ -341,7 +351,8 @@ class Supervisor:
             "documents_unknown": trouble,
             "ranks": list(end.ranks),
         }
-        write_json(path, record)
+        with contextlib.suppress(ArtifactError):  # on a full disk the run is worth more than its story
+            write_json(path, record)
         self.event("failed", what=end.what, blamed=list(end.blamed), step=step, newest=newest, decision=decision)
         return path
 

@@ -91,16 +91,20 @@ def traffic(config: PlanConfig) -> list[Traffic]:
 
 
 def muon_flops(config: PlanConfig) -> float:
-    """Return the FLOPs of five Newton-Schulz iterations on every hidden matrix once: 4 m^2 n + 2 m^3 each, m <= n."""
+    """Return the FLOPs of five Newton-Schulz iterations on every hidden matrix once, m x n with m <= n.
+
+    One is 4 m^2 n + 2 m^3; our CPU kernel makes X X^T and its square from one triangle each: 3 m^2 n + m^3.
+    """
     if config.matrices != "muon":
         return 0.0
+    wide, square = (3, 1) if config.machine.kernels == "native" else (4, 2)
     m = config.model
     d, moe_layers = m.hidden_size, m.num_hidden_layers - m.num_dense_layers
     matrices = [(3 * m.num_hidden_layers, d, m.query_width), (2 * m.num_hidden_layers, d, m.key_width)]
     matrices += [(3 * m.num_dense_layers, d, m.intermediate_size)]
     matrices += [(3 * moe_layers * m.num_experts, d, m.moe_intermediate_size)]
     matrices += [(3 * moe_layers, d, m.moe_intermediate_size * m.num_shared_experts)]
-    return sum(5 * n * (4 * min(a, b) ** 2 * max(a, b) + 2 * min(a, b) ** 3) for n, a, b in matrices)
+    return sum(5 * n * (wide * min(a, b) ** 2 * max(a, b) + square * min(a, b) ** 3) for n, a, b in matrices)
 
 
 def estimate(config: PlanConfig, *, judge: bool = True) -> dict[str, Any]:

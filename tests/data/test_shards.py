@@ -120,6 +120,17 @@ def test_another_tokenizer_is_refused_with_both_hashes(folder: Path) -> None:
         ShardSet.load(folder, tokenizer_sha256="0" * 64)
 
 
+def test_identity_says_what_was_left_out(folder: Path) -> None:
+    shards = ShardSet.load(folder, verify=True)
+    whole = shards.identity("train")
+    assert list(whole) == ["talk"]
+    assert shards.identity("train", frozenset({"elsewhere"})) == whole
+    less = [shards.identity("train", frozenset(ids))["talk"] for ids in ({"a"}, {"b"}, {"a", "b"}, {"b", "a", "x"})]
+    assert len({whole["talk"], *less}) == 4
+    assert less[2] == less[3]
+    assert len(shards.sources("train", frozenset({"a", "x"}))["talk"].ids) == 2
+
+
 def test_index_must_fit_the_shard(folder: Path) -> None:
     path = folder / "talk.train.bin"
     with pytest.raises(ArtifactError, match=r"(?s)not the document index.*3 rows.*4 rows"):

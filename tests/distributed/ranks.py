@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import gc
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -105,25 +107,31 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
-    # A file as the store: no port that somebody else could have taken.
-    torch.distributed.init_process_group(
-        "gloo",
-        store=torch.distributed.FileStore(f"{folder}/store", size),
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=TIMEOUT_S),
-    )
+    gc.freeze()  # what is imported stays: nothing to look through at each collection
     with open(f"{folder}/hang_{rank}", "w") as hang:
         faulthandler.enable(hang)  # a crash leaves its traceback there too
-        while True:
+        for number in itertools.count():
             try:
                 function, args, timeout_s = pipe.recv()
             except EOFError:
                 return
             faulthandler.dump_traceback_later(0.9 * timeout_s, file=hang)
             try:
+                # A file as the store: no port that somebody else could have taken.
+                torch.distributed.init_process_group(
+                    "gloo",
+                    store=torch.distributed.FileStore(f"{folder}/store_{number}", size),
+                    rank=rank,
+                    world_size=size,
+                    timeout=datetime.timedelta(seconds=TIMEOUT_S),
+                )
                 answer = (True, function(*args))
+                torch.distributed.barrier()
             except BaseException:
                 answer = (False, traceback.format_exc())
-            faulthandler.cancel_dump_traceback_later()
             pipe.send(answer)
+            if answer[0]:
+                torch.distributed.destroy_process_group()
+                del answer
+                gc.collect()  # every group has threads that wake up all the time until nobody knows it any more
+            faulthandler.cancel_dump_traceback_later()

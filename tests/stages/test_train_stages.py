@@ -1,7 +1,9 @@
 """pretrain and align against what tokenize and curate write."""
 
 import json
+import shutil
 
+import pyarrow.parquet as pq
 import pytest
 
 from freehold.checkpoint import native
@@ -11,6 +13,7 @@ from freehold.core.config import override as config_override
 from freehold.core.document import Conversation, Document, document_id, write_rows
 from freehold.core.errors import CheckpointError, ConfigError, DataError
 from freehold.core.log import Log
+from freehold.data.shards import ShardSet
 from freehold.ledger.trace import trace_step
 from freehold.stages.align.config import StageConfig as AlignConfig
 from freehold.stages.align.run import run as align
@@ -148,6 +151,22 @@ def test_branch_from_inside_a_phase(run, tmp_path):
     assert pretrain(fill(PretrainConfig, data, "pretrain"), _beside(run, tmp_path))["steps"] == 6
     ends = [native.check(tmp_path / p)["consumed"]["6"] for p in ("whole/truebase", "pretrain/truebase")]
     assert sum(ends[0].values()) == sum(ends[1].values()) == 12
+
+
+def test_quarantine_is_part_of_the_data_of_a_resumed_run(run, tmp_path):
+    work = _beside(run, tmp_path)
+    shutil.copytree(run / "pretrain/checkpoints", work.folder / "checkpoints")
+    pretrain(fill(PretrainConfig, PRETRAIN, "pretrain"), work)  # the same data: goes on
+    ids = ShardSet.load(run / "tokenize/tokens").shards["b", "train"].ids
+    (tmp_path / "bad").write_text("unknown\n" + json.dumps({"id": ids[0], "step": 3}) + "\n")
+    less = merge(PRETRAIN, {"quarantine": str(tmp_path / "bad")})
+    with pytest.raises(CheckpointError, match=r"(?s)not those the checkpoint was trained on.*: data\n.*other b\n"):
+        pretrain(fill(PretrainConfig, less, "pretrain"), work)
+    anew = _beside(run, tmp_path / "anew")
+    pretrain(fill(PretrainConfig, less, "pretrain"), anew)
+    seen = pq.read_table(anew.folder / "trace.parquet")["document_id"].to_pylist()
+    assert ids[0] not in seen
+    assert set(ids[1:]) & set(seen)
 
 
 def _beside(run, tmp_path):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from freehold.core.config import Config
 from freehold.data.config import BatchConfig
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig, check_names
-from freehold.parallel.config import ParallelConfig
+from freehold.parallel.config import ParallelConfig, must_deal
 from freehold.trainer.config import TrainerConfig
 
 
@@ -39,8 +39,17 @@ class StageConfig(Config):
     def _names(cls, phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
         return check_names(phases)
 
+    @model_validator(mode="after")
+    def _fits(self) -> StageConfig:  # the model is that of the checkpoint: `run` looks at the rest
+        batch = self.batch
+        must_deal(self.parallel, sequences=batch.sequences, micro_sequences=batch.micro_sequences, stage="align")
+        return self
+
 
 def plan(config: StageConfig) -> list[str]:
     """Return what the config implies, for --dry-run."""
     steps = sum(phase.steps for phase in config.phases.values())
-    return [f"fine-tuning: {steps:,} steps of up to {config.batch.step_tokens:,} tokens from {config.checkpoint}"]
+    return [
+        *([f"spread: {config.parallel.product} processes"] if config.parallel.devices > 1 else []),
+        f"fine-tuning: {steps:,} steps of up to {config.batch.step_tokens:,} tokens from {config.checkpoint}",
+    ]

@@ -250,8 +250,9 @@ class Bias(Config):
 class Privacy(Config):
     """Regular expressions for personal data: what is found is replaced, what is full of it is dropped."""
 
-    find: tuple[str, ...] = Field(
-        default=("email", "phone", "ip", "card", "ssn"), description="what to look for: email, phone, ip, card, ssn"
+    find: tuple[Literal["email", "phone", "ip", "iban", "card", "ssn", "secret"], ...] = Field(
+        default=("email", "phone", "ip", "iban", "card", "ssn", "secret"),
+        description="what to look for; iban: bank accounts; secret: private keys and tokens of well-known services",
     )
     max_per_1000_chars: float = Field(
         default=5.0, gt=0.0, description="more findings than this per 1000 characters: dropped"

@@ -190,6 +190,11 @@ class Generated(SourceBase):
     licence_evidence: Evidence | None = Evidence(rule="written by this program; rows name what they were made from")
     max_bytes: int | None = 2_400_000
     factbook: str | None = Field(default=None, description="name of the factbook source whose facts become questions")
+    wordnet: str | None = Field(
+        default=None, description="name of a WordNet source (reader: dictd) whose definitions become questions"
+    )
+    wordnet_bytes: int = Field(default=0, ge=0, description="text of such questions with their answers, at most")
+    wordnet_conversations: int = Field(default=0, ge=0, description="further conversations: such a question, answered")
     conversations: int = Field(default=12_000, ge=0, description="how many conversations to write, at most")
     worked_bytes: int = Field(default=0, ge=0, description="text of exercises with every step written out, ours")
     story_bytes: int = Field(default=0, ge=0, description="text of small stories with questions about them, ours")
@@ -249,10 +254,12 @@ class StageConfig(Config):
         for name, source in self.sources.items():
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"`{name}`: a source's name is made of letters, digits, `_` and `-`")
-            if isinstance(source, Generated) and source.factbook is not None:
-                facts = self.sources.get(source.factbook)
-                if not isinstance(facts, Package | Folder | Archive) or facts.reader != "factbook":
-                    raise ValueError(f"`{name}` asks for facts from `{source.factbook}`, which is no factbook source")
+            if isinstance(source, Generated):
+                for key, reader in (("factbook", "factbook"), ("wordnet", "dictd")):
+                    asked = getattr(source, key)
+                    found = self.sources.get(asked or "")
+                    if asked is not None and (not isinstance(found, FileSource) or found.reader != reader):
+                        raise ValueError(f"`{name}` asks for facts from `{asked}`, which is no source read by {reader}")
         return self
 
 

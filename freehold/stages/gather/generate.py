@@ -1,4 +1,4 @@
-"""Text, conversations and held-out tasks made from factbook facts, reasoning-gym generators and grammars of our own.
+"""Text, conversations and held-out tasks made from facts, definitions, reasoning-gym and grammars of our own.
 
 Nothing held out is written anywhere for training: neither a fact chosen for `factbook_heldout` (in any phrasing)
 nor a question of `reasoning`. The factbook's own prose does hold every fact; what is held out is being asked for it.
@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,10 @@ from freehold.stages.gather import dialogues, stories, tools, worked
 from freehold.stages.gather.config import FileSource, Generated, Source
 from freehold.stages.gather.factbook import Fact, facts, sentence
 from freehold.stages.gather.origins import Origin
-from freehold.stages.gather.readers import Reading, strip_html
+from freehold.stages.gather.readers import Part, Reading, dictd_entries, strip_html
 from freehold.stages.gather.reasoning import SEEDS_PER_RUN, Gym
+from freehold.stages.gather.rights import claim, of_document
+from freehold.stages.gather.wordnet import Lexicon
 
 PAIRS_PER_PAGE = 12
 WORKED_PER_PAGE = 6
@@ -44,10 +46,11 @@ class Made:
     """First and last seed of the items: `train`, `held_out`."""
 
 
-def make(name: str, source: Generated, origin: Origin | None, facts_source: Source | None, seed: int) -> Made:
+def make(name: str, source: Generated, origins: Mapping[str, Origin], sources: Mapping[str, Source], seed: int) -> Made:
     """Return the documents, conversations and tasks of a generated source; a pure function of its arguments."""
     gym = Gym(source.reasoning, seed)
-    book = _Factbook(source, origin, facts_source, seed)
+    book = _Factbook(source, origins.get(source.factbook or ""), sources.get(source.factbook or ""), seed)
+    words = _WordNet(name, source, origins.get(source.wordnet or ""), sources.get(source.wordnet or ""), seed)
     rights = {
         "facts": book.rights(name, source),
         "reasoning": _rights(name, source, strictest(source.licence, gym.licence), gym.version, gym.acquired),
@@ -60,6 +63,8 @@ def make(name: str, source: Generated, origin: Origin | None, facts_source: Sour
     conversations = list(_conversations(source, gym, book, rights, seed))
     conversations += _worked_conversations(source, rights["talk"], never, seed)
     conversations += _tool_conversations(source, book, rights["facts"] or rights["talk"], seed)
+    documents += words.documents(never)
+    conversations += words.conversations(never)
     asked = {m["content"] for c in conversations for m in c.messages if m["role"] == "user"}
     asked |= {line.removeprefix(ASKED) for d in documents for line in d.text.split("\n") if line.startswith(ASKED)}
     assert not asked & never, f"held-out questions would be trained on: {asked & never}"
@@ -136,6 +141,47 @@ class _Factbook:
                 "source": f"{rights['synthetic_from']} {fact.path}",
                 "licence": rights["licence"],
             }
+
+
+class _WordNet:
+    """Questions about the words of a dictionary, one a word: the first in conversations, the others on pages."""
+
+    def __init__(
+        self, name: str, source: Generated, origin: Origin | None, words_source: Source | None, seed: int
+    ) -> None:
+        self.source = source
+        self.rights: dict[str, Any] = {}
+        self.lexicon = Lexicon((), seed)
+        if origin is None or not isinstance(words_source, FileSource):
+            return
+        reading = Reading(words_source.max_document_bytes)
+        read = ((member, reading.data(member)) for member in origin.members)
+        entries = {m: dictd_entries(m, data, reading) for m, data in read if data is not None}
+        claimed = claim(words_source, origin)
+        licence = source.licence
+        for member in entries:
+            licence = strictest(licence, of_document(words_source, origin, claimed, Part(member, "", "")).licence)
+        self.rights = _rights(name, source, licence, origin.version, origin.acquired)
+        self.lexicon = Lexicon(itertools.chain.from_iterable(entries.values()), seed)
+
+    def conversations(self, never: set[str]) -> Iterator[Conversation]:
+        for question, answer in self._pairs(never, slice(self.source.wordnet_conversations)):
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": sentence(answer)}]
+            yield _row(self.rights, "wordnet", messages)
+
+    def documents(self, never: set[str]) -> Iterator[Document]:
+        pairs = self._pairs(never, slice(self.source.wordnet_conversations, None))
+        left = self.source.wordnet_bytes
+        for number in itertools.count():
+            page = [(question, sentence(answer)) for question, answer in itertools.islice(pairs, PAIRS_PER_PAGE)]
+            text = _page("Words and their meanings", page)
+            left -= len(text.encode())
+            if left < 0 or not page:
+                return
+            yield _document(self.rights, f"wordnet/{number:05d}", text)
+
+    def _pairs(self, never: set[str], which: slice) -> Iterator[tuple[str, str]]:
+        return (pair for pair in self.lexicon.pairs(self.lexicon.askable[which]) if pair[0] not in never)
 
 
 def _documents(

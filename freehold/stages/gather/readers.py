@@ -255,8 +255,8 @@ def read_pdf(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
     yield Part(member, "", text + "\n")
 
 
-def read_dictd(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
-    """Pages of entries of a dictionary in the format of dictd; entries that are not UTF-8 are left out and counted.
+def dictd_entries(member: Member, data: bytes, reading: Reading) -> list[str]:
+    """Return the entries of a dictionary in the format of dictd; those that are not UTF-8 are left out and counted.
 
     An entry begins with a line that is not indented, and those named `00-database...` are about the dictionary.
     """
@@ -272,6 +272,12 @@ def read_dictd(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
             good.append(text)
     if bad:
         reading.skipped.append((member.path, f"{bad:,} of {len(entries):,} entries are not UTF-8"))
+    return good
+
+
+def read_dictd(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
+    """Pages of entries of a dictionary in the format of dictd."""
+    good = dictd_entries(member, data, reading)
     number, size = 0, 0
     page: list[str] = []
     for text in itertools.chain(good, [None]):

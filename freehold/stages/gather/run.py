@@ -80,8 +80,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
             work.log.say(f"  {name}: left out, {left_out[name].reason}")
             continue
         if isinstance(source, Generated):
-            facts = config.sources[source.factbook] if source.factbook else None
-            made = generate.make(name, source, origins.get(source.factbook or ""), facts, work.seed)
+            made = generate.make(name, source, origins, config.sources, work.seed)
             documents, conversations, tasks = made.documents, made.conversations, made.tasks
             record = {"seeds": made.seeds, "made_from": sorted({d.synthetic_from for d in documents})}
         elif isinstance(source, Rows):

@@ -32,6 +32,8 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     tokens = work.input("tokenize") / "tokens"
     tokenizer = work.input("tokenize") / "tokenizer"
     shards = ShardSet.load(tokens, verify=True)
+    without = quarantined(config.quarantine)
+    data = shards.identity("train", without)
     model = with_vocabulary(config.model, shards.vocab_size)
     parent_step, parent_tokens, parent_hash, consumed = 0, 0, "", None
     if config.parent:
@@ -52,12 +54,12 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
             consumed = None
             work.log.warn("the parent read its text in another order: this one starts at its beginning")
         known = facts.get("data", {})
-        if other := [name for name, digest in shards.identity("train").items() if known.get(name, digest) != digest]:
+        if other := [name for name, digest in data.items() if known.get(name, digest) != digest]:
             work.log.warn(f"the parent read other text of {', '.join(other)}: rows there may come twice, or not at all")
     schedule = Schedule(config.phases, first_step=parent_step)
     order = text_order(
         config.batch,
-        shards.sources("train", without=quarantined(config.quarantine)),
+        shards.sources("train", without),
         [PhaseRows(name, phase.steps, phase.mixture) for name, phase in config.phases.items()],
         seed=work.seed,
         separator=END_OF_TEXT,
@@ -84,7 +86,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
             "seed": work.seed,
             "context_tokens": config.batch.context_tokens,
             "order": config.batch.order.model_dump(),
-            "data": shards.identity("train"),
+            "data": data,
             # Where the first phase began is known from the parent alone.
             "consumed": ({str(parent_step): consumed} if consumed else {})
             | {str(end): order.consumed_at(end) for end in schedule.ends().values()},
