@@ -213,7 +213,7 @@ def redact(text: str, config: Privacy) -> tuple[str, dict[str, int]]:
 
 
 def triggers(text: str) -> Iterator[re.Match[str]]:
-    """Yield where TRIGGER matches, in order; in a long text it is tried only where the digits stand close enough."""
+    """Yield what `TRIGGER.finditer` does; in a long text it is tried only where the digits stand close enough."""
     if len(text) < _LONG_CHARS or _DIGIT.search(beyond_ascii(text)):
         yield from TRIGGER.finditer(text)
         return
@@ -222,8 +222,10 @@ def triggers(text: str) -> Iterator[re.Match[str]]:
     gaps = np.diff(digits)
     dots = (gaps == 2) & (raw[digits[:-1] + 1] == ord("."))
     starts = digits[: len(gaps)][(_following(gaps <= 4, 6) == 6) | (_following(dots, 9) >= 3)]
+    done = 0
     for start in np.sort(np.concatenate([starts, np.flatnonzero(raw == ord("@"))])).tolist():
-        if match := TRIGGER.match(text, start):
+        if start >= done and (match := TRIGGER.match(text, start)):
+            done = match.end()
             yield match
 
 

@@ -26,9 +26,9 @@ ASCII = bytes(range(128))
 # Keeps the first n bytes of eight, as they lie in memory.
 _FIRST = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 _LONG_BYTES = 64
-# A table by the low bits of a hash says "not among them" of almost every word without a search; it is so much larger
-# than the set, and the smaller the faster.
-_TABLE_BITS, _TABLE_BITS_EACH = 16, 5
+# A table by the low bits of a hash says "not among them" of almost every word without a search. It should be 32 times
+# larger than the set, and a small one stays in the cache.
+_LEAST_BITS, _MOST_BITS = 16, 20
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Lookup:
     def __init__(self, hashes: np.ndarray) -> None:
         self.order = np.argsort(hashes, kind="stable")
         self.sorted = hashes[self.order]
-        bits = max(_TABLE_BITS, len(hashes).bit_length() + _TABLE_BITS_EACH)
+        bits = min(max(_LEAST_BITS, len(hashes).bit_length() + 5), _MOST_BITS)
         self.mask = np.uint64((1 << bits) - 1)
         self.table = np.zeros(1 << bits, bool)
         self.table[self._low(hashes)] = True
