@@ -5,8 +5,9 @@ Shapes: B sequences, T queries, S keys, H query heads, K key-value heads, D head
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,17 @@ from freehold.model import ops
 from freehold.model.config import ModelConfig
 from freehold.model.layers import Linear, RMSNorm
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+FLEX_TOKENS = 4096
+"""From here on a CUDA device gets block masks: a dense one of 4,096 tokens holds 16 MiB a row, of 65,536 4 GiB."""
+
 
 class Mask(NamedTuple):
     """Who sees whom: `allowed` (bool, broadcastable to [B, 1, T, S]), or None for plain causal order if `causal`.
 
-    `start` or `blocks` is the same in the form that the fast way of this device and dtype wants.
+    `start`, `blocks` or `flex` is the same in the form that the fast way of this device and dtype wants.
     """
 
     allowed: Tensor | None
@@ -29,6 +36,7 @@ class Mask(NamedTuple):
     window: int | None
     blocks: list[ops.Block] | None = None
     start: Tensor | None = None
+    flex: BlockMask | None = None
 
 
 class Cache(Protocol):
@@ -56,9 +64,37 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         return ops.interval_attention(q, k, v, mask.start)
     if mask.blocks is not None:
         return ops.blockwise_attention(q, k, v, mask.blocks)
+    if mask.flex is not None:
+        return _flex_attention(q.is_cuda)(q, k, v, block_mask=mask.flex, enable_gqa=q.shape[1] != k.shape[1])
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask.allowed, is_causal=mask.causal, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+@functools.cache
+def _flex_attention(compiled: bool) -> Any:
+    """Return PyTorch's flex attention; uncompiled it makes every score, which is for tests."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
+def takes_flex(device: torch.device, tokens: int) -> bool:
+    """Tell whether attention over so many tokens is to skip the blocks that nobody sees, rather than mask them."""
+    return device.type == "cuda" and tokens >= FLEX_TOKENS
+
+
+def flex_mask(rows: int, tokens: int, window: int | None, document_ids: Tensor | None, device: torch.device) -> Any:
+    """Return flex attention's block mask: earlier tokens, of the same document [B, T], within the window."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = query >= key
+        if window is not None:
+            seen = seen & (query - key < window)
+        return seen if document_ids is None else seen & (document_ids[row, query] == document_ids[row, key])
+
+    return create_block_mask(sees, None if document_ids is None else rows, None, tokens, tokens, device=device)
 
 
 def count_positions(input_ids: Tensor) -> Tensor:
@@ -90,6 +126,9 @@ def build_masks(
             continue
         if positions is None and document_ids is None and not narrow and not blockwise:
             masks[kind] = Mask(None, True, window)
+            continue
+        if positions is None and takes_flex(device, tokens):
+            masks[kind] = Mask(None, False, window, flex=flex_mask(rows, tokens, window, document_ids, device))
             continue
         if earlier is None:
             earlier = order[:, :, None] >= order[:, None, :]

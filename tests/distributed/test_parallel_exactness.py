@@ -94,8 +94,10 @@ DEGREES |= CHUNKS | STAGES
 
 
 def run(ranks, degrees, dtype="float64", changes=None, break_it=None):
-    size = ParallelConfig(**degrees).devices
-    reports = ranks(size).run(spread_run, degrees, dtype, changes or {}, break_it)
+    parallel, changes = ParallelConfig(**degrees), changes or {}
+    if parallel.data == parallel.pipeline == 1:
+        changes = {"micro": 4} | changes  # two passes a step here, too
+    reports = ranks(parallel.devices).run(spread_run, degrees, dtype, changes, break_it)
     for other in [report for report in reports[1:] if "model" in report]:  # of another pipeline stage
         for part in ("gradients", "model", "optimizer"):
             assert not reports[0][part].keys() & other[part].keys()

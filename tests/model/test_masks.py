@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from freehold.model import ops
+from freehold.model import attention, ops
 from freehold.model.afmoe import Afmoe
-from freehold.model.attention import build_masks
+from freehold.model.attention import FLEX_TOKENS, attend, build_masks, takes_flex
 from freehold.model.config import ModelConfig
 
 
@@ -111,6 +111,29 @@ def test_long_sequences_are_cut_into_blocks_on_cpus_only(hard: ModelConfig) -> N
     masks = build_masks(hard, embedded(5000), None, None)
     assert masks["full_attention"].causal
     assert all(mask.blocks is None for mask in masks.values())
+
+
+def test_long_sequences_take_block_masks_on_cuda_only() -> None:
+    assert takes_flex(torch.device("cuda", 1), FLEX_TOKENS)
+    assert not takes_flex(torch.device("cuda"), FLEX_TOKENS - 1)
+    assert not takes_flex(torch.device("cpu"), FLEX_TOKENS)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_block_mask_lets_see_what_the_matrix_does(hard: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = torch.tensor([[0] * 90 + [1] * 60, [3] * 149 + [4]])
+    h = torch.zeros(2, 150, 1, dtype=torch.float64)
+    plain = build_masks(hard, h, torch.arange(150), documents)
+    monkeypatch.setattr(attention, "takes_flex", lambda device, tokens: True)
+    flex = build_masks(hard, h, None, documents)
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, heads, 150, 16, dtype=torch.float64, generator=generator) for heads in (4, 2, 2))
+    for kind, mask in flex.items():
+        assert mask.flex is not None
+        assert mask.allowed is None
+        torch.testing.assert_close(attend(q, k, v, mask), attend(q, k, v, plain[kind]))
+    crossed = attend(q, k, v, flex["full_attention"]) - attend(q, k, v, flex["sliding_attention"])
+    assert crossed.abs().max() > 0.1
 
 
 @pytest.mark.usefixtures("both_forms")
