@@ -230,6 +230,9 @@ def _licences(run_folder: Path) -> Table:
     sources = _read_json(run_folder / "gather" / "sources.json")
     rows = []
     for name, record in sorted(sources.items()):
+        if "left_out" in record:
+            rows.append([name, "", f"left out: {record['left_out']}", "", "0", "0"])
+            continue
         rows.append(
             [
                 name,

@@ -68,6 +68,7 @@ def run_folder(tmp_path: Path, rows: list[dict[str, object]]) -> Path:
     sources = {
         "plays": source("plays==1.0", {"LicenseRef-PD": 7}, "MIT", 7, 12345),
         "code": source("3.11", {"MIT": 2, "PSF-2.0": 1500}, "PSF-2.0", 1502, 99),
+        "docs": {"kind": "debian", "left_out": "GPL-2.0-only is copyleft", "documents": 0, "bytes": 0},
     }
     write_json(run / "gather" / "sources.json", sources)
     write_json(run / "evaluate" / "results.json", RESULTS)
@@ -120,6 +121,7 @@ def test_report_shows_what_each_stage_left(run_folder: Path) -> None:
     assert path == run_folder / "report.md"
     assert "| gather | gather/ |" in text
     assert "| 12.3 | 1.50 |" in text
+    assert "| docs |  | left out: GPL-2.0-only is copyleft |  | 0 | 0 |" in text
     assert f"| Base | pretrain/base/ | {sha} |" in text
     assert "| GGUF Small-F32.gguf (1.5 MB) | export/gguf/Small-F32.gguf |" in text
     assert "| pretrain | 4 | 400 | 4.900 | 4.600 | 1,003 | 25.0 % | 2.00 |" in text
