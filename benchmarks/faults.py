@@ -2,7 +2,8 @@
 
 One run is left alone. Each seed then picks a fault, a victim and a moment, hurts a run of the same recipe there, and
 lets the supervisor deal with it. A fault is survived when the run ends well by itself and the last checkpoint has, bit
-for bit, every tensor of the undisturbed run. Steps repeated are read from the supervisor's own log.
+for bit, every tensor of the undisturbed run; a slow rank and the documents of a poisoned batch must be named too. Steps
+repeated are read from the supervisor's own log.
 
     kill      SIGKILL of a rank at a random moment of a random step
     store     SIGKILL of rank 0, which holds the store all meet at, while they are still meeting
@@ -247,17 +248,24 @@ def one(seed: int, work: Path, references: dict[str, Any]) -> dict[str, Any]:
         events = run.events()
         failed = [e for e in events if e["event"] == "failed"]
         reference = references[kind]
-        equal, skipped = False, None
+        equal, skipped, named = False, None, fault not in ("slow", "poison")
         if code == 0:
             found = verify.compare(Path(reference["stage"]), run.stage, STEPS)
             equal = not found["facts"] and not any(p["differing"] for p in found["parts"].values())
             skipped = read_json(run.stage / "base" / "trainer.json")["skipped_steps"]
+        if fault == "slow":
+            named = any(e["event"] == "slow" and e["rank"] == told.get("victim") for e in events)
+        quarantine = run.stage / "log" / "quarantine.jsonl"
+        if fault == "poison" and quarantine.exists():
+            rows = [json.loads(line) for line in quarantine.read_text().splitlines()]
+            named = {row["step"] for row in rows if row["source"] and row["licence"]} == set(POISONED)
         record = {
             "seed": seed,
+            "commit": environment()["commit"],
             "fault": fault,
             **told,
             "hurt": bool(told),
-            "survived": code == 0 and equal,
+            "survived": bool(told) and code == 0 and equal and named,
             "exit_code": code,
             "same_bits": equal,
             "relaunches": len(failed),
@@ -341,6 +349,9 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "steps": STEPS,
         "checkpoint_every_steps": 5,
         "steps_repeated": sum(r["steps_repeated"] for r in runs),
+        "slow_named_though_not_slowed": sum(
+            bool(r["slow_rank_named"]) for r in runs if r["fault"] not in ("slow", "stop")
+        ),
         "by_fault": {
             fault: {
                 "seeds": len(found),

@@ -381,7 +381,7 @@ class Tables:
         )
 
     def _load_trace(self) -> None:
-        # Views, not copies: a question about one document reads the row groups that can hold it, not the table.
+        # Views, not copies: a question about one source reads the row groups that can hold it, not the table.
         parts = [
             "select null::varchar stage, null::varchar document_id, null::varchar source, null::varchar phase,"
             " null::integer first_step, null::integer last_step, null::integer[] steps, null::integer[] step_tokens,"
@@ -467,8 +467,10 @@ class Tables:
         }
         seen: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows(
-            "select * from trace where document_id in (select unnest($ids::varchar[])) order by stage desc, first_step",
+            "select * from trace where source in (select unnest($sources::varchar[]))"  # by which the files are sorted
+            " and document_id in (select unnest($ids::varchar[])) order by stage desc, first_step",
             ids=ids,
+            sources=sorted({row["source"] for row in documents}),
         ):
             entry = {key: row[key] for key in ("stage", "phase", "first_step", "last_step", "steps", "tokens")}
             seen.setdefault(row["document_id"], []).append(entry)

@@ -21,6 +21,7 @@ from freehold.model.layers import Linear, RMSNorm
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+FLEX_BLOCK = 128
 FLEX_TOKENS = 4096
 """From here on a CUDA device gets block masks: a dense one of 4,096 tokens holds 16 MiB a row, of 65,536 4 GiB."""
 
@@ -84,17 +85,27 @@ def takes_flex(device: torch.device, tokens: int) -> bool:
     return device.type == "cuda" and tokens >= FLEX_TOKENS
 
 
-def flex_mask(rows: int, tokens: int, window: int | None, document_ids: Tensor | None, device: torch.device) -> Any:
-    """Return flex attention's block mask: earlier tokens, of the same document [B, T], within the window."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def flex_mask(start: Tensor) -> BlockMask:
+    """Return flex attention's block mask where query t of a row sees the keys start[b, t] .. t, start int32 [B, T].
+
+    Blocks follow from the bounds alone; PyTorch's own way to find them evaluates the mask for every pair.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    tokens = start.shape[1]
+    count = -(-tokens // FLEX_BLOCK)
+    padded = F.pad(start, (0, count * FLEX_BLOCK - tokens), value=tokens)
+    first = padded.unflatten(1, (count, FLEX_BLOCK)).amin(2) // FLEX_BLOCK
+    numbers = torch.arange(count, dtype=torch.int32, device=start.device)
+    indices = (first[..., None] + numbers).clamp_max(count - 1)
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = query >= key
-        if window is not None:
-            seen = seen & (query - key < window)
-        return seen if document_ids is None else seen & (document_ids[row, query] == document_ids[row, key])
+        return (key <= query) & (key >= start[row, query])
 
-    return create_block_mask(sees, None if document_ids is None else rows, None, tokens, tokens, device=device)
+    return BlockMask.from_kv_blocks(
+        (numbers - first + 1)[:, None], indices[:, None], BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees,
+        seq_lengths=(tokens, tokens),
+    )  # fmt: skip
 
 
 def count_positions(input_ids: Tensor) -> Tensor:
@@ -128,8 +139,10 @@ def build_masks(
             masks[kind] = Mask(None, True, window)
             continue
         if positions is None and takes_flex(device, tokens):
-            masks[kind] = Mask(None, False, window, flex=flex_mask(rows, tokens, window, document_ids, device))
-            continue
+            start = ops.first_seen(tokens, window, document_ids, rows)
+            if start is not None:
+                masks[kind] = Mask(None, False, window, flex=flex_mask(start.to(device)))
+                continue
         if earlier is None:
             earlier = order[:, :, None] >= order[:, None, :]
             if document_ids is not None:

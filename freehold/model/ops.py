@@ -363,8 +363,9 @@ def first_seen(tokens: int, window: int | None, document_ids: Tensor | None, row
     That holds for causal order, a window, and documents that lie one after another (ids [B, T] never falling, with
     padding, -1, at the end).
     """
-    place = torch.arange(tokens, dtype=torch.int32)
-    start = torch.zeros(rows, tokens, dtype=torch.int32)
+    device = torch.device("cpu") if document_ids is None else document_ids.device
+    place = torch.arange(tokens, dtype=torch.int32, device=device)
+    start = torch.zeros(rows, tokens, dtype=torch.int32, device=device)
     if document_ids is not None:
         ids = document_ids.masked_fill(document_ids == -1, torch.iinfo(document_ids.dtype).max)
         if bool((ids.diff(dim=1) < 0).any()):

@@ -60,7 +60,7 @@ def must_fit_machine(parallel: ParallelConfig, stage: str) -> None:
     where, todo = f"{stage}.parallel.nproc", "--dry-run and `freehold plan` show a mesh larger than this machine"
     if parallel.device == "cpu":
         must_fit_memory(parallel.nproc * RANK_BYTES, f"{parallel.nproc} processes", where, todo)
-    elif parallel.nproc > (devices := len(list(Path("/dev").glob("nvidia[0-9]*")))):
+    elif 0 < (devices := len(list(Path("/dev").glob("nvidia[0-9]*")))) < parallel.nproc:  # others: torch tells later
         raise ConfigError(
             "more processes than devices", where=where, found=parallel.nproc, expected=f"at most {devices}", todo=todo
         )

@@ -161,8 +161,7 @@ class Supervisor:
         Raises RankToldError for a mistake that a rank told, WorldFailed when the supervisor gives up, and
         KeyboardInterrupt when the user asked to stop and the ranks have.
         """
-        futile, before = 0, self.newest_step()
-        full_since, full_times = 0.0, 0
+        futile, full_times, full_since, before = 0, 0, 0.0, self.newest_step()
         with self._signals():
             while True:
                 self.number += 1
@@ -172,22 +171,24 @@ class Supervisor:
                 if self.asked:
                     raise KeyboardInterrupt
                 step = self.newest_step()
-                futile, before = (0 if step > before else futile + 1), step
-                pause_s = min(2.0 ** (futile - 1) - 1, 60.0) if futile else 0.0
-                gives_up = end.told is not None or futile > self.config.max_relaunches
+                gained, before = step > before, step
+                if gained:
+                    futile = full_times = 0
                 if self._full(end):  # no mistake in the recipe, and room may be made meanwhile
-                    full_times = full_times + 1 if futile else 1
-                    full_since = full_since if full_times > 1 else time.monotonic()
-                    gives_up = time.monotonic() - full_since >= self.config.disk_wait_s
-                    pause_s = min(2.0**full_times, 60.0)
+                    full_since = full_since if full_times else time.monotonic()
+                    full_times += 1
+                    left_s = self.config.disk_wait_s - (time.monotonic() - full_since)
+                    gives_up, pause_s = left_s <= 0, min(2.0 ** min(full_times, 6), 60.0, max(left_s, 0.0))
                 else:
-                    full_times = 0
+                    futile += not gained
+                    gives_up = end.told is not None or futile > self.config.max_relaunches
+                    pause_s = min(2.0 ** min(futile - 1, 6) - 1, 60.0) if futile else 0.0
                 path = self._post_mortem(end, step, "give up" if gives_up else f"start again from step {max(step, 0)}")
                 if gives_up and end.told is not None:
                     raise RankToldError(**end.told)
                 if gives_up:
                     raise WorldFailed(
-                        f"the run was given up: {futile} times in a row it ended without a new checkpoint",
+                        f"the run was given up: {futile + full_times} times in a row it ended without a new checkpoint",
                         where=path,
                         found=end.what,
                         todo="the file named above tells what each rank saw; run the same command again to go on",
@@ -197,8 +198,9 @@ class Supervisor:
 
     def _full(self, end: End) -> bool:
         """Tell whether a world ended for want of room; on a disk that is quite full a rank cannot even tell."""
-        told = end.told is not None and any(os.strerror(n) in str(end.told.get("what")) for n in FULL)
-        return told or shutil.disk_usage(self.folder).free < MIN_FREE_BYTES
+        if end.told is None:
+            return shutil.disk_usage(self.folder).free < MIN_FREE_BYTES
+        return any(os.strerror(number) in str(end.told.get("what")) for number in FULL)
 
     def _one_world(self) -> End:
         """Start the ranks and watch them to their end, whatever it is; none is left running."""

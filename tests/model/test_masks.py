@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freehold.model import attention, ops
 from freehold.model.afmoe import Afmoe
-from freehold.model.attention import FLEX_TOKENS, attend, build_masks, takes_flex
+from freehold.model.attention import FLEX_TOKENS, attend, build_masks, flex_mask, takes_flex
 from freehold.model.config import ModelConfig
 
 
@@ -121,19 +121,27 @@ def test_long_sequences_take_block_masks_on_cuda_only() -> None:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_block_mask_lets_see_what_the_matrix_does(hard: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    documents = torch.tensor([[0] * 90 + [1] * 60, [3] * 149 + [4]])
-    h = torch.zeros(2, 150, 1, dtype=torch.float64)
-    plain = build_masks(hard, h, torch.arange(150), documents)
+    documents = torch.tensor([[0] * 90 + [1] * 60 + [2] * 150, [3] * 299 + [-1]])
+    h = torch.zeros(2, 300, 1, dtype=torch.float64)
+    plain = build_masks(hard, h, torch.arange(300), documents)
     monkeypatch.setattr(attention, "takes_flex", lambda device, tokens: True)
     flex = build_masks(hard, h, None, documents)
     generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(2, heads, 150, 16, dtype=torch.float64, generator=generator) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(2, heads, 300, 16, dtype=torch.float64, generator=generator) for heads in (4, 2, 2))
     for kind, mask in flex.items():
         assert mask.flex is not None
         assert mask.allowed is None
         torch.testing.assert_close(attend(q, k, v, mask), attend(q, k, v, plain[kind]))
+    seen = {kind: int(mask.flex.kv_num_blocks.sum()) for kind, mask in flex.items() if mask.flex is not None}
+    assert seen == {"full_attention": 5 + 6, "sliding_attention": 5 + 5}  # of twice 9; 6 are not in the future
     crossed = attend(q, k, v, flex["full_attention"]) - attend(q, k, v, flex["sliding_attention"])
     assert crossed.abs().max() > 0.1
+
+
+def test_a_block_mask_takes_no_matrix_of_pairs() -> None:
+    start = ops.first_seen(1 << 18, 256, None, 1)  # the matrix would hold 64 GiB
+    assert start is not None
+    assert flex_mask(start).kv_num_blocks.max() == 3
 
 
 @pytest.mark.usefixtures("both_forms")

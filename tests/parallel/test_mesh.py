@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 
 from freehold.core.config import fill
 from freehold.core.errors import ConfigError
 from freehold.model.config import ModelConfig
+from freehold.parallel import launch
 from freehold.parallel.config import ParallelConfig, must_lay_out, must_multiply_to
 from freehold.parallel.launch import must_fit_machine
 from freehold.parallel.mesh import World, place_of, world
@@ -68,7 +71,11 @@ def test_a_mesh_larger_than_this_machine_is_not_started(monkeypatch):
         ConfigError, match=r"(?s)align\.parallel\.nproc.*1000000 processes: about 300,000 GB.*--dry-run"
     ):
         must_fit_machine(ParallelConfig(nproc=1_000_000), "align")
-    with pytest.raises(ConfigError, match=r"(?s)more processes than devices.*align\.parallel\.nproc.*found: +999"):
+    with monkeypatch.context() as one:
+        one.setattr(launch.Path, "glob", lambda *_: iter([Path("/dev/nvidia0")]))
+        with pytest.raises(ConfigError, match=r"(?s)more processes than devices.*align\.parallel\.nproc.*found: +999"):
+            must_fit_machine(ParallelConfig(nproc=999, device="cuda"), "align")
+        one.setattr(launch.Path, "glob", lambda *_: iter([]))  # other makers' devices have other names
         must_fit_machine(ParallelConfig(nproc=999, device="cuda"), "align")
     monkeypatch.setenv("LOCAL_RANK", "999")
     with pytest.raises(ConfigError, match=r"(?s)no device for this process.*align\.parallel\.device.*LOCAL_RANK 999"):

@@ -247,6 +247,31 @@ def test_a_signal_is_not_sent_to_a_process_that_has_gone(tmp_path):
     assert ranks[0].process.returncode == 0
 
 
+def test_waiting_for_room_uses_up_no_relaunch(supervise, monkeypatch):
+    monkeypatch.setattr(Supervisor, "_pause", lambda self, seconds: None)
+    supervise(
+        """
+        if world <= 3:
+            print(json.dumps({"error": {"what": f"could not write or read: {os.strerror(28)}", "where": "checkpoint"}}))
+            sys.exit(2)
+        if world == 4:
+            sys.exit(1)
+        """,
+        max_relaunches=1,
+    )
+    assert [e["event"] for e in events(supervise)].count("started") == 5
+
+
+def test_a_mistake_told_on_a_full_disk_is_a_mistake(supervise, monkeypatch):
+    monkeypatch.setattr(supervise_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(RankToldError, match="no such thing"):
+        supervise("""
+            print(json.dumps({"error": {"what": "no such thing", "where": "recipe"}}))
+            sys.exit(2)
+        """)
+    assert [event["event"] for event in events(supervise)] == ["started", "failed"]
+
+
 def test_a_disk_too_full_for_a_word_is_waited_for(supervise, monkeypatch):
     """Ranks that cannot tell, a post-mortem and a new world that cannot be written: none of it ends the run."""
     free, refused = [0], OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
