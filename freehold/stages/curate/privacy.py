@@ -55,7 +55,8 @@ _ACCOUNTS = "|".join(
     rf"{country}\d\d(?: ?[A-Z\d]{{4}}){{{chars // 4 - 1}}}" + (rf" ?[A-Z\d]{{{chars % 4}}}" if chars % 4 else "")
     for country, chars in IBAN_CHARS.items()
 )
-IBAN = re.compile(rf"(?<![\w.,/+-])(?:{_ACCOUNTS})(?![\w-])")
+# Two letters and two digits first: three times as fast as to try every country everywhere.
+IBAN = re.compile(rf"(?=[A-Z]{{2}}\d\d)(?<![\w.,/+-])(?:{_ACCOUNTS})(?![\w-])")
 SSN = re.compile(r"(?<![\w.-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-]|\.\d)")
 
 # An at sign, seven digits hardly apart, or three dots between numbers.
