@@ -338,10 +338,12 @@ def tabulate(plan: Plan, drops: dict[str, str], kept: dict[str, str], report: di
     repaired = sum(kept.get(i, "").startswith("The café ‘Zoë’ is naïve — ") for i in plan.planted["mojibake"])
     spoilt = sum(kept.get(i, original[i]) != original[i] for i in plan.planted["mojibake control"])
     add("mojibake", len(plan.planted["mojibake"]), repaired, repaired + spoilt)
-    ids = [i for i in plan.planted["pii"] if i in kept]
-    found = sum(is_gone(kept[i]) for i in ids for is_gone in KINDS.values())
+    ids = plan.planted["pii"]
+    found = sum(is_gone(kept[i]) for i in ids if i in kept for is_gone in KINDS.values())
     replaced = sum(report["totals"]["redacted"].values())
+    # What another step dropped was not found by this one; it is in nobody's text either, which is told apart.
     add("personal data", len(ids) * len(KINDS), found, replaced)
+    table[-1]["dropped"] = sum(i not in kept for i in ids) * len(KINDS)
     refused = right = 0
     for place, name in ((0, "licences"), (1, "licence controls")):
         for text in plan.planted[name]:

@@ -42,6 +42,7 @@ from freehold.stages.curate.filters import (
 )
 from freehold.stages.curate.privacy import TRIGGER, check_density, luhn, redact, triggers
 from freehold.stages.curate.split import is_validation, place, validation_documents
+from freehold.stages.curate.steps import excerpts
 from freehold.stages.curate.words import (
     STOP_WORDS,
     WORD,
@@ -259,6 +260,11 @@ def test_code(text: str, path: str, reason: str | None) -> None:
         ("to DE89 3704 0044 0532 0130 00, thanks", "iban"),
         ("IBAN: GB82WEST12345698765432.", "iban"),
         ("MT84 MALT 0110 0001 2345 MTLC AST0 01S", "iban"),
+        ("AT61 1904 3002 3457 3201 BIC BKAUATWW", "iban"),
+        ("ES91 2100 0418 4502 0005 1332 EUR 500", "iban"),
+        ("BE68 5390 0754 7034 KBC", "iban"),
+        ("BE68 5390 0754 7034 2026", "iban"),
+        ("account=DE89370400440532013000", "iban"),
     ],
 )
 def test_personal_data_is_found(text: str, kind: str) -> None:
@@ -308,6 +314,16 @@ SECRETS = {
     "aws": "id = AKIA" + random_text(2, 16, BASE32),
     "aws temporary": "ASIA" + random_text(3, 16, BASE32) + ".",
     "aws secret": "aws_secret_access_key = '" + random_text(4, 40) + "'",
+    "aws in a shell": "export AWS_SECRET_ACCESS_KEY=" + random_text(19, 40),
+    "aws answer": '{"SecretAccessKey": "' + random_text(20, 40) + '"}',
+    "aws script": "secretAccessKey: '" + random_text(21, 40) + "'",
+    "aws markup": "<SecretAccessKey>" + random_text(22, 40) + "</SecretAccessKey>",
+    "rsa with a password": "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,0A1B2C\n\n{}"
+    "\n-----END RSA PRIVATE KEY-----".format("\n".join(random_text(n, 64) for n in range(30, 42))),
+    "pgp": "-----BEGIN PGP PRIVATE KEY BLOCK-----\r\nVersion: GnuPG v2.0.22 (GNU/Linux)\r\n\r\n{}\r\n=aB3d\r\n"
+    "-----END PGP PRIVATE KEY BLOCK-----".format("\r\n".join(random_text(n, 64) for n in range(50, 62))),
+    "in strings": "'-----BEGIN EC PRIVATE KEY-----\\n',\n    '" + random_text(23, 64) + "\\n',\n    '"
+    + random_text(24, 36) + "\\n-----END EC PRIVATE KEY-----'",
     "github": "token ghp_" + random_text(5, 36),
     "github app": "https://x-access-token:ghs_" + random_text(6, 36) + "@github.com/a/b",
     "github fine": "github_pat_" + random_text(7, 22) + "_" + random_text(8, 59),
@@ -335,6 +351,40 @@ def test_secrets_are_found(name: str) -> None:
     assert clean.endswith(" and after")
     assert redact(clean, Privacy()) == (clean, {})
     assert redact(text, Privacy(find=("email", "phone"))) == (text, {})
+
+
+def test_text_between_the_names_of_markers_stays() -> None:
+    begin, end = "-----BEGIN RSA PRIVATE KEY-----", "-----END RSA PRIVATE KEY-----"
+    functions = "\n".join(f"def function_{i}(key):\n    return key[{i}:].strip() + 'Ab{i}'\n" for i in range(20))
+    code = f'def is_key(s):\n    return s.startswith("{begin}")\n\n{functions}\nok = s.startswith("{end}")\n'
+    prose = (
+        f"A key starts with {begin} on a line of its own, then there is Base64 in lines of at most sixty four"
+        f" characters, as the quick brown fox knows, and the last line is {end}, and that is all"
+    )
+    other = f"{begin}\n(a key of which we know nothing)\n" + f"{SECRETS['rsa']}\n"
+    assert redact(code, Privacy()) == (code, {})
+    assert redact(prose, Privacy()) == (prose, {})
+    # Of two beginnings the one that has a key is taken, and no more than the key.
+    clean, found = redact(other, Privacy())
+    assert found == {"secret": 1}
+    assert clean.startswith(f"{begin}\n(a key of which we know nothing)\n{begin}REMOVED_SECRET{end}")
+
+
+def test_samples_are_cleaned_before_they_are_cut() -> None:
+    """A secret or an address that the end of an excerpt cuts in two is not shown."""
+    for name in ("rsa", "jwt", "pypi", "github fine"):
+        lines = re.findall(r"[A-Za-z0-9]{20,}", SECRETS[name])
+        pieces = [line[i : i + 12] for line in lines for i in range(len(line) - 11)]
+        for filler in (0, 100, 200, 230, 400, 470):
+            text = "word " * (filler // 5) + SECRETS[name] + " the end " * 100
+            changed = text.replace("the end", "THE END")
+            for shown in (excerpts(text, None), excerpts("x " + text, text), excerpts(text, changed)):
+                assert not any(piece in part for part in shown if part for piece in pieces)
+            old, new = excerpts(text, redact(text, Privacy())[0], mask=True)
+            assert "REMOVED_SECRET" in new
+            assert not re.search(r"[a-wyzA-Z1-9]", old)
+    # What privacy drops may hold what it did not find.
+    assert excerpts("Ann Lee, 17 High Street", None, mask=True) == ("xxx xxx, 00 xxxx xxxxxx", None)
 
 
 def test_what_follows_a_secret_is_looked_at_too() -> None:
@@ -453,6 +503,24 @@ def test_near_duplicates_are_verified_and_the_first_stays() -> None:
     assert alike([3, 2, 1, 0]) == {1: (3, 1.0), 0: (3, 391 / 401)}
     assert alike([0, 1, 2, 3], threshold=0.98) == {3: (1, 1.0)}
     assert alike([0, 2]) == {}
+
+
+def test_documents_without_shingles_are_like_no_other() -> None:
+    """Their sketch does not depend on the batch they are read in, and no band of it brings them together."""
+    config = NearDuplicates()
+    short, long = read_words("a few words"), read_words(" ".join(f"word{i}" for i in range(400)))
+    alone = sketches([short, short], config)
+    assert (alone[0] == sketches([long, short], config)[1]).all()
+    read: list[int] = []
+
+    def words(document: int) -> np.ndarray:
+        read.append(document)
+        return (short, short, long, long)[document].hashes
+
+    rows = np.concatenate([alone, sketches([long, long], config)])
+    assert near_duplicates(np.arange(4), [rows[:1], rows[1:]], words, config) == {3: (2, 1.0)}
+    assert sorted(read) == [2, 3]
+    assert near_duplicates(np.arange(2), [alone], words, config) == {}
 
 
 def test_exact_duplicates_ignore_white_space_and_nothing_else() -> None:

@@ -527,7 +527,7 @@ def test_config_errors_name_the_key() -> None:
         fill(StageConfig, {"sources": {}}, "gather")
     with pytest.raises(ConfigError, match="letters, digits"):
         fill(StageConfig, {"sources": {"a/b": SOTU}}, "gather")
-    with pytest.raises(ConfigError, match="no source read by factbook"):
+    with pytest.raises(ConfigError, match=r"\.factbook` names .*no source read by factbook"):
         fill(StageConfig, {"sources": {"sotu": SOTU, "g": {"kind": "generated", "factbook": "sotu"}}}, "gather")
     with pytest.raises(ConfigError, match="unknown key"):
         fill(StageConfig, {"sources": {"sotu": {**SOTU, "licens": "MIT"}}}, "gather")

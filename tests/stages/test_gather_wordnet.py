@@ -1,4 +1,4 @@
-"""Questions from a dictionary: read right, answered right, one a word, under the dictionary's terms too."""
+"""Questions from a dictionary: read right, answered right, clean, under the dictionary's terms too."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 from gather_fixtures import deb, gather, report
 
+from freehold.core.artifact import Workspace
+from freehold.core.config import fill
 from freehold.core.document import Conversation, Document, read_rows
 from freehold.core.errors import ConfigError
+from freehold.core.log import Log
+from freehold.stages.gather.config import StageConfig
+from freehold.stages.gather.run import run
 from freehold.stages.gather.wordnet import Lexicon, senses
 
 ENTRY = """lamp
@@ -78,6 +83,44 @@ def test_no_wrong_choice_could_be_right() -> None:
     assert len(choices) == 10
     assert all(len(choices[word] & {"xya", "xyb", "xyc"}) == 1 for word in ("xya", "xyb", "xyc"))
     assert any(choices[word] & {"xya", "xyb", "xyc"} for word in choices if word > "xyc")
+
+
+def test_insults_are_neither_asked_nor_offered_in_any_sense() -> None:
+    """Words with a clean first sense: an offensive second one, also in another word's entry alone, or no label."""
+    entries = [
+        "blick\n    adj 1: wholly neat and in good order [syn: {blick}, {tidy}]\n"
+        "    n 1: (slur) offensive term for a farmer",
+        "blunk\n    n 1: a tree with small green leaves",
+        "farmer\n    n 1: (slur) a disparaging name [syn: {farmer}, {Blunk}]",
+        "whore\n    n 1: a woman who takes money for her time",
+        "tidy\n    adj 1: in good order at all times [syn: {blick}, {tidy}, {trim}] [ant: {blick}, {messy}]",
+        "nice\n    adj 1: as somebody would say of an idiot at last",
+        *(f"xy{c}\n    adj 1: like number {n} of the pieces of {c * 6}" for n, c in enumerate("abcdefgh")),
+    ]
+    lexicon = Lexicon(entries, 3)
+    assert {sense.word for sense in lexicon.askable} == {"tidy", *(f"xy{c}" for c in "abcdefgh")}
+    told = [pair for sense in lexicon.askable for pair in lexicon.questions(sense)]
+    assert ("What is the opposite of the adjective “tidy”?", "messy") in told
+    assert any(answer == "trim" for _, answer in told)
+    assert not re.search("blick|blunk|whore|idiot", str(told))
+
+
+def test_a_word_is_no_insult_for_its_letters() -> None:
+    kept = [
+        "class",
+        "whorled",
+        "swank",
+        "snigger",
+        "raccoon",
+        "grape",
+        "scraper",
+        "title",
+        "hagfish",
+        "trampoline",
+        "rapid",
+    ]
+    lexicon = Lexicon([f"{word}\n    n 1: a thing of number {n} on this list" for n, word in enumerate(kept)], 1)
+    assert sorted(sense.word for sense in lexicon.askable) == sorted(kept)
 
 
 @pytest.fixture(scope="module")
@@ -148,5 +191,26 @@ def test_the_seed_decides(made: Path) -> None:
 
 def test_a_source_that_is_no_dictionary_is_refused(tmp_path: Path) -> None:
     sources = {"files": {"kind": "folder", "path": str(tmp_path)}, "made": {"kind": "generated", "wordnet": "files"}}
-    with pytest.raises(ConfigError, match=r"(?s)`made`.*`files`.*no source read by dictd"):
+    with pytest.raises(ConfigError, match=r"(?s)`made\.wordnet` names `files`.*no source read by dictd"):
         gather(tmp_path / "out", sources)
+
+
+@pytest.mark.parametrize("key", ["wordnet_bytes", "wordnet_conversations"])
+def test_questions_about_no_dictionary_are_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"`made\.{key}` needs `made\.wordnet`"):
+        gather(tmp_path / "out", {"made": {"kind": "generated", key: 10}})
+
+
+def test_a_dictionary_that_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = {
+        "kind": "debian", "package": "dict-our", "version": "1", "file": "absent.deb", "sha256": "0" * 64,
+        "members": ["*.dict.dz"], "reader": "dictd", "licence": "GPL-3.0-only", "refused": "drop",
+        "licence_evidence": {"rule": "known"}, "acquired": "2026-01-01",
+    }  # fmt: skip
+    made = {"kind": "generated", "reasoning": {}, "conversations": 5, "reasoning_items": 0}
+    made |= {"wordnet": "words", "wordnet_bytes": 1000, "story_bytes": 2000}
+    config = fill(StageConfig, {"sources": {"words": words, "made": made}}, "gather")
+    run(config, Workspace(tmp_path, "gather", "test", 1, Log()))
+    said = "".join(capsys.readouterr())
+    assert "made: nothing made of `words` (wordnet), which is left out" in said
+    assert "(factbook)" not in said

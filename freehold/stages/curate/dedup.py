@@ -22,6 +22,7 @@ Span = tuple[int, int]
 """First word and the word after the last."""
 # Bytes that sorting one hash takes: itself, the document, the place, and the order.
 _SORT_BYTES = 48
+_NO_SHINGLE = np.uint32(0xFFFFFFFF)
 
 
 def words_key(words: Words) -> int:
@@ -46,12 +47,15 @@ def exact_duplicates(order: np.ndarray, keys: np.ndarray, text: Callable[[int], 
 
 
 def sketches(words: Sequence[Words], config: NearDuplicates) -> np.ndarray:
-    """Return uint32 [documents, permutations], the MinHash sketch of each document's shingles (Broder 1997)."""
+    """Return uint32 [documents, permutations], the MinHash sketch of each document's shingles (Broder 1997).
+
+    Without shingles the sketch has the largest number throughout: the least of none.
+    """
     from rensa import RMinHash
 
     runs = [one.ngrams(config.shingle_words) for one in words]
     if not sum(map(len, runs)):
-        return np.zeros((len(words), config.permutations), np.uint32)
+        return np.full((len(words), config.permutations), _NO_SHINGLE, np.uint32)
     offsets = np.concatenate([[0], np.cumsum([len(run) for run in runs])]).astype(np.uint64)
     rows = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(runs), offsets, config.permutations, 1)
     return np.array(rows.to_rows(), np.uint32)
@@ -63,8 +67,10 @@ def near_duplicates(
     """Return `{document: (the one it is like, Jaccard similarity)}` of each too like an earlier one that stays.
 
     `sketch` holds the rows of all documents, in pieces. Documents are compared when one band of their sketches is
-    equal; a document is dropped only when its shingles' similarity with a kept one reaches the threshold.
+    equal; a document is dropped only when its shingles' similarity with a kept one reaches the threshold. Those
+    without shingles, whose sketches are all equal, are compared with none.
     """
+    order = order[np.concatenate([(piece != _NO_SHINGLE).any(axis=1) for piece in sketch])[order]]
     members, groups, count = [], [], 0
     rows = config.permutations // config.bands
     for band in range(config.bands):

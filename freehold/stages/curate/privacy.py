@@ -50,7 +50,13 @@ IBAN_CHARS = {
     }.items()
     for country in countries.split()
 }  # fmt: skip
-IBAN = re.compile(r"(?<![\w.,/+=-])[A-Z]{2}\d{2}(?: ?[A-Z\d]{4}){2,7}(?: ?[A-Z\d]{1,3})?(?![\w-])")
+# As long as its country's are: what follows (`BIC ...`, `EUR 500`) looks like more of it.
+_ACCOUNTS = "|".join(
+    rf"{country}\d\d(?: ?[A-Z\d]{{4}}){{{chars // 4 - 1}}}" + (rf" ?[A-Z\d]{{{chars % 4}}}" if chars % 4 else "")
+    for country, chars in IBAN_CHARS.items()
+)
+# Two letters and two digits first: three times as fast as to try every country everywhere.
+IBAN = re.compile(rf"(?=[A-Z]{{2}}\d\d)(?<![\w.,/+-])(?:{_ACCOUNTS})(?![\w-])")
 SSN = re.compile(r"(?<![\w.-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-]|\.\d)")
 
 # An at sign, seven digits hardly apart, or three dots between numbers.
@@ -127,14 +133,21 @@ KINDS: dict[str, tuple[re.Pattern[str], Callable[[re.Match[str]], bool], str]] =
 # {how a secret begins: the whole of it}; `secret` is what is replaced, where that is a part. It is looked for by its
 # beginning alone, which costs far less than an expression. Who issues tokens says how they look, for such scanners.
 KEY = "-----BEGIN "
+# Base64 as it is or in strings, after header lines (RFC 1421); never `-----`, so what names the markers ends it.
+_KEY_BODY = (
+    r"(?:[\s\\nr\"',]{0,99}[A-Z][A-Za-z-]{1,30}:(?:(?!-----)[^\n\\]){0,200}+(?=[\n\\])){0,9}+"
+    r"[A-Za-z0-9+/=\s\\\"',]{0,20000}+"
+)
+_KEY_LINE = re.compile(r"[A-Za-z0-9+/]{40}")
+_AWS = r"[\"']?\s{0,9}[:=>]{1,2}\s{0,9}[\"']?(?P<secret>[\w/+]{40})(?![\w/+=])"
 _END = r"(?![A-Za-z0-9_-])"
 SECRETS: dict[str, re.Pattern[str]] = {
     begin: re.compile(pattern, re.S)
     for begin, pattern in {
-        KEY: KEY + r"((?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?)-----(?P<secret>.{0,20000}?)-----END \1-",
+        KEY: KEY + rf"((?:[A-Z0-9]+ ){{0,3}}PRIVATE KEY(?: BLOCK)?)-----(?P<secret>{_KEY_BODY})-----END \1-",
         "AKIA": rf"(?<![A-Za-z0-9])AKIA[A-Z2-7]{{16}}{_END}",
         "ASIA": rf"(?<![A-Za-z0-9])ASIA[A-Z2-7]{{16}}{_END}",
-        "secret_access_key": r"secret_access_key[\"']?\s{0,9}[:=]\s{0,9}[\"']?(?P<secret>[\w/+]{40})(?![\w/+=])",
+        **{name: name + _AWS for name in ("secret_access_key", "SECRET_ACCESS_KEY", "ecretAccessKey")},
         **{f"gh{kind}_": rf"(?<![A-Za-z0-9])gh{kind}_[A-Za-z0-9]{{36,251}}{_END}" for kind in "pousr"},
         "github_pat_": rf"github_pat_[A-Za-z0-9]{{22}}_[A-Za-z0-9]{{59}}{_END}",
         "glpat-": rf"glpat-[A-Za-z0-9_-]{{20,64}}{_END}",
@@ -160,7 +173,8 @@ def _is_secret(begin: str, text: str) -> bool:
         except (ValueError, TypeError):
             return False
     plain = re.sub(r"[\s\\\"']", "", text)
-    right = len(plain) >= 40 if begin == KEY else not PLACEHOLDER.search(plain)
+    # Words between the two markers are prose about keys.
+    right = _KEY_LINE.search(text) is not None if begin == KEY else not PLACEHOLDER.search(plain)
     return right and entropy(plain) >= RANDOM * math.log2(min(len(plain), 64))
 
 

@@ -116,7 +116,7 @@ class Tally:
         order = place(row.id)
         if len(samples) == SAMPLES and order >= samples[-1]["order"]:
             return
-        old, new = excerpts(before, after)
+        old, new = excerpts(before, after, mask=step == "privacy")
         sample = {"id": row.id, "source": row.source, "detail": why[1], "before": old, "after": new, "order": order}
         samples[:] = sorted([*samples, sample], key=lambda one: (one["order"], one["id"]))[:SAMPLES]
 
@@ -155,28 +155,31 @@ class Tally:
         return cls(steps, Counter(data["repaired"]), Counter(data["redacted"]), data["drops"], samples)
 
 
-def excerpts(before: str, after: str | None) -> tuple[str, str | None]:
+def excerpts(before: str, after: str | None, mask: bool = False) -> tuple[str, str | None]:
     """Return what to show of a text, or of a change of it: the place where it begins; personal data replaced.
 
-    Where the change itself is the removal of personal data, what was there is shown as `x` and `0` only.
+    All of the text is cleaned before it is cut: half a secret would not be found. With `mask`, where the change itself
+    is the removal of personal data, what was there is shown as `x` and `0` only.
     """
     private = Privacy()
-    if after is None:
-        return redact(before[: 2 * SAMPLE_CHARS], private)[0][:SAMPLE_CHARS], None
-    least = min(len(before), len(after))
-    low, high = 0, least  # the first difference, by halves: slices are compared fast
-    while low < high:
-        middle = (low + high + 1) // 2
-        if before[low:middle] == after[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    start = max(before.rfind("\n", 0, low) + 1, low - SAMPLE_CHARS // 2)
-    old, new = before[start : start + SAMPLE_CHARS], after[start : start + SAMPLE_CHARS]
-    clean = redact(old, private)[0]
-    if clean != old:
-        old = re.sub(r"\d", "0", re.sub(r"[^\W\d_]", "x", old))
-    return old, redact(new, private)[0]
+    if not mask:
+        before = redact(before, private)[0]
+    start = 0
+    if after is not None:
+        after = redact(after, private)[0]
+        low, high = 0, min(len(before), len(after))  # the first difference, by halves: slices are compared fast
+        while low < high:
+            middle = (low + high + 1) // 2
+            if before[low:middle] == after[low:middle]:
+                low = middle
+            else:
+                high = middle - 1
+        start = max(before.rfind("\n", 0, low) + 1, low - SAMPLE_CHARS // 2)
+        after = after[start : start + SAMPLE_CHARS]
+    before = before[start : start + SAMPLE_CHARS]
+    if mask:
+        before = re.sub(r"\d", "0", re.sub(r"[^\W\d_]", "x", before))
+    return before, after
 
 
 @dataclass

@@ -255,11 +255,14 @@ class StageConfig(Config):
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"`{name}`: a source's name is made of letters, digits, `_` and `-`")
             if isinstance(source, Generated):
+                for key in ("wordnet_bytes", "wordnet_conversations"):
+                    if getattr(source, key) and source.wordnet is None:
+                        raise ValueError(f"`{name}.{key}` needs `{name}.wordnet`, the source whose words are asked")
                 for key, reader in (("factbook", "factbook"), ("wordnet", "dictd")):
                     asked = getattr(source, key)
                     found = self.sources.get(asked or "")
                     if asked is not None and (not isinstance(found, FileSource) or found.reader != reader):
-                        raise ValueError(f"`{name}` asks for facts from `{asked}`, which is no source read by {reader}")
+                        raise ValueError(f"`{name}.{key}` names `{asked}`, which is no source read by {reader}")
         return self
 
 

@@ -144,7 +144,10 @@ class _Factbook:
 
 
 class _WordNet:
-    """Questions about the words of a dictionary, one a word: the first in conversations, the others on pages."""
+    """Questions about a dictionary's words, one for a word as each part of speech: in conversations, then on pages.
+
+    Nothing without a source, also where the policy left it out.
+    """
 
     def __init__(
         self, name: str, source: Generated, origin: Origin | None, words_source: Source | None, seed: int

@@ -80,6 +80,9 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
             work.log.say(f"  {name}: left out, {left_out[name].reason}")
             continue
         if isinstance(source, Generated):
+            for key in ("factbook", "wordnet"):
+                if (asked := getattr(source, key)) in left_out:
+                    work.log.say(f"  {name}: nothing made of `{asked}` ({key}), which is left out")
             made = generate.make(name, source, origins, config.sources, work.seed)
             documents, conversations, tasks = made.documents, made.conversations, made.tasks
             record = {"seeds": made.seeds, "made_from": sorted({d.synthetic_from for d in documents})}

@@ -14,8 +14,18 @@ NAMED = re.compile(r"\[(syn|ant|also): ([^\]]*)\]")
 QUOTED = re.compile(r"\s*[;:,]?\s*\"")
 WORD = re.compile(r"[a-z]{3,14}")
 DEFINITION_CHARS = (15, 120)
-# What is not asked: definitions with labels or parts, and words that somebody is insulted with.
-UNCLEAN = re.compile(r"[\[\](){}\"`;:]|\b(?:offensive|slur|obscene|vulgar|disparag\w+|derogat\w+|sexual\w*)\b", re.I)
+# What is not asked: definitions with labels or parts, and words that somebody is insulted with, in whichever sense.
+PARTED = re.compile(r"[\[\](){}\"`;:]")
+UNCLEAN = re.compile(r"\b(?:offensive|slur|obscene|vulgar|disparag\w+|derogat\w+|sexual\w*)\b", re.I)
+# Insults that WordNet has without a label.
+INSULT = re.compile(
+    r"\b(?:\w*(?:shit|fuck|cocksuck|bitch|bastard|golliwog|asshole|arsehole)\w*"
+    r"|(?:piss|slut|whore|wank|bugger|sodom|siss[iy]|cissy|nigg(?!l)|retard|moron|cretin|imbecil|idiot|spastic|cripple"
+    r"|mulatto|mongoloid|trollop|strumpet|huss(?:y|ies)|flooz|bimbo|midget|dickhead|prickteas)\w*"
+    r"|rap(?:ed?|er|ing|ist)s?|squaws?|gyps?|boobs?|tits?|tramps?|hags?|crones?|dagos?|wops?|wogs?|darky|negress"
+    r"|jackass|redskin)\b",
+    re.I,
+)
 MEANING = (
     "What does the {part} “{word}” mean?",
     "Define the {part} “{word}”.",
@@ -70,14 +80,21 @@ class Lexicon:
         """{definition: the words that have it, in any sense}"""
         self.about: dict[str, set[str]] = defaultdict(set)
         """{word: the longer words in its definitions}"""
+        self.unclean: set[str] = set()
+        """words that are offensive in any sense, also one that only another word's entry has"""
         for sense in every:
             self.meaning[sense.definition] |= {sense.word, *sense.synonyms}
             self.about[sense.word] |= _longer(sense.definition)
-        self.askable = [sense for sense in every if _is_askable(sense)]
+            if UNCLEAN.search(sense.definition):
+                self.unclean |= {name.lower() for name in (sense.word, *sense.synonyms)}
+        self.askable = [sense for sense in every if _is_askable(sense) and self._is_clean(sense.word)]
         random.Random(f"{seed}\0words").shuffle(self.askable)
         self.words: dict[str, list[str]] = defaultdict(list)
         for sense in self.askable:
             self.words[sense.part].append(sense.word)
+
+    def _is_clean(self, name: str) -> bool:
+        return name.lower() not in self.unclean and not INSULT.search(name)
 
     def questions(self, sense: Sense) -> list[tuple[str, str]]:
         """Return every question about a sense with its answer: what it means, which word it is, its like and opposite.
@@ -97,12 +114,13 @@ class Lexicon:
             found.append((f"Which of these words means “{sense.definition}”: {options}?", sense.word))
         if right == {sense.word}:
             found.append((f"Which {sense.part} means “{sense.definition}”?", sense.word))
-        like = [name for name in sense.synonyms if name.islower()]
+        like = [name for name in sense.synonyms if name.islower() and self._is_clean(name)]
         if like:
             asked = f"Which other word means the same as the {sense.part} “{sense.word}” in the sense of"
             found.append((f"{asked} “{sense.definition}”?", like[0]))
-        if sense.antonyms:
-            found.append((f"What is the opposite of the {sense.part} “{sense.word}”?", sense.antonyms[0]))
+        against = [name for name in sense.antonyms if self._is_clean(name)]
+        if against:
+            found.append((f"What is the opposite of the {sense.part} “{sense.word}”?", against[0]))
         return found
 
     def pairs(self, which: Sequence[Sense]) -> Iterator[tuple[str, str]]:
@@ -122,5 +140,6 @@ def _is_askable(sense: Sense) -> bool:
         and WORD.fullmatch(sense.word)
         and least <= len(sense.definition) <= most
         and sense.word[:5] not in sense.definition.lower()
-        and not UNCLEAN.search(sense.definition)
+        and not PARTED.search(sense.definition)
+        and not INSULT.search(sense.definition)
     )
