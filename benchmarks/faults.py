@@ -261,7 +261,6 @@ def one(seed: int, work: Path, references: dict[str, Any]) -> dict[str, Any]:
             named = {row["step"] for row in rows if row["source"] and row["licence"]} == set(POISONED)
         record = {
             "seed": seed,
-            "commit": environment()["commit"],
             "fault": fault,
             **told,
             "hurt": bool(told),
@@ -323,18 +322,18 @@ def main() -> int:
     parser.add_argument("--untimed", action="store_true", help="report no seconds: the machine is shared")
     args = parser.parse_args()
     records = {r["seed"]: r for r in read_json(args.json)["runs"]} if args.json.exists() else {}
-    references = prepare(args.work)
+    references, here = prepare(args.work), environment()
+    undisturbed = {kind: {k: v for k, v in r.items() if k != "stage"} for kind, r in references.items()}
     for seed in range(args.seeds):
         if seed in records:
             continue
-        records[seed] = one(seed, args.work, references)
+        records[seed] = {**one(seed, args.work, references), "commit": here["commit"]}
         if args.untimed:
             records[seed] = {k: v for k, v in records[seed].items() if not k.startswith("seconds")}
         told = {k: v for k, v in records[seed].items() if k not in ("said", "what")}
         print(json.dumps(told), flush=True)
         runs = [records[s] for s in sorted(records)]
-        undisturbed = {kind: {k: v for k, v in r.items() if k != "stage"} for kind, r in references.items()}
-        write(args.json, {**summary(runs), "undisturbed": undisturbed, "environment": environment(), "runs": runs})
+        write(args.json, {**summary(runs), "undisturbed": undisturbed, "environment": here, "runs": runs})
     runs = [records[s] for s in sorted(records)]
     print(json.dumps(summary(runs), indent=1))
     return 0 if all(r["survived"] for r in runs) else 1

@@ -17,6 +17,8 @@ REFUSALS = {
     errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
 }  # fmt: skip
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @contextlib.contextmanager
 def machine_limits(path: Path | None = None) -> Iterator[None]:
@@ -48,7 +50,7 @@ def disk_error(error: OSError, path: Path) -> ArtifactError:
     """Turn an OSError while reading or writing into an error that names the place and, on a full disk, its space."""
     what = f"could not write or read: {error.strerror or error}"
     again = "nothing written before was touched, run again to go on"
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno not in FULL:
         return ArtifactError(what, where=path, todo=f"mend that, or choose another `runs_dir`; {again}")
     parent = next(p for p in [path, *path.parents] if os.path.exists(p))  # pathlib's raises where it may not look
     return ArtifactError(

@@ -13,7 +13,6 @@ So a signal from outside comes first, then a told error, then the rank whose las
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ import psutil
 
 from freehold.core.artifact import write_json
 from freehold.core.errors import ArtifactError, FreeholdError
-from freehold.core.machine import disk_error
+from freehold.core.machine import FULL, disk_error
 from freehold.parallel import launch
 from freehold.parallel.config import SuperviseConfig
 from freehold.parallel.heart import DUMP, read_beat
@@ -41,7 +40,6 @@ STOPPED_S = 5.0
 GRACE_S = 2.0
 """How long the other ranks may take to say what they saw of a failure."""
 LAST_LINES = 30
-FULL = (errno.ENOSPC, errno.EDQUOT)
 MIN_FREE_BYTES = 1 << 20
 LOST_A_PEER = ("Connection closed by peer", "Connection reset", "Broken pipe", "Connection refused", "Socket Timeout")
 

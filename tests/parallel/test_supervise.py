@@ -37,6 +37,10 @@ for step in range(first, 6):
 heart.beat(6, "done")
 print(json.dumps({"counts": os.environ["MASTER_PORT"]}))
 """
+TELL_FULL = (
+    'print(json.dumps({"error": {"what": f"could not write or read: {os.strerror(28)}", "where": "checkpoint"}}));'
+    " sys.exit(2)"
+)
 
 
 @pytest.fixture
@@ -147,25 +151,14 @@ def test_a_users_mistake_is_told_once_and_not_tried_again(supervise):
 
 
 def test_a_full_disk_is_waited_for(supervise):
-    full = """
-        if step == 2 and world == 1:
-            print(json.dumps({"error": {"what": f"could not write or read: {os.strerror(28)}", "where": "checkpoint"}}))
-            sys.exit(2)
-    """
-    assert "counts" in json.loads(supervise(full))
+    assert "counts" in json.loads(supervise(f"if step == 2 and world == 1: {TELL_FULL}"))
     assert [e["event"] for e in events(supervise)] == ["started", "failed", "started", "finished"]
     assert "starting again from step 0 in 2 s" in supervise.said[-1]
 
 
 def test_a_disk_that_stays_full_ends_the_run(supervise):
     with pytest.raises(RankToldError, match=os.strerror(28)):
-        supervise(
-            """
-            print(json.dumps({"error": {"what": f"could not write or read: {os.strerror(28)}", "where": "checkpoint"}}))
-            sys.exit(2)
-            """,
-            disk_wait_s=1,
-        )
+        supervise(TELL_FULL, disk_wait_s=1)
     assert [e["decision"] for e in events(supervise) if e["event"] == "failed"] == [
         "start again from step 0", "give up",
     ]  # fmt: skip
@@ -249,16 +242,7 @@ def test_a_signal_is_not_sent_to_a_process_that_has_gone(tmp_path):
 
 def test_waiting_for_room_uses_up_no_relaunch(supervise, monkeypatch):
     monkeypatch.setattr(Supervisor, "_pause", lambda self, seconds: None)
-    supervise(
-        """
-        if world <= 3:
-            print(json.dumps({"error": {"what": f"could not write or read: {os.strerror(28)}", "where": "checkpoint"}}))
-            sys.exit(2)
-        if world == 4:
-            sys.exit(1)
-        """,
-        max_relaunches=1,
-    )
+    supervise(f"if world <= 3: {TELL_FULL}\nif world == 4: sys.exit(1)", max_relaunches=1)
     assert [e["event"] for e in events(supervise)].count("started") == 5
 
 
