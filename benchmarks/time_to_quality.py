@@ -55,12 +55,13 @@ from freehold.trainer.loop import Job, Trainer
 from freehold.trainer.validate import bits_per_byte, held_out
 
 CONTEXT_TOKENS, SEQUENCES, STEPS, WARMUP_STEPS, VALIDATE_EVERY = 512, 8, 4000, 20, 20
-SWEEP_STEPS = 120
+SWEEP_STEPS = 400
 MULTIPLES = (0.5, 1.0, 2.0)
 TIMED_STEPS = 6
 LAPTOP = ModelConfig(**SHAPES["laptop"])
 DENSE = ModelConfig(**{**SHAPES["laptop"], "num_dense_layers": SHAPES["laptop"]["num_hidden_layers"]})
 MUON, MUON_LR, ADAMW_LR = "muon", 0.02, 5e-3
+NEWTON_SCHULZ_STEPS = 3
 WAYS: dict[str, dict[str, Any]] = {
     "freehold": {},
     "transformers": {"matrices": "adamw", "lr": 2e-3},
@@ -81,7 +82,10 @@ class Ours:
             model=way.get("model", LAPTOP),
             trainer=TrainerConfig(),
             optim=OptimConfig(
-                matrices=way.get("matrices", MUON), muon_lr=MUON_LR * multiple, lr=way.get("lr", ADAMW_LR) * multiple
+                matrices=way.get("matrices", MUON),
+                newton_schulz_steps=NEWTON_SCHULZ_STEPS,
+                muon_lr=MUON_LR * multiple,
+                lr=way.get("lr", ADAMW_LR) * multiple,
             ),
             balance=way.get("balance", SmebuConfig(kind="smebu", rate=5e-3)),
             schedule=Schedule({"all": PhaseConfig(steps=STEPS, warmup_steps=WARMUP_STEPS)}),

@@ -75,6 +75,16 @@ def test_kubernetes(machine):
     assert "parallel.shards" in failed.stderr
 
 
+@pytest.mark.parametrize(("rank_does", "code"), [("exit 0", 0), ("((RANK)) && exit 3; exec sleep 60", 1)])
+def test_kubernetes_notices_what_ends_before_it_looks(tmp_path, rank_does, code):
+    _, container, env = job()
+    (tmp_path / "freehold").write_text(f"#!/bin/bash\n{rank_does}\n")
+    (tmp_path / "freehold").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **env, "RANKS_PER_POD": "4", "JOB_COMPLETION_INDEX": "0"}
+    done = subprocess.run(container["command"], env=env, capture_output=True, text=True, timeout=40)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
 def test_kubernetes_counts_its_processes_alike_everywhere():
     spec, container, env = job()
     spec, degrees = spec["spec"], dict(a.split("=") for a in container["args"] if "=" in a)
