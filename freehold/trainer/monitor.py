@@ -59,9 +59,10 @@ class LoadMonitor:
             if not steps:
                 continue
             share = load.double() / load.sum().clamp_min(1)
+            entropy = float(-(share * share.clamp_min(1e-12).log()).sum())
             figures: dict[str, float] = {
                 "moe/max_vio": sum(steps) / len(steps),
-                "moe/entropy": float(-(share * share.clamp_min(1e-12).log()).sum()) / math.log(len(load)),
+                "moe/entropy": entropy / math.log(len(load)) if len(load) > 1 else 1.0,  # one expert is even
                 "moe/dead": int((load == 0).sum()),
                 "moe/bias_abs_max": float(self.layers[name].expert_bias.abs().max()),
                 "moe/router_logit_max": float(self.logit_max.pop(name)),

@@ -265,6 +265,13 @@ def test_metrics_tell_the_routers_health_layer_by_layer(tmp_path):
     assert trainer.monitor.take() == {}
 
 
+def test_a_single_expert_is_even(tmp_path):
+    trainer = make(tmp_path, model=MODEL.model_copy(update={"num_experts": 1, "num_experts_per_tok": 1}))
+    trainer.train_step(trainer.job.order.batch(0))
+    values = trainer.monitor.take()
+    assert (values["moe/entropy"], values["moe/max_vio"], values["moe/dead"]) == (1.0, 0.0, 0)
+
+
 def test_validation_is_not_counted_as_load(tmp_path):
     trainer = make(tmp_path)
     held = held_out(source(seed=1), np.full(30, 50), 16, 100, separator=1)
