@@ -392,7 +392,7 @@ class Trainer:
             of = ((key, key.rpartition(".")[0], slot) for key, slot in optimizer.items())
             optimizer = {key: self.spread.part_of(name, slot) for key, name, slot in of if name in self.masters}
         self.optimizers.load_state_dict(optimizer)
-        self.balance.load_state_dict(state.get("balance", {}))
+        self.balance.load_state_dict({n: t.to(self.world.device) for n, t in state.get("balance", {}).items()})
         torch.set_rng_state(state["rng"]["torch"])
 
     # -- one step ----------------------------------------------------------------------------------------------
