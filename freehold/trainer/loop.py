@@ -682,7 +682,7 @@ class Trainer:
             return
         self.heart.beat(self.step, "start")
         self.log.say(f"operators: {kernels.describe(DTYPES[config.dtype])}")
-        peak = gemm_flops_per_s(DTYPES[config.dtype]) * self.world.size
+        peak = gemm_flops_per_s(DTYPES[config.dtype], self.world.device) * self.world.size
         context = job.order.batch(self.step, slice(0, 1)).input_ids.shape[1]
         flops = flops_per_token(job.model, context)
         ends = {end: name for name, end in schedule.ends().items()}

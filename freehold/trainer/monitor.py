@@ -79,13 +79,17 @@ class LoadMonitor:
         return values
 
 
-def gemm_flops_per_s(dtype: torch.dtype, size: int = 2048, seconds: float = 0.5) -> float:
-    """Return the best rate of a square matrix product on this machine now, in FLOP/s: what MFU is measured against."""
+def gemm_flops_per_s(
+    dtype: torch.dtype, device: torch.device | str = "cpu", size: int = 2048, seconds: float = 0.5
+) -> float:
+    """Return the best rate of a square matrix product on a device now, in FLOP/s: what MFU is measured against."""
     own = torch.Generator().manual_seed(0)  # the run's own generator must not notice
-    a, b = (torch.randn(size, size, generator=own).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, generator=own).to(device, dtype) for _ in range(2))
     best, start = math.inf, time.perf_counter()
     while time.perf_counter() - start < seconds:
         before = time.perf_counter()
         torch.mm(a, b)
+        if a.is_cuda:
+            torch.cuda.synchronize(a.device)
         best = min(best, time.perf_counter() - before)
     return 2 * size**3 / best

@@ -19,6 +19,7 @@ from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.loop import Interrupted, Job, Trainer, TrainingError
+from freehold.trainer.monitor import gemm_flops_per_s
 from freehold.trainer.validate import bits_per_byte, held_out
 
 MODEL = ModelConfig(
@@ -263,6 +264,13 @@ def test_metrics_tell_the_routers_health_layer_by_layer(tmp_path):
     for name in ("max_vio", "entropy"):
         assert values[f"moe/{name}"] == pytest.approx(sum(values[f"moe/{name}/{n}"] for n in (1, 2, 3)) / 3)
     assert trainer.monitor.take() == {}
+
+
+def test_the_yardstick_of_speed_is_taken_where_the_model_is(monkeypatch):
+    product, seen = torch.mm, []
+    monkeypatch.setattr(torch, "mm", lambda a, b: (seen.append(a.device.type), product(a, b))[1])
+    gemm_flops_per_s(torch.float32, torch.device("meta"), size=8, seconds=1e-4)
+    assert set(seen) == {"meta"}
 
 
 def test_a_single_expert_is_even(tmp_path):
