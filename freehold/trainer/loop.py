@@ -273,7 +273,7 @@ class Trainer:
 
         Checkpoints that a roll-back has left behind are deleted first.
         """
-        self.saver.wait()
+        self._settle()
         decided = self.job.folder / ROLLBACKS
         self.rollbacks = read_json(decided)["rollbacks"] if decided.exists() else []
         checkpoints = self.job.folder / "checkpoints"
@@ -754,6 +754,7 @@ class Trainer:
 
         A step that cannot be saved (a full disk) is a warning, and the next one tries again, unless this one `must`.
         """
+        self._settle()
         if phase is not None and self.job.schedule.phases[phase].checkpoint:
             declared = self.job.schedule.phases[phase]
             self.save(self.job.folder / declared.checkpoint, stage_type=declared.stage_type)
@@ -769,6 +770,13 @@ class Trainer:
             if must:
                 raise
             self.log.warn(f"step {self.step} was not saved, training goes on\n{error}")
+
+    def _settle(self) -> None:
+        """Wait for a save that is still under way; that it failed must not keep the next one from being made."""
+        try:
+            self.saver.wait()
+        except (ArtifactError, CheckpointError) as error:
+            self.log.warn(f"a step before {self.step} was not saved, training goes on\n{error}")
 
     @property
     def _rolls_back(self) -> bool:
