@@ -41,8 +41,8 @@ class Traffic(NamedTuple):
 
 
 def traffic(config: PlanConfig) -> list[Traffic]:
-    """Return the communication of one optimizer step by axis; ranks are laid out expert, shard, context, replicate,
-    pipeline from the inside, so that expert groups stay inside a machine as long as they fit.
+    """Return the communication of one optimizer step by axis; ranks are laid out context, shard, replicate, pipeline
+    from the inside (`parallel/mesh.py`), and expert groups are neighbours, inside a machine as long as they fit.
     """
     m, p, machine, spec, b = config.model, config.parallel, config.machine, config.machine.spec, config.bytes_per_value
     counts = parameter_counts(m, config.parts)
@@ -80,7 +80,7 @@ def traffic(config: PlanConfig) -> list[Traffic]:
         tokens * (p.context - 1) * full
         + config.micro_sequences * passes * min(m.sliding_window, config.chunk_tokens) * sliding
     )
-    add("context", p.context, p.shard, 2 * m.key_width * b * seen * (forwards + 1))
+    add("context", p.context, 1, 2 * m.key_width * b * seen * (forwards + 1))
     add("pipeline", p.pipeline, p.group * p.replicate, 2 * tokens * m.hidden_size * b)
     if config.matrices == "muon":
         dense = (counts["muon"] - (m.num_hidden_layers - m.num_dense_layers) * counts["expert"] * m.num_experts) / (

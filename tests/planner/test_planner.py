@@ -16,6 +16,7 @@ from freehold.kernels import native
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import PRESETS as SHAPES
 from freehold.model.config import flops_per_token, parameter_counts
+from freehold.parallel.mesh import place_of
 from freehold.planner import estimate, memory, show
 from freehold.planner.config import PlanConfig, plan_of_recipe
 from freehold.planner.hardware import DEVICES, INTERRUPTIONS_PER_DEVICE_HOUR
@@ -213,6 +214,12 @@ def test_pipeline_bubble_of_1f1b():
     figures = figures_of("mini", parallel={"replicate": 1, "pipeline": 4}, batch={"micro_sequences": 4})
     passes = 8192 // (128 * 4)
     assert figures["step/bubble"].value == pytest.approx(figures["step/arithmetic"].value * 3 / passes)
+
+
+def test_chunks_of_a_row_lie_on_neighbours_as_the_mesh_lays_them_out():
+    whole = plan_of("large", batch={"context_tokens": 32768}, parallel={"shard": 32, "context": 4})
+    assert [place_of(rank, whole.parallel)[:3] for rank in range(5)] == [(0, 0, 0)] * 4 + [(0, 0, 1)]
+    assert next(row.link for row in estimate.traffic(whole) if row.axis == "context") == "node"
 
 
 def test_traffic_by_axis():
