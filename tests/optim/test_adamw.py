@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from freehold.core.config import fill
+from freehold.core.errors import ConfigError
 from freehold.kernels import native
 from freehold.optim.adamw import AdamW, gradient_norm
 from freehold.optim.build import Optimizers
@@ -75,3 +77,8 @@ def test_all_state_lies_where_the_weight_does():
     for state in (fresh.state_dict(), resumed.state_dict()):
         assert len(state) == 4
         assert {tensor.device.type for tensor in state.values()} == {"meta"}
+
+
+def test_a_moment_that_never_decays_is_refused():
+    with pytest.raises(ConfigError, match=r"(?s)pretrain\.optim\.betas.*less than 1"):
+        fill(OptimConfig, {"betas": [1.0, 0.95]}, "pretrain.optim")
