@@ -8,7 +8,6 @@ from pydantic import Field
 
 from freehold.core.config import Config
 
-
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
