@@ -275,7 +275,8 @@ class Trainer:
         """
         self._settle()
         decided = self.job.folder / ROLLBACKS
-        self.rollbacks = read_json(decided)["rollbacks"] if decided.exists() else []
+        # As rank 0 sees them, who wrote them: what another machine sees of a shared folder may be older.
+        self.rollbacks = native.together(lambda: read_json(decided)["rollbacks"] if decided.exists() else [])[0]
         checkpoints = self.job.folder / "checkpoints"
         if self.world.is_main:
             native.remove_unless(checkpoints, self._is_on_course)
