@@ -11,7 +11,14 @@ from freehold.core.config import fill, merge
 from freehold.core.errors import ConfigError
 from freehold.model.config import flops_per_token, parameter_counts
 from freehold.planner.config import PlanConfig
-from freehold.planner.memory import cache_bytes, gguf_bytes, qlora_bytes, serving_bytes, training_bytes
+from freehold.planner.memory import (
+    cache_bytes,
+    gguf_bytes,
+    qlora_bytes,
+    serving_bytes,
+    training_bytes,
+    uneven_experts,
+)
 
 RESERVE = 0.08
 """Share of a device's memory left to communication buffers, fragmentation and the device's context."""
@@ -117,7 +124,9 @@ def estimate(config: PlanConfig, *, judge: bool = True) -> dict[str, Any]:
     figures: dict[str, Figure] = {
         "parameters/total": Figure(counts["total"], "parameters"),
         "parameters/active": Figure(counts["active_with_head"], "parameters"),
-        "parameters/rank": Figure(math.ceil(counts["total"] / (p.group * p.pipeline)), "parameters"),
+        "parameters/rank": Figure(
+            math.ceil(counts["total"] / (p.group * p.pipeline) + uneven_experts(config)), "parameters"
+        ),
     }
     parts = training_bytes(config)
     errors = {"activations": MEMORY_ERROR, "logits": MEMORY_ERROR, "all_to_all": TRAFFIC_ERROR, "peak": MEMORY_ERROR}

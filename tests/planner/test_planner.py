@@ -216,6 +216,18 @@ def test_pipeline_bubble_of_1f1b():
     assert figures["step/bubble"].value == pytest.approx(figures["step/arithmetic"].value * 3 / passes)
 
 
+def test_experts_are_sharded_whole():
+    """64 expert ranks have 8 of 512 experts each: of 64 ranks that share them the fullest holds one, not an eighth."""
+    config = plan_of("trillion", parallel={"replicate": 1, "shard": 4096, "expert": 64})
+    counts = parameter_counts(config.model)
+    routed = 56 * 512 * counts["expert"]
+    held = (counts["total"] - routed) / 4096 + 56 * counts["expert"]
+    assert memory.training_bytes(config)["masters"] == pytest.approx(4 * held, rel=1e-9)
+    assert estimate.estimate(config)["figures"]["parameters/rank"].value == math.ceil(held)
+    even = plan_of("trillion", parallel={"replicate": 8, "shard": 512, "expert": 64})  # one of 512 experts a rank
+    assert memory.training_bytes(even)["masters"] == pytest.approx(4 * counts["total"] / 512, rel=1e-9)
+
+
 def test_chunks_of_a_row_lie_on_neighbours_as_the_mesh_lays_them_out():
     whole = plan_of("large", batch={"context_tokens": 32768}, parallel={"shard": 32, "context": 4})
     assert [place_of(rank, whole.parallel)[:3] for rank in range(5)] == [(0, 0, 0)] * 4 + [(0, 0, 1)]
