@@ -25,6 +25,9 @@ RESERVE = 0.08
 # Relative errors (about one standard deviation) of what is not counted exactly; combined by root of squares.
 MEMORY_ERROR, TRAFFIC_ERROR, LINK_ERROR, PRICE_ERROR, POWER_ERROR, FAILURE_ERROR = 0.1, 0.1, 0.3, 0.2, 0.2, 0.5
 
+DEGREES = ("replicate", "shard", "expert", "context", "pipeline", "recompute")
+"""What a proposal says of `parallel`."""
+
 FILES = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K")
 """GGUF types a plan gives the size of."""
 
@@ -269,7 +272,10 @@ def problems(config: PlanConfig, peak_bytes: float) -> list[str]:
     for factor in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         best = search(config, devices=p.devices * factor, keep=1)
         if best:
-            degrees = {"parallel": best[0].parallel.model_dump(), "batch": best[0].batch.model_dump()}
+            degrees = {
+                "parallel": best[0].parallel.model_dump(include=set(DEGREES)),
+                "batch": best[0].batch.model_dump(include={"sequences", "micro_sequences"}),
+            }
             where = "these devices" if factor == 1 else f"{p.devices * factor:,} devices"
             return [f"{said} It fits on {where} with {_spell(degrees)}."]
     return [f"{said} No degrees up to {p.devices * 256:,} devices make it fit; take a larger device."]

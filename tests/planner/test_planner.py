@@ -306,6 +306,14 @@ def test_a_misfit_is_given_more_devices():
     change = {"parallel": {"replicate": 1, "shard": 1, "expert": 1}, "machine": {"device": "h100"}}
     (sentence,) = estimate.estimate(plan_of("mini", **change))["problems"]
     assert "devices with parallel.replicate=" in sentence
+    settings = [word.partition("=")[0] for word in sentence.split() if "=" in word]
+    degrees = ("replicate", "shard", "expert", "context", "pipeline", "recompute")
+    assert settings == [*(f"parallel.{name}" for name in degrees), "batch.sequences", "batch.micro_sequences"]
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "glm-4.5"])
+def test_degrees_we_chose_fit(name):
+    assert estimate.fits(plan_of(name))
 
 
 def test_a_misfit_that_nothing_mends_says_so():
