@@ -101,7 +101,7 @@ def traffic(config: PlanConfig) -> list[Traffic]:
 
 
 def muon_flops(config: PlanConfig) -> float:
-    """Return the FLOPs of five Newton-Schulz iterations on every hidden matrix once, m x n with m <= n.
+    """Return the FLOPs of the Newton-Schulz iterations on every hidden matrix once, m x n with m <= n.
 
     One is 4 m^2 n + 2 m^3; our CPU kernel makes X X^T and its square from one triangle each: 3 m^2 n + m^3.
     """
@@ -114,7 +114,8 @@ def muon_flops(config: PlanConfig) -> float:
     matrices += [(3 * m.num_dense_layers, d, m.intermediate_size)]
     matrices += [(3 * moe_layers * m.num_experts, d, m.moe_intermediate_size)]
     matrices += [(3 * moe_layers, d, m.moe_intermediate_size * m.num_shared_experts)]
-    return sum(5 * n * (wide * min(a, b) ** 2 * max(a, b) + square * min(a, b) ** 3) for n, a, b in matrices)
+    flops = sum(n * (wide * min(a, b) ** 2 * max(a, b) + square * min(a, b) ** 3) for n, a, b in matrices)
+    return config.newton_schulz_steps * flops
 
 
 def estimate(config: PlanConfig, *, judge: bool = True) -> dict[str, Any]:

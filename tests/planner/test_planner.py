@@ -412,6 +412,12 @@ def test_command_on_a_recipe(capsys):
     assert config.model == pretrain.model
     assert config.tokens == sum(phase.steps for phase in pretrain.phases.values()) * pretrain.batch.step_tokens
     assert config.micro_sequences == pretrain.batch.micro
+    assert config.newton_schulz_steps == pretrain.optim.newton_schulz_steps
+
+
+def test_muon_costs_what_its_iterations_do():
+    three, five = (estimate.muon_flops(plan_of("laptop", newton_schulz_steps=n)) for n in (3, 5))
+    assert 0 < three == pytest.approx(0.6 * five)
 
 
 def test_command_refuses_what_it_does_not_know(capsys):
