@@ -754,8 +754,22 @@ class Trainer:
         """Save the step and, at the end of a phase, under the phase's name.
 
         A step that cannot be saved (a full disk) is a warning, and the next one tries again, unless this one `must`.
+        Weights that are not finite are never saved, for they would take the place of good ones: TrainingError at the
+        end of a phase, before it a warning, since a roll-back may still mend them.
         """
         self._settle()
+        broken = [name for name, master in self.masters.items() if not bool(torch.isfinite(master).all())]
+        if self.world.any(bool(broken)):
+            error = TrainingError(
+                "weights are not finite",
+                where=f"{self.job.stage} step {self.step}",
+                found=", ".join(broken[:3]) or "those of another rank",
+                todo="lower optim.lr and optim.muon_lr; the last good checkpoint is kept",
+            )
+            if phase is not None:
+                raise error
+            self.log.warn(f"step {self.step} was not saved\n{error}")
+            return
         if phase is not None and self.job.schedule.phases[phase].checkpoint:
             declared = self.job.schedule.phases[phase]
             self.save(self.job.folder / declared.checkpoint, stage_type=declared.stage_type)

@@ -228,6 +228,23 @@ def test_gives_up_after_steps_without_finite_loss(tmp_path):
     assert trainer.step == 2
 
 
+def test_broken_weights_take_no_good_checkpoints_place(tmp_path, capsys):
+    trainer = make(tmp_path, quiet=False)
+    good = trainer.train_step
+
+    def breaks_at_the_third(batch):
+        if trainer.step == 2:
+            trainer.masters["lm_head.weight"].data[3] = float("inf")
+        return good(batch)
+
+    trainer.train_step = breaks_at_the_third
+    with pytest.raises(TrainingError, match=r"weights are not finite\n *where: *pretrain step 5"):
+        trainer.run()
+    assert "step 4 was not saved" in capsys.readouterr().err
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [native.step_folder(tmp_path, 2).name]
+    assert not (tmp_path / "truebase").exists()
+
+
 def test_steps_left_out_by_a_roll_back_are_not_taken_for_steps_without_finite_loss(tmp_path):
     trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1, max_skipped_steps=3))
     trainer.rollbacks = [{"first_step": 0, "end_step": 2, "layers": [1]}]
