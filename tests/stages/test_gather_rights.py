@@ -239,6 +239,7 @@ def test_a_debian_package_of_another_version_is_taken_when_that_is_asked_for(tmp
     ("data", "says"),
     [
         (b"no archive", "an ar archive"),
+        (ar({"debian-binary": b"2.0\n"}).replace(b"4         `", b"-60       `"), "a member of -60 bytes"),
         (ar({"debian-binary": b"2.0\n"}), "found:    debian-binary"),
         (ar({"control.tar.gz": b"\x1f\x8bxx", "data.tar.xz": b""}), "cannot be read"),
         (ar({"control.tar": b"", "data.tar.xz": b"\xfd7zXZ\0broken"}), "cannot be read|another one"),

@@ -24,7 +24,7 @@ class Evidence(Config):
 
     @model_validator(mode="after")
     def _whole(self) -> Evidence:
-        if bool(self.file) != bool(self.quote):
+        if bool(self.file.strip()) != bool(self.quote.strip()):
             raise ValueError("a file and a quote from it go together")
         return self
 
