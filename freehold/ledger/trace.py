@@ -358,6 +358,8 @@ class Tables:
         """Add the views `all_rights` and `kept_rights`, with the columns that files of earlier versions do not have."""
         patterns = ("documents/*.parquet", "conversations/*.parquet")
         kept, gathered = (self._files(stage, *patterns) for stage in ("curate", "gather"))
+        rewritten = self._files("rephrase", patterns[0])
+        kept, gathered = ([*files, *rewritten] if files else [] for files in (kept, gathered))
         self._view("all_rights", "*", gathered or kept)
         self._view("kept_rights", "*", kept or gathered)
 
