@@ -32,8 +32,8 @@ MATCHES = {
     "source": "source = $query or source_version = $query",
     # A million rows have few licences: each is taken apart once.
     "licence": "licence in (select licence from (select distinct licence from rights)"
-    " where lower(licence) = lower($query)"
-    " or list_contains(string_split(replace(replace(lower(licence), '(', ''), ')', ''), ' '), lower($query)))",
+    " where lower(licence) = lower($query) or lower($query) not in ('and', 'or', 'with')"
+    " and list_contains(string_split(replace(replace(lower(licence), '(', ''), ')', ''), ' '), lower($query)))",
     "origin": "synthetic_from = $query",
     "path": "contains(lower(path), lower($query))",
 }
@@ -415,7 +415,7 @@ class Tables:
 
     def match(self, query: str, columns: str = RIGHTS) -> str:
         """Fill `matched` with the rows a question means; returns how it was read. DataError when nothing matches."""
-        for name, condition in MATCHES.items():
+        for name, condition in MATCHES.items() if query.strip() else ():  # nothing is a part of every path
             if name == "id" and not ID.fullmatch(query):
                 continue  # a million ids need not be read for it
             if self.add_matched(condition, {"query": query}, columns, new=True):
