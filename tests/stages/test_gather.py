@@ -348,6 +348,9 @@ def test_bad_json_lines_are_passed_over(tmp_path: Path) -> None:
     assert "rows.jsonl#7" in {s["path"] for s in skipped["named"]}
     capped = {"kind": "jsonl", "path": str(path), "max_document_bytes": 1000, "max_bytes": 5, **FREE}
     assert gather(tmp_path / "capped", {"rows": capped})["documents"] == 1
+    wrong = {"kind": "jsonl", "path": str(path), "text_key": "body", **FREE}
+    with pytest.raises(DataError, match=r"(?s)8 skipped: rows\.jsonl#1, not a JSON object with a `body`.*text_key"):
+        gather(tmp_path / "wrong", {"rows": wrong})
 
 
 def test_one_rule_says_what_is_no_text(tmp_path: Path) -> None:
