@@ -552,6 +552,10 @@ def test_config_errors_name_the_key() -> None:
         fill(StageConfig, {"sources": {"a/b": SOTU}}, "gather")
     with pytest.raises(ConfigError, match=r"\.factbook` names .*no source read by factbook"):
         fill(StageConfig, {"sources": {"sotu": SOTU, "g": {"kind": "generated", "factbook": "sotu"}}}, "gather")
+    package = {"kind": "debian", "package": "p", "version": "1", "file": "p.deb", "sha256": "0" * 64}
+    for pattern, replacement in (("(", "x"), ("a", r"\9"), ("a", r"\g<b>")):
+        with pytest.raises(ConfigError, match="no regular expression with a replacement"):
+            fill(StageConfig, {"sources": {"p": {**package, "upstream": {pattern: replacement}}}}, "gather")
     with pytest.raises(ConfigError, match="unknown key"):
         fill(StageConfig, {"sources": {"sotu": {**SOTU, "licens": "MIT"}}}, "gather")
     with pytest.raises(ConfigError, match=r"unknown id Foo-9") as caught:

@@ -142,11 +142,12 @@ class Debian(Archive):
 
     @model_validator(mode="after")
     def _patterns(self) -> Debian:
-        for pattern in self.upstream:
+        for pattern, replacement in self.upstream.items():
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"`{pattern}` is no regular expression: {error}") from None
+                re.sub(pattern, replacement, "")
+            except (re.error, IndexError) as error:
+                message = f"`{pattern}`: `{replacement}` is no regular expression with a replacement: {error}"
+                raise ValueError(message) from None
         return self
 
 
