@@ -175,6 +175,17 @@ def test_detects_the_licence_of_a_folder(tmp_path: Path) -> None:
         gather(tmp_path / "out", {"mine": source})
 
 
+def test_nothing_stays_when_the_words_of_a_later_source_stop_the_run(tmp_path: Path) -> None:
+    sources = {}
+    for name, head in (("a", ""), ("b", "SPDX-License-Identifier: GPL-3.0-only\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(head + WORDS)
+        sources[name] = {"kind": "folder", "path": str(tmp_path / name), **FREE}
+    with pytest.raises(LicenceError, match=r"(?s)nothing was written.*b, x\.txt.*GPL-3\.0-only"):
+        gather(tmp_path / "out", sources)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_policy_file_lies_below_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "policy.yaml").write_text("allow: [MIT, ISC]\nuses: [train]\nallow_copyleft: true\n")
     data = {"sources": {"c": {"kind": "stdlib"}}, "policy": {"file": str(tmp_path / "policy.yaml"), "allow": ["ISC"]}}

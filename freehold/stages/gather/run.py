@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -53,9 +54,18 @@ R = TypeVar("R", Document, Conversation)
 def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     """Write documents/, conversations/, tasks/ and sources.json below `work.folder`; return the counts.
 
-    Raises DataError for absent or changed sources and LicenceError for rows the policy stops, both before
-    anything is written.
+    Raises DataError for absent or changed sources, before anything is written, and LicenceError for rows the policy
+    stops: what was written by then is removed.
     """
+    try:
+        return _gather(config, work)
+    except LicenceError:  # of a text's own words it is known late
+        for part in ("documents", "conversations", "tasks"):
+            shutil.rmtree(work.folder / part, ignore_errors=True)
+        raise
+
+
+def _gather(config: StageConfig, work: Workspace) -> dict[str, Any]:
     corpus_dir = Path(config.corpus_dir)
     for _ in gate(_known(config), config.policy):
         pass  # read to its end: it raises after the last claim
