@@ -544,6 +544,8 @@ def test_config_errors_name_the_key() -> None:
         fill(StageConfig, {"sources": {"a": {**SOTU, "licence_evidence": {"file": "LICENSE"}}}}, "gather")
     with pytest.raises(ConfigError, match="a file and a quote"):  # nothing is quoted: it stands in every file
         fill(StageConfig, {"sources": {"a": {**SOTU, "licence_evidence": {"file": "L", "quote": " "}}}}, "gather")
+    with pytest.raises(ConfigError, match="settled"):  # no reason
+        fill(StageConfig, {"sources": {"a": {**SOTU, "settled": " "}}}, "gather")
     with pytest.raises(ConfigError, match="jurisdictions"):  # would match no note, and so say nothing
         fill(StageConfig, {"sources": {"a": SOTU}, "policy": {"jurisdictions": ["eu"]}}, "gather")
     with pytest.raises(ConfigError, match="at least one source"):

@@ -242,6 +242,8 @@ def test_a_server_that_is_none(tmp_path: Path, serve: Any, fail: Any, error: typ
 def test_what_is_no_address_is_told_before_anything_runs(url: str) -> None:
     with pytest.raises(ConfigError, match=r"(?s)not a valid value.*teacher\.endpoint\.url"):
         settings(url)
+    with pytest.raises(ConfigError, match=r"teacher\.endpoint\.licence_evidence"):
+        settings("http://node1/v1", teacher={"licence_evidence": " "})
 
 
 def test_nobody_listens(tmp_path: Path) -> None:

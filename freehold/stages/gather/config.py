@@ -49,7 +49,9 @@ class SourceBase(Config):
         "that rows gathered after another day's installation are other rows",
     )
     settled: str = Field(
-        default="", description="why what speaks against the licence does not hold, in the words of who looked into it"
+        default="",
+        pattern=r"^$|\S",
+        description="why what speaks against the licence does not hold, in the words of who looked into it",
     )
     refused: Literal["stop", "drop"] = Field(
         default="stop",

@@ -22,7 +22,7 @@ class TeacherBase(Config):
         description="SPDX expression of what the teacher writes: its weights' licence, or a LicenseRef for terms of "
         "use; rows get the strictest of it and the seed's",
     )
-    licence_evidence: str = Field(min_length=1, description="what shows that licence: a file, a page, a contract")
+    licence_evidence: str = Field(pattern=r"\S", description="what shows that licence: a file, a page, a contract")
 
 
 class EndpointTeacher(TeacherBase):
