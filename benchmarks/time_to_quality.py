@@ -1,9 +1,9 @@
-"""Seconds of training until held-out text is predicted to a given number of bits per byte, for six ways to train.
+"""Seconds of training until held-out text is predicted to given numbers of bits per byte, for six ways to train.
 
 All read the same tokens in the same order from a finished `tokenize` stage, hold the same validation documents out,
 warm up for 20 steps and then keep their rates. Each way tries the same three multiples of its base rates for a few
 steps (one more, twice or half as far out, while the best is the outermost); the best trains with every seed until
-the target.
+the last target or for `--steps` steps. The first of `--ways` is the one the others are put beside.
 
 1 freehold       AFMoE, Muon + AdamW, SMEBU: what the laptop recipe does
 2 transformers   the same AFMoE in transformers, fused AdamW, bfloat16 autocast, torch.compile, no balancing
@@ -30,7 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,9 @@ MUON, MUON_LR, ADAMW_LR = "muon", 0.02, 5e-3
 NEWTON_SCHULZ_STEPS = 3
 WAYS: dict[str, dict[str, Any]] = {
     "freehold": {},
-    "transformers": {"matrices": "adamw", "lr": 2e-3},
+    "transformers": {"matrices": "adamw", "lr": 4e-3},
     "dense": {"model": DENSE},
-    "adamw": {"matrices": "adamw", "lr": 2e-3},
+    "adamw": {"matrices": "adamw", "lr": 4e-3},
     "sign": {"balance": SignConfig(kind="sign")},
     "none": {"balance": NoBalanceConfig(kind="none")},
 }
@@ -166,6 +166,30 @@ def bits_at(points: list[list[float]], step: float) -> float | None:
     return float(np.interp(step, *zip(*points, strict=True)))
 
 
+def spread(ratios: Iterable[float]) -> dict[str, float]:
+    """Return the median of some ratios and their ends."""
+    ratios = list(ratios)
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def beside(
+    target: float, curves: list[list[list[float]]], step_s: float, base: list[list[list[float]]], base_step_s: float
+) -> dict[str, Any]:
+    """Return when a way's curves, one a seed, are at a target, and what they are at when the way beside it is there."""
+    steps, base_steps = ([reached(points, target) for points in way] for way in (curves, base))
+    both = None not in steps + base_steps
+    return {
+        "steps": steps,
+        "seconds": [s and s * step_s for s in steps],
+        "ratio": spread(s * step_s / (b * base_step_s) for s, b in zip(steps, base_steps, strict=True))
+        if both
+        else None,
+        "bpb_when_it_is_there": [
+            b and bits_at(points, b * base_step_s / step_s) for points, b in zip(curves, base_steps, strict=True)
+        ],
+    }
+
+
 class Bench:
     """The data, and what has been measured so far."""
 
@@ -196,27 +220,31 @@ class Bench:
         kind = Theirs if name == "transformers" else Ours
         return kind(self.orders[seed], WAYS[name], multiple, seed, Path(folder))
 
-    def measured(self, name: str, multiple: float, seed: int, steps: int) -> list[list[float]]:
-        """Return the curve of one case, computing it unless it is there."""
-        path = self.args.cases / f"{name}-x{multiple:g}-seed{seed}-{steps}-{self.args.target:g}.json"
-        if not path.exists():
-            start = time.monotonic()
-            with tempfile.TemporaryDirectory() as folder:
-                points = curve(self.make(name, multiple, seed, folder), self.validate, self.args.target, steps)
-            case = {"tokens_sha256": self.tokens_sha256, "operators": native.describe(torch.bfloat16), "curve": points}
-            write(path, case)
-            print(f"{path.stem}: {points[-1]}, {time.monotonic() - start:.0f} s", flush=True)
-        case = json.loads(path.read_text())
-        if case["tokens_sha256"] != self.tokens_sha256:
-            raise SystemExit(f"{path} is of other tokens: delete {self.args.cases} or name the run it was made from")
-        return case["curve"]
+    def measured(self, name: str, multiple: float, seed: int, steps: int, target: float = 0.0) -> list[list[float]]:
+        """Return the curve of one case, computing it unless one is there that went as far."""
+        case = f"{name}-x{multiple:g}-seed{seed}"
+        for path in sorted(self.args.cases.glob(f"{case}-*.json")):
+            done = json.loads(path.read_text())
+            if done["tokens_sha256"] != self.tokens_sha256:
+                raise SystemExit(
+                    f"{path} is of other tokens: delete {self.args.cases} or name the run it was made from"
+                )
+            if done["curve"][-1][0] >= steps or done["curve"][-1][1] <= target:
+                return done["curve"]
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            points = curve(self.make(name, multiple, seed, folder), self.validate, target, steps)
+        done = {"tokens_sha256": self.tokens_sha256, "operators": native.describe(torch.bfloat16), "curve": points}
+        write(self.args.cases / f"{case}-{points[-1][0]}.json", done)
+        print(f"{case}: {points[-1]}, {time.monotonic() - start:.0f} s", flush=True)
+        return points
 
     def best_multiple(self, name: str) -> tuple[float, dict[float, float]]:
         """Return the multiple with the fewest bits per byte after SWEEP_STEPS, and those of all that were tried."""
         tried: dict[float, float] = {}
         todo = list(MULTIPLES)
         while todo:
-            tried |= {m: self.measured(name, m, 0, SWEEP_STEPS)[-1][1] for m in todo}
+            tried |= {m: dict(self.measured(name, m, 0, SWEEP_STEPS))[SWEEP_STEPS] for m in todo}
             best, todo = min(tried, key=tried.__getitem__), []
             if best in (min(tried), max(tried)) and len(tried) < len(MULTIPLES) + 2:
                 todo = [best * 2 if best == max(tried) else best / 2]
@@ -243,8 +271,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/laptop"))
     parser.add_argument("--cases", type=Path, default=Path("runs/time_to_quality"), help="finished curves")
-    parser.add_argument("--target", type=float, default=1.9, help="bits per byte")
-    parser.add_argument("--steps", type=int, default=1200, help="give up after so many steps")
+    parser.add_argument("--targets", default="1.9,1.8,1.7,1.65,1.6", help="bits per byte, the farthest last")
+    parser.add_argument("--steps", type=int, default=1500, help="give up after so many steps")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=9, help="of timing; 0 computes curves only")
     parser.add_argument("--ways", default=",".join(WAYS))
@@ -255,39 +283,33 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     bench, names = Bench(args), args.ways.split(",")
     sweeps = {name: bench.best_multiple(name) for name in names}
+    targets = [float(target) for target in args.targets.split(",")]
     curves = {
-        name: [bench.measured(name, sweeps[name][0], seed, args.steps) for seed in range(args.seeds)] for name in names
+        name: [bench.measured(name, sweeps[name][0], seed, args.steps, targets[-1]) for seed in range(args.seeds)]
+        for name in names
     }
     if not args.rounds:
         return 0
     busy, own, start = machine_busy_s(), time.process_time(), time.monotonic()
     seconds = bench.time({name: sweeps[name][0] for name in names})
     foreign = ((machine_busy_s() - busy) - (time.process_time() - own)) / (time.monotonic() - start)
-    summary: dict[str, Any] = {}
-    for name in names:
-        step_s = statistics.median(seconds[name])
-        steps = [reached(points, args.target) for points in curves[name]]
-        summary[name] = {
+    step_s = {name: statistics.median(seconds[name]) for name in names}
+    summary: dict[str, Any] = {
+        name: {
             "multiple": sweeps[name][0],
             "sweep_bpb": sweeps[name][1],
-            "step_s": step_s,
-            "steps": steps,
-            "seconds": [None if s is None else s * step_s for s in steps],
+            "step_s": step_s[name],
+            "step_ratio": spread(a / b for a, b in zip(seconds[name], seconds[names[0]], strict=True)),
             "bpb_at_end": [points[-1] for points in curves[name]],
+            "targets": {
+                f"{target:g}": beside(target, curves[name], step_s[name], curves[names[0]], step_s[names[0]])
+                for target in targets
+            },
         }
-    base = summary.get("freehold")
-    for name, line in summary.items():
-        if base and None not in line["steps"] + base["steps"]:
-            ratios = [a / b for a, b in zip(line["seconds"], base["seconds"], strict=True)]
-            line["ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-            line["step_ratio"] = statistics.median(
-                a / b for a, b in zip(seconds[name], seconds["freehold"], strict=True)
-            )
-            line["bpb_when_freehold_is_there"] = [
-                bits_at(points, s / line["step_s"]) for points, s in zip(curves[name], base["seconds"], strict=True)
-            ]
+        for name in names
+    }
     result = {
-        "target_bpb": args.target,
+        "compared_with": names[0],
         "tokens_sha256": bench.tokens_sha256,
         "active_parameters": {n: parameter_counts(c)["active"] for n, c in (("afmoe", LAPTOP), ("dense", DENSE))},
         "operators": native.describe(torch.bfloat16),
@@ -299,9 +321,11 @@ def main() -> int:
     }
     write(args.json, result)
     for name, line in summary.items():
-        ratio = line.get("ratio")
-        against = f"{ratio['median']:.2f} x [{ratio['min']:.2f}, {ratio['max']:.2f}]" if ratio else "not by all seeds"
-        print(f"{name:13} rates x{line['multiple']:g}  {line['step_s']:.3f} s a step  steps {line['steps']}  {against}")
+        print(f"{name:13} rates x{line['multiple']:g}  {line['step_s']:.3f} s a step")
+        for target, at in line["targets"].items():
+            ratio = at["ratio"]
+            against = ratio and f"{ratio['median']:.2f} x [{ratio['min']:.2f}, {ratio['max']:.2f}]"
+            print(f"    {target:>5}  steps {at['steps']}  {against or 'not by all seeds'}")
     print(f"others kept {result['foreign_cores']:.2f} cores busy while steps were timed", file=sys.stderr)
     return 0
 

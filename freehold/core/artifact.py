@@ -183,8 +183,17 @@ def read_manifest(folder: Path, *, kind: str | None = None, version: int = 1, ve
             todo="run the stage that writes it (`freehold run RECIPE` runs all that is missing)",
         )
     manifest = read_json(path)
-    if not isinstance(manifest.get("files"), dict):
-        raise ArtifactError("not a manifest", where=path, expected="files", todo="make the stage again with --clean")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(file, dict) and isinstance(file.get("bytes"), int) and isinstance(file.get("sha256"), str)
+        for file in files.values()
+    ):
+        raise ArtifactError(
+            "not a manifest",
+            where=path,
+            expected="files, each with its bytes and sha256",
+            todo="make the stage again with --clean",
+        )
     if kind is not None and manifest.get("kind") != kind:
         raise ArtifactError("an artifact of another kind", where=folder, found=manifest.get("kind"), expected=kind)
     if manifest.get("format_version") != version:

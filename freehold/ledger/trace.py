@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -300,7 +301,7 @@ class Tables:
         import duckdb
 
         self.folder = run_folder
-        self.missing: list[str] = []
+        self.gaps: list[str] = []
         self.connection: duckdb.DuckDBPyConnection = duckdb.connect(":memory:")
         kept = self._files("curate", "documents/*.parquet", "conversations/*.parquet")
         gathered = self._files("gather", "documents/*.parquet", "conversations/*.parquet")
@@ -321,7 +322,7 @@ class Tables:
         if kept:
             self._view("kept", "id, source, split", kept)
         else:
-            self.missing.append("curate: not finished, so splits and drops are not known")
+            self.gaps.append("curate: not finished, so splits and drops are not known")
             self._empty("kept", "id varchar, source varchar, split varchar")
         drops = run_folder / "curate" / "drops.parquet"
         if drops.exists():
@@ -330,11 +331,18 @@ class Tables:
             self._empty("drops", "id varchar, source varchar, reason varchar, detail varchar")
         self._load_shards()
         self._load_trace()
-        self.checkpoints = read_checkpoints(run_folder)
-        for stage in sorted({c["stage"] for c in self.checkpoints if c["outside"]}):
-            self.missing.append(
-                f"{stage}: its parent checkpoint lies outside this run; what that saw is in its own run"
-            )
+
+    @functools.cached_property
+    def checkpoints(self) -> list[dict[str, Any]]:
+        """Every finished checkpoint; read when asked for: a question about rows need not stop at a damaged one."""
+        return read_checkpoints(self.folder)
+
+    @property
+    def missing(self) -> list[str]:
+        """What is not known, in sentences."""
+        outside = sorted({c["stage"] for c in self.checkpoints if c["outside"]})
+        told = "its parent checkpoint lies outside this run; what that saw is in its own run"
+        return [*self.gaps, *(f"{stage}: {told}" for stage in outside)]
 
     def __enter__(self) -> Tables:
         return self
@@ -370,7 +378,7 @@ class Tables:
     def _load_shards(self) -> None:
         paths = self._files("tokenize", "tokens/*.parquet")
         if not paths:
-            self.missing.append("tokenize: not finished, so token shards and offsets are not known")
+            self.gaps.append("tokenize: not finished, so token shards and offsets are not known")
             self._empty(
                 "shards", "id varchar, shard varchar, source varchar, start bigint, tokens bigint, bytes bigint"
             )
@@ -393,7 +401,7 @@ class Tables:
         for stage in TRAINING:
             path = self.folder / stage / "trace.parquet"
             if not path.exists():
-                self.missing.append(f"{stage}: not finished, so what its steps saw is not known")
+                self.gaps.append(f"{stage}: not finished, so what its steps saw is not known")
                 continue
             self.traced.append(stage)
             parts.append(f"select '{stage}' stage, * from read_parquet('{_quoted(path)}')")
@@ -514,13 +522,13 @@ class Tables:
     def exports(self, checkpoints: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the exported files made from a checkpoint that saw a matched document."""
         if not (self.folder / "export" / MANIFEST).exists():
-            self.missing.append("export: not finished")
+            self.gaps.append("export: not finished")
             return []
         manifest = read_manifest(self.folder / "export")
         for stage, recorded in sorted(manifest.get("inputs", {}).items()):
             folder = self.folder / stage
             if not (folder / MANIFEST).exists() or read_manifest(folder)["content_sha256"] != recorded:
-                self.missing.append(f"export: made from another {stage} than the one in this run")
+                self.gaps.append(f"export: made from another {stage} than the one in this run")
                 return []
         exported = manifest.get("config", {}).get("checkpoint", "align/preview")
         named = [c for c in checkpoints if c["path"] == exported]

@@ -57,7 +57,7 @@ class AdamW(torch.optim.Optimizer):
                     continue
                 state, copy = self.state[weight], self.copies.get(weight)
                 if not state:
-                    state["step"] = torch.tensor(0.0)
+                    state["step"] = torch.zeros((), device=weight.device)  # where the fused step reads it
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
                 if weight.dtype == torch.float32 and native.available(weight.grad, weight.numel()):
                     state["step"] += 1

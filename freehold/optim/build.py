@@ -89,4 +89,4 @@ class Optimizers:
         for key, value in state.items():
             name, _, slot = key.rpartition(".")
             parameter = self.named[name]
-            owner[id(parameter)].state[parameter][slot] = value.clone()
+            owner[id(parameter)].state[parameter][slot] = value.to(parameter.device, copy=True)

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from freehold.core.config import Config
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimConfig(Config):
     """Muon for the hidden matrices, AdamW for embedding, head, router and gains (trinity report, section 3.4)."""
@@ -19,7 +21,7 @@ class OptimConfig(Config):
     newton_schulz_steps: int = Field(5, ge=1, le=5, description="iterations of the orthogonalisation")
     muon_weight_decay: float = Field(0.0, ge=0, description="decoupled decay of the hidden matrices")
     lr: float = Field(3e-3, gt=0, description="peak AdamW learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's moment decays")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(
         0.0, ge=0, description="AdamW's decay of head, router and, with matrices: adamw, of the hidden matrices"

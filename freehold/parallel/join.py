@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from freehold.core.errors import ConfigError
 from freehold.parallel import launch
 from freehold.parallel.config import ParallelConfig
+from freehold.parallel.heart import FOLDER
 
 PATIENCE_S = 600.0
 """How long a collective may take at least before it counts as failed; a supervisor acts sooner."""
@@ -20,7 +22,8 @@ def join(parallel: ParallelConfig, claims: Mapping[str, str]) -> None:
     """Open the process group that a launcher has prepared and compare what each rank means to run; alone, do nothing.
 
     `claims` names what has to be the same everywhere (recipe, code, seed, inputs) and gives the hash of each. Raises
-    ConfigError, on every rank, that names the first claim and the ranks that differ from rank 0.
+    ConfigError, on every rank, that names the first claim and the ranks that differ from rank 0; or that the ranks did
+    not meet.
     """
     found = launch.place()
     if found is None or torch.distributed.is_initialized():
@@ -28,7 +31,18 @@ def join(parallel: ParallelConfig, claims: Mapping[str, str]) -> None:
     rank, size = found
     patience = datetime.timedelta(seconds=max(PATIENCE_S, 2 * parallel.supervise.hang_s))
     backend = "gloo" if parallel.device == "cpu" else "cpu:gloo,cuda:nccl"
-    torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience)
+    try:
+        torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience)
+    except torch.distributed.DistError as error:
+        if FOLDER in os.environ:  # the supervisor starts again at another port
+            raise
+        raise ConfigError(
+            "the ranks did not meet",
+            where=f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}, rank {rank}",
+            found=str(error).splitlines()[0],
+            expected=f"rank 0 at that address and port, reached by all {size} ranks",
+            todo="give every rank the same address of rank 0's machine and a port that is free there",
+        ) from error
     everybody: list[Any] = [None] * size
     torch.distributed.all_gather_object(everybody, dict(claims))
     for name, value in everybody[0].items():

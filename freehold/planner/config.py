@@ -83,6 +83,7 @@ class PlanConfig(Config):
     machine: MachineConfig = Field(default_factory=MachineConfig, description="devices and assumptions")
     tokens: float = Field(0, ge=0, description="tokens of the run (0: unknown, so no days and no money)")
     matrices: Literal["muon", "adamw"] = Field("muon", description="who steps the hidden matrices")
+    newton_schulz_steps: int = Field(5, ge=1, le=5, description="Muon's iterations of the orthogonalisation")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="compute dtype; masters are float32")
     loss_chunk_tokens: int = Field(2048, ge=0, description="tokens whose logits exist at one time (0: all)")
 
@@ -149,6 +150,7 @@ def plan_of_recipe(name: str, pretrain: dict[str, Any]) -> dict[str, Any]:
         "batch": {key: batch[key] for key in ("context_tokens", "sequences", "micro_sequences")},
         "tokens": steps * batch["context_tokens"] * batch["sequences"],
         "matrices": pretrain["optim"]["matrices"],
+        "newton_schulz_steps": pretrain["optim"]["newton_schulz_steps"],
         "dtype": trainer["dtype"],
         "loss_chunk_tokens": trainer["loss_chunk_tokens"],
         "parallel": {**pretrain["parallel"], "nproc": 0, "recompute": "full" if trainer["recompute"] else "none"},

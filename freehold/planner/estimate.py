@@ -11,12 +11,22 @@ from freehold.core.config import fill, merge
 from freehold.core.errors import ConfigError
 from freehold.model.config import flops_per_token, parameter_counts
 from freehold.planner.config import PlanConfig
-from freehold.planner.memory import cache_bytes, gguf_bytes, qlora_bytes, serving_bytes, training_bytes
+from freehold.planner.memory import (
+    cache_bytes,
+    gguf_bytes,
+    qlora_bytes,
+    serving_bytes,
+    training_bytes,
+    uneven_experts,
+)
 
 RESERVE = 0.08
 """Share of a device's memory left to communication buffers, fragmentation and the device's context."""
 # Relative errors (about one standard deviation) of what is not counted exactly; combined by root of squares.
 MEMORY_ERROR, TRAFFIC_ERROR, LINK_ERROR, PRICE_ERROR, POWER_ERROR, FAILURE_ERROR = 0.1, 0.1, 0.3, 0.2, 0.2, 0.5
+
+DEGREES = ("replicate", "shard", "expert", "context", "pipeline", "recompute")
+"""What a proposal says of `parallel`."""
 
 FILES = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K")
 """GGUF types a plan gives the size of."""
@@ -41,8 +51,8 @@ class Traffic(NamedTuple):
 
 
 def traffic(config: PlanConfig) -> list[Traffic]:
-    """Return the communication of one optimizer step by axis; ranks are laid out expert, shard, context, replicate,
-    pipeline from the inside, so that expert groups stay inside a machine as long as they fit.
+    """Return the communication of one optimizer step by axis; ranks are laid out context, shard, replicate, pipeline
+    from the inside (`parallel/mesh.py`), and expert groups are neighbours, inside a machine as long as they fit.
     """
     m, p, machine, spec, b = config.model, config.parallel, config.machine, config.machine.spec, config.bytes_per_value
     counts = parameter_counts(m, config.parts)
@@ -80,7 +90,7 @@ def traffic(config: PlanConfig) -> list[Traffic]:
         tokens * (p.context - 1) * full
         + config.micro_sequences * passes * min(m.sliding_window, config.chunk_tokens) * sliding
     )
-    add("context", p.context, p.shard, 2 * m.key_width * b * seen * (forwards + 1))
+    add("context", p.context, 1, 2 * m.key_width * b * seen * (forwards + 1))
     add("pipeline", p.pipeline, p.group * p.replicate, 2 * tokens * m.hidden_size * b)
     if config.matrices == "muon":
         dense = (counts["muon"] - (m.num_hidden_layers - m.num_dense_layers) * counts["expert"] * m.num_experts) / (
@@ -91,7 +101,7 @@ def traffic(config: PlanConfig) -> list[Traffic]:
 
 
 def muon_flops(config: PlanConfig) -> float:
-    """Return the FLOPs of five Newton-Schulz iterations on every hidden matrix once, m x n with m <= n.
+    """Return the FLOPs of the Newton-Schulz iterations on every hidden matrix once, m x n with m <= n.
 
     One is 4 m^2 n + 2 m^3; our CPU kernel makes X X^T and its square from one triangle each: 3 m^2 n + m^3.
     """
@@ -104,7 +114,8 @@ def muon_flops(config: PlanConfig) -> float:
     matrices += [(3 * m.num_dense_layers, d, m.intermediate_size)]
     matrices += [(3 * moe_layers * m.num_experts, d, m.moe_intermediate_size)]
     matrices += [(3 * moe_layers, d, m.moe_intermediate_size * m.num_shared_experts)]
-    return sum(5 * n * (wide * min(a, b) ** 2 * max(a, b) + square * min(a, b) ** 3) for n, a, b in matrices)
+    flops = sum(n * (wide * min(a, b) ** 2 * max(a, b) + square * min(a, b) ** 3) for n, a, b in matrices)
+    return config.newton_schulz_steps * flops
 
 
 def estimate(config: PlanConfig, *, judge: bool = True) -> dict[str, Any]:
@@ -117,7 +128,9 @@ def estimate(config: PlanConfig, *, judge: bool = True) -> dict[str, Any]:
     figures: dict[str, Figure] = {
         "parameters/total": Figure(counts["total"], "parameters"),
         "parameters/active": Figure(counts["active_with_head"], "parameters"),
-        "parameters/rank": Figure(math.ceil(counts["total"] / (p.group * p.pipeline)), "parameters"),
+        "parameters/rank": Figure(
+            math.ceil(counts["total"] / (p.group * p.pipeline) + uneven_experts(config)), "parameters"
+        ),
     }
     parts = training_bytes(config)
     errors = {"activations": MEMORY_ERROR, "logits": MEMORY_ERROR, "all_to_all": TRAFFIC_ERROR, "peak": MEMORY_ERROR}
@@ -260,7 +273,10 @@ def problems(config: PlanConfig, peak_bytes: float) -> list[str]:
     for factor in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         best = search(config, devices=p.devices * factor, keep=1)
         if best:
-            degrees = {"parallel": best[0].parallel.model_dump(), "batch": best[0].batch.model_dump()}
+            degrees = {
+                "parallel": best[0].parallel.model_dump(include=set(DEGREES)),
+                "batch": best[0].batch.model_dump(include={"sequences", "micro_sequences"}),
+            }
             where = "these devices" if factor == 1 else f"{p.devices * factor:,} devices"
             return [f"{said} It fits on {where} with {_spell(degrees)}."]
     return [f"{said} No degrees up to {p.devices * 256:,} devices make it fit; take a larger device."]

@@ -40,6 +40,14 @@ def kept_bytes(config: PlanConfig) -> tuple[float, float]:
     return dense, moe
 
 
+def uneven_experts(config: PlanConfig) -> float:
+    """Return the parameters of experts that the fullest rank holds beyond an even share: they are sharded whole."""
+    m, p = config.model, config.parallel
+    layers = min(math.ceil(m.num_hidden_layers / p.pipeline), m.num_hidden_layers - m.num_dense_layers)
+    each = m.num_experts / p.group
+    return layers * (math.ceil(each) - each) * parameter_counts(m, config.parts)["expert"]
+
+
 def training_bytes(config: PlanConfig, *, states: bool = True) -> dict[str, float]:
     """Return the peak bytes of the fullest rank by part; the values add up to `peak`.
 
@@ -60,6 +68,9 @@ def training_bytes(config: PlanConfig, *, states: bool = True) -> dict[str, floa
     stage = moe_layers * (expert_layer + small_layer) + dense_layers * (other + counts["dense_ffn"]) + ends
     held = counts["total"] / p.group if p.pipeline == 1 else stage / p.group
     muon = held * counts["muon"] / counts["total"] if config.matrices == "muon" else 0.0
+    uneven = uneven_experts(config)
+    held += uneven
+    muon += uneven * (config.matrices == "muon")
 
     tokens, chunk = config.micro_tokens, config.loss_chunk_tokens or config.micro_tokens
     dense, moe = kept_bytes(config)

@@ -91,8 +91,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "parts": {
             "attention_per_layer": 2 * 4096 * 4096 + 2 * 4096 * 1024, "norms_per_layer": 2 * 4096, "shared_experts": 0,
         },
-        "matrices": "adamw", "batch": {"context_tokens": 8192},
-        "parallel": {"shard": 128, "expert": 8, "recompute": "full"}, "machine": {"device": "h100"},
+        "matrices": "adamw", "batch": {"context_tokens": 8192, "sequences": 128},
+        "parallel": {"shard": 32, "expert": 8, "pipeline": 4, "recompute": "full"}, "machine": {"device": "h100"},
     },
     "glm-4.5": {
         "model": {
@@ -106,7 +106,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "attention_per_layer": 2 * 5120 * 12288 + 2 * 5120 * 1024 + 12288 + 2 * 1024,
             "norms_per_layer": 2 * 5120 + 2 * 128,
         },
-        "tokens": 23e12, "batch": {"context_tokens": 4096, "sequences": 16384, "micro_sequences": 4},
+        "tokens": 23e12, "batch": {"context_tokens": 4096, "sequences": 16384, "micro_sequences": 2},
         "parallel": {**_HSDP, "replicate": 16, "expert": 8}, "machine": {"device": "h800"},
     },
     "gpt-oss-120b": {

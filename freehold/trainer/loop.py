@@ -273,9 +273,10 @@ class Trainer:
 
         Checkpoints that a roll-back has left behind are deleted first.
         """
-        self.saver.wait()
+        self._settle()
         decided = self.job.folder / ROLLBACKS
-        self.rollbacks = read_json(decided)["rollbacks"] if decided.exists() else []
+        # As rank 0 sees them, who wrote them: what another machine sees of a shared folder may be older.
+        self.rollbacks = native.together(lambda: read_json(decided)["rollbacks"] if decided.exists() else [])[0]
         checkpoints = self.job.folder / "checkpoints"
         if self.world.is_main:
             native.remove_unless(checkpoints, self._is_on_course)
@@ -392,7 +393,7 @@ class Trainer:
             of = ((key, key.rpartition(".")[0], slot) for key, slot in optimizer.items())
             optimizer = {key: self.spread.part_of(name, slot) for key, name, slot in of if name in self.masters}
         self.optimizers.load_state_dict(optimizer)
-        self.balance.load_state_dict(state.get("balance", {}))
+        self.balance.load_state_dict({n: t.to(self.world.device) for n, t in state.get("balance", {}).items()})
         torch.set_rng_state(state["rng"]["torch"])
 
     # -- one step ----------------------------------------------------------------------------------------------
@@ -682,7 +683,7 @@ class Trainer:
             return
         self.heart.beat(self.step, "start")
         self.log.say(f"operators: {kernels.describe(DTYPES[config.dtype])}")
-        peak = gemm_flops_per_s(DTYPES[config.dtype]) * self.world.size
+        peak = gemm_flops_per_s(DTYPES[config.dtype], self.world.device) * self.world.size
         context = job.order.batch(self.step, slice(0, 1)).input_ids.shape[1]
         flops = flops_per_token(job.model, context)
         ends = {end: name for name, end in schedule.ends().items()}
@@ -754,6 +755,7 @@ class Trainer:
 
         A step that cannot be saved (a full disk) is a warning, and the next one tries again, unless this one `must`.
         """
+        self._settle()
         if phase is not None and self.job.schedule.phases[phase].checkpoint:
             declared = self.job.schedule.phases[phase]
             self.save(self.job.folder / declared.checkpoint, stage_type=declared.stage_type)
@@ -769,6 +771,13 @@ class Trainer:
             if must:
                 raise
             self.log.warn(f"step {self.step} was not saved, training goes on\n{error}")
+
+    def _settle(self) -> None:
+        """Wait for a save that is still under way; that it failed must not keep the next one from being made."""
+        try:
+            self.saver.wait()
+        except (ArtifactError, CheckpointError) as error:
+            self.log.warn(f"a step before {self.step} was not saved, training goes on\n{error}")
 
     @property
     def _rolls_back(self) -> bool:

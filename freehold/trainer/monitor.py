@@ -59,9 +59,10 @@ class LoadMonitor:
             if not steps:
                 continue
             share = load.double() / load.sum().clamp_min(1)
+            entropy = float(-(share * share.clamp_min(1e-12).log()).sum())
             figures: dict[str, float] = {
                 "moe/max_vio": sum(steps) / len(steps),
-                "moe/entropy": float(-(share * share.clamp_min(1e-12).log()).sum()) / math.log(len(load)),
+                "moe/entropy": entropy / math.log(len(load)) if len(load) > 1 else 1.0,  # one expert is even
                 "moe/dead": int((load == 0).sum()),
                 "moe/bias_abs_max": float(self.layers[name].expert_bias.abs().max()),
                 "moe/router_logit_max": float(self.logit_max.pop(name)),
@@ -78,13 +79,17 @@ class LoadMonitor:
         return values
 
 
-def gemm_flops_per_s(dtype: torch.dtype, size: int = 2048, seconds: float = 0.5) -> float:
-    """Return the best rate of a square matrix product on this machine now, in FLOP/s: what MFU is measured against."""
+def gemm_flops_per_s(
+    dtype: torch.dtype, device: torch.device | str = "cpu", size: int = 2048, seconds: float = 0.5
+) -> float:
+    """Return the best rate of a square matrix product on a device now, in FLOP/s: what MFU is measured against."""
     own = torch.Generator().manual_seed(0)  # the run's own generator must not notice
-    a, b = (torch.randn(size, size, generator=own).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, generator=own).to(device, dtype) for _ in range(2))
     best, start = math.inf, time.perf_counter()
     while time.perf_counter() - start < seconds:
         before = time.perf_counter()
         torch.mm(a, b)
+        if a.is_cuda:
+            torch.cuda.synchronize(a.device)
         best = min(best, time.perf_counter() - before)
     return 2 * size**3 / best

@@ -109,6 +109,17 @@ def test_last_good(tmp_path):
     assert "step_00000004" in told[0]
 
 
+@pytest.mark.parametrize(
+    ("word", "flipped"), [('"bytes"', '"byte{"'), ('"sha256"', '"sha25>"'), ('"files"', '"fileq"'), ("{", ":")]
+)
+def test_a_manifest_with_a_flipped_bit_is_a_damaged_checkpoint(tmp_path, word, flipped):
+    save(native.step_folder(tmp_path, 2))
+    save(native.step_folder(tmp_path, 4))
+    manifest = native.step_folder(tmp_path, 4) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(word, flipped, 1))
+    assert native.last_good(tmp_path, lambda _: None) == native.step_folder(tmp_path, 2)
+
+
 def test_torch_s_word_for_a_full_disk_is_translated(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")

@@ -1,9 +1,12 @@
 """A spread run starts from, keeps and reads what one process would."""
 
+import dataclasses
+
 import numpy as np
 import torch
 import toy
 
+from freehold.core.artifact import write_json
 from freehold.data.packing import IGNORE
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
@@ -51,6 +54,21 @@ def taken_and_given(parallel):
 def test_state_goes_through_whole_tensors_and_back(ranks):
     assert all(ranks(4).run(taken_and_given, DEGREES))
     assert all(ranks(4).run(taken_and_given, UNEVEN))
+
+
+def known_of_roll_backs(folder):
+    trainer = toy.make({"shard": 2})
+    mine = folder / str(trainer.world.rank)
+    mine.mkdir()
+    if trainer.world.is_main:
+        write_json(mine / "rollbacks.json", {"rollbacks": [{"first_step": 1, "end_step": 2, "layers": []}]})
+    trainer.job = dataclasses.replace(trainer.job, folder=mine)
+    trainer.restore()
+    return [trainer._is_left_out(step) for step in range(3)]
+
+
+def test_ranks_leave_out_the_same_steps_though_one_does_not_see_the_decision_yet(ranks, tmp_path):
+    assert ranks(2).run(known_of_roll_backs, tmp_path) == [[False, True, False]] * 2
 
 
 def validated(parallel, rows):

@@ -32,6 +32,16 @@ def test_lets_through_what_gather_let_through(run: Path) -> None:
         gate.before_stage(run, stage, Policy(), config)
 
 
+def test_a_damaged_checkpoint_does_not_keep_training_from_going_back_to_the_one_before(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "tiny")
+    damaged = run / "pretrain" / "checkpoints" / "step_00000008"
+    damaged.mkdir(parents=True)
+    for name in ("trainer.json", "manifest.json"):
+        (damaged / name).write_text("{ cut off")
+    for stage in ("pretrain", "align"):
+        gate.before_stage(run, stage, Policy(), mixture())
+
+
 def test_a_mixture_is_stopped_by_the_rows_it_would_read(run: Path) -> None:
     policy = no("LicenseRef-PD-USGov")
     with pytest.raises(LicenceError, match="1 rows into the mixture") as caught:

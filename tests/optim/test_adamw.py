@@ -1,8 +1,12 @@
 import pytest
 import torch
 
+from freehold.core.config import fill
+from freehold.core.errors import ConfigError
 from freehold.kernels import native
 from freehold.optim.adamw import AdamW, gradient_norm
+from freehold.optim.build import Optimizers
+from freehold.optim.config import OptimConfig
 
 SHAPES = ((40, 64), (7, 5), (16,), (300, 160))
 
@@ -60,3 +64,21 @@ def test_a_weight_without_gradient_is_left_alone():
     optimizer.step()
     assert torch.equal(weight.detach(), torch.ones(16, 16))
     assert not optimizer.state
+
+
+def test_all_state_lies_where_the_weight_does():
+    weights = {"lm_head.weight": torch.empty(4, 4, device="meta"), "a.weight": torch.empty(4, 4, device="meta")}
+    for weight in weights.values():
+        weight.grad = torch.empty_like(weight)
+    fresh, resumed = Optimizers(weights, OptimConfig()), Optimizers(weights, OptimConfig())
+    fresh.step(1.0)
+    read = {key: torch.zeros(value.shape) for key, value in fresh.state_dict().items()}  # as from a checkpoint
+    resumed.load_state_dict(read)
+    for state in (fresh.state_dict(), resumed.state_dict()):
+        assert len(state) == 4
+        assert {tensor.device.type for tensor in state.values()} == {"meta"}
+
+
+def test_a_moment_that_never_decays_is_refused():
+    with pytest.raises(ConfigError, match=r"(?s)pretrain\.optim\.betas.*less than 1"):
+        fill(OptimConfig, {"betas": [1.0, 0.95]}, "pretrain.optim")

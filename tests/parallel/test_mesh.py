@@ -1,12 +1,16 @@
+import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from freehold.core.config import fill
 from freehold.core.errors import ConfigError
 from freehold.model.config import ModelConfig
 from freehold.parallel import launch
 from freehold.parallel.config import ParallelConfig, must_lay_out, must_multiply_to
+from freehold.parallel.heart import FOLDER
+from freehold.parallel.join import join
 from freehold.parallel.launch import must_fit_machine
 from freehold.parallel.mesh import World, place_of, world
 from freehold.stages.align.config import StageConfig as AlignConfig
@@ -87,3 +91,17 @@ def test_what_can_be_seen_without_the_checkpoint_is_refused_in_the_recipe():
         fill(AlignConfig, {"parallel": {"nproc": 2, "shard": 3}}, "align")
     with pytest.raises(ConfigError, match=r"align\.batch\.sequences"):
         fill(AlignConfig, {"parallel": {"shard": 3}, "batch": {"sequences": 4}}, "align")
+
+
+def test_ranks_that_cannot_meet_are_told_where_they_tried(monkeypatch, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(ConfigError, match=rf"(?s)did not meet.*MASTER_PORT={port}.*already in use"):
+            join(ParallelConfig(shard=2), {})
+        monkeypatch.setenv(FOLDER, str(tmp_path))  # a supervisor tries the next port: no mistake of the user's
+        with pytest.raises(torch.distributed.DistError):
+            join(ParallelConfig(shard=2), {})

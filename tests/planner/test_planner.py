@@ -16,6 +16,7 @@ from freehold.kernels import native
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import PRESETS as SHAPES
 from freehold.model.config import flops_per_token, parameter_counts
+from freehold.parallel.mesh import place_of
 from freehold.planner import estimate, memory, show
 from freehold.planner.config import PlanConfig, plan_of_recipe
 from freehold.planner.hardware import DEVICES, INTERRUPTIONS_PER_DEVICE_HOUR
@@ -215,6 +216,24 @@ def test_pipeline_bubble_of_1f1b():
     assert figures["step/bubble"].value == pytest.approx(figures["step/arithmetic"].value * 3 / passes)
 
 
+def test_experts_are_sharded_whole():
+    """64 expert ranks have 8 of 512 experts each: of 64 ranks that share them the fullest holds one, not an eighth."""
+    config = plan_of("trillion", parallel={"replicate": 1, "shard": 4096, "expert": 64})
+    counts = parameter_counts(config.model)
+    routed = 56 * 512 * counts["expert"]
+    held = (counts["total"] - routed) / 4096 + 56 * counts["expert"]
+    assert memory.training_bytes(config)["masters"] == pytest.approx(4 * held, rel=1e-9)
+    assert estimate.estimate(config)["figures"]["parameters/rank"].value == math.ceil(held)
+    even = plan_of("trillion", parallel={"replicate": 8, "shard": 512, "expert": 64})  # one of 512 experts a rank
+    assert memory.training_bytes(even)["masters"] == pytest.approx(4 * counts["total"] / 512, rel=1e-9)
+
+
+def test_chunks_of_a_row_lie_on_neighbours_as_the_mesh_lays_them_out():
+    whole = plan_of("large", batch={"context_tokens": 32768}, parallel={"shard": 32, "context": 4})
+    assert [place_of(rank, whole.parallel)[:3] for rank in range(5)] == [(0, 0, 0)] * 4 + [(0, 0, 1)]
+    assert next(row.link for row in estimate.traffic(whole) if row.axis == "context") == "node"
+
+
 def test_traffic_by_axis():
     config = plan_of("large", machine={"imbalance": 1.0}, parallel={"recompute": "none"})
     rows = {row.axis: row for row in estimate.traffic(config)}
@@ -287,6 +306,14 @@ def test_a_misfit_is_given_more_devices():
     change = {"parallel": {"replicate": 1, "shard": 1, "expert": 1}, "machine": {"device": "h100"}}
     (sentence,) = estimate.estimate(plan_of("mini", **change))["problems"]
     assert "devices with parallel.replicate=" in sentence
+    settings = [word.partition("=")[0] for word in sentence.split() if "=" in word]
+    degrees = ("replicate", "shard", "expert", "context", "pipeline", "recompute")
+    assert settings == [*(f"parallel.{name}" for name in degrees), "batch.sequences", "batch.micro_sequences"]
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "glm-4.5"])
+def test_degrees_we_chose_fit(name):
+    assert estimate.fits(plan_of(name))
 
 
 def test_a_misfit_that_nothing_mends_says_so():
@@ -385,6 +412,12 @@ def test_command_on_a_recipe(capsys):
     assert config.model == pretrain.model
     assert config.tokens == sum(phase.steps for phase in pretrain.phases.values()) * pretrain.batch.step_tokens
     assert config.micro_sequences == pretrain.batch.micro
+    assert config.newton_schulz_steps == pretrain.optim.newton_schulz_steps
+
+
+def test_muon_costs_what_its_iterations_do():
+    three, five = (estimate.muon_flops(plan_of("laptop", newton_schulz_steps=n)) for n in (3, 5))
+    assert 0 < three == pytest.approx(0.6 * five)
 
 
 def test_command_refuses_what_it_does_not_know(capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from freehold.checkpoint import native
-from freehold.core.errors import CheckpointError
+from freehold.core.errors import ArtifactError, CheckpointError
 from freehold.core.log import Log, read_metrics
 from freehold.data.loader import PhaseRows, Source, TextOrder
 from freehold.data.packing import IGNORE, PADDING, Batch
@@ -19,6 +19,7 @@ from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.loop import Interrupted, Job, Trainer, TrainingError
+from freehold.trainer.monitor import gemm_flops_per_s
 from freehold.trainer.validate import bits_per_byte, held_out
 
 MODEL = ModelConfig(
@@ -263,6 +264,36 @@ def test_metrics_tell_the_routers_health_layer_by_layer(tmp_path):
     for name in ("max_vio", "entropy"):
         assert values[f"moe/{name}"] == pytest.approx(sum(values[f"moe/{name}/{n}"] for n in (1, 2, 3)) / 3)
     assert trainer.monitor.take() == {}
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_checkpoint_that_cannot_be_written_costs_no_other(tmp_path, monkeypatch, background):
+    write = native.save
+
+    def full_once(folder, *rest):
+        if folder.name == "step_00000004":
+            raise ArtifactError("No space left on device", where=folder)
+        return write(folder, *rest)
+
+    monkeypatch.setattr(native, "save", full_once)
+    config = {"dtype": "float32", "threads": 1, "checkpoint_every_steps": 2, "keep_last": 9}
+    trainer = make(tmp_path, trainer=TrainerConfig(**config, background_save=background))
+    trainer.run()
+    assert set(hashes(tmp_path)) == {"truebase", "base", "step_00000002", "step_00000006", "step_00000008"}
+
+
+def test_the_yardstick_of_speed_is_taken_where_the_model_is(monkeypatch):
+    product, seen = torch.mm, []
+    monkeypatch.setattr(torch, "mm", lambda a, b: (seen.append(a.device.type), product(a, b))[1])
+    gemm_flops_per_s(torch.float32, torch.device("meta"), size=8, seconds=1e-4)
+    assert set(seen) == {"meta"}
+
+
+def test_a_single_expert_is_even(tmp_path):
+    trainer = make(tmp_path, model=MODEL.model_copy(update={"num_experts": 1, "num_experts_per_tok": 1}))
+    trainer.train_step(trainer.job.order.batch(0))
+    values = trainer.monitor.take()
+    assert (values["moe/entropy"], values["moe/max_vio"], values["moe/dead"]) == (1.0, 0.0, 0)
 
 
 def test_validation_is_not_counted_as_load(tmp_path):
