@@ -397,18 +397,23 @@ def _takedown(args: argparse.Namespace) -> int:
 
 
 def _rights(args: argparse.Namespace) -> int:
-    from freehold.core.artifact import read_manifest
+    from freehold.core.artifact import MANIFEST, read_manifest
     from freehold.core.config import fill, load_yaml
     from freehold.ledger import gate, trace, trace_text
     from freehold.ledger.policy import Policy
 
     run = _run_folder(args.run)
-    told = load_yaml(args.policy) if args.policy else read_manifest(run / "gather").get("config", {}).get("policy", {})
-    policy = fill(Policy, {**told, **({"uses": args.use} if args.use else {})}, str(args.policy or "gather.policy"))
+
+    def policy_of(stage: str) -> Policy:
+        told = load_yaml(args.policy) if args.policy else read_manifest(run / stage).get("config", {}).get("policy", {})
+        return fill(Policy, {**told, **({"uses": args.use} if args.use else {})}, str(args.policy or f"{stage}.policy"))
+
+    policy = policy_of("gather")
+    rewritten = policy_of("rephrase") if (run / "rephrase" / MANIFEST).exists() else None
     if args.of:
-        groups = gate.checkpoint(run, trace.find_checkpoint(run, args.of) or args.of, policy)
+        groups = gate.checkpoint(run, trace.find_checkpoint(run, args.of) or args.of, policy, rewritten)
     else:
-        groups = gate.corpus(run, policy)
+        groups = gate.corpus(run, policy, rewritten)
     answer = {"run": run.name, "of": args.of or "corpus", "uses": list(policy.uses), "decision": gate.worst(groups)}
     answer["rows"] = gate.table(groups)
     print(json.dumps(answer, indent=1) if args.json else trace_text.render_rights(answer, 120))

@@ -221,9 +221,9 @@ def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
     key = key_of(recipe, stage)
     for name in WALK[stage]:
         artifact.verify_files(recipe.run_folder / name, read_manifest(recipe.run_folder / name))
-    gate.before_stage(
-        recipe.run_folder, stage, recipe.stages["gather"].policy, recipe.stages[stage].model_dump(mode="json")
-    )
+    settings = recipe.stages[stage].model_dump(mode="json")
+    policies = [recipe.stages[name].policy for name in ("gather", "rephrase")]
+    gate.before_stage(recipe.run_folder, stage, policies[0], settings, policies[1])
     log = Log(folder, quiet=options.quiet)
     log.say(f"== {stage}" + (" (going on)" if what == "resume" else ""))
     artifact.write_atomic(folder / "resolved.yaml", to_yaml(recipe.stages[stage]))

@@ -64,7 +64,8 @@ class Copyright:
         A glob other than `*` matches when the end of the path does, for a binary package has the source's files
         elsewhere; `debian/` names the packaging, never its text. None when nothing matches.
         """
-        parts = path.split("/")
+        # `doc/*` is a folder of the source package; the one below usr/share holds the files of every package.
+        parts = path.removeprefix("usr/share/doc/").split("/")
         ends = ["/".join(parts[start:]) for start in range(len(parts))]
         for paragraph in reversed(self.paragraphs):
             for glob in paragraph.globs:

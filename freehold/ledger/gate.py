@@ -30,21 +30,31 @@ class Group:
     verdict: Verdict
 
 
-def corpus(run_folder: Path, policy: Policy, *, sources: Collection[str] = (), kind: str = "") -> list[Group]:
-    """Judge what curate kept for training: of some sources (none named: all), and `conversation` or other rows."""
+def corpus(
+    run_folder: Path,
+    policy: Policy,
+    rewritten: Policy | None = None,
+    *,
+    sources: Collection[str] = (),
+    kind: str = "",
+) -> list[Group]:
+    """Judge what is kept for training: of some sources (none named: all), and `conversation` or other rows.
+
+    `rewritten` is the policy for what a teacher wrote, when it has one of its own.
+    """
     chosen = ["split = 'train'"]
     chosen += [f"source in {listed(sorted(sources))}"] if sources else []
     if kind:
         chosen.append("kind = 'conversation'" if kind == "conversation" else "kind <> 'conversation'")
     with readable(run_folder), Tables(run_folder) as tables:
-        return _judged(tables, "kept_rights where " + " and ".join(chosen), policy)
+        return _judged(tables, "kept_rights where " + " and ".join(chosen), policy, rewritten)
 
 
-def checkpoint(run_folder: Path, path: str, policy: Policy) -> list[Group]:
+def checkpoint(run_folder: Path, path: str, policy: Policy, rewritten: Policy | None = None) -> list[Group]:
     """Judge every row that a checkpoint, or one it was made from, learned from; DataError when there is no such one."""
     with readable(run_folder), Tables(run_folder) as tables:
         learned_from(tables, path)
-        return _judged(tables, "all_rights where id in (select id from learned)", policy)
+        return _judged(tables, "all_rights where id in (select id from learned)", policy, rewritten)
 
 
 def worst(groups: list[Group]) -> Decision:
@@ -60,10 +70,13 @@ def hold(what: str, groups: list[Group]) -> None:
         raise refusal(stopped, f"the policy does not let {rows:,} rows into {what}")
 
 
-def before_stage(run_folder: Path, stage: str, policy: Policy, config: dict[str, Any]) -> None:
+def before_stage(
+    run_folder: Path, stage: str, policy: Policy, config: dict[str, Any], rewritten: Policy | None = None
+) -> None:
     """Stop a stage whose rows the policy does not let through: a mixture, an alignment set, an export.
 
-    `config` is the stage's own. An export is judged for the uses it names (`uses`) besides those of the policy.
+    `config` is the stage's own, `rewritten` the policy for what a teacher wrote. An export is judged for the uses it
+    names (`uses`) besides those of the policy.
     """
     if not (run_folder / "curate" / MANIFEST).exists():
         return  # the parent of a branch lies elsewhere, and was judged there
@@ -71,14 +84,17 @@ def before_stage(run_folder: Path, stage: str, policy: Policy, config: dict[str,
         weights = [phase.get("mixture") or {} for phase in config.get("phases", {}).values()]
         # A phase without a mixture reads every source.
         named = {source for phase in weights for source, weight in phase.items() if weight} if all(weights) else ()
-        hold("the mixture", corpus(run_folder, policy, sources=tuple(named), kind="document"))
+        hold("the mixture", corpus(run_folder, policy, rewritten, sources=tuple(named), kind="document"))
     elif stage == "align":
         hold("the alignment set", corpus(run_folder, policy, kind="conversation"))
     elif stage == "export":
-        wanted = policy.model_copy(update={"uses": tuple(dict.fromkeys([*policy.uses, *config.get("uses", ())]))})
+        wanted, of_rewritten = (
+            one.model_copy(update={"uses": tuple(dict.fromkeys([*one.uses, *config.get("uses", ())]))})
+            for one in (policy, rewritten or policy)
+        )
         named_path = str(config.get("checkpoint", ""))
         if any(c["path"] == named_path for c in read_checkpoints(run_folder)):
-            hold("the export", checkpoint(run_folder, named_path, wanted))
+            hold("the export", checkpoint(run_folder, named_path, wanted, of_rewritten))
 
 
 def table(groups: list[Group]) -> list[dict[str, Any]]:
@@ -104,7 +120,7 @@ def table(groups: list[Group]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-SEVERITY[row["decision"]], row["source"], row["licence"]))
 
 
-def _judged(tables: Tables, rows: str, policy: Policy) -> list[Group]:
+def _judged(tables: Tables, rows: str, policy: Policy, rewritten: Policy | None) -> list[Group]:
     tables.with_all_columns()
     weighed = "licence_confidence" in tables.column_names(rows.partition(" ")[0])
     columns = RIGHTS if weighed else RIGHTS.replace("licence_confidence", "'' licence_confidence")
@@ -114,5 +130,6 @@ def _judged(tables: Tables, rows: str, policy: Policy) -> list[Group]:
     ):
         about = {key: row.pop(key) for key in ("kind", "teacher", "documents")}
         claim = Claim(**{key: value or "" for key, value in row.items()})
-        groups.append(Group(claim, **about, verdict=judge_row(claim, policy)))
+        verdict = judge_row(claim, rewritten if rewritten and about["teacher"] else policy)
+        groups.append(Group(claim, **about, verdict=verdict))
     return groups

@@ -63,6 +63,7 @@ def _licence_id(text: str) -> str:
 
 
 LicenceId = Annotated[str, AfterValidator(_licence_id)]
+Place = Annotated[str, Field(pattern=r"^[A-Z]{2}$")]
 
 
 class UseRule(Config):
@@ -125,8 +126,10 @@ class Policy(Config):
         description="what the text and the model must be usable for; a licence that forbids one of them is refused",
     )
     by_use: dict[Use, UseRule] = Field(default={}, description="lists for one use alone, laid over those above")
-    jurisdictions: tuple[str, ...] = Field(
-        default=(), description="where the model will be used: notes with a decision for one of these count"
+    jurisdictions: tuple[Place, ...] = Field(
+        default=(),
+        description="where the model will be used, EU or a country as ISO 3166 has it: notes with a decision for one "
+        "of these count",
     )
     notes: tuple[Note, ...] = Field(default=NOTES, description="what is particular in a jurisdiction")
     min_confidence: Confidence = Field(

@@ -33,8 +33,8 @@ MATCHES = {
     "source": "source = $query or source_version = $query",
     # A million rows have few licences: each is taken apart once.
     "licence": "licence in (select licence from (select distinct licence from rights)"
-    " where lower(licence) = lower($query)"
-    " or list_contains(string_split(replace(replace(lower(licence), '(', ''), ')', ''), ' '), lower($query)))",
+    " where lower(licence) = lower($query) or lower($query) not in ('and', 'or', 'with')"
+    " and list_contains(string_split(replace(replace(lower(licence), '(', ''), ')', ''), ' '), lower($query)))",
     "origin": "synthetic_from = $query",
     "path": "contains(lower(path), lower($query))",
 }
@@ -366,6 +366,8 @@ class Tables:
         """Add the views `all_rights` and `kept_rights`, with the columns that files of earlier versions do not have."""
         patterns = ("documents/*.parquet", "conversations/*.parquet")
         kept, gathered = (self._files(stage, *patterns) for stage in ("curate", "gather"))
+        rewritten = self._files("rephrase", patterns[0])
+        kept, gathered = ([*files, *rewritten] if files else [] for files in (kept, gathered))
         self._view("all_rights", "*", gathered or kept)
         self._view("kept_rights", "*", kept or gathered)
 
@@ -421,7 +423,7 @@ class Tables:
 
     def match(self, query: str, columns: str = RIGHTS) -> str:
         """Fill `matched` with the rows a question means; returns how it was read. DataError when nothing matches."""
-        for name, condition in MATCHES.items():
+        for name, condition in MATCHES.items() if query.strip() else ():  # nothing is a part of every path
             if name == "id" and not ID.fullmatch(query):
                 continue  # a million ids need not be read for it
             if self.add_matched(condition, {"query": query}, columns, new=True):

@@ -236,6 +236,8 @@ License: Odd-1
         ("usr/share/doc/letters/lib/eldap/x.html", "GPL-2.0-or-later OR Artistic-1.0-Perl", "lib/eldap/*"),
         ("usr/share/doc/letters/lib/eldap/free/x.html", "LicenseRef-PD-dedicated", "lib/eldap/free/*"),
         ("usr/share/doc/debian/FAQ/x.html", "MIT", "*"),
+        ("usr/share/doc/q.html", "MIT", "*"),
+        ("usr/share/doc/letters/doc/q.html", "GPL-2.0-or-later OR Artistic-1.0-Perl", "doc/?.html"),
         ("x/doc/a.html", "GPL-2.0-or-later OR Artistic-1.0-Perl", "doc/?.html"),
         ("x/doc/ab.html", "MIT", "*"),
         ("a/b.odd", "LicenseRef-Odd-1", "*.odd"),

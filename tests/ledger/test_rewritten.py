@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 import yaml
 from run_fixture import LETTER, SPEECH, build_run
 
+from freehold import cli
 from freehold.core.artifact import write_atomic, write_manifest
 from freehold.core.document import Document, document_id, read_rows, replace, write_rows
+from freehold.core.errors import LicenceError
+from freehold.ledger import gate
 from freehold.ledger.card import facts
 from freehold.ledger.lineage import lineage
+from freehold.ledger.policy import Policy
 from freehold.ledger.takedown import takedown, write_recipe
 from freehold.ledger.trace import trace_document
 
@@ -37,6 +45,32 @@ def test_a_rewrite_is_found_and_goes_with_its_seed(tmp_path: Path) -> None:
     answer = takedown(run, SPEECH)
     assert (answer["asked"], answer["derived"], answer["rows"]) == (1, 1, 2)
     assert answer["excluded"] == {"sources": [], "documents": [SPEECH], "rewritten": []}
+
+
+def test_the_gate_sees_what_a_teacher_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = build_run(tmp_path / "tiny")
+    seed = next(read_rows(run / "curate/documents/speeches.parquet", Document))
+    terms = {"licence": "LicenseRef-No-Redistribution", "teacher": "Small", "split": "train"}
+    row = replace(seed, id=document_id(SOURCE, "0"), source=SOURCE, kind="generated", synthetic_from=seed.id, **terms)
+    write_rows(run / f"rephrase/documents/{SOURCE}.parquet", [row], Document)
+    own = {"allow": ["LicenseRef-No-Redistribution"], "uses": ["train"]}
+    write_manifest(run / "rephrase", kind="rephrase", inputs={}, counts={}, config={"policy": own})
+    trace = pq.read_table(run / "pretrain/trace.parquet").to_pylist()
+    pq.write_table(pa.Table.from_pylist([*trace, {**trace[0], "document_id": row.id}]), run / "pretrain/trace.parquet")
+
+    with pytest.raises(LicenceError, match=f"(?s)1 rows into the mixture.*{SOURCE}"):
+        gate.before_stage(run, "pretrain", Policy(), {})
+    # What let the rewrites in judges them here too; the use an export asks for is asked of it as well.
+    theirs = Policy.model_validate(own)
+    gate.before_stage(run, "pretrain", Policy(), {}, theirs)
+    gate.before_stage(run, "export", Policy(uses=("train",)), {"checkpoint": "pretrain/base"}, theirs)
+    wanted = {"checkpoint": "pretrain/base", "uses": ["redistribute"]}
+    with pytest.raises(LicenceError, match=f"(?s)1 rows into the export.*{SOURCE}.*passing it on"):
+        gate.before_stage(run, "export", Policy(uses=("train",)), wanted, theirs)
+
+    assert cli.main(["rights", str(run), "--json"]) == 0
+    assert SOURCE in {group["source"] for group in json.loads(capsys.readouterr().out)["rows"]}
+    assert cli.main(["rights", str(run), "--of", "pretrain/base", "--use", "redistribute"]) == 1
 
 
 def test_a_rewrite_is_taken_down_by_itself(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from run_fixture import LETTER, MODULE, SPEECH, TALK, TWIN, build_run
 
 from freehold.core.artifact import write_manifest
 from freehold.core.errors import DataError
+from freehold.ledger.takedown import takedown
 from freehold.ledger.trace import find_checkpoint, ranges, render, trace_checkpoint, trace_document, trace_step
 
 
@@ -118,6 +119,14 @@ def test_both_ways_agree(run: Path) -> None:
         for document in trace_step(run, step)["documents"]:
             seen = trace_document(run, document["id"])["documents"][0]["seen"]
             assert step in [s for entry in seen if entry["stage"] == "pretrain" for s in entry["steps"]]
+
+
+@pytest.mark.parametrize("query", ["", " ", "or"])  # what stands in every path, or between the ids of a licence
+def test_a_question_that_names_nothing_matches_nothing(query: str, run: Path) -> None:
+    with pytest.raises(DataError, match="no document has this id"):
+        trace_document(run, query)
+    with pytest.raises(DataError, match="no document has this id"):
+        takedown(run, query)
 
 
 def test_errors_name_the_nearest(run: Path, tmp_path: Path) -> None:

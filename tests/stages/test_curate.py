@@ -276,6 +276,9 @@ def test_bad_inputs(tmp_path: Path) -> None:
     gathered = gather(tmp_path / "short", [document("short", "a", "Too short.")])
     with pytest.raises(DataError, match="left no document"):
         curate(gathered, tmp_path / "out3")
+    gathered = gather(tmp_path / "gone", [document("s", "a", clean_texts()[0])])
+    with pytest.raises(DataError, match="(?s)left no document.*'excluded': 1"):
+        curate(gathered, tmp_path / "out5", fill(StageConfig, {"exclude": {"sources": ["s"]}}, "curate"))
     gathered = gather(tmp_path / "task", [document("s", "a", clean_texts()[0])], tasks=[{"task": "sums"}])
     with pytest.raises(DataError, match="not a task item"):
         curate(gathered, tmp_path / "out4")

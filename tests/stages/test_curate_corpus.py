@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from test_curate import clean_texts, conversation, curate, document, drops_of, g
 
 from freehold.core.artifact import hash_files
 from freehold.core.config import fill
-from freehold.core.errors import ConfigError, DataError
+from freehold.core.errors import ArtifactError, ConfigError, DataError
 from freehold.stages.curate import bias
 from freehold.stages.curate.classifier import train
 from freehold.stages.curate.config import Classifier, Decontamination, Overlap, RepeatedLines, StageConfig
@@ -374,6 +376,19 @@ def test_shards_of_another_recipe_are_not_taken(several: Path, straight: Path, t
     assert len(list((folder / "shards").glob("0*"))) >= 8
     curate(several, folder, config(**SHORT))
     assert hash_files(folder) == hash_files(straight)
+
+
+def test_a_killed_worker_is_told_and_loses_nothing(several: Path, straight: Path, tmp_path: Path) -> None:
+    def kill() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.01)
+        workers[0].kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(ArtifactError, match="(?s)a worker was killed.*it goes on"):
+        curate(several, tmp_path / "out", config(**SHORT, workers=2))
+    curate(several, tmp_path / "out", config(**SHORT))
+    assert hash_files(tmp_path / "out") == hash_files(straight)
 
 
 def test_memory_and_workers_change_nothing(several: Path, straight: Path, tmp_path: Path) -> None:

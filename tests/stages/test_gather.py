@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
 import json
 import os
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +309,20 @@ def test_a_broken_archive_is_told(tmp_path: Path) -> None:
         gather(tmp_path / "o", {"d": source | {"sha256": hashlib.sha256(data).hexdigest()}}, corpus_dir=str(tmp_path))
 
 
+def test_a_damaged_member_is_told(tmp_path: Path) -> None:
+    text = base64.b64encode(os.urandom(90_000))
+    source = archive_source(tmp_path, **{"d-1/docs/a.txt": text})
+    packed = gzip.decompress((tmp_path / "d.tar.gz").read_bytes())
+    with zipfile.ZipFile(tmp_path / "d.zip", "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("d-1/docs/a.txt", text)
+    flipped = (tmp_path / "d.zip").read_bytes().replace(text[5000:5008], bytes(8))
+    for file, data in (("d.tar", packed[:60_000]), ("d.tar.gz", gzip.compress(packed)[:60_000]), ("d.zip", flipped)):
+        (tmp_path / file).write_bytes(data)
+        broken = source | {"file": file, "sha256": hashlib.sha256(data).hexdigest()}
+        with pytest.raises(DataError, match="(?s)cannot be read.*where: .*/d\\."):
+            gather(tmp_path / "o", {"d": broken}, corpus_dir=str(tmp_path))
+
+
 def test_json_lines_are_judged_row_by_row(tmp_path: Path) -> None:
     own = {"licence": "MIT", "licence_evidence": "own work"}
     lines = [{"text": "one", **own}, {"text": "two"}, {"text": "three", **own, "licence": "GPL-3.0-only"}]
@@ -332,6 +348,9 @@ def test_bad_json_lines_are_passed_over(tmp_path: Path) -> None:
     assert "rows.jsonl#7" in {s["path"] for s in skipped["named"]}
     capped = {"kind": "jsonl", "path": str(path), "max_document_bytes": 1000, "max_bytes": 5, **FREE}
     assert gather(tmp_path / "capped", {"rows": capped})["documents"] == 1
+    wrong = {"kind": "jsonl", "path": str(path), "text_key": "body", **FREE}
+    with pytest.raises(DataError, match=r"(?s)8 skipped: rows\.jsonl#1, not a JSON object with a `body`.*text_key"):
+        gather(tmp_path / "wrong", {"rows": wrong})
 
 
 def test_one_rule_says_what_is_no_text(tmp_path: Path) -> None:
@@ -523,12 +542,22 @@ def test_strips_html(html: str, text: str) -> None:
 def test_config_errors_name_the_key() -> None:
     with pytest.raises(ConfigError, match="a file and a quote"):
         fill(StageConfig, {"sources": {"a": {**SOTU, "licence_evidence": {"file": "LICENSE"}}}}, "gather")
+    with pytest.raises(ConfigError, match="a file and a quote"):  # nothing is quoted: it stands in every file
+        fill(StageConfig, {"sources": {"a": {**SOTU, "licence_evidence": {"file": "L", "quote": " "}}}}, "gather")
+    with pytest.raises(ConfigError, match="settled"):  # no reason
+        fill(StageConfig, {"sources": {"a": {**SOTU, "settled": " "}}}, "gather")
+    with pytest.raises(ConfigError, match="jurisdictions"):  # would match no note, and so say nothing
+        fill(StageConfig, {"sources": {"a": SOTU}, "policy": {"jurisdictions": ["eu"]}}, "gather")
     with pytest.raises(ConfigError, match="at least one source"):
         fill(StageConfig, {"sources": {}}, "gather")
     with pytest.raises(ConfigError, match="letters, digits"):
         fill(StageConfig, {"sources": {"a/b": SOTU}}, "gather")
     with pytest.raises(ConfigError, match=r"\.factbook` names .*no source read by factbook"):
         fill(StageConfig, {"sources": {"sotu": SOTU, "g": {"kind": "generated", "factbook": "sotu"}}}, "gather")
+    package = {"kind": "debian", "package": "p", "version": "1", "file": "p.deb", "sha256": "0" * 64}
+    for pattern, replacement in (("(", "x"), ("a", r"\9"), ("a", r"\g<b>")):
+        with pytest.raises(ConfigError, match="no regular expression with a replacement"):
+            fill(StageConfig, {"sources": {"p": {**package, "upstream": {pattern: replacement}}}}, "gather")
     with pytest.raises(ConfigError, match="unknown key"):
         fill(StageConfig, {"sources": {"sotu": {**SOTU, "licens": "MIT"}}}, "gather")
     with pytest.raises(ConfigError, match=r"unknown id Foo-9") as caught:

@@ -107,6 +107,24 @@ def test_rights_are_the_strictest_of_ours_and_the_source_s(made: Output) -> None
     assert all(row["licence"] in by_source.values() for rows in made.tasks.values() for row in rows)
 
 
+def test_what_speaks_against_a_source_speaks_against_what_was_made_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = install_factbook(tmp_path / "site", 20)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    files = {path.relative_to(tmp_path / "site").as_posix(): path.read_text() for path in tmp_path.rglob("data/*.json")}
+    grant = (Path(__file__).parents[2] / "LICENSE").read_text()
+    install(tmp_path / "site", "book", {**files, "book-1.0.dist-info/LICENSE-CONTENT": grant})
+    sources = {"book": book | {"refused": "drop"}, "made": {**GENERATED, "refused": "drop"}}
+    counts = gather(tmp_path / "out", sources)["sources"]
+    assert counts["book"]["documents"] == 0
+    rows = [*read_rows(tmp_path / "out/documents/made.parquet", Document)]
+    assert {row.synthetic_from for row in rows} == {"reasoning-gym==0.1.25"}
+    gather(tmp_path / "settled", {name: one | {"settled": "asked"} for name, one in sources.items()})
+    rows = [*read_rows(tmp_path / "settled/documents/made.parquet", Document)]
+    assert {row.synthetic_from for row in rows} == {"book==1.0", "reasoning-gym==0.1.25"}
+
+
 def test_reasoning_answers_are_true_by_the_generator_s_own_scorer(made: Output) -> None:
     for row in made.tasks["reasoning"]:
         task, seed = re.match(r"reasoning/reasoning_gym/(\w+)#(\d+)$", row["id"]).groups()

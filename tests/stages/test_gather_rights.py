@@ -175,6 +175,17 @@ def test_detects_the_licence_of_a_folder(tmp_path: Path) -> None:
         gather(tmp_path / "out", {"mine": source})
 
 
+def test_nothing_stays_when_the_words_of_a_later_source_stop_the_run(tmp_path: Path) -> None:
+    sources = {}
+    for name, head in (("a", ""), ("b", "SPDX-License-Identifier: GPL-3.0-only\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(head + WORDS)
+        sources[name] = {"kind": "folder", "path": str(tmp_path / name), **FREE}
+    with pytest.raises(LicenceError, match=r"(?s)nothing was written.*b, x\.txt.*GPL-3\.0-only"):
+        gather(tmp_path / "out", sources)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_policy_file_lies_below_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "policy.yaml").write_text("allow: [MIT, ISC]\nuses: [train]\nallow_copyleft: true\n")
     data = {"sources": {"c": {"kind": "stdlib"}}, "policy": {"file": str(tmp_path / "policy.yaml"), "allow": ["ISC"]}}
@@ -239,6 +250,7 @@ def test_a_debian_package_of_another_version_is_taken_when_that_is_asked_for(tmp
     ("data", "says"),
     [
         (b"no archive", "an ar archive"),
+        (ar({"debian-binary": b"2.0\n"}).replace(b"4         `", b"-60       `"), "a member of -60 bytes"),
         (ar({"debian-binary": b"2.0\n"}), "found:    debian-binary"),
         (ar({"control.tar.gz": b"\x1f\x8bxx", "data.tar.xz": b""}), "cannot be read"),
         (ar({"control.tar": b"", "data.tar.xz": b"\xfd7zXZ\0broken"}), "cannot be read|another one"),
@@ -355,7 +367,7 @@ def test_reads_parquet_row_by_row(tmp_path: Path) -> None:
 
 def test_rows_say_their_own_licence(tmp_path: Path) -> None:
     lines = [
-        {"text": WORDS, "licence": "MIT", "licence_evidence": "the author's letter"},
+        {"text": WORDS, "licence": "mit", "licence_evidence": "the author's letter"},
         {"text": "for non-commercial use. " + WORDS, "licence": "MIT", "licence_evidence": "the author's letter"},
         {"text": "SPDX-License-Identifier: ISC\n" + WORDS},
     ]
@@ -416,17 +428,20 @@ def test_pages_in_other_encodings_and_broken_ones(tmp_path: Path) -> None:
     latin = '<html><head><meta charset="iso-8859-1"><title>T</title></head><body>caf\xe9 and more</body></html>'
     source = html_folder(
         tmp_path, latin=latin.encode("latin-1"), bad=b"<html>caf\xe9", empty=b"<html><nav>x</nav></html>",
-        unclosed=b"<p>open <b>words <i>here",
+        unclosed=b"<p>open <b>words <i>here", wide=b'<meta charset="utf-16"><p>not so wide',
     ) | {"refused": "stop", **FREE}  # fmt: skip
     gather(tmp_path / "out", {"pages": source})
     assert {r.path: r.text for r in documents(tmp_path / "out", "pages")} == {
         "latin.html": "T\n\ncafé and more\n",
         "unclosed.html": "open words here\n",
+        "wide.html": "not so wide\n",
     }
     assert {s["path"]: s["reason"] for s in report(tmp_path / "out", "pages")["skipped"]["named"]} == {
         "bad.html": "not UTF-8: byte 9 is 0xe9",
         "empty.html": "no text in it",
     }
+    with pytest.raises(ConfigError, match=r"(?s)not a CSS selector.*div\[\["):
+        gather(tmp_path / "out", {"pages": {**source, "select": "div[["}})
 
 
 @pytest.mark.parametrize(
@@ -471,11 +486,16 @@ def test_reads_pdf_and_names_what_is_none(tmp_path: Path) -> None:
     (folder / "a.pdf").write_bytes(pdf("Words on a page."))
     (folder / "scan.pdf").write_bytes(pdf(""))
     (folder / "no.pdf").write_bytes(b"%PDF-1.4 and nothing else")
+    cipher = b"".join(b"/%s<%s>" % (key, b"00" * n) for key, n in ((b"O", 48), (b"U", 48), (b"OE", 32), (b"UE", 32)))
+    cipher += b"/CF<</StdCF<</CFM/AESV3>>>>/StmF/StdCF/StrF/StdCF/Perms<%s>" % (b"00" * 16)
+    aes = b"/ID[<00><00>]/Encrypt<</Filter/Standard/V 5/R 6/Length 256/P -4%s>>" % cipher
+    (folder / "aes.pdf").write_bytes(pdf("Hidden.").replace(b"/Root", aes + b"/Root"))
     source = {"kind": "folder", "path": str(folder), "members": ["*.pdf"], "reader": "pdf", **FREE}
     gather(tmp_path / "out", {"files": source})
     assert [r.text for r in documents(tmp_path / "out", "files")] == ["Words on a page.\n"]
     reasons = {s["path"]: s["reason"] for s in report(tmp_path / "out", "files")["skipped"]["named"]}
     assert reasons["scan.pdf"] == "no text in it: a scan?"
+    assert reasons["aes.pdf"] == "an encrypted PDF"
     assert reasons["no.pdf"].startswith("not a PDF that can be read")
 
 

@@ -238,6 +238,14 @@ def test_a_server_that_is_none(tmp_path: Path, serve: Any, fail: Any, error: typ
     assert not (tmp_path / "out/documents").exists()
 
 
+@pytest.mark.parametrize("url", ["http://node1:port/v1", "http://[::1/v1", "http://..../v1", "http://node1/v\u00e9"])
+def test_what_is_no_address_is_told_before_anything_runs(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)not a valid value.*teacher\.endpoint\.url"):
+        settings(url)
+    with pytest.raises(ConfigError, match=r"teacher\.endpoint\.licence_evidence"):
+        settings("http://node1/v1", teacher={"licence_evidence": " "})
+
+
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(TeacherGone, match="refused"):
         rephrase(tmp_path / "out", curated(tmp_path / "curate"), settings("http://127.0.0.1:9/v1"))
@@ -347,7 +355,12 @@ def test_the_key_goes_along_and_must_be_there(tmp_path: Path, serve: Any, monkey
     config = settings(server.url, teacher={"api_key_variable": "TEACHER_KEY"})
     with pytest.raises(ConfigError, match="TEACHER_KEY"):
         rephrase(tmp_path / "out", curate, config)
-    monkeypatch.setenv("TEACHER_KEY", "secret")
+    for odd in ("\u5bc6\u94a5", "two\nlines", " \n"):
+        monkeypatch.setenv("TEACHER_KEY", odd)
+        with pytest.raises(ConfigError, match="(?s)the teacher's key is.*one line of ASCII") as caught:
+            rephrase(tmp_path / "out", curate, config)
+        assert odd not in str(caught.value)
+    monkeypatch.setenv("TEACHER_KEY", "secret\n")  # as `cat` gives it
     rephrase(tmp_path / "out", curate, config)
     assert set(server.keys) == {"Bearer secret"}
     assert "secret" not in "".join(p.read_text(errors="ignore") for p in (tmp_path / "out").rglob("*") if p.is_file())

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from freehold.core import errors
@@ -40,6 +41,14 @@ def _in_processes(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
             for future in as_completed(running):
                 future.result()
                 yield running[future]
+        except BrokenProcessPool as error:
+            raise ArtifactError(
+                "a worker was killed, perhaps by the system for lack of memory",
+                where="curate.workers",
+                found=f"{len(running):,} shards for {job.config.workers} workers",
+                todo="run the same command again: it goes on; if it was memory, with fewer workers or a smaller "
+                "curate.shard_bytes",
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

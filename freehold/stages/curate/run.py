@@ -54,15 +54,17 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         report.arrive(source, came, tally)
     work.log.say(f"curate: {sum(came[0] for came in report.came.values()):,} documents in {len(shards):,} shards")
     kept = compare(corpus, report)
-    if not kept.alive.any():
+    excluded = read_exclusion(config.exclude, gathered)
+    gone = sum(corpus.ids[document] in excluded for document in np.flatnonzero(kept.alive))
+    if kept.alive.sum() == gone:
+        reasons = Counter(drop["reason"] for drop in report.drops()) + Counter({"excluded": gone})
         raise DataError(
             "curation left no document",
             where=gathered / "documents",
-            found=dict(sorted(Counter(drop["reason"] for drop in report.drops()).items())),
+            found=dict(sorted(reasons.items())),
             expected="at least one document",
             todo="loosen the limits under `curate.kinds`, or gather other sources",
         )
-    excluded = read_exclusion(config.exclude, gathered)
     write_documents(kept, excluded, report, work.folder)
     questions = Questions(
         read_questions(gathered / "tasks") if config.decontamination.enabled else [], config.decontamination

@@ -127,6 +127,8 @@ def _ar(file: BinaryIO, where: Path) -> Iterator[tuple[str, tuple[int, int]]]:
     place = 8
     while len(head := file.read(60)) == 60:
         size = int(head[48:58])
+        if size < 0:
+            raise DataError("not a Debian package", where=where, found=f"a member of {size} bytes")
         yield head[:16].decode("ascii").strip().rstrip("/"), (place + 60, size)
         place += 60 + size + size % 2
         file.seek(place)
@@ -140,8 +142,9 @@ def _tar(file: BinaryIO | io.RawIOBase, where: Path, limit: int) -> Iterator[Ent
                 continue
 
             def read(info: tarfile.TarInfo = info) -> bytes:
-                opened = tar.extractfile(info)
-                return opened.read() if opened else b""
+                with damaged(where):  # it is read outside of this generator
+                    opened = tar.extractfile(info)
+                    return opened.read() if opened else b""
 
             path = info.name.removeprefix("./")
             yield Entry(path, _problem(path, info.isreg()), info.size, functools.cache(read))
@@ -161,10 +164,10 @@ def _zip(archive: Path, limit: int) -> Iterator[Entry]:
                 raise _bomb(archive, limit)
 
             def read(info: zipfile.ZipInfo = info) -> bytes:
-                with packed.open(info) as opened:
+                with damaged(archive), packed.open(info) as opened:
                     data = opened.read(info.file_size + 1)
-                if len(data) != info.file_size:
-                    raise zipfile.BadZipFile(f"{info.filename} is not of the size it says")
+                    if len(data) != info.file_size:
+                        raise zipfile.BadZipFile(f"{info.filename} is not of the size it says")
                 return data
 
             yield Entry(info.filename, problem, info.file_size, functools.cache(read))

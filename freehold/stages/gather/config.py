@@ -24,7 +24,7 @@ class Evidence(Config):
 
     @model_validator(mode="after")
     def _whole(self) -> Evidence:
-        if bool(self.file) != bool(self.quote):
+        if bool(self.file.strip()) != bool(self.quote.strip()):
             raise ValueError("a file and a quote from it go together")
         return self
 
@@ -49,7 +49,9 @@ class SourceBase(Config):
         "that rows gathered after another day's installation are other rows",
     )
     settled: str = Field(
-        default="", description="why what speaks against the licence does not hold, in the words of who looked into it"
+        default="",
+        pattern=r"^$|\S",
+        description="why what speaks against the licence does not hold, in the words of who looked into it",
     )
     refused: Literal["stop", "drop"] = Field(
         default="stop",
@@ -142,11 +144,12 @@ class Debian(Archive):
 
     @model_validator(mode="after")
     def _patterns(self) -> Debian:
-        for pattern in self.upstream:
+        for pattern, replacement in self.upstream.items():
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"`{pattern}` is no regular expression: {error}") from None
+                re.sub(pattern, replacement, "")
+            except (re.error, IndexError) as error:
+                message = f"`{pattern}`: `{replacement}` is no regular expression with a replacement: {error}"
+                raise ValueError(message) from None
         return self
 
 

@@ -95,22 +95,20 @@ class _Factbook:
     """The facts, divided by the hash of (country, field) into those asked in training and those held out."""
 
     def __init__(self, source: Generated, origin: Origin | None, facts_source: Source | None, seed: int) -> None:
-        self.origin, self.seed, self.licence = origin, seed, ""
+        self.origin, self.source, self.seed = origin, facts_source, seed
         self.train: list[Fact] = []
         self.held_out: list[Fact] = []
         if origin is None or not isinstance(facts_source, FileSource):
             return
-        self.licence = origin.wrapper_licence if facts_source.licence == "wrapper" else facts_source.licence
         reading = Reading(facts_source.max_document_bytes)
         for fact in reading.each(origin.members, lambda m, text: facts(json.loads(text), m.path, strip_html)):
             held = _unit(f"{HOLD_OUT}\0{fact.key}") < source.held_out_share
             (self.held_out if held else self.train).append(fact)
 
     def rights(self, name: str, source: Generated) -> dict[str, Any]:
-        if self.origin is None:
+        if self.origin is None or not isinstance(self.source, FileSource):
             return {}
-        licence = strictest(source.licence, self.licence)
-        return _rights(name, source, licence, self.origin.version, self.origin.acquired)
+        return _derived_rights(name, source, self.source, self.origin)
 
     def choices(self, task: str, chosen: list[Fact], count: int, rights: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield multiple-choice items: the other answers are those of other countries to the same question."""
@@ -160,11 +158,7 @@ class _WordNet:
         reading = Reading(words_source.max_document_bytes)
         read = ((member, reading.data(member)) for member in origin.members)
         entries = {m: dictd_entries(m, data, reading) for m, data in read if data is not None}
-        claimed = claim(words_source, origin)
-        licence = source.licence
-        for member in entries:
-            licence = strictest(licence, of_document(words_source, origin, claimed, Part(member, "", "")).licence)
-        self.rights = _rights(name, source, licence, origin.version, origin.acquired)
+        self.rights = _derived_rights(name, source, words_source, origin)
         self.lexicon = Lexicon(itertools.chain.from_iterable(entries.values()), seed)
 
     def conversations(self, never: set[str]) -> Iterator[Conversation]:
@@ -364,6 +358,21 @@ def _rights(name: str, source: Generated, licence: str, made_from: str, acquired
         "teacher": "",
         "split": "",
     }
+
+
+def _derived_rights(name: str, source: Generated, of: FileSource, origin: Origin) -> dict[str, Any]:
+    """Return the columns of rows made from another source: its strictest terms, and what speaks against them too."""
+    claimed = claim(of, origin)
+    weighed = [of_document(of, origin, claimed, Part(member, "", "")) for member in origin.members]
+    licence = source.licence
+    for one in weighed:
+        licence = strictest(licence, one.licence)
+    rights = _rights(name, source, licence, origin.version, origin.acquired)
+    doubtful = next((one.evidence for one in weighed if one.confidence == "low"), None)
+    if doubtful is None:
+        return rights
+    evidence = "; ".join(filter(None, [rights["licence_evidence"], doubtful]))
+    return rights | {"licence_evidence": evidence, "licence_confidence": "low"}
 
 
 def _unit(text: str) -> float:

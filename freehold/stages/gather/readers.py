@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from freehold.core.errors import ConfigError
 from freehold.ledger.evidence import Finding, of_cc_url
 from freehold.stages.gather import factbook
 from freehold.stages.gather.origins import HALF_CHARACTER, Member, encodable
@@ -182,13 +183,15 @@ def read_text(member: Member, text: str, reading: Reading) -> Iterator[Part]:
 
 def read_html(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
     """One document a page: its main text under its title, with what the page says of its licence."""
-    from selectolax.lexbor import LexborHTMLParser
+    from selectolax.lexbor import LexborHTMLParser, SelectolaxError
 
     declared = CHARSET.search(data[:2048])
     encoding = "utf-8-sig"
     if declared and not data.startswith(codecs.BOM_UTF8):
         try:
-            encoding = codecs.lookup(declared[1].decode("ascii")).name
+            name = codecs.lookup(declared[1].decode("ascii")).name
+            # Where the bytes of ASCII could be read, it cannot be UTF-16, whatever it says (so the HTML standard).
+            encoding = "utf-8-sig" if name.startswith(("utf-16", "utf-32")) else name
         except LookupError:
             encoding = "utf-8-sig"
     text = reading.decoded(member, data, "utf-8-sig" if encoding == "utf-8" else encoding)
@@ -201,7 +204,10 @@ def read_html(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
     for node in tree.css(AROUND):
         node.decompose()
     choices = (reading.select,) if reading.select else MAIN
-    main = next(filter(None, (tree.css_first(choice) for choice in choices)), None)
+    try:
+        main = next(filter(None, (tree.css_first(choice) for choice in choices)), None)
+    except SelectolaxError as error:
+        raise ConfigError("not a CSS selector", where="select", found=reading.select, todo=str(error)) from error
     found = page_text(main.html or "") if main is not None else ""
     if not found:
         reading.skipped.append((member.path, f"no text in {reading.select}" if reading.select else "no text in it"))
@@ -234,7 +240,7 @@ def _page_rights(tree: Any, place: str) -> Iterator[Finding]:
 def read_pdf(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
     """One document a file: the text of its pages, without what looks like a page number; scans have none."""
     from pypdf import PdfReader
-    from pypdf.errors import PyPdfError
+    from pypdf.errors import DependencyError, PyPdfError
 
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what it says of a bad file is said here, in one line
     try:
@@ -243,6 +249,9 @@ def read_pdf(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
             reading.skipped.append((member.path, "an encrypted PDF"))
             return
         pages = [page.extract_text() for page in document.pages]
+    except DependencyError:  # a cipher that pypdf leaves to others
+        reading.skipped.append((member.path, "an encrypted PDF"))
+        return
     except (PyPdfError, OSError, RuntimeError, ArithmeticError, AssertionError) as error:
         reading.skipped.append((member.path, f"not a PDF that can be read: {error}"))
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -12,9 +14,10 @@ from typing import Any, TypeVar
 
 from freehold.core.artifact import Workspace, sha256_file, write_json
 from freehold.core.document import Conversation, Document, document_id, write_rows
-from freehold.core.errors import DataError
+from freehold.core.errors import DataError, LicenceError
 from freehold.ledger.evidence import Weighed, of_head, restrictions, weigh
 from freehold.ledger.known import look_up, of_file
+from freehold.ledger.licence import normalise
 from freehold.ledger.policy import Claim, Policy, Verdict, gate, judge_row, judged
 from freehold.stages.gather import generate, rights
 from freehold.stages.gather.config import (
@@ -51,9 +54,18 @@ R = TypeVar("R", Document, Conversation)
 def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     """Write documents/, conversations/, tasks/ and sources.json below `work.folder`; return the counts.
 
-    Raises DataError for absent or changed sources and LicenceError for rows the policy stops, both before
-    anything is written.
+    Raises DataError for absent or changed sources, before anything is written, and LicenceError for rows the policy
+    stops: what was written by then is removed.
     """
+    try:
+        return _gather(config, work)
+    except LicenceError:  # of a text's own words it is known late
+        for part in ("documents", "conversations", "tasks"):
+            shutil.rmtree(work.folder / part, ignore_errors=True)
+        raise
+
+
+def _gather(config: StageConfig, work: Workspace) -> dict[str, Any]:
     corpus_dir = Path(config.corpus_dir)
     for _ in gate(_known(config), config.policy):
         pass  # read to its end: it raises after the last claim
@@ -94,7 +106,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         documents.sort(key=lambda d: d.path)
         conversations, _ = _through(conversations, source, config.policy)
         size = sum(len(d.text.encode()) for d in documents)
-        _check_size(name, source, size, refused)
+        _check_size(name, source, size, refused, record)
         write_rows(work.folder / "documents" / f"{name}.parquet", documents, Document)
         if conversations:
             write_rows(work.folder / "conversations" / f"{name}.parquet", conversations, Conversation)
@@ -301,6 +313,8 @@ def _row_documents(name: str, source: Rows, skipped: list[tuple[str, str]]) -> I
                 skipped.append((where, reason or HALF_CHARACTER))
                 continue
             detected = licence == rights.DETECT
+            with contextlib.suppress(LicenceError):  # the gate refuses it, with every other row it refuses
+                licence = licence if detected or not licence.strip() else normalise(licence)
             # A row that names its licence is one statement; with what shows it, somebody looked.
             base = Weighed("" if detected else licence, "medium" if evidence else "low", evidence)
             weighed = weigh(base, [*of_head(text), *restrictions(text)], detected=detected)
@@ -411,14 +425,20 @@ def _skips(skipped: list[tuple[str, str]]) -> dict[str, Any]:
     return {"count": len(ordered), "named": named}
 
 
-def _check_size(name: str, source: Source, size_bytes: int, refused: list[tuple[str, str]]) -> None:
+def _check_size(
+    name: str, source: Source, size_bytes: int, refused: list[tuple[str, str]], record: dict[str, Any]
+) -> None:
+    skipped = record.get("skipped", {"count": 0, "named": []})
+    first = [f"{skipped['count']:,} skipped: {one['path']}, {one['reason']}" for one in skipped["named"][:1]]
     if size_bytes < source.min_bytes or (size_bytes == 0 and not refused and not isinstance(source, Generated)):
         raise DataError(
             "a source came out smaller than the recipe expects",
             where=name,
-            found=f"{size_bytes:,} bytes of text",
+            found="; ".join([f"{size_bytes:,} bytes of text", *first]),
             expected=f"at least {max(source.min_bytes, 1):,}",
-            todo="look at `members` and `reader` of the source; the package may have changed its layout",
+            todo="look at `path`, `text_key` and `licence_key` of the source"
+            if isinstance(source, Rows)
+            else "look at `members` and `reader` of the source; the package may have changed its layout",
         )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from freehold.core.config import Config
 from freehold.ledger.policy import Policy
@@ -21,7 +22,7 @@ class TeacherBase(Config):
         description="SPDX expression of what the teacher writes: its weights' licence, or a LicenseRef for terms of "
         "use; rows get the strictest of it and the seed's",
     )
-    licence_evidence: str = Field(min_length=1, description="what shows that licence: a file, a page, a contract")
+    licence_evidence: str = Field(pattern=r"\S", description="what shows that licence: a file, a page, a contract")
 
 
 class EndpointTeacher(TeacherBase):
@@ -32,6 +33,14 @@ class EndpointTeacher(TeacherBase):
     model: str = Field(min_length=1, description="the model's name there; rows carry it")
     revision: str = Field("", description="version of its weights; another one is asked anew")
     api_key_variable: str = Field("", description="environment variable that holds the key, if it wants one")
+
+    @field_validator("url")
+    @classmethod
+    def _an_address(cls, url: str) -> str:
+        # Each of these raises for what could never be asked.
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port, (parts.hostname or "").encode("idna"), parts.path.encode("ascii")
+        return url
 
 
 class GgufTeacher(TeacherBase):

@@ -141,12 +141,12 @@ def open_teacher(config: StageConfig, log: Path) -> Iterator[Teacher]:
     teacher = config.teacher
     assert teacher is not None
     if isinstance(teacher, EndpointTeacher):
-        key = os.environ.get(teacher.api_key_variable, "") if teacher.api_key_variable else ""
-        if teacher.api_key_variable and not key:
+        key = os.environ.get(teacher.api_key_variable, "").strip() if teacher.api_key_variable else ""
+        if teacher.api_key_variable and not (key.isascii() and key.isprintable() and key):
             raise ConfigError(
-                "the teacher's key is not set",
+                "the teacher's key is no key" if key else "the teacher's key is not set",
                 where="rephrase.teacher.api_key_variable",
-                expected=f"the environment variable {teacher.api_key_variable}",
+                expected=f"the environment variable {teacher.api_key_variable}, one line of ASCII",
             )
         yield Teacher(config, Identity(teacher.model, teacher.revision), teacher.url, key)
         return
