@@ -105,10 +105,16 @@ def _built() -> Path:
 
 def available(x: Tensor, *widths: int) -> bool:
     """Tell whether the kernels take tensors like `x` with rows of these widths; a refused shape is told once."""
+    return x.device.type == "cpu" and _computes(x.dtype, *widths)
+
+
+@torch.compiler.assume_constant_result
+def _computes(dtype: torch.dtype, *widths: int) -> bool:
+    """Tell whether the kernels take a dtype and widths; a compiled layer asks when it is traced."""
     library = _library()
-    if isinstance(library, str) or x.device.type != "cpu":
+    if isinstance(library, str):
         return False
-    if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and library.freehold_bf16()):
+    if dtype != torch.float32 and not (dtype == torch.bfloat16 and library.freehold_bf16()):
         return False
     if any(width % WIDTH_MULTIPLE for width in widths):
         _tell_of_widths()

@@ -6,7 +6,9 @@ Shapes: B sequences, T tokens, d model width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +137,17 @@ class Afmoe(nn.Module):
                     routings.append(routing)
         return trunk.norm(h) if numbers[-1] == config.num_hidden_layers - 1 else h
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Have torch.compile make each layer's code for training when it first runs; names and gradients stay.
+
+        Layers of one kind share their code. What no compiler takes (all-to-all, the CPU kernels) runs in between.
+        Without gradients, where shapes change, layers run as they are.
+        """
+        for block in self.model.layers.values():
+            plain = block.forward
+            compiled = torch.compile(plain, backend=backend, dynamic=False)
+            block.forward = functools.partial(_with_gradients, compiled, plain)  # type: ignore[method-assign]
+
     def moe_layers(self) -> dict[str, MoE]:
         """Return the MoE of each layer that has one, by name (`model.layers.1.mlp`)."""
         return {name: module for name, module in self.named_modules() if isinstance(module, MoE)}
@@ -170,3 +183,7 @@ class Afmoe(nn.Module):
             if parameter.ndim > 1:
                 parameter.data = parameter.data.to(dtype)
         return self
+
+
+def _with_gradients(compiled: Callable[..., Any], plain: Callable[..., Any], *arguments: Any) -> Any:
+    return (compiled if torch.is_grad_enabled() else plain)(*arguments)

@@ -120,10 +120,16 @@ class MoE(nn.Module):
         flat = x.flatten(0, -2)
         logits, weights, chosen = self.router(flat, self.expert_bias)
         experts = self.expert_bias.numel()
-        counts = chosen.flatten().bincount(minlength=experts)
+        counts = _loads(chosen, experts)
         path = ops.route(chosen)
         rows, local_counts, context = self.dispatcher.dispatch(ops.gather(flat, path), counts)
         results = self.dispatcher.combine(self.experts(rows, local_counts), context)
         out = ops.combine(results, path, weights, self.shared_experts(flat))
-        counted = counts if token_mask is None else chosen[token_mask.flatten()].flatten().bincount(minlength=experts)
+        counted = counts if token_mask is None else _loads(chosen, experts, token_mask)
         return out.view_as(x), Routing(logits, chosen, counted)
+
+
+def _loads(chosen: Tensor, experts: int, token_mask: Tensor | None = None) -> Tensor:
+    """Return how many of the (masked) tokens chose each expert [E]; no shape depends on values: none is waited for."""
+    one = torch.ones_like(chosen) if token_mask is None else token_mask.flatten()[:, None].expand_as(chosen).long()
+    return chosen.new_zeros(experts).scatter_add_(0, chosen.flatten(), one.flatten())

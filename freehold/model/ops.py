@@ -60,6 +60,11 @@ def _native(x: Tensor, *widths: int) -> bool:
     return x.numel() >= NATIVE_MIN_ROWS * x.shape[-1] and native.available(x, *widths)
 
 
+def _fused(x: Tensor) -> bool:
+    """Tell whether PyTorch makes one pass of several operations on x."""
+    return x.is_cuda or torch.compiler.is_compiling()
+
+
 # --- norms and rotation -----------------------------------------------------------------------------------------
 
 
@@ -67,11 +72,11 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32 or finer, in the dtype of x."""
     if gain.dtype == torch.float32 and _native(x, x.shape[-1]):
         return native.norm(x, gain, eps, None, None)
-    return rms_norm_reference(x, gain, eps) if x.is_cuda else _RMSNorm.apply(x, gain, eps)
+    return rms_norm_reference(x, gain, eps) if _fused(x) else _RMSNorm.apply(x, gain, eps)
 
 
 def rms_norm_reference(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """The plain form; fused by PyTorch on CUDA, a dozen passes over memory on CPUs."""
+    """The plain form; fused by PyTorch on CUDA and where it compiles, a dozen passes over memory on CPUs otherwise."""
     exact = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(exact), gain.shape, gain.to(exact), eps).to(x.dtype)
 
@@ -109,7 +114,7 @@ def norm_rotate(x: Tensor, gain: Tensor, eps: float, cos: Tensor, sin: Tensor) -
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate [B, H, T, D] by angles [B or 1, 1, T, D/2]; dimension j is paired with j + D/2 (as Llama and NeoX do)."""
-    return rotate_reference(x, cos, sin) if x.is_cuda else _Rotate.apply(x, cos, sin)
+    return rotate_reference(x, cos, sin) if _fused(x) else _Rotate.apply(x, cos, sin)
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -155,6 +160,11 @@ def grouped_swiglu(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> 
         return grouped_swiglu_gemm(x, counts, gate_up, down)
     if _native(x, *down.shape[1:]):
         return native.experts(x, counts, gate_up, down)[0]
+    return _grouped_swiglu_buffered(x, counts, gate_up, down)
+
+
+@torch.compiler.disable
+def _grouped_swiglu_buffered(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return _GroupedSwiGLU.apply(x, counts.tolist(), gate_up, down)
 
 

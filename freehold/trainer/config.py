@@ -55,6 +55,9 @@ class TrainerConfig(Config):
     z_loss: float = Field(1e-6, ge=0, description="weight of the squared log-partition of the output logits")
     loss_chunk_tokens: int = Field(2048, ge=1, description="tokens whose logits exist at one time")
     recompute: bool = Field(False, description="recompute each block in the backward pass to save memory")
+    compile: bool = Field(
+        False, description="torch.compile each layer: for CUDA; on CPU the kernels are faster and start at once"
+    )
     checkpoint_every_steps: int = Field(100, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="newest step checkpoints kept")
     keep_every_steps: int = Field(0, ge=0, description="also keep checkpoints at multiples of this (0: none)")

@@ -140,6 +140,8 @@ class Trainer:
         else:
             self._spread_out(seed, weights)
         self.model.recompute = job.trainer.recompute
+        if job.trainer.compile:
+            self.model.compile_layers()
         self.parameters = dict(self.model.named_parameters())
         for master in self.masters.values():
             master.grad_dtype = None  # the gradient of a single micro-batch stays in the dtype it was computed in
@@ -148,7 +150,7 @@ class Trainer:
         self.step = job.schedule.first_step
         self.tokens = job.tokens_before
         self.skipped: list[int] = []
-        self.operators = kernels.operators(DTYPES[job.trainer.dtype])
+        self.operators = kernels.operators(DTYPES[job.trainer.dtype]) + ("+compile" if job.trainer.compile else "")
         self.alarms: list[dict[str, Any]] = []
         self.rollbacks: list[dict[str, Any]] = []
         self.processes: list[list[int]] = []

@@ -158,6 +158,14 @@ def test_grouped_gemm_is_that_of_one_process(ranks):
     assert np.allclose(found["norm"][0], expected["norm"][0], rtol=1e-5)
 
 
+def compile_layers(trainer):
+    trainer.model.compile_layers("aot_eager")
+
+
+def test_compiled_layers_are_those_of_one_process(ranks):
+    assert_one_process(run(ranks, DEGREES["ep2"], break_it=compile_layers), alone())
+
+
 # -- what must fail ------------------------------------------------------------------------------------------------
 
 

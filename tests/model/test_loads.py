@@ -97,6 +97,27 @@ def test_recompute_gives_the_same_gradients_and_counts_once(model: Afmoe) -> Non
         assert torch.equal(gradient, again[name]), name
 
 
+def test_compiled_layers_give_the_same_gradients_and_counts(model: Afmoe) -> None:
+    def step() -> tuple[dict[str, Tensor], Tensor]:
+        for moe in model.moe_layers().values():
+            moe.load_counts.zero_()
+        logits = model(ids(), token_mask=torch.arange(ids().shape[1]).expand_as(ids()) > 3)
+        gradients = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), ids().flatten()), [*model.parameters()])
+        return dict(zip(dict(model.named_parameters()), gradients, strict=True)), loads(model)
+
+    names = list(model.state_dict())
+    plain, counts = step()
+    torch._dynamo.utils.counters.clear()
+    model.compile_layers("aot_eager")  # all of the compiler but making machine code, which takes a minute
+    for model.recompute in (False, True):
+        again, counts_again = step()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+        assert list(model.state_dict()) == names
+        assert torch.equal(counts, counts_again)
+        for name, gradient in plain.items():
+            torch.testing.assert_close(gradient, again[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
 def test_the_largest_router_logit_is_shown(model: Afmoe) -> None:
     model(ids())
     for moe in model.moe_layers().values():
