@@ -56,7 +56,7 @@ class TrainerConfig(Config):
     loss_chunk_tokens: int = Field(2048, ge=1, description="tokens whose logits exist at one time")
     recompute: bool = Field(False, description="recompute each block in the backward pass to save memory")
     compile: bool = Field(
-        False, description="torch.compile each layer: for CUDA; on CPU the kernels are faster and start at once"
+        False, description="torch.compile each layer: for CUDA, where it fuses what the kernels fuse on CPU"
     )
     checkpoint_every_steps: int = Field(100, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="newest step checkpoints kept")
