@@ -16,7 +16,8 @@ file in `--cases`; how long a step takes does, so steps are timed afterwards, al
 steps times the median step; compiling and validation are not counted.
 
     freehold run recipes/laptop.yaml until=tokenize
-    python benchmarks/time_to_quality.py --run runs/laptop --json benchmarks/results/time_to_quality.json
+    python benchmarks/time_to_quality.py --run runs/laptop --ways freehold,transformers,dense \
+        --json benchmarks/results/time_to_quality.json --picture docs/images/time_to_quality.png
 
 Finished cases are not run again: an interrupted run goes on, and `--ways` lets two processes share the work.
 """
@@ -190,6 +191,27 @@ def beside(
     }
 
 
+def draw(summary: dict[str, Any], curves: dict[str, list[list[list[float]]]]) -> bytes:
+    """Return a PNG: bits per byte over seconds of training, a line a way and seed."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from freehold.figure import BLUE, GREEN, INK, MUTED, ORANGE, RED, STYLE, png
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 4), dpi=130, layout="constrained")
+        axes = figure.subplots()
+        for (name, line), colour in zip(summary.items(), (BLUE, ORANGE, GREEN, RED, MUTED, INK), strict=False):
+            for seed, points in enumerate(curves[name]):
+                seconds = [step * line["step_s"] for step, _ in points]
+                label = None if seed else f"{name}: {line['step_s'] * 1e3:.0f} ms a step"
+                axes.plot(seconds, [bits for _, bits in points], color=colour, lw=1, label=label)
+        axes.set(xlabel="seconds of training", ylabel="bits per byte of held-out text", ylim=(None, 2.1))
+        axes.set_xscale("log")
+        axes.legend()
+        return png(figure)
+
+
 class Bench:
     """The data, and what has been measured so far."""
 
@@ -278,6 +300,7 @@ def main() -> int:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -320,6 +343,8 @@ def main() -> int:
         "environment": environment("transformers"),
     }
     write(args.json, result)
+    if args.picture:
+        args.picture.write_bytes(draw(summary, curves))
     for name, line in summary.items():
         print(f"{name:13} rates x{line['multiple']:g}  {line['step_s']:.3f} s a step")
         for target, at in line["targets"].items():
