@@ -822,12 +822,12 @@ class Trainer:
         return keep if self.world.is_main else lambda: None
 
     def _say(self, values: dict[str, Any], done: int, seconds_left: float) -> None:
+        balance = f"MaxVio {values['moe/max_vio']:.2f}  " if "moe/max_vio" in values else ""
         line = (
             f"{values['phase']} {done}/{self.job.schedule.total_steps}  loss {values['loss/mean']:.3f}  "
             f"norm {values['optim/grad_norm']:.2f}  lr x{values['optim/lr']:.2f}  "
             f"{values['perf/tokens_per_s']:,.0f} tok/s  MFU {values['perf/mfu']:.0%}  "
-            f"{values['perf/memory_bytes'] / 1e9:.1f} GB  MaxVio {values.get('moe/max_vio', math.nan):.2f}  "
-            f"{seconds_left:.0f} s left"
+            f"{values['perf/memory_bytes'] / 1e9:.1f} GB  {balance}{seconds_left:.0f} s left"
         )
         self.log.live(line)
         if done % (10 * self.job.trainer.log_every_steps) == 0:
