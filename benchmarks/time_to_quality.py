@@ -5,7 +5,7 @@ warm up for 20 steps and then keep their rates. Each way tries the same three mu
 steps (one more, twice or half as far out, while the best is the outermost); the best trains with every seed until
 the last target or for `--steps` steps. The first of `--ways` is the one the others are put beside.
 
-1 freehold       AFMoE, Muon + AdamW, SMEBU: what the laptop recipe does
+1 freehold       AFMoE, Muon (three iterations of Newton-Schulz) + AdamW, SMEBU
 2 transformers   the same AFMoE in transformers, fused AdamW, bfloat16 autocast, torch.compile, no balancing
 3 dense          all layers dense at equal active parameters, otherwise as 1
 4 adamw          as 1 with AdamW for every parameter
