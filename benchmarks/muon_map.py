@@ -33,7 +33,7 @@ from short_runs import CONTEXT_TOKENS, Runs, Setting, trainer_of
 from width_transfer import setting
 
 from freehold.data.packing import text_batch
-from freehold.kernels import native
+from freehold.kernels import cpu
 
 STEPS = {2048: 160, 8192: 100, 32768: 40}
 CELLS = ((8192, 128), (8192, 256), (2048, 128), (2048, 256), (32768, 128), (32768, 256))
@@ -116,7 +116,7 @@ def draw(cells: list[dict[str, Any]]) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from freehold.figure import BLUE, MUTED, ORANGE, STYLE, png
+    from freehold.run.figure import BLUE, MUTED, ORANGE, STYLE, png
 
     colours = {"muon, 5 iterations": BLUE, "muon, 3 iterations": ORANGE}
     with rc_context(STYLE):
@@ -183,7 +183,7 @@ def main() -> int:
         lines.append(cell)
     write(
         args.json,
-        {"cells": lines, "threads": args.threads, "operators": native.describe(torch.bfloat16),
+        {"cells": lines, "threads": args.threads, "operators": cpu.describe(torch.bfloat16),
          "environment": environment()},
     )  # fmt: skip
     if args.picture:

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from train_step import SHAPES as TRAIN_SHAPES
 
-from freehold.kernels import native
+from freehold.kernels import cpu
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import SHAPES, ModelConfig
 from freehold.optim.build import is_hidden_matrix
@@ -56,7 +56,7 @@ def shapes_of(model: dict[str, Any]) -> Counter[tuple[int, int]]:
 
 def by_kernel(x: Tensor) -> Tensor:
     x = x.clone()
-    native.orthogonalize_(x, torch.tensor(COEFFICIENTS))
+    cpu.orthogonalize_(x, torch.tensor(COEFFICIENTS))
     return x
 
 
@@ -74,7 +74,7 @@ def schedules(rounds: int) -> dict[str, Any]:
     for shape in sorted({shape for shapes in counts.values() for shape in shapes}):
         n = min(SAMPLE, max(shapes[shape] for shapes in counts.values()))
         x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-        usable = {k: s for k, s in SCHEDULES.items() if k != "kernel" or native.available(x, *shape)}
+        usable = {k: s for k, s in SCHEDULES.items() if k != "kernel" or cpu.available(x, *shape)}
         exact = newton_schulz(x[:4].double(), COEFFICIENTS)
         wrong = {k: float((s(x)[:4].double() - exact).norm() / exact.norm()) for k, s in usable.items()}
         if max(wrong.values()) > 1.25 * min(wrong.values()):
@@ -141,7 +141,7 @@ def main() -> int:
     result: dict[str, Any] = {"schedules": {}, "share": {}}
     if args.json and args.json.exists():
         result = json.loads(args.json.read_text())  # shapes and configurations that are not asked for stay
-    result |= {"threads": args.threads, "operators": native.describe(torch.bfloat16), "environment": environment()}
+    result |= {"threads": args.threads, "operators": cpu.describe(torch.bfloat16), "environment": environment()}
     if not args.no_schedules:
         result["schedules"] = schedules(args.rounds)
         write(args.json, result)

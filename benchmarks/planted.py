@@ -32,7 +32,7 @@ from freehold.core.document import Document, document_id, read_rows, write_rows
 from freehold.core.log import Log
 from freehold.ledger.policy import Policy, judge_row
 from freehold.stages.curate.bias import associations, count
-from freehold.stages.curate.config import StageConfig
+from freehold.stages.curate.config import CurateConfig
 from freehold.stages.curate.run import run
 from freehold.stages.curate.words import read_words
 
@@ -284,7 +284,7 @@ def measure(clean: Sequence[str], count: int, folder: Path) -> list[dict[str, An
     out = folder / "curate"
     out.mkdir()
     work = Workspace(out, "curate", "planted", 0, Log(None, quiet=True), {"gather": folder / "gather"})
-    run(fill(StageConfig, CONFIG, "curate"), work)
+    run(fill(CurateConfig, CONFIG, "curate"), work)
     drops = {row["id"]: row["reason"] for row in pq.read_table(out / "drops.parquet").to_pylist()}
     kept = {
         row.id: row.text

@@ -23,7 +23,7 @@ from common import environment, write
 from freehold.core.artifact import Workspace
 from freehold.core.config import fill
 from freehold.core.log import Log
-from freehold.stages.rephrase.config import StageConfig
+from freehold.stages.rephrase.config import RephraseConfig
 from freehold.stages.rephrase.run import ANSWERS, run
 
 TEACHER = {
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     others = {name: {"passages": args.others, "sources": SEEDS} for name in ("question_answer", "pedagogical")}
     config = fill(
-        StageConfig,
+        RephraseConfig,
         {
             "teacher": {**TEACHER, "threads": args.threads},
             "strategies": {

@@ -21,7 +21,7 @@ from common import write
 from freehold.core.log import Log
 from freehold.data.loader import PhaseRows, TextOrder
 from freehold.data.shards import ShardSet
-from freehold.kernels import native
+from freehold.kernels import cpu
 from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
@@ -106,7 +106,7 @@ class Runs:
         """Return validation bits per byte and training loss after two, three and four quarters of the steps."""
         path = self._path(setting)
         if not path.exists():
-            operators = native.operators(torch.bfloat16)
+            operators = cpu.operators(torch.bfloat16)
             write(path, {"setting": asdict(setting), "operators": operators, "curve": self._run(setting)})
         curve: list[dict[str, float]] = json.loads(path.read_text())["curve"]
         last = curve[-1]

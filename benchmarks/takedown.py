@@ -27,8 +27,8 @@ from common import environment, machine_busy_s, write
 
 from freehold.core.artifact import write_json, write_manifest
 from freehold.core.document import Document, document_id, write_table
+from freehold.data.exposure import write_trace
 from freehold.data.shards import _SCHEMA as SHARD
-from freehold.data.trace import write_trace
 
 LICENCES = ("MIT", "Apache-2.0", "CC-BY-4.0", "LicenseRef-PD-USGov")
 SOURCES = 20

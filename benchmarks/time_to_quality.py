@@ -45,7 +45,7 @@ from freehold.core.log import Log
 from freehold.data.loader import PhaseRows, TextOrder
 from freehold.data.packing import Batch
 from freehold.data.shards import ShardSet
-from freehold.kernels import native
+from freehold.kernels import cpu
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import SHAPES, ModelConfig, parameter_counts, to_hf_dict
 from freehold.optim.config import NoBalanceConfig, OptimConfig, PhaseConfig, SignConfig, SmebuConfig
@@ -196,7 +196,7 @@ def draw(summary: dict[str, Any], curves: dict[str, list[list[list[float]]]]) ->
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from freehold.figure import BLUE, GREEN, INK, MUTED, ORANGE, RED, STYLE, png
+    from freehold.run.figure import BLUE, GREEN, INK, MUTED, ORANGE, RED, STYLE, png
 
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 4), dpi=130, layout="constrained")
@@ -256,7 +256,7 @@ class Bench:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             points = curve(self.make(name, multiple, seed, folder), self.validate, target, steps)
-        done = {"tokens_sha256": self.tokens_sha256, "operators": native.describe(torch.bfloat16), "curve": points}
+        done = {"tokens_sha256": self.tokens_sha256, "operators": cpu.describe(torch.bfloat16), "curve": points}
         write(self.args.cases / f"{case}-{points[-1][0]}.json", done)
         print(f"{case}: {points[-1]}, {time.monotonic() - start:.0f} s", flush=True)
         return points
@@ -335,7 +335,7 @@ def main() -> int:
         "compared_with": names[0],
         "tokens_sha256": bench.tokens_sha256,
         "active_parameters": {n: parameter_counts(c)["active"] for n, c in (("afmoe", LAPTOP), ("dense", DENSE))},
-        "operators": native.describe(torch.bfloat16),
+        "operators": cpu.describe(torch.bfloat16),
         "summary": summary,
         "step_s_by_round": seconds,
         "foreign_cores": max(foreign, 0.0),

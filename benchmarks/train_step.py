@@ -29,7 +29,7 @@ from common import environment, timed, write
 
 from freehold.core.log import Log
 from freehold.data.packing import Batch, text_batch
-from freehold.kernels import native
+from freehold.kernels import cpu
 from freehold.model.config import ModelConfig, flops_per_token, to_hf_dict
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
@@ -165,7 +165,7 @@ def main() -> int:
     expected = tried[best_name]["first_loss"]
     agree = abs(first - expected) < (1e-2 if autocast else 1e-4)
     agree &= distance["ours"] < (1.2 * distance["theirs"] if autocast else 1e-4)
-    operators = native.describe(getattr(torch, args.dtype))
+    operators = cpu.describe(getattr(torch, args.dtype))
     print(f"first loss: ours {first:.5f}, theirs {expected:.5f}; ours runs on {operators}")
     if not agree:
         raise SystemExit("the two do not compute the same thing")

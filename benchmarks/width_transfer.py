@@ -43,7 +43,7 @@ def draw(found: dict[str, dict[str, dict[str, float]]]) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from freehold.figure import BLUE, GREEN, ORANGE, STYLE, png
+    from freehold.run.figure import BLUE, GREEN, ORANGE, STYLE, png
 
     titles = {"muon": "Muon, AdamW for the rest", "adamw": "AdamW for everything"}
     with rc_context(STYLE):

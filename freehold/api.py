@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from freehold.checkpoint import hf, native
+from freehold.checkpoint import dcp, hf
 from freehold.core.artifact import MANIFEST, read_manifest
 from freehold.core.errors import ArtifactError, CheckpointError
 from freehold.infer.engine import Engine
@@ -96,13 +96,13 @@ def load(path: str | Path, dtype: Dtype = "float32", *, max_batch: int = 32, lim
     """
     folder = find_model(Path(path))
     if (folder / MANIFEST).exists() and read_manifest(folder)["kind"] == "checkpoint":
-        config, state = native.read_model(folder)
+        config, state = dcp.read_model(folder)
     else:
         config, state = hf.load_hf(folder)
     tokenizer = Tokenizer.load(folder)
     _check_tokenizer(folder, tokenizer, config)
     model = Afmoe(config)
-    native.match_keys(state, model.state_dict(), folder)
+    dcp.match_keys(state, model.state_dict(), folder)
     model.load_state_dict(state, assign=True)
     model.to_compute({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).requires_grad_(False)
     return Loaded(model, tokenizer, config, Engine(model, max_batch, limit_tokens), folder)
@@ -142,7 +142,7 @@ def _is_model(folder: Path) -> bool:
     config = folder / "config.json"
     if not config.is_file():
         return False
-    if (folder / native.STATE).exists():
+    if (folder / dcp.STATE).exists():
         return (folder / MANIFEST).exists()
     try:
         return json.loads(config.read_text(encoding="utf-8")).get("model_type") == "afmoe"

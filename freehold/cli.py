@@ -249,8 +249,8 @@ def _walk_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from freehold import walk
     from freehold.parallel import launch
+    from freehold.run import walk
 
     if launch.place() is not None:
         raise ConfigError(
@@ -266,7 +266,7 @@ def _run(args: argparse.Namespace) -> int:
     options = walk.Options(clean=args.clean, fork=args.fork, quiet=args.quiet or args.json)
     with walk.locked(recipe.run_folder) as lock:
         done = walk.run_walk(recipe, options, lock)
-        from freehold import report
+        from freehold.run import report
 
         if "made" in done.values() or not (recipe.run_folder / "report.md").exists():
             report.write_report(recipe.run_folder)
@@ -281,8 +281,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _stage(args: argparse.Namespace) -> int:
-    from freehold import walk
     from freehold.parallel import launch
+    from freehold.run import walk
 
     recipe = walk.resolve(args.recipe, args.overrides, stage=args.stage, fork=args.fork)
     if args.dry_run:
@@ -307,9 +307,9 @@ def _stage(args: argparse.Namespace) -> int:
 def _show_plan(recipe: Any, stages: list[str], as_json: bool) -> int:
     import importlib
 
-    from freehold import walk
     from freehold.core.config import to_yaml
     from freehold.core.errors import ArtifactError
+    from freehold.run import walk
 
     plans = {}
     for stage in stages:
@@ -336,13 +336,13 @@ def _serve(args: argparse.Namespace) -> int:
         args.recipe, args.stage = Path(args.path), "serve"
         return _stage(args)
     from freehold.core.config import fill, override
-    from freehold.stages.serve.config import StageConfig
+    from freehold.stages.serve.config import ServeConfig
 
     data = override({"path": args.path}, args.overrides)
     data |= {key: getattr(args, key) for key in ("host", "port") if getattr(args, key) is not None}
-    config = fill(StageConfig, data, "serve")
+    config = fill(ServeConfig, data, "serve")
     if args.parent:
-        from freehold import walk
+        from freehold.run import walk
 
         walk.die_with(args.parent)
     from freehold.stages.serve.run import serve
@@ -353,9 +353,9 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     from freehold.core.config import fill, override
-    from freehold.stages.chat.config import StageConfig
+    from freehold.stages.chat.config import ChatConfig
 
-    config = fill(StageConfig, override({"path": args.path}, args.overrides), "chat")
+    config = fill(ChatConfig, override({"path": args.path}, args.overrides), "chat")
     from freehold.stages.chat.run import chat
 
     chat(config)
@@ -363,7 +363,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _trace(args: argparse.Namespace) -> int:
-    from freehold.ledger import trace
+    from freehold.run import trace
 
     if (args.document is None) == (args.step is None):
         raise ConfigError(
@@ -381,7 +381,7 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _takedown(args: argparse.Namespace) -> int:
-    from freehold.ledger import takedown
+    from freehold.run import takedown
 
     run = _run_folder(args.run)
     answer = takedown.takedown(run, args.document, widen=args.widen)
@@ -390,7 +390,7 @@ def _takedown(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(answer, indent=1))
     else:
-        from freehold.ledger.trace_text import render_takedown
+        from freehold.run.trace_text import render_takedown
 
         print(render_takedown(answer, 120))
     return 0
@@ -399,8 +399,8 @@ def _takedown(args: argparse.Namespace) -> int:
 def _rights(args: argparse.Namespace) -> int:
     from freehold.core.artifact import MANIFEST, read_manifest
     from freehold.core.config import fill, load_yaml
-    from freehold.ledger import gate, trace, trace_text
     from freehold.ledger.policy import Policy
+    from freehold.run import policy_check, trace, trace_text
 
     run = _run_folder(args.run)
 
@@ -411,17 +411,22 @@ def _rights(args: argparse.Namespace) -> int:
     policy = policy_of("gather")
     rewritten = policy_of("rephrase") if (run / "rephrase" / MANIFEST).exists() else None
     if args.of:
-        groups = gate.checkpoint(run, trace.find_checkpoint(run, args.of) or args.of, policy, rewritten)
+        groups = policy_check.checkpoint(run, trace.find_checkpoint(run, args.of) or args.of, policy, rewritten)
     else:
-        groups = gate.corpus(run, policy, rewritten)
-    answer = {"run": run.name, "of": args.of or "corpus", "uses": list(policy.uses), "decision": gate.worst(groups)}
-    answer["rows"] = gate.table(groups)
+        groups = policy_check.corpus(run, policy, rewritten)
+    answer = {
+        "run": run.name,
+        "of": args.of or "corpus",
+        "uses": list(policy.uses),
+        "decision": policy_check.worst(groups),
+    }
+    answer["rows"] = policy_check.table(groups)
     print(json.dumps(answer, indent=1) if args.json else trace_text.render_rights(answer, 120))
     return 0 if answer["decision"] == "allow" else 1
 
 
 def _lineage(args: argparse.Namespace) -> int:
-    from freehold.ledger import lineage
+    from freehold.run import lineage
 
     graph = lineage.lineage(_run_folder(args.run))
     print(json.dumps(graph.to_dict(), indent=1) if args.json else lineage.draw(graph, mermaid=args.mermaid))
@@ -429,33 +434,33 @@ def _lineage(args: argparse.Namespace) -> int:
 
 
 def _card(args: argparse.Namespace) -> int:
-    from freehold.ledger import card, documents
+    from freehold.run import card, disclosure
 
     run, told = _run_folder(args.run), card.read_told(args.told)
-    kinds = list(dict.fromkeys(args.kind or documents.MAKERS))
+    kinds = list(dict.fromkeys(args.kind or disclosure.MAKERS))
     facts = card.facts(run)
-    texts = documents.make(facts, told, kinds)
+    texts = disclosure.make(facts, told, kinds)
     folder = args.out or run / "card"
     if args.diff or args.check:
         if args.diff:
-            old, name = documents.make(card.facts(_run_folder(args.diff)), told, kinds), args.diff.as_posix()
+            old, name = disclosure.make(card.facts(_run_folder(args.diff)), told, kinds), args.diff.as_posix()
         else:
-            old, name = documents.read(folder, list(texts)), folder.as_posix()
-        changes = documents.difference(old, texts, (name, run.as_posix()))
+            old, name = disclosure.read(folder, list(texts)), folder.as_posix()
+        changes = disclosure.difference(old, texts, (name, run.as_posix()))
         print(changes, end="")
         return 1 if changes else 0
-    documents.write(folder, texts)
+    disclosure.write(folder, texts)
     if "data" in kinds:
-        from freehold import report
+        from freehold.run import report
 
-        report.write_data_picture(folder / documents.PICTURE, facts)
+        report.write_data_picture(folder / disclosure.PICTURE, facts)
     for name in texts:
         print(folder / name)
     return 0
 
 
 def _report(args: argparse.Namespace) -> int:
-    from freehold import report
+    from freehold.run import report
 
     run = _run_folder(args.run)
     print(report.write_report(run))
@@ -471,7 +476,7 @@ def _plan(args: argparse.Namespace) -> int:
     from freehold.planner.published import PRESETS
 
     if args.recipe.endswith((".yaml", ".yml")):
-        from freehold import walk
+        from freehold.run import walk
 
         recipe = walk.resolve(Path(args.recipe))
         data = plan_of_recipe(recipe.head.name, recipe.stages["pretrain"].model_dump(mode="json"))
@@ -484,7 +489,7 @@ def _plan(args: argparse.Namespace) -> int:
     plan = estimate(config)
     if args.picture:
         from freehold.core.artifact import write_atomic
-        from freehold.figure import draw_plan
+        from freehold.run.figure import draw_plan
 
         write_atomic(args.picture, draw_plan(show.to_json(plan)))
     if args.json:
@@ -500,7 +505,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from freehold import verify
+    from freehold.run import verify
 
     answer = verify.verify_resume(
         args.recipe,
@@ -516,7 +521,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _schema(args: argparse.Namespace) -> int:
-    from freehold import walk
+    from freehold.run import walk
 
     print(json.dumps(walk.stage_config_class(args.stage).model_json_schema(), indent=1))
     return 0

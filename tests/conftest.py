@@ -60,7 +60,7 @@ def tiny_tokenizer():
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_model, tiny_tokenizer, tmp_path_factory):
     """A finished native checkpoint of the tiny model: `run/align/preview`. Copy it before changing it."""
-    from freehold.checkpoint import native
+    from freehold.checkpoint import dcp
 
     run = tmp_path_factory.mktemp("tiny") / "run"
     tiny_tokenizer.save(run / "tokenizer")
@@ -68,7 +68,7 @@ def tiny_checkpoint(tiny_model, tiny_tokenizer, tmp_path_factory):
     facts = {"step": 1, "stage_type": "Preview", "tokenizer_sha256": tiny_tokenizer.sha256}
     folder = run / "align" / "preview"
     folder.parent.mkdir(parents=True)
-    native.save(folder, {"model": tiny_model.state_dict()}, tiny_model.config, facts, files)
+    dcp.save(folder, {"model": tiny_model.state_dict()}, tiny_model.config, facts, files)
     return folder
 
 

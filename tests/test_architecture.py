@@ -125,10 +125,10 @@ def test_a_third_party_package_belongs_to_one_room():
     "code",
     [
         "import freehold",
-        "import freehold.cli, freehold.walk, freehold.report, freehold.verify",
+        "import freehold.cli, freehold.run.walk, freehold.run.report, freehold.run.verify",
         "import freehold.planner.show",
         "import freehold.parallel.supervise",
-        "import freehold.core.document, freehold.ledger.trace, freehold.ledger.lineage, freehold.ledger.policy",
+        "import freehold.core.document, freehold.run.trace, freehold.run.lineage, freehold.ledger.policy",
         "from freehold import walk; [walk.stage_config_class(s) for s in [*walk.WALK, 'chat']]",
     ],
 )

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from freehold import cli, walk
+from freehold import cli
 from freehold.core.errors import ConfigError
+from freehold.run import walk
 
 RECIPE = "recipes/tiny.yaml"
 

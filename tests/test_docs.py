@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from freehold import cli, walk
+from freehold import cli
 from freehold.core.document import Conversation, Document
+from freehold.run import walk
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])

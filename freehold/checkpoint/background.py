@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.model.config import ModelConfig
 
 
@@ -31,20 +31,20 @@ class Saver:
     def save(
         self,
         folder: Path,
-        state: native.State,
+        state: dcp.State,
         config: ModelConfig,
         facts: dict[str, Any],
         copy: Iterable[Path] = (),
         then: Callable[[], None] = lambda: None,
     ) -> None:
-        """Write a checkpoint (see `native.save`), and then call `then`.
+        """Write a checkpoint (see `dcp.save`), and then call `then`.
 
         In the background this returns as soon as the state is copied; what goes wrong is raised by the next call of
         `save` or `wait`.
         """
         self.wait()
         if not self.background:
-            native.save(folder, state, config, facts, copy)
+            dcp.save(folder, state, config, facts, copy)
             then()
             return
         copied = {part: {name: t.detach().cpu().clone() for name, t in each.items()} for part, each in state.items()}
@@ -52,7 +52,7 @@ class Saver:
 
         def write() -> None:
             try:
-                native.save(folder, copied, config, facts, files, self._group)
+                dcp.save(folder, copied, config, facts, files, self._group)
                 then()
             except BaseException as error:
                 self._error = error

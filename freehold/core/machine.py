@@ -61,7 +61,7 @@ def disk_error(error: OSError, path: Path) -> ArtifactError:
     )
 
 
-def must_fit_memory(needed_bytes: int, what: str, where: str, todo: str | None = None) -> None:
+def check_memory_fits(needed_bytes: int, what: str, where: str, todo: str | None = None) -> None:
     """Raise ConfigError when `what` needs more bytes than this machine has, before the system kills for them."""
     has_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed_bytes > has_bytes:

@@ -1,4 +1,4 @@
-"""A small table of results: built once, shown as Markdown in files and by `freehold.report` on a terminal."""
+"""A small table of results: built once, shown as Markdown in files and by `freehold.run.report` on a terminal."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class BatchConfig(Config):
         """Return the rows of one micro-batch."""
         return self.micro_sequences or self.sequences
 
-    def must_fit(self, max_position_embeddings: int, stage: str) -> None:
+    def check_fits(self, max_position_embeddings: int, stage: str) -> None:
         """Raise ConfigError when a row is longer than the model's context."""
         if self.context_tokens > max_position_embeddings:
             raise ConfigError(

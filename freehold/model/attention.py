@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freehold.kernels import native
+from freehold.kernels import cpu
 from freehold.model import ops
 from freehold.model.config import ModelConfig
 from freehold.model.layers import Linear, RMSNorm
@@ -123,7 +123,7 @@ def build_masks(
     """
     masks: dict[str, Mask] = {}
     rows, tokens, device = len(h), h.shape[1], h.device
-    as_intervals = positions is None and tokens > 1 and native.available(h, config.head_dim)
+    as_intervals = positions is None and tokens > 1 and cpu.available(h, config.head_dim)
     order = torch.arange(tokens, device=device) if positions is None else positions
     order = order.int().expand(1, -1) if order.ndim == 1 else order.int()
     blockwise = device.type == "cpu" and ops.BLOCK_TOKENS < tokens <= ops.BLOCKWISE_MAX_TOKENS

@@ -1,7 +1,7 @@
 """The operations that are worth a fast form, and the one place that chooses the form.
 
 Each has a plain reference (any device, any dtype, autograd through every step), which its fast forms are tested
-against: the CPU kernels of native.py where they are available, else PyTorch's operators put together with care.
+against: the CPU kernels of cpu.py where they are available, else PyTorch's operators put together with care.
 Fast forms are deterministic: rows are moved by permutations, never added by atomics.
 
 Shapes: N tokens, k experts per token, R = N k rows sorted by expert, E experts, d model width, i expert width;
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freehold.kernels import native
+from freehold.kernels import cpu
 
 # --- linear maps ------------------------------------------------------------------------------------------------
 
@@ -27,21 +27,21 @@ NATIVE_MIN_ROWS = 32
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return x weight^T: x [..., n], weight [m, n] -> [..., m]."""
     if _native(x, *weight.shape):
-        return native.linear(x, weight)
+        return cpu.linear(x, weight)
     return F.linear(x, weight)
 
 
 def linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of x [n, d] and weight [m, d] of a linear map, for dy [n, m]."""
     if _native(x, *weight.shape):
-        return native.linear_backward(dy, x, weight)
+        return cpu.linear_backward(dy, x, weight)
     return torch.mm(dy, weight), torch.mm(dy.t(), x)
 
 
 def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Return down(silu(gate(x)) * up(x)): x [..., d], gate and up [f, d], down [d, f] -> [..., d]."""
     if _native(x, *gate.shape):
-        return native.feed_forward(x, gate, up, down)[0]
+        return cpu.feed_forward(x, gate, up, down)[0]
     return feed_forward_reference(x, gate, up, down)
 
 
@@ -52,12 +52,12 @@ def feed_forward_reference(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) ->
 
 def gated(x: Tensor, gate: Tensor) -> Tensor:
     """Return x * sigmoid(gate), elementwise."""
-    return native.gated(x, gate) if _native(x, x.shape[-1]) else x * torch.sigmoid(gate)
+    return cpu.gated(x, gate) if _native(x, x.shape[-1]) else x * torch.sigmoid(gate)
 
 
 def _native(x: Tensor, *widths: int) -> bool:
     """Tell whether the CPU kernels are the faster way for x [..., d]."""
-    return x.numel() >= NATIVE_MIN_ROWS * x.shape[-1] and native.available(x, *widths)
+    return x.numel() >= NATIVE_MIN_ROWS * x.shape[-1] and cpu.available(x, *widths)
 
 
 def _fused(x: Tensor) -> bool:
@@ -71,7 +71,7 @@ def _fused(x: Tensor) -> bool:
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32 or finer, in the dtype of x."""
     if gain.dtype == torch.float32 and _native(x, x.shape[-1]):
-        return native.norm(x, gain, eps, None, None)
+        return cpu.norm(x, gain, eps, None, None)
     return rms_norm_reference(x, gain, eps) if _fused(x) else _RMSNorm.apply(x, gain, eps)
 
 
@@ -108,7 +108,7 @@ def norm_rotate(x: Tensor, gain: Tensor, eps: float, cos: Tensor, sin: Tensor) -
     """Normalise each head of [B, T, H, D] and rotate it by angles [B or 1, 1, T, D/2]; see `rms_norm` and `rotate`."""
     half = cos.shape[-1]
     if gain.dtype == cos.dtype == torch.float32 and _native(x, half):
-        return native.norm(x, gain, eps, cos.reshape(-1, half), sin.reshape(-1, half))
+        return cpu.norm(x, gain, eps, cos.reshape(-1, half), sin.reshape(-1, half))
     return rotate(rms_norm(x, gain, eps).transpose(1, 2), cos, sin).transpose(1, 2)
 
 
@@ -159,7 +159,7 @@ def grouped_swiglu(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> 
     if x.is_cuda:
         return grouped_swiglu_gemm(x, counts, gate_up, down)
     if _native(x, *down.shape[1:]):
-        return native.experts(x, counts, gate_up, down)[0]
+        return cpu.experts(x, counts, gate_up, down)[0]
     return _grouped_swiglu_buffered(x, counts, gate_up, down)
 
 
@@ -266,7 +266,7 @@ def route(chosen: Tensor) -> Route:
 def gather(x: Tensor, path: Route) -> Tensor:
     """Return each assignment's copy of its token, sorted by expert: [N, d] -> [R, d]."""
     if _native(x, x.shape[-1]):
-        return native.gather(x, path.token, path.inverse)
+        return cpu.gather(x, path.token, path.inverse)
     return _Gather.apply(x, path)
 
 
@@ -295,7 +295,7 @@ class _Gather(torch.autograd.Function):
 def combine(y: Tensor, path: Route, weights: Tensor, base: Tensor) -> Tensor:
     """Return base [N, d] plus each token's results y [R, d] weighted by `weights` [N, k], summed in fp32 or finer."""
     if _native(y, y.shape[-1]) and weights.dtype == torch.float32:
-        return native.combine(y, path.inverse, weights, base)
+        return cpu.combine(y, path.inverse, weights, base)
     return _Combine.apply(y, path, weights, base)
 
 
@@ -342,8 +342,8 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float, z_loss: float)
     Returns nll = log_partition - logit of the target, and log_partition = log(sum(exp(logits))), both [n], in fp32 or
     finer.
     """
-    if native.available(logits, logits.shape[-1]):
-        return native.cross_entropy_(logits, targets, scale, z_loss)
+    if cpu.available(logits, logits.shape[-1]):
+        return cpu.cross_entropy_(logits, targets, scale, z_loss)
     nll, log_partition = [], []
     for start in range(0, len(logits), LOGIT_ROWS):
         block, target = logits[start : start + LOGIT_ROWS], targets[start : start + LOGIT_ROWS, None]
@@ -388,7 +388,7 @@ def first_seen(tokens: int, window: int | None, document_ids: Tensor | None, row
 
 def interval_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
     """Attend from query t to keys start[b, t] .. t, q [B, H, T, D], k and v [B, K, T, D] -> [B, H, T, D]; a kernel."""
-    return native.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), start)[0].transpose(1, 2)
+    return cpu.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), start)[0].transpose(1, 2)
 
 
 class Block(NamedTuple):

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from freehold.kernels import native
+from freehold.kernels import cpu
 
 
 def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     """Return the norm of all gradients together, summed in float32 or wider whatever their dtype."""
     squares = [
-        native.square_sums(g).double().sum()
-        if native.available(g, g.numel())
+        cpu.square_sums(g).double().sum()
+        if cpu.available(g, g.numel())
         else torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).double().square()
         for g in gradients
     ]
@@ -59,12 +59,12 @@ class AdamW(torch.optim.Optimizer):
                 if not state:
                     state["step"] = torch.zeros((), device=weight.device)  # where the fused step reads it
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-                if weight.dtype == torch.float32 and native.available(weight.grad, weight.numel()):
+                if weight.dtype == torch.float32 and cpu.available(weight.grad, weight.numel()):
                     state["step"] += 1
                     written = copy if copy is not None and copy.dtype == weight.grad.dtype else None
                     moments = state["exp_avg"], state["exp_avg_sq"]
                     step = int(state["step"])
-                    native.adamw_(weight, weight.grad, *moments, written, scale=scale, step=step, **settings)
+                    cpu.adamw_(weight, weight.grad, *moments, written, scale=scale, step=step, **settings)
                     if copy is not None and copy is not written:
                         copy.copy_(weight)
                 else:

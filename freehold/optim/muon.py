@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from freehold.kernels import native
+from freehold.kernels import cpu
 
 # One (a, b, c) per iteration, from the defaults of the public dion repository (trinity.md, section 4).
 COEFFICIENTS = (
@@ -61,10 +61,10 @@ def orthogonalize(matrices: Tensor, steps: int = 5, *, in_place: bool = False) -
     coefficients = COEFFICIENTS[-steps:]
     if not len(x):  # a rank may have none
         return x
-    if native.available(x, *x.shape[-2:]):
+    if cpu.available(x, *x.shape[-2:]):
         x = x.contiguous()
         x = x.clone() if x is matrices and not in_place else x
-        native.orthogonalize_(x, torch.tensor(coefficients))
+        cpu.orthogonalize_(x, torch.tensor(coefficients))
         return x
     tall = x.shape[-2] > x.shape[-1]
     if tall:
@@ -177,8 +177,8 @@ class Muon(torch.optim.Optimizer):
         step = group["lr"] * rate_scale(name, self.shapes[name])
         decay, copy = 1 - group["lr"] * group["weight_decay"], self.copies.get(parameter)
         written = update if copy is None else copy
-        if parameter.dtype == torch.float32 and all(native.available(t, t.numel()) for t in (update, written)):
-            native.muon_move_(parameter, update.contiguous(), copy, step, decay)
+        if parameter.dtype == torch.float32 and all(cpu.available(t, t.numel()) for t in (update, written)):
+            cpu.muon_move_(parameter, update.contiguous(), copy, step, decay)
             return
         as_matrices(name, parameter).mul_(decay).add_(update, alpha=-step)
         if copy is not None:
@@ -191,8 +191,8 @@ class Muon(torch.optim.Optimizer):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"]
-        if update.dtype == torch.bfloat16 and native.available(gradient, gradient.numel()):
-            native.muon_momentum_(momentum, gradient, update, scale, decay, group["nesterov"])
+        if update.dtype == torch.bfloat16 and cpu.available(gradient, gradient.numel()):
+            cpu.muon_momentum_(momentum, gradient, update, scale, decay, group["nesterov"])
             return
         gradient = gradient.to(momentum.dtype) * scale
         momentum.mul_(decay).add_(gradient)

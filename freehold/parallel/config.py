@@ -81,7 +81,7 @@ class ParallelConfig(Config):
         )
 
 
-def must_multiply_to(parallel: ParallelConfig, processes: int, what: str, place: str = "parallel") -> None:
+def check_degrees(parallel: ParallelConfig, processes: int, what: str, place: str = "parallel") -> None:
     """Raise ConfigError when the degrees do not multiply to the processes there are; `what` says whose number it is."""
     if parallel.devices != processes:
         raise ConfigError(
@@ -93,11 +93,11 @@ def must_multiply_to(parallel: ParallelConfig, processes: int, what: str, place:
         )
 
 
-def must_deal(parallel: ParallelConfig, *, sequences: int, micro_sequences: int, stage: str = "") -> None:
-    """Raise ConfigError for what is wrong whatever the model: processes, rows, passes; see `must_lay_out`."""
+def check_divisible(parallel: ParallelConfig, *, sequences: int, micro_sequences: int, stage: str = "") -> None:
+    """Raise ConfigError for what is wrong whatever the model: processes, rows, passes; see `validate_layout`."""
     p, place = parallel, f"{stage}." if stage else ""
     if p.nproc:
-        must_multiply_to(p, p.nproc, f"processes to start ({place}parallel.nproc)", f"{place}parallel")
+        check_degrees(p, p.nproc, f"processes to start ({place}parallel.nproc)", f"{place}parallel")
     if p.group % p.expert:
         raise ConfigError(
             "expert ranks lie inside shard x context",
@@ -124,7 +124,7 @@ def must_deal(parallel: ParallelConfig, *, sequences: int, micro_sequences: int,
         )
 
 
-def must_lay_out(
+def validate_layout(
     parallel: ParallelConfig,
     model: ModelConfig,
     *,
@@ -164,4 +164,4 @@ def must_lay_out(
             found=p.stages,
             expected=f"at most {model.num_hidden_layers}",
         )
-    must_deal(p, sequences=sequences, micro_sequences=micro_sequences, stage=stage)
+    check_divisible(p, sequences=sequences, micro_sequences=micro_sequences, stage=stage)

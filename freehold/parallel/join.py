@@ -12,7 +12,7 @@ import torch
 from freehold.core.errors import ConfigError
 from freehold.parallel import launch
 from freehold.parallel.config import ParallelConfig
-from freehold.parallel.heart import FOLDER
+from freehold.parallel.heartbeat import FOLDER
 
 PATIENCE_S = 600.0
 """How long a collective may take at least before it counts as failed; a supervisor acts sooner."""

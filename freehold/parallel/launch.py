@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from freehold.core.errors import ConfigError
-from freehold.core.machine import must_fit_memory
+from freehold.core.machine import check_memory_fits
 from freehold.parallel.config import ParallelConfig
-from freehold.parallel.heart import FOLDER
+from freehold.parallel.heartbeat import FOLDER
 
 LOOPBACK = "127.0.0.1"
 RANK_BYTES = 300_000_000
@@ -55,11 +55,11 @@ def leads() -> bool:
     return found is None or found[0] == 0
 
 
-def must_fit_machine(parallel: ParallelConfig, stage: str) -> None:
+def check_fits_machine(parallel: ParallelConfig, stage: str) -> None:
     """Raise ConfigError when `nproc` is more than this machine has devices, or memory for; a dry run may be larger."""
     where, todo = f"{stage}.parallel.nproc", "--dry-run and `freehold plan` show a mesh larger than this machine"
     if parallel.device == "cpu":
-        must_fit_memory(parallel.nproc * RANK_BYTES, f"{parallel.nproc} processes", where, todo)
+        check_memory_fits(parallel.nproc * RANK_BYTES, f"{parallel.nproc} processes", where, todo)
     elif 0 < (devices := len(list(Path("/dev").glob("nvidia[0-9]*")))) < parallel.nproc:  # others: torch tells later
         raise ConfigError(
             "more processes than devices", where=where, found=parallel.nproc, expected=f"at most {devices}", todo=todo

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from freehold.core.errors import ConfigError
-from freehold.parallel.config import ParallelConfig, must_multiply_to
+from freehold.parallel.config import ParallelConfig, check_degrees
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -169,5 +169,5 @@ def world(parallel: ParallelConfig, stage: str = "") -> World:
             )
         return World(parallel)
     size = torch.distributed.get_world_size()
-    must_multiply_to(parallel, size, "processes that were started", place)
+    check_degrees(parallel, size, "processes that were started", place)
     return World(parallel, torch.distributed.get_rank(), size)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class Owners:
+class OwnerShards:
     """Deals matrices to the ranks of a group by the work they make; `shapes` are those of whole parameters, by name."""
 
     def __init__(self, shapes: Mapping[str, torch.Size], group: ProcessGroup) -> None:
@@ -33,7 +33,7 @@ class Owners:
 
         Matrices of one shape are orthogonalised in one batch.
         """
-        by_owner = self._deal(name for name in updates if len(self.shapes[name]) == 2)
+        by_owner = self._partition(name for name in updates if len(self.shapes[name]) == 2)
         mine = self._bring(updates, by_owner)
         stacks = {name: update for name, update in updates.items() if len(self.shapes[name]) == 3}
         batches: dict[torch.Size, list[tuple[str, Tensor]]] = {}
@@ -47,7 +47,7 @@ class Owners:
         yield from ((name, done[name]) for name in stacks)
         yield from self._hand_out(updates, by_owner, [done[name][0] for name in mine])
 
-    def _deal(self, names: Iterable[str]) -> list[list[str]]:
+    def _partition(self, names: Iterable[str]) -> list[list[str]]:
         """Return the matrices each rank owns: the costliest first, each to the rank with least to do."""
         owned: list[list[str]] = [[] for _ in range(self.ranks)]
         work = [0] * self.ranks

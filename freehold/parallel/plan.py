@@ -26,11 +26,11 @@ from freehold.model.moe import Experts, MoE
 from freehold.parallel.context import ContextParallel
 from freehold.parallel.dispatch import AllToAll
 from freehold.parallel.mesh import World
-from freehold.parallel.owners import Owners
+from freehold.parallel.owners import OwnerShards
 
 
-def lay_out(model: Afmoe, world: World, dtype: torch.dtype) -> None:
-    """Spread a model in place, on the meta device or with its weights.
+def parallelize(model: Afmoe, world: World, dtype: torch.dtype) -> None:
+    """ShardedTensors a model in place, on the meta device or with its weights.
 
     Matrices are gathered and multiplied in `dtype`; what is sharded, and gradients, stay in the precision they have.
     """
@@ -50,7 +50,7 @@ def lay_out(model: Afmoe, world: World, dtype: torch.dtype) -> None:
         ContextParallel(world.tokens["context"].get_group()).apply(model)
     if degrees.expert > 1:
         for moe in model.moe_layers().values():
-            _deal(moe.experts, world)
+            _partition(moe.experts, world)
             moe.dispatcher = AllToAll(world.sparse["ep"].get_group())
     gains = {parameter for parameter in model.parameters() if parameter.ndim == 1}
     exact = next(model.parameters()).dtype
@@ -73,7 +73,7 @@ def lay_out(model: Afmoe, world: World, dtype: torch.dtype) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _deal(experts: Experts, world: World) -> None:
+def _partition(experts: Experts, world: World) -> None:
     """Give each rank of `ep` its share of the experts, and hand the local share to the matrix products."""
     assert world.sparse is not None
     for name, parameter in list(experts.named_parameters()):
@@ -87,7 +87,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class Spread:
+class ShardedTensors:
     """A model that was laid out and has its memory, as the training loop sees it: plain local tensors by name."""
 
     def __init__(self, model: Afmoe, world: World) -> None:
@@ -160,7 +160,7 @@ class Spread:
         square = square + (norm(whole).double().square() if whole else nothing)
         return float(self.world.sum_stages_(square).sqrt())
 
-    def owners(self) -> Owners:
+    def owners(self) -> OwnerShards:
         """Return who puts together which matrix for Muon."""
         assert self.world.dense is not None
-        return Owners(self.shapes(), self.world.dense["fsdp"].get_group())
+        return OwnerShards(self.shapes(), self.world.dense["fsdp"].get_group())

@@ -32,7 +32,7 @@ from freehold.core.errors import ArtifactError, FreeholdError
 from freehold.core.machine import FULL, disk_error
 from freehold.parallel import launch
 from freehold.parallel.config import SuperviseConfig
-from freehold.parallel.heart import DUMP, read_beat
+from freehold.parallel.heartbeat import DUMP, read_beat
 
 POLL_S = 0.1
 STOPPED_S = 5.0
@@ -50,7 +50,7 @@ class WorldFailed(FreeholdError):
     code = 3
 
 
-class RankToldError(FreeholdError):
+class RankError(FreeholdError):
     """A mistake of the user's that a rank met and told; starting again would meet it again."""
 
 
@@ -156,7 +156,7 @@ class Supervisor:
     def run(self) -> str:
         """Return what rank 0 printed once a world ended well.
 
-        Raises RankToldError for a mistake that a rank told, WorldFailed when the supervisor gives up, and
+        Raises RankError for a mistake that a rank told, WorldFailed when the supervisor gives up, and
         KeyboardInterrupt when the user asked to stop and the ranks have.
         """
         futile, full_times, full_since, before = 0, 0, 0.0, self.newest_step()
@@ -183,7 +183,7 @@ class Supervisor:
                     pause_s = min(2.0 ** min(futile - 1, 6) - 1, 60.0) if futile else 0.0
                 path = self._post_mortem(end, step, "give up" if gives_up else f"start again from step {max(step, 0)}")
                 if gives_up and end.told is not None:
-                    raise RankToldError(**end.told)
+                    raise RankError(**end.told)
                 if gives_up:
                     raise WorldFailed(
                         f"the run was given up: {futile + full_times} times in a row it ended without a new checkpoint",

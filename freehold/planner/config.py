@@ -10,7 +10,7 @@ from pydantic import Field
 from freehold.core.config import Config, unknown_key
 from freehold.core.errors import ConfigError
 from freehold.model.config import ModelConfig
-from freehold.parallel.config import ParallelConfig, must_lay_out, must_multiply_to
+from freehold.parallel.config import ParallelConfig, check_degrees, validate_layout
 from freehold.planner.hardware import DEVICES, INTERRUPTIONS_PER_DEVICE_HOUR, Device
 
 PARTS = ("attention_per_layer", "norms_per_layer", "dense_ffn", "expert", "shared_experts", "router")
@@ -124,8 +124,8 @@ class PlanConfig(Config):
     def _agree(self) -> PlanConfig:
         """Refuse degrees that cannot be laid out."""
         if self.machine.devices:
-            must_multiply_to(self.parallel, self.machine.devices, "devices (machine.devices)")
-        must_lay_out(
+            check_degrees(self.parallel, self.machine.devices, "devices (machine.devices)")
+        validate_layout(
             self.parallel,
             self.model,
             context_tokens=self.batch.context_tokens,

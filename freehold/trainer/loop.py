@@ -28,7 +28,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.checkpoint.background import Saver
 from freehold.core.artifact import read_json, write_json
 from freehold.core.errors import ArtifactError, CheckpointError, ConfigError, FreeholdError
@@ -36,7 +36,7 @@ from freehold.core.log import Log
 from freehold.data.digest import DataSum
 from freehold.data.loader import Order
 from freehold.data.packing import PADDING, Batch
-from freehold.kernels import native as kernels
+from freehold.kernels import cpu as kernels
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig, flops_per_token
 from freehold.model.moe import Routing
@@ -46,7 +46,7 @@ from freehold.optim.build import Optimizers
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig
 from freehold.optim.schedule import Schedule
 from freehold.parallel.config import ParallelConfig
-from freehold.parallel.heart import Heart
+from freehold.parallel.heartbeat import Heartbeat
 from freehold.parallel.mesh import world
 from freehold.trainer.collapse import Alarm, CollapseDetector, reinitialise
 from freehold.trainer.config import TrainerConfig
@@ -56,7 +56,7 @@ from freehold.trainer.spike import SpikeDetector
 
 if TYPE_CHECKING:
     from freehold.parallel.pipeline import Pipeline
-    from freehold.parallel.plan import Spread
+    from freehold.parallel.plan import ShardedTensors
 
 ROLLBACKS = "rollbacks.json"
 QUARANTINE = "log/quarantine.jsonl"
@@ -129,7 +129,7 @@ class Trainer:
         torch.set_num_threads(job.trainer.threads)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self.spread: Spread | None = None
+        self.spread: ShardedTensors | None = None
         self.pipeline: Pipeline | None = None
         self.moe_layers: dict[str, Routed] = {}
         """Every MoE layer of the model by name, also those of other pipeline stages."""
@@ -156,7 +156,7 @@ class Trainer:
         self.processes: list[list[int]] = []
         """[first step, processes that did it and those after it], one for each change."""
         self.fed = DataSum()
-        self.heart = Heart()
+        self.heartbeat = Heartbeat()
         self.saver = Saver(background=job.trainer.background_save)
         self.spikes = SpikeDetector(job.trainer.spike, job.schedule.first_step)
         self.monitor = LoadMonitor(self.moe_layers)
@@ -174,7 +174,7 @@ class Trainer:
         if weights is None:
             self.model.init_weights(torch.Generator().manual_seed(seed))
         else:
-            native.match_keys(weights, self.model.state_dict(), self.job.folder)
+            dcp.match_keys(weights, self.model.state_dict(), self.job.folder)
             self.model.load_state_dict(weights)
         self.model.to(self.world.device)
         self.moe_layers.update(self.model.moe_layers())
@@ -188,16 +188,16 @@ class Trainer:
 
         Values are drawn and dropped one tensor at a time: a process never holds the whole model.
         """
-        from freehold.parallel.plan import Spread, lay_out  # FSDP's imports are for those who need them
+        from freehold.parallel.plan import ShardedTensors, parallelize  # FSDP's imports are for those who need them
 
         with torch.device("meta"):
             self.model, whole = Afmoe(self.job.model), Afmoe(self.job.model)
-        lay_out(self.model, self.world, DTYPES[self.job.trainer.dtype])
+        parallelize(self.model, self.world, DTYPES[self.job.trainer.dtype])
         self.model.to_empty(device=self.world.device)
         for layer in self.model.moe_layers().values():
             layer.expert_bias.zero_()
             layer.load_counts.zero_()
-        self.spread = Spread(self.model, self.world)
+        self.spread = ShardedTensors(self.model, self.world)
         here = self.model.moe_layers()
         for name, layer in whole.moe_layers().items():
             bias, counts = (
@@ -205,7 +205,7 @@ class Trainer:
             )
             self.moe_layers[name] = here.get(name, RoutedElsewhere(bias, counts))
         if weights is not None:
-            native.match_keys(weights, whole.state_dict(), self.job.folder)
+            dcp.match_keys(weights, whole.state_dict(), self.job.folder)
             self._take_biases(weights)
         values = whole.initial_values(torch.Generator().manual_seed(seed)) if weights is None else weights.items()
         for name, value in values:
@@ -227,7 +227,7 @@ class Trainer:
 
     # -- state -------------------------------------------------------------------------------------------------
 
-    def state(self) -> native.State:
+    def state(self) -> dcp.State:
         """Return every tensor that decides what happens next; of a spread one, this process's parts of it (DTensor)."""
         model = {n: tensor.detach() for n, tensor in self._kept().items()}
         optimizer = self.optimizers.state_dict()
@@ -278,12 +278,12 @@ class Trainer:
         self._settle()
         decided = self.job.folder / ROLLBACKS
         # As rank 0 sees them, who wrote them: what another machine sees of a shared folder may be older.
-        self.rollbacks = native.together(lambda: read_json(decided)["rollbacks"] if decided.exists() else [])[0]
+        self.rollbacks = dcp.together(lambda: read_json(decided)["rollbacks"] if decided.exists() else [])[0]
         checkpoints = self.job.folder / "checkpoints"
         if self.world.is_main:
-            native.remove_unless(checkpoints, self._is_on_course)
+            dcp.remove_unless(checkpoints, self._is_on_course)
         self.world.barrier()
-        folder = native.last_good(checkpoints, self.log.warn)
+        folder = dcp.last_good(checkpoints, self.log.warn)
         if folder is None:
             self.processes = [[self.step, self.world.size]]
             return False
@@ -344,7 +344,7 @@ class Trainer:
         high, low = map(int, self.world.sum_all_(halves).tolist())
         return f"{((high << 32) + low) % (1 << 64):016x}"
 
-    def read(self, folder: Path) -> native.State:
+    def read(self, folder: Path) -> dcp.State:
         """Read a checkpoint into tensors that lie as those of this run do: of each, the part this rank holds."""
 
         kept = self._kept()
@@ -364,17 +364,17 @@ class Trainer:
                 return self.spread.whole_form(owner, torch.empty_like(self.masters[owner], dtype=dtype).detach())
             return torch.empty(size, dtype=dtype)
 
-        return native.load(folder, verify=False, empty=empty)
+        return dcp.load(folder, verify=False, empty=empty)
 
-    def adopt(self, state: native.State, folder: Path) -> None:
+    def adopt(self, state: dcp.State, folder: Path) -> None:
         """Take over weights, optimizer, balancing and random state of a checkpoint; CheckpointError if it is another
         model's."""
-        on_disk = (folder / native.STATE).exists()  # where each rank has read its own part only
-        here, held = self._kept(), native.read_names(folder) if on_disk else state
-        native.match_keys(held["model"], {name for each in native.gather(list(here)) for name in each}, folder)
+        on_disk = (folder / dcp.STATE).exists()  # where each rank has read its own part only
+        here, held = self._kept(), dcp.read_names(folder) if on_disk else state
+        dcp.match_keys(held["model"], {name for each in dcp.gather(list(here)) for name in each}, folder)
         if held.get("optimizer"):  # nothing is remembered before the first step
             owners = {key.rpartition(".")[0] for key in held["optimizer"]}
-            native.match_keys(owners, {name for each in native.gather(list(self.masters)) for name in each}, folder)
+            dcp.match_keys(owners, {name for each in dcp.gather(list(self.masters)) for name in each}, folder)
         shapes = {n: tensor.shape for n, tensor in here.items()} | (self.spread.shapes() if self.spread else {})
         with torch.no_grad():
             for name, tensor in here.items():
@@ -502,7 +502,7 @@ class Trainer:
         self.pipeline.step(ids, targets, documents, forward, passes.loss)
         self._collect()
 
-    def leave_out(self, batch: Batch) -> dict[str, Any]:
+    def skip_step(self, batch: Batch) -> dict[str, Any]:
         """Let a step pass that a roll-back decided to leave out; return its figures, which are not numbers."""
         for rollback in self.rollbacks:
             if rollback["first_step"] == self.step and rollback["layers"]:
@@ -552,7 +552,7 @@ class Trainer:
         position = self.job.schedule.at(self.step)
         return self.spikes.stands_out(self.step, self.step - position.index, loss)
 
-    def _heed_spikes(self) -> bool:
+    def _handle_spikes(self) -> bool:
         """When losses keep standing out, go back to a checkpoint or take them as usual; return whether it went back."""
         config = self.job.trainer.spike
         if self.spikes.in_a_row < config.patience_steps:
@@ -578,7 +578,7 @@ class Trainer:
 
     # -- collapse ----------------------------------------------------------------------------------------------
 
-    def heed(self, alarms: list[Alarm]) -> bool:
+    def handle_alarms(self, alarms: list[Alarm]) -> bool:
         """Say what collapses and do what the recipe asks for; return whether training went back to a checkpoint."""
         config = self.job.trainer.collapse
         layers = [alarm.number for alarm in alarms]
@@ -679,11 +679,11 @@ class Trainer:
         if not self.restore():
             self.log.rewind(self.step)
             if self._rolls_back:  # there must be something to go back to
-                self.save(native.step_folder(job.folder / "checkpoints", self.step), stage_type="step")
+                self.save(dcp.step_folder(job.folder / "checkpoints", self.step), stage_type="step")
         if self.step >= schedule.total_steps:
             self._prune()
             return
-        self.heart.beat(self.step, "start")
+        self.heartbeat.beat(self.step, "start")
         self.log.say(f"operators: {kernels.describe(DTYPES[config.dtype])}")
         peak = gemm_flops_per_s(DTYPES[config.dtype], self.world.device) * self.world.size
         context = job.order.batch(self.step, slice(0, 1)).input_ids.shape[1]
@@ -695,19 +695,19 @@ class Trainer:
         with _StopSignals() as stop:
             while self.step < schedule.total_steps:
                 position = schedule.at(self.step)
-                self.heart.beat(self.step, "step", loss=values.get("loss/mean"))
+                self.heartbeat.beat(self.step, "step", loss=values.get("loss/mean"))
                 if self._is_left_out(self.step):
-                    values = self.leave_out(self._batch())
+                    values = self.skip_step(self._batch())
                 else:
                     values = self.train_step(self._batch())
-                    if self._heed_spikes():
+                    if self._handle_spikes():
                         self.monitor.take()
                         started, tokens_then, steps_then = time.monotonic(), self.tokens, self.step
                         continue
                     if self.skipped[-1:] != [self.step - 1]:
                         counts = {name: layer.load_counts for name, layer in self.moe_layers.items()}
                         alarms = self.detector.watch(self.step - 1, counts)
-                        if alarms and self.heed(alarms):
+                        if alarms and self.handle_alarms(alarms):
                             self.monitor.take()
                             started, tokens_then, steps_then = time.monotonic(), self.tokens, self.step
                             continue
@@ -731,13 +731,13 @@ class Trainer:
                 if validate and (
                     done in ends or (config.validate_every_steps and done % config.validate_every_steps == 0)
                 ):
-                    self.heart.beat(done, "validate")
+                    self.heartbeat.beat(done, "validate")
                     bits = validate(self.model)
                     self.log.metrics(done, bits)
                     self.log.say(f"step {done}: validation bits per byte {bits['val/bpb']:.4f}")
                     started, tokens_then, steps_then = time.monotonic(), self.tokens, done
                 if done in ends or done % config.checkpoint_every_steps == 0 or asked:
-                    self.heart.beat(done, "save")
+                    self.heartbeat.beat(done, "save")
                     self._checkpoint(ends.get(done), must=asked)
                     started, tokens_then, steps_then = time.monotonic(), self.tokens, done
                 if asked and done < schedule.total_steps:
@@ -778,9 +778,7 @@ class Trainer:
             self.log.say(f"saved {declared.stage_type or 'checkpoint'}: {self.job.folder / declared.checkpoint}")
         must = must or phase is not None
         try:
-            self.save(
-                native.step_folder(self.job.folder / "checkpoints", self.step), self._pruning(), stage_type="step"
-            )
+            self.save(dcp.step_folder(self.job.folder / "checkpoints", self.step), self._pruning(), stage_type="step")
             if must:
                 self.saver.wait()
         except (ArtifactError, CheckpointError) as error:
@@ -812,7 +810,7 @@ class Trainer:
         ]
         needed = max([min(reach), *(r["first_step"] for r in self.rollbacks)])
         keep = functools.partial(
-            native.prune,
+            dcp.prune,
             self.job.folder / "checkpoints",
             keep_last=config.keep_last,
             keep_every_steps=config.keep_every_steps,

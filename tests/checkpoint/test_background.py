@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.checkpoint.background import Saver
 from freehold.core.errors import ArtifactError
 from freehold.model.config import ModelConfig
@@ -17,13 +17,13 @@ def state(value):
 
 def test_the_file_holds_the_state_of_the_call_though_training_went_on(tmp_path, monkeypatch):
     go = threading.Event()
-    real = native.save
+    real = dcp.save
 
     def slow(*args):
         assert go.wait(60)
         return real(*args)
 
-    monkeypatch.setattr(native, "save", slow)
+    monkeypatch.setattr(dcp, "save", slow)
     saver, held, done = Saver(background=True), state(1), []
     saver.save(tmp_path / "a", held, MODEL, {"step": 1}, then=lambda: done.append((tmp_path / "a").exists()))
     held["model"]["w"].fill_(2)
@@ -31,13 +31,13 @@ def test_the_file_holds_the_state_of_the_call_though_training_went_on(tmp_path, 
     go.set()
     saver.wait()
     assert done == [True]
-    assert native.load(tmp_path / "a")["model"]["w"].unique().tolist() == [1.0]
+    assert dcp.load(tmp_path / "a")["model"]["w"].unique().tolist() == [1.0]
 
 
 def test_in_the_foreground_it_is_there_at_once(tmp_path):
     saver = Saver(background=False)
     saver.save(tmp_path / "a", state(1), MODEL, {"step": 1})
-    assert native.check(tmp_path / "a") == {"step": 1}
+    assert dcp.check(tmp_path / "a") == {"step": 1}
 
 
 def test_what_goes_wrong_is_raised_by_the_next_call_and_only_once(tmp_path, monkeypatch):
@@ -46,11 +46,11 @@ def test_what_goes_wrong_is_raised_by_the_next_call_and_only_once(tmp_path, monk
 
     saver = Saver(background=True)
     with monkeypatch.context() as context:
-        context.setattr(native, "save", full)
+        context.setattr(dcp, "save", full)
         saver.save(tmp_path / "a", state(1), MODEL, {"step": 1})
         saver._thread.join()
     with pytest.raises(ArtifactError, match="No space left"):
         saver.save(tmp_path / "b", state(1), MODEL, {"step": 2})
     saver.save(tmp_path / "b", state(1), MODEL, {"step": 2})
     saver.wait()
-    assert native.check(tmp_path / "b") == {"step": 2}
+    assert dcp.check(tmp_path / "b") == {"step": 2}

@@ -11,7 +11,7 @@ from freehold.core.artifact import atomic_folder, read_json, read_manifest, writ
 from freehold.core.document import Conversation, Document, document_id, read_rows, replace, write_rows
 from freehold.core.errors import ArtifactError, CheckpointError, ConfigError, DataError
 from freehold.core.log import Log, read_metrics
-from freehold.core.machine import machine_limits, must_fit_memory
+from freehold.core.machine import check_memory_fits, machine_limits
 
 
 def make(folder):
@@ -132,9 +132,9 @@ def test_libraries_that_run_out_of_memory(allocate):
 
 
 def test_more_than_the_memory_is_told_before():
-    must_fit_memory(10**6, "little", "x")
+    check_memory_fits(10**6, "little", "x")
     with pytest.raises(ConfigError, match="much: about 1,000,000 GB"):
-        must_fit_memory(10**15, "much", "x")
+        check_memory_fits(10**15, "much", "x")
 
 
 def test_documents_and_conversations_round_trip(tmp_path):

@@ -2,7 +2,7 @@ import pytest
 
 from freehold.core.config import difference, fill, load_recipe, merge, parse_override
 from freehold.core.errors import ConfigError
-from freehold.stages.pretrain.config import StageConfig
+from freehold.stages.pretrain.config import PretrainConfig
 
 
 def write(path, text):
@@ -14,7 +14,7 @@ def test_base_recipe_overrides(tmp_path):
     write(tmp_path / "base.yaml", "name: b\npretrain:\n  optim: {lr: 1e-3}\n  batch: {sequences: 4}\n")
     recipe = write(tmp_path / "r.yaml", "base: base.yaml\nname: r\npretrain:\n  batch: {sequences: 8}\n")
     data = load_recipe(recipe, ["pretrain.optim.lr=3e-4", "--pretrain.trainer.recompute=true"])
-    config = fill(StageConfig, data["pretrain"], "pretrain")
+    config = fill(PretrainConfig, data["pretrain"], "pretrain")
     assert data["name"] == "r"
     assert (config.optim.lr, config.batch.sequences, config.trainer.recompute) == (3e-4, 8, True)
 
@@ -22,7 +22,7 @@ def test_base_recipe_overrides(tmp_path):
 def test_numbers_however_they_are_written_are_numbers_where_a_number_is_wanted(tmp_path):
     text = "pretrain:\n  optim: {lr: 3e-4, eps: .5, muon_lr: 0.020}\n  trainer: {keep_last: 007, recompute: yes}\n"
     text += "  phases: {a: {steps: 400_000, mixture: {code: 1e-1}, stage_type: 1e5}}\n"
-    config = fill(StageConfig, load_recipe(write(tmp_path / "r.yaml", text))["pretrain"], "pretrain")
+    config = fill(PretrainConfig, load_recipe(write(tmp_path / "r.yaml", text))["pretrain"], "pretrain")
     assert (config.optim.lr, config.optim.eps, config.optim.muon_lr) == (3e-4, 0.5, 0.02)
     assert (config.trainer.keep_last, config.trainer.recompute) == (7, True)
     assert (config.phases["a"].steps, config.phases["a"].mixture) == (400_000, {"code": 0.1})
@@ -63,14 +63,14 @@ def test_unknown_key_names_its_neighbour(override, says):
         data = merge(data, parse_override(item))
     base = {"model": {"preset": "laptop"}, "phases": {"stable": {"steps": 2}}}
     with pytest.raises(ConfigError, match="unknown key") as error:
-        fill(StageConfig, merge(base, data), "pretrain")
+        fill(PretrainConfig, merge(base, data), "pretrain")
     assert says in str(error.value)
     assert "pretrain." in str(error.value)
 
 
 def test_unknown_key_beside_a_missing_one_is_the_one_that_is_named():
     with pytest.raises(ConfigError, match="did you mean `steps`"):
-        fill(StageConfig, {"phases": {"stable": {"step": 24}}}, "pretrain")
+        fill(PretrainConfig, {"phases": {"stable": {"step": 24}}}, "pretrain")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_unknown_key_beside_a_missing_one_is_the_one_that_is_named():
 )
 def test_checkpoint_names_that_collide_with_files_of_the_stage(name):
     with pytest.raises(ConfigError, match=r"phases\.a\.checkpoint"):
-        fill(StageConfig, {"phases": {"a": {"steps": 1, "checkpoint": name}}}, "pretrain")
+        fill(PretrainConfig, {"phases": {"a": {"steps": 1, "checkpoint": name}}}, "pretrain")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_checkpoint_names_that_collide_with_files_of_the_stage(name):
 )
 def test_wrong_type_names_key_found_and_expected(override, where):
     with pytest.raises(ConfigError, match="not a valid value") as error:
-        fill(StageConfig, merge({"phases": {"stable": {"steps": 2}}}, parse_override(override)), "pretrain")
+        fill(PretrainConfig, merge({"phases": {"stable": {"steps": 2}}}, parse_override(override)), "pretrain")
     assert error.value.where.startswith(where)
     assert error.value.found
     assert error.value.expected
@@ -106,13 +106,13 @@ def test_wrong_type_names_key_found_and_expected(override, where):
 
 def test_missing_key():
     with pytest.raises(ConfigError, match="missing") as error:
-        fill(StageConfig, {"phases": {"stable": {}}}, "pretrain")
+        fill(PretrainConfig, {"phases": {"stable": {}}}, "pretrain")
     assert error.value.where == "pretrain.phases.stable.steps"
 
 
 def test_micro_batches_must_divide():
     with pytest.raises(ConfigError, match="multiple of micro_sequences"):
-        fill(StageConfig, {"batch": {"sequences": 8, "micro_sequences": 3}}, "pretrain")
+        fill(PretrainConfig, {"batch": {"sequences": 8, "micro_sequences": 3}}, "pretrain")
 
 
 def test_bad_recipes(tmp_path):

@@ -11,8 +11,8 @@ from freehold.core.errors import ConfigError, DataError
 from freehold.data import buffer as buffer_module
 from freehold.data.buffer import BufferOrder, BufferState, DocumentBuffer, text_order
 from freehold.data.config import BatchConfig, TextBatchConfig
+from freehold.data.exposure import trace_rows
 from freehold.data.loader import PhaseRows, Source, TextOrder, generator
-from freehold.data.trace import trace_rows
 
 SEPARATOR = 1
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from freehold.core.errors import DataError
+from freehold.data.exposure import trace_rows
 from freehold.data.loader import ConversationOrder, PhaseRows, Source, TextOrder, apportion
 from freehold.data.packing import IGNORE, PADDING, Example, conversation_batch, pack
-from freehold.data.trace import trace_rows
 
 EOT = 1
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.core.artifact import Workspace
 from freehold.core.config import fill
 from freehold.core.document import Conversation, write_rows
 from freehold.core.log import Log, read_metrics
-from freehold.stages.align.config import StageConfig
+from freehold.stages.align.config import AlignConfig
 from freehold.stages.align.run import run as align
 
 STEPS = 3
@@ -27,7 +27,7 @@ def inputs(tiny_model, tiny_tokenizer, tmp_path_factory):
     tiny_tokenizer.save(run / "tokenize" / "tokenizer")
     facts = {"step": 1, "tokens": 100, "stage_type": "Base", "tokenizer_sha256": tiny_tokenizer.sha256}
     (run / "pretrain").mkdir()
-    native.save(run / "pretrain" / "base", {"model": tiny_model.state_dict()}, tiny_model.config, facts)
+    dcp.save(run / "pretrain" / "base", {"model": tiny_model.state_dict()}, tiny_model.config, facts)
     talks = [
         Conversation(
             id=f"t{i}", source="talk", split="train",
@@ -50,7 +50,7 @@ def fine_tune(inputs: dict[str, Path], folder: Path, parallel: dict[str, int], l
         "parallel": parallel,
     }
     log = Log(folder if leads else None, quiet=True)
-    align(fill(StageConfig, config, "align"), Workspace(folder, "align", "t", 0, log, inputs, leads))
+    align(fill(AlignConfig, config, "align"), Workspace(folder, "align", "t", 0, log, inputs, leads))
 
 
 def apart(a, b):
@@ -60,22 +60,22 @@ def apart(a, b):
 
 
 def assert_equal(run, alone):
-    facts = [native.check(folder / "preview") for folder in (run, alone)]
+    facts = [dcp.check(folder / "preview") for folder in (run, alone)]
     assert all(facts[0][key] == facts[1][key] for key in ("step", "tokens", "data_sum", "parent", "skipped_steps"))
     losses = [[row["loss/mean"] for row in read_metrics(folder / "metrics.jsonl")] for folder in (run, alone)]
     assert len(losses[0]) == STEPS
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert apart(*(native.load(folder / "preview")["model"] for folder in (run, alone))) < 1e-5
+    assert apart(*(dcp.load(folder / "preview")["model"] for folder in (run, alone))) < 1e-5
     assert (run / "trace.parquet").read_bytes() == (alone / "trace.parquet").read_bytes()
 
 
 def test_two_processes_end_with_the_weights_of_one_and_one_goes_on_for_them(ranks, inputs, tmp_path, tiny_model):
     fine_tune(inputs, tmp_path / "one", {}, leads=True)
-    assert apart(native.load(tmp_path / "one" / "preview")["model"], tiny_model.state_dict()) > 0.01
+    assert apart(dcp.load(tmp_path / "one" / "preview")["model"], tiny_model.state_dict()) > 0.01
     ranks(2).run(fine_tune, inputs, tmp_path / "two", {"shard": 2, "expert": 2})
     assert_equal(tmp_path / "two", tmp_path / "one")
     shutil.rmtree(tmp_path / "two" / "preview")
-    shutil.rmtree(native.step_folder(tmp_path / "two" / "checkpoints", STEPS))
+    shutil.rmtree(dcp.step_folder(tmp_path / "two" / "checkpoints", STEPS))
     fine_tune(inputs, tmp_path / "two", {}, leads=True)
-    assert native.check(tmp_path / "two" / "preview")["processes"] == [[0, 2], [2, 1]]
+    assert dcp.check(tmp_path / "two" / "preview")["processes"] == [[0, 2], [2, 1]]
     assert_equal(tmp_path / "two", tmp_path / "one")

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.checkpoint.background import Saver
 from freehold.core.errors import ArtifactError, CheckpointError
 from freehold.model.config import ModelConfig
@@ -72,10 +72,8 @@ def differing(folder):
     """Read a checkpoint laid out for this world; return the names whose bits differ from what one process held."""
     grid, expected = mesh(), whole()
     sizes = {f"{part}/{name}": t for part, tensors in expected.items() for name, t in tensors.items()}
-    native.check(folder, shared=True)
-    found = native.load(
-        folder, verify=False, empty=lambda key, size, dtype: spread(torch.zeros(size, dtype=dtype), grid)
-    )
+    dcp.check(folder, shared=True)
+    found = dcp.load(folder, verify=False, empty=lambda key, size, dtype: spread(torch.zeros(size, dtype=dtype), grid))
     flat = {f"{part}/{name}": t for part, tensors in found.items() for name, t in tensors.items()}
     assert flat.keys() == sizes.keys()
     assert isinstance(flat["model/experts"], DTensor)
@@ -89,13 +87,13 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(ranks, tmp_path, writers
     assert len(list((tmp_path / "x" / "state").glob("*.distcp"))) == writers
     for readers in {2, 3, 4} - {writers}:
         assert ranks(readers).run(differing, tmp_path / "x") == [[]] * readers
-    alone = native.load(tmp_path / "x")
+    alone = dcp.load(tmp_path / "x")
     for part, tensors in whole().items():
         assert all(torch.equal(tensor, alone[part][name]) for name, tensor in tensors.items()), part
 
 
 def test_ranks_read_what_one_process_wrote(ranks, tmp_path):
-    native.save(tmp_path / "x", whole(), MODEL, {"step": 3})
+    dcp.save(tmp_path / "x", whole(), MODEL, {"step": 3})
     assert ranks(2).run(differing, tmp_path / "x") == [[], []]
 
 
@@ -118,15 +116,15 @@ def test_a_disk_that_refuses_one_rank_stops_all_and_leaves_what_was_there(ranks,
 
 def newest(folder):
     told = []
-    found = native.last_good(folder, told.append)
+    found = dcp.last_good(folder, told.append)
     return found and found.name, told
 
 
 def test_all_ranks_go_back_to_the_same_checkpoint_whoever_finds_the_damage(ranks, tmp_path):
     for step in (1, 2, 3):
-        ranks(2).run(save, native.step_folder(tmp_path, step))
+        ranks(2).run(save, dcp.step_folder(tmp_path, step))
     for step, file in ((3, "__1_0.distcp"), (2, "__0_0.distcp")):
-        path = native.step_folder(tmp_path, step) / "state" / file
+        path = dcp.step_folder(tmp_path, step) / "state" / file
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data if step == 3 else data[:-100])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.core.errors import CheckpointError
 from freehold.core.log import Log
 from freehold.data.loader import PhaseRows, Source, TextOrder
@@ -69,7 +69,7 @@ def write_again(folder, parallel, step):
 
 def equal(a, b, without=()):
     """Return the names of all tensors of two checkpoints whose bits differ; some parts may be `without` an equal."""
-    one, two = ({part: t for part, t in native.load(folder).items() if part not in without} for folder in (a, b))
+    one, two = ({part: t for part, t in dcp.load(folder).items() if part not in without} for folder in (a, b))
     assert one.keys() == two.keys()
     assert all(one[part].keys() == two[part].keys() for part in one)
     return [f"{p}/{n}" for p in one for n in one[p] if not torch.equal(one[p][n].nan_to_num(), two[p][n].nan_to_num())]
@@ -80,20 +80,20 @@ def test_four_then_two_then_three_processes(ranks, tmp_path):
     straight, losses = go_on(tmp_path / "one", {}, STEPS), []
     for size, parallel, until in worlds:
         losses += ranks(size).run(go_on, tmp_path / "many", parallel, until)[0]
-    here, there = (native.step_folder(tmp_path / name / "checkpoints", STEPS) for name in ("one", "many"))
-    one, many = native.check(here), native.check(there)
+    here, there = (dcp.step_folder(tmp_path / name / "checkpoints", STEPS) for name in ("one", "many"))
+    one, many = dcp.check(here), dcp.check(there)
     assert many["data_sum"] == one["data_sum"] != "0" * 16  # no row lost, repeated or moved to another step
     assert (many["step"], many["tokens"]) == (one["step"], one["tokens"])
     assert many["processes"] == [[0, 4], [2, 2], [4, 3]]
     assert losses == pytest.approx(straight, rel=1e-4)
-    a, b = native.load(here)["model"], native.load(there)["model"]
+    a, b = dcp.load(here)["model"], dcp.load(there)["model"]
     assert a.keys() == b.keys()
     assert max(float((a[n] - b[n]).norm() / a[n].norm().clamp_min(1e-6)) for n in a) < 0.05
 
 
 def test_what_one_world_wrote_another_reads_to_the_bit(ranks, tmp_path):
     ranks(4).run(go_on, tmp_path, {"shard": 2, "replicate": 2, "expert": 2}, 2)
-    written = native.step_folder(tmp_path / "checkpoints", 2)
+    written = dcp.step_folder(tmp_path / "checkpoints", 2)
     for size, parallel in ((2, {"shard": 2}), (3, {"shard": 3}), (4, {"shard": 2, "pipeline": 2})):
         ranks(size).run(write_again, tmp_path, parallel, 2)
         # The stages of a pipeline do not watch for a collapse.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freehold.kernels import native
+from freehold.kernels import cpu
 from freehold.model import ops
 from freehold.optim import muon
 
@@ -26,8 +26,8 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
 def _needs_kernels(request: pytest.FixtureRequest) -> None:
     parameters = getattr(request.node, "callspec", None)
     dtype = parameters.params.get("dtype") if parameters else None
-    if dtype is not None and not native.available(torch.empty(1, dtype=dtype)):
-        pytest.skip(native.describe(dtype))
+    if dtype is not None and not cpu.available(torch.empty(1, dtype=dtype)):
+        pytest.skip(cpu.describe(dtype))
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -54,7 +54,7 @@ def compare(kernel: Callable[..., Tensor], plain: Callable[..., Tensor], inputs:
 @pytest.mark.parametrize(("rows", "ins", "outs"), [(1, 16, 16), (7, 32, 48), (130, 16, 80), (1100, 96, 208)])
 def test_linear(dtype: torch.dtype, rows: int, ins: int, outs: int) -> None:
     x, w = random(rows, ins, dtype=dtype, seed=1), random(outs, ins, dtype=dtype, seed=2)
-    compare(native.linear, F.linear, [x, w])
+    compare(cpu.linear, F.linear, [x, w])
 
 
 @DTYPES
@@ -64,7 +64,7 @@ def test_experts(dtype: torch.dtype, counts: list[int]) -> None:
     x = random(sum(counts), 32, dtype=dtype, seed=1)
     weights = [random(experts, 2 * 48, 32, dtype=dtype, seed=2) / 6, random(experts, 32, 48, dtype=dtype, seed=3) / 7]
     compare(
-        lambda x, *w: native.experts(x, numbers, *w)[0],
+        lambda x, *w: cpu.experts(x, numbers, *w)[0],
         lambda x, *w: ops.grouped_swiglu_reference(x, numbers, *w),
         [x, *weights],
     )
@@ -74,7 +74,7 @@ def test_experts(dtype: torch.dtype, counts: list[int]) -> None:
 def test_feed_forward(dtype: torch.dtype) -> None:
     weights = [random(*shape, dtype=dtype, seed=n) / 6 for n, shape in enumerate([(80, 32), (80, 32), (32, 80)])]
     x = random(3, 190, 32, dtype=dtype, seed=5)
-    compare(lambda *a: native.feed_forward(*a)[0], ops.feed_forward_reference, [x, *weights])
+    compare(lambda *a: cpu.feed_forward(*a)[0], ops.feed_forward_reference, [x, *weights])
 
 
 @DTYPES
@@ -108,9 +108,9 @@ def test_attention(
 def test_norm_and_rotation(dtype: torch.dtype) -> None:
     x = random(2, 67, 3, 64, dtype=dtype, seed=1)
     gain = torch.linspace(0.5, 1.5, 64)
-    compare(lambda x: native.norm(x, gain, 1e-5, None, None), lambda x: F.rms_norm(x, (64,), gain.double(), 1e-5), [x])
+    compare(lambda x: cpu.norm(x, gain, 1e-5, None, None), lambda x: F.rms_norm(x, (64,), gain.double(), 1e-5), [x])
     leaf, exact = gain.clone().requires_grad_(), gain.double().requires_grad_()
-    native.norm(x, leaf, 1e-5, None, None).sum().backward()
+    cpu.norm(x, leaf, 1e-5, None, None).sum().backward()
     F.rms_norm(x.double(), (64,), exact, 1e-5).sum().backward()
     torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-3)
     angles = torch.linspace(0, 6, 67 * 32).view(67, 32)
@@ -120,23 +120,23 @@ def test_norm_and_rotation(dtype: torch.dtype) -> None:
         y = F.rms_norm(x, (64,), gain.double(), 1e-5).transpose(1, 2)
         return ops.rotate_reference(y, cos.double(), sin.double()).transpose(1, 2)
 
-    compare(lambda x: native.norm(x, gain, 1e-5, cos, sin), plain, [x])
+    compare(lambda x: cpu.norm(x, gain, 1e-5, cos, sin), plain, [x])
 
 
 @DTYPES
 def test_gate_gather_and_combine(dtype: torch.dtype) -> None:
     x, gate = random(65, 48, dtype=dtype, seed=1), 4 * random(65, 48, dtype=dtype, seed=2)
-    compare(native.gated, lambda x, g: x * g.sigmoid(), [x, gate])
+    compare(cpu.gated, lambda x, g: x * g.sigmoid(), [x, gate])
     path = ops.route(torch.randint(0, 6, (65, 3), generator=torch.Generator().manual_seed(3)))
-    compare(lambda x: native.gather(x, path.token, path.inverse), lambda x: ops.gather_reference(x, path), [x])
+    compare(lambda x: cpu.gather(x, path.token, path.inverse), lambda x: ops.gather_reference(x, path), [x])
     y, base, weights = random(195, 48, dtype=dtype, seed=4), random(65, 48, dtype=dtype, seed=5), torch.rand(65, 3)
     compare(
-        lambda y, b: native.combine(y, path.inverse, weights, b),
+        lambda y, b: cpu.combine(y, path.inverse, weights, b),
         lambda y, b: ops.combine_reference(y, path, weights.double(), b),
         [y, base],
     )
     leaf, exact = weights.clone().requires_grad_(), weights.double().requires_grad_()
-    native.combine(y, path.inverse, leaf, base).sum().backward()
+    cpu.combine(y, path.inverse, leaf, base).sum().backward()
     ops.combine_reference(y.double(), path, exact, base.double()).sum().backward()
     torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-4)
 
@@ -148,7 +148,7 @@ def test_cross_entropy(dtype: torch.dtype) -> None:
     partition = exact.logsumexp(1)
     nll = partition - exact.gather(1, targets[:, None]).squeeze(1)
     (0.5 * (nll.sum() + 0.01 * partition.square().sum())).backward()
-    found_nll, found_partition = native.cross_entropy_(logits, targets, 0.5, 0.01)
+    found_nll, found_partition = cpu.cross_entropy_(logits, targets, 0.5, 0.01)
     torch.testing.assert_close(found_nll.double(), nll.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found_partition.double(), partition.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.double(), exact.grad, rtol=0, atol=TOLERANCE[dtype] / 2)
@@ -159,10 +159,10 @@ def test_what_is_not_a_number_is_not_hidden(dtype: torch.dtype) -> None:
     x = random(40, 32, dtype=dtype, seed=1)
     x[3, 5], x[7, 1] = torch.nan, torch.inf
     for y in (
-        native.norm(x, torch.ones(32), 1e-5, None, None),
-        native.gated(x, x),
-        native.linear(x, x),
-        native.cross_entropy_(x.clone(), torch.zeros(40, dtype=torch.int64), 1.0, 0.0)[0],
+        cpu.norm(x, torch.ones(32), 1e-5, None, None),
+        cpu.gated(x, x),
+        cpu.linear(x, x),
+        cpu.cross_entropy_(x.clone(), torch.zeros(40, dtype=torch.int64), 1.0, 0.0)[0],
     ):
         assert not torch.isfinite(y[3]).all()
         assert torch.isfinite(y[4]).all() or y.shape[-1] == 40
@@ -184,8 +184,8 @@ def test_threads_do_not_change_the_bits(dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
         shapes = [(753, 32), (4, 64, 32), (4, 32, 32)]
         leaves = [random(*shape, dtype=dtype, seed=n).requires_grad_() for n, shape in enumerate(shapes)]
-        y = native.norm(native.experts(leaves[0], counts, *leaves[1:])[0], torch.ones(32), 1e-5, None, None)
-        y = native.linear(y, leaves[2][0])
+        y = cpu.norm(cpu.experts(leaves[0], counts, *leaves[1:])[0], torch.ones(32), 1e-5, None, None)
+        y = cpu.linear(y, leaves[2][0])
         results.append([y, *torch.autograd.grad(y.sum(), leaves)])
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -201,30 +201,30 @@ def test_registered_as_pytorch_wants_it(dtype: torch.dtype) -> None:
     counts, start = torch.tensor([5, 0, 30]), torch.zeros(2, 20, dtype=torch.int32)
     path = ops.route(torch.arange(70).view(35, 2) % 3)
     for operator, arguments in (
-        (native.linear, (leaf(40, 16), leaf(32, 16))),
-        (native.experts, (leaf(35, 16), counts, leaf(3, 32, 16), leaf(3, 16, 16))),
-        (native.feed_forward, (leaf(40, 16), leaf(32, 16), leaf(32, 16), leaf(16, 32))),
-        (native.gather, (leaf(35, 16), path.token, path.inverse)),
-        (native.combine, (leaf(70, 16), path.inverse, leaf(35, 2), leaf(35, 16))),
-        (native.norm, (leaf(40, 16), leaf(16), 1e-5, None, None)),
-        (native.gated, (leaf(40, 16), leaf(40, 16))),
-        (native.attention, (leaf(2, 20, 4, 16), leaf(2, 20, 2, 16), leaf(2, 20, 2, 16), start)),
+        (cpu.linear, (leaf(40, 16), leaf(32, 16))),
+        (cpu.experts, (leaf(35, 16), counts, leaf(3, 32, 16), leaf(3, 16, 16))),
+        (cpu.feed_forward, (leaf(40, 16), leaf(32, 16), leaf(32, 16), leaf(16, 32))),
+        (cpu.gather, (leaf(35, 16), path.token, path.inverse)),
+        (cpu.combine, (leaf(70, 16), path.inverse, leaf(35, 2), leaf(35, 16))),
+        (cpu.norm, (leaf(40, 16), leaf(16), 1e-5, None, None)),
+        (cpu.gated, (leaf(40, 16), leaf(40, 16))),
+        (cpu.attention, (leaf(2, 20, 4, 16), leaf(2, 20, 2, 16), leaf(2, 20, 2, 16), start)),
     ):
         torch.library.opcheck(operator, arguments)
     weight, copy = random(48, 16, dtype=torch.float32, seed=8), torch.empty(48, 16, dtype=dtype)
     numbers = {"scale": 0.5, "step": 3, "lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
     moments = torch.zeros(48, 16), torch.ones(48, 16)
-    torch.library.opcheck(native.adamw_, (weight, leaf(48, 16).detach(), *moments, copy), numbers)
+    torch.library.opcheck(cpu.adamw_, (weight, leaf(48, 16).detach(), *moments, copy), numbers)
     update = torch.empty(48, 16, dtype=torch.bfloat16)
-    torch.library.opcheck(native.muon_momentum_, (weight, leaf(48, 16).detach(), update, 0.5, 0.9, True))
-    torch.library.opcheck(native.muon_move_, (weight, update, copy, 0.1, 0.9))
-    torch.library.opcheck(native.square_sums, (leaf(48, 16).detach(),))
+    torch.library.opcheck(cpu.muon_momentum_, (weight, leaf(48, 16).detach(), update, 0.5, 0.9, True))
+    torch.library.opcheck(cpu.muon_move_, (weight, update, copy, 0.1, 0.9))
+    torch.library.opcheck(cpu.square_sums, (leaf(48, 16).detach(),))
 
 
 # --- when they cannot be had --------------------------------------------------------------------------------------
 
-SCRIPT = "import torch; from freehold.kernels import native; from freehold.model import ops; x = torch.ones(64, {n}); "
-SCRIPT += "print(native.describe(x.dtype)); "
+SCRIPT = "import torch; from freehold.kernels import cpu; from freehold.model import ops; x = torch.ones(64, {n}); "
+SCRIPT += "print(cpu.describe(x.dtype)); "
 SCRIPT += "ops.linear(x, torch.ones({n}, {n})); ops.linear(x, torch.ones({n}, {n}))"
 
 
@@ -256,7 +256,7 @@ def test_they_can_be_switched_off(tmp_path: Path) -> None:
 
 
 def test_a_shape_they_do_not_take_is_told_once(tmp_path: Path) -> None:
-    if not native.available(torch.empty(1)):
-        pytest.skip(native.describe(torch.float32))
+    if not cpu.available(torch.empty(1)):
+        pytest.skip(cpu.describe(torch.float32))
     _, told = run(tmp_path, width=24, XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME", ""))
     assert told == "kernels: row widths that are no multiples of 16 run on PyTorch's operators"

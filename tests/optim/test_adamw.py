@@ -3,7 +3,7 @@ import torch
 
 from freehold.core.config import fill
 from freehold.core.errors import ConfigError
-from freehold.kernels import native
+from freehold.kernels import cpu
 from freehold.optim.adamw import AdamW, gradient_norm
 from freehold.optim.build import Optimizers
 from freehold.optim.config import OptimConfig
@@ -14,9 +14,9 @@ SHAPES = ((40, 64), (7, 5), (16,), (300, 160))
 @pytest.fixture(params=["kernel", "pytorch"])
 def _path(request, monkeypatch):
     if request.param == "pytorch":
-        monkeypatch.setattr(native, "available", lambda *_: False)
-    elif not native.available(torch.empty(16)):
-        pytest.skip(native.describe(torch.float32))
+        monkeypatch.setattr(cpu, "available", lambda *_: False)
+    elif not cpu.available(torch.empty(16)):
+        pytest.skip(cpu.describe(torch.float32))
 
 
 def draw(seed, dtype, size=1.0):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from freehold.kernels import native
+from freehold.kernels import cpu
 from freehold.optim import muon as module
 from freehold.optim.build import Optimizers, decays, is_hidden_matrix
 from freehold.optim.config import OptimConfig
@@ -70,7 +70,7 @@ def test_bits_depend_on_neither_threads_nor_neighbours(monkeypatch):
     finally:
         torch.set_num_threads(threads)
     for name in shapes:
-        if native.available(torch.empty(0, dtype=torch.bfloat16)):
+        if cpu.available(torch.empty(0, dtype=torch.bfloat16)):
             assert torch.equal(together[name], apart[name]), name
             assert torch.equal(together[name], otherwise[name]), name
         assert torch.allclose(together[name], apart[name], atol=1e-2)
@@ -140,13 +140,13 @@ def test_state_round_trip_gives_the_same_next_step():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_and_pytorch_take_the_same_steps(dtype, monkeypatch):
-    if not native.available(torch.empty(16, dtype=dtype)):
-        pytest.skip(native.describe(dtype))
+    if not cpu.available(torch.empty(16, dtype=dtype)):
+        pytest.skip(cpu.describe(dtype))
     shapes = {"a": (3, 32, 48), "mlp.experts.gate_up_proj": (2, 64, 16), "tall": (64, 32), "odd": (10, 6)}
     results = []
     for kernels in (True, False):
         if not kernels:
-            monkeypatch.setattr(native, "available", lambda *_: False)
+            monkeypatch.setattr(cpu, "available", lambda *_: False)
         g = torch.Generator().manual_seed(3)
         named = {n: torch.randn(shape, generator=g).requires_grad_() for n, shape in shapes.items()}
         copies = {p: torch.empty_like(p, dtype=torch.bfloat16) for p in list(named.values())[:3]}

@@ -8,12 +8,12 @@ from freehold.core.config import fill
 from freehold.core.errors import ConfigError
 from freehold.model.config import ModelConfig
 from freehold.parallel import launch
-from freehold.parallel.config import ParallelConfig, must_lay_out, must_multiply_to
-from freehold.parallel.heart import FOLDER
+from freehold.parallel.config import ParallelConfig, check_degrees, validate_layout
+from freehold.parallel.heartbeat import FOLDER
 from freehold.parallel.join import join
-from freehold.parallel.launch import must_fit_machine
+from freehold.parallel.launch import check_fits_machine
 from freehold.parallel.mesh import World, place_of, world
-from freehold.stages.align.config import StageConfig as AlignConfig
+from freehold.stages.align.config import AlignConfig as AlignConfig
 
 MODEL = ModelConfig.model_validate({"preset": "laptop"})
 
@@ -47,7 +47,7 @@ def test_one_process_is_not_spread():
 
 def test_degrees_must_multiply():
     with pytest.raises(ConfigError, match=r"found: +replicate 2 x shard 3 .* = 6\n +expected: +4"):
-        must_multiply_to(ParallelConfig(replicate=2, shard=3), 4, "processes")
+        check_degrees(ParallelConfig(replicate=2, shard=3), 4, "processes")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_degrees_must_multiply():
 def test_what_cannot_be_dealt_names_its_key(degrees, batch, where):
     batch = {"context_tokens": 512, "sequences": 8, "micro_sequences": 0} | batch
     with pytest.raises(ConfigError) as error:
-        must_lay_out(ParallelConfig(**degrees), MODEL, **batch, stage="pretrain")
+        validate_layout(ParallelConfig(**degrees), MODEL, **batch, stage="pretrain")
     assert error.value.where == where
 
 
@@ -74,13 +74,13 @@ def test_a_mesh_larger_than_this_machine_is_not_started(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"(?s)align\.parallel\.nproc.*1000000 processes: about 300,000 GB.*--dry-run"
     ):
-        must_fit_machine(ParallelConfig(nproc=1_000_000), "align")
+        check_fits_machine(ParallelConfig(nproc=1_000_000), "align")
     with monkeypatch.context() as one:
         one.setattr(launch.Path, "glob", lambda *_: iter([Path("/dev/nvidia0")]))
         with pytest.raises(ConfigError, match=r"(?s)more processes than devices.*align\.parallel\.nproc.*found: +999"):
-            must_fit_machine(ParallelConfig(nproc=999, device="cuda"), "align")
+            check_fits_machine(ParallelConfig(nproc=999, device="cuda"), "align")
         one.setattr(launch.Path, "glob", lambda *_: iter([]))  # other makers' devices have other names
-        must_fit_machine(ParallelConfig(nproc=999, device="cuda"), "align")
+        check_fits_machine(ParallelConfig(nproc=999, device="cuda"), "align")
     monkeypatch.setenv("LOCAL_RANK", "999")
     with pytest.raises(ConfigError, match=r"(?s)no device for this process.*align\.parallel\.device.*LOCAL_RANK 999"):
         world(ParallelConfig(device="cuda"), "align")

@@ -4,13 +4,13 @@ import pytest
 
 from freehold.core.errors import ConfigError
 from freehold.model.config import ModelConfig
-from freehold.parallel.config import ParallelConfig, must_lay_out
+from freehold.parallel.config import ParallelConfig, validate_layout
 
 LAPTOP = ModelConfig.model_validate({"preset": "laptop"})
 
 
-def lay_out(parallel, sequences, micro_sequences):
-    must_lay_out(
+def parallelize(parallel, sequences, micro_sequences):
+    validate_layout(
         ParallelConfig(**parallel),
         LAPTOP,
         context_tokens=512,
@@ -32,7 +32,7 @@ def lay_out(parallel, sequences, micro_sequences):
 )
 def test_what_does_not_fill_a_pipeline_is_told(parallel, sequences, micro, where, words):
     with pytest.raises(ConfigError, match=words) as raised:
-        lay_out(parallel, sequences, micro)
+        parallelize(parallel, sequences, micro)
     assert raised.value.where == f"pretrain.{where}"
 
 
@@ -46,4 +46,4 @@ def test_what_does_not_fill_a_pipeline_is_told(parallel, sequences, micro, where
     ],
 )
 def test_what_fills_it_is_taken(parallel, sequences, micro):
-    lay_out(parallel, sequences, micro)
+    parallelize(parallel, sequences, micro)

@@ -12,7 +12,7 @@ from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.parallel.config import ParallelConfig
 from freehold.parallel.mesh import world
-from freehold.parallel.plan import lay_out, local
+from freehold.parallel.plan import local, parallelize
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_cluster_is_laid_out_on_meta_tensors(fake_ranks, preset, degrees, rank
     fake_ranks(rank, parallel.devices)
     with torch.device("meta"):
         model = Afmoe(ModelConfig.model_validate({"preset": preset}))
-    lay_out(model, world(parallel), torch.bfloat16)
+    parallelize(model, world(parallel), torch.bfloat16)
     named = dict(model.named_parameters())
     gains = sum(p.numel() for p in named.values() if p.ndim == 1)
     here = {name: local(p.detach()).numel() for name, p in named.items()}

@@ -15,26 +15,26 @@ from freehold.core.machine import disk_error
 from freehold.parallel import launch
 from freehold.parallel import supervise as supervise_module
 from freehold.parallel.config import SuperviseConfig
-from freehold.parallel.supervise import RankToldError, Supervisor, WorldFailed
+from freehold.parallel.supervise import RankError, Supervisor, WorldFailed
 
 RANK = """
 import json, os, signal, sys, time
 from pathlib import Path
-from freehold.parallel.heart import Heart, read_beat
+from freehold.parallel.heartbeat import Heartbeat, read_beat
 
-heart, rank, folder = Heart(), int(os.environ["RANK"]), Path(os.environ["FREEHOLD_HEARTBEAT"])
+heartbeat, rank, folder = Heartbeat(), int(os.environ["RANK"]), Path(os.environ["FREEHOLD_HEARTBEAT"])
 world, run = int(folder.name.removeprefix("world_")), folder.parent.parent
 checkpoint = run / "checkpoint"
 first = int(checkpoint.read_text()) if checkpoint.exists() else 0
 for step in range(first, 6):
-    heart.beat(step, "step", loss=1.5)
+    heartbeat.beat(step, "step", loss=1.5)
     if rank == 0:
         (run / "seen").open("a").write(f"{step} ")
     trouble(rank, step, world)
     time.sleep(0.02)
     if rank == 0:
         checkpoint.write_text(str(step // 2 * 2))
-heart.beat(6, "done")
+heartbeat.beat(6, "done")
 print(json.dumps({"counts": os.environ["MASTER_PORT"]}))
 """
 TELL_FULL = (
@@ -127,7 +127,7 @@ def test_a_rank_that_stays_behind_is_named_with_its_stack(supervise):
             time.sleep(60)
         if world == 1 and step == 3 and rank == 0:
             while read_beat(folder / "rank_1.json").get("step", 0) < 4:
-                heart.beat(3, "step", loss=time.time())
+                heartbeat.beat(3, "step", loss=time.time())
                 time.sleep(0.05)
             stuck_here()
         elif world == 1 and step == 4:
@@ -141,7 +141,7 @@ def test_a_rank_that_stays_behind_is_named_with_its_stack(supervise):
 
 
 def test_a_users_mistake_is_told_once_and_not_tried_again(supervise):
-    with pytest.raises(RankToldError, match="no such thing") as caught:
+    with pytest.raises(RankError, match="no such thing") as caught:
         supervise("""
             print(json.dumps({"error": {"what": "no such thing", "where": "recipe"}}))
             sys.exit(2)
@@ -157,7 +157,7 @@ def test_a_full_disk_is_waited_for(supervise):
 
 
 def test_a_disk_that_stays_full_ends_the_run(supervise):
-    with pytest.raises(RankToldError, match=os.strerror(28)):
+    with pytest.raises(RankError, match=os.strerror(28)):
         supervise(TELL_FULL, disk_wait_s=1)
     assert [e["decision"] for e in events(supervise) if e["event"] == "failed"] == [
         "start again from step 0", "give up",
@@ -248,7 +248,7 @@ def test_waiting_for_room_uses_up_no_relaunch(supervise, monkeypatch):
 
 def test_a_mistake_told_on_a_full_disk_is_a_mistake(supervise, monkeypatch):
     monkeypatch.setattr(supervise_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    with pytest.raises(RankToldError, match="no such thing"):
+    with pytest.raises(RankError, match="no such thing"):
         supervise("""
             print(json.dumps({"error": {"what": "no such thing", "where": "recipe"}}))
             sys.exit(2)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from freehold import cli, walk
+from freehold import cli
 from freehold.core.config import fill, merge
 from freehold.core.errors import ConfigError
-from freehold.kernels import native
+from freehold.kernels import cpu
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import PRESETS as SHAPES
 from freehold.model.config import flops_per_token, parameter_counts
@@ -21,6 +21,7 @@ from freehold.planner import estimate, memory, show
 from freehold.planner.config import PlanConfig, plan_of_recipe
 from freehold.planner.hardware import DEVICES, INTERRUPTIONS_PER_DEVICE_HOUR
 from freehold.planner.published import PRESETS, PUBLISHED
+from freehold.run import walk
 
 GIB = 2**30
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -165,7 +166,7 @@ def test_kept_bytes_are_what_autograd_keeps(shape):
     layers.append({"num_hidden_layers": 2, "num_dense_layers": 1})
     one, dense, moe = (kept_by_autograd({**base, **n}) for n in layers)
     d = shape["hidden_size"]
-    kernels = "native" if native.available(torch.empty(1, d, dtype=torch.bfloat16), d) else "fused"
+    kernels = "native" if cpu.available(torch.empty(1, d, dtype=torch.bfloat16), d) else "fused"
     planned = memory.kept_bytes(
         fill(PlanConfig, {"model": {**base, **layers[2]}, "machine": {"kernels": kernels}}, "plan")
     )

@@ -16,7 +16,7 @@ from freehold.core.artifact import Workspace
 from freehold.core.config import fill
 from freehold.core.document import Document, read_rows
 from freehold.core.log import Log
-from freehold.stages.gather.config import StageConfig
+from freehold.stages.gather.config import GatherConfig
 from freehold.stages.gather.run import run
 
 SPEECHES = {
@@ -57,7 +57,7 @@ def sdist(path: Path, members: dict[str, bytes], links: dict[str, str] | None = 
 
 def gather(folder: Path, sources: dict[str, Any], seed: int = 17, **keys: Any) -> dict[str, Any]:
     """Fill the config and run the stage into `folder`; returns its counts."""
-    config = fill(StageConfig, {"sources": sources, **keys}, "gather")
+    config = fill(GatherConfig, {"sources": sources, **keys}, "gather")
     folder.mkdir(parents=True, exist_ok=True)
     return run(config, Workspace(folder, "gather", "test", seed, Log(quiet=True)))
 

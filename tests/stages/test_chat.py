@@ -10,7 +10,7 @@ import pytest
 from freehold import api
 from freehold.infer.engine import ContextOverflow
 from freehold.stages.chat import run as chat_run
-from freehold.stages.chat.config import StageConfig, plan
+from freehold.stages.chat.config import ChatConfig, plan
 
 
 class Terminal(io.StringIO):
@@ -20,8 +20,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def config(path, **more) -> StageConfig:
-    return StageConfig(path=path, temperature=0, max_tokens=8, **more)
+def config(path, **more) -> ChatConfig:
+    return ChatConfig(path=path, temperature=0, max_tokens=8, **more)
 
 
 def typed(monkeypatch, *lines) -> None:
@@ -133,7 +133,7 @@ def test_a_long_conversation_loses_its_oldest_turns_and_says_so(tiny_checkpoint,
 @pytest.mark.parametrize("more", [{}, {"max_tokens": 512}])
 def test_answers_end_with_the_context(short_folder, more):
     out = io.StringIO()
-    chat_run.chat(StageConfig(path=short_folder, temperature=0, **more), io.StringIO("hi\n"), out)
+    chat_run.chat(ChatConfig(path=short_folder, temperature=0, **more), io.StringIO("hi\n"), out)
     assert out.getvalue() == " ".join(api.load(short_folder).generate("hi").split("\n")) + "\n"
 
 

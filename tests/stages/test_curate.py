@@ -18,7 +18,7 @@ from freehold.core.config import fill
 from freehold.core.document import Conversation, Document, document_id, read_rows, write_rows
 from freehold.core.errors import ConfigError, DataError
 from freehold.core.log import Log
-from freehold.stages.curate.config import StageConfig, plan
+from freehold.stages.curate.config import CurateConfig, plan
 from freehold.stages.curate.run import run
 
 QUESTION = "If a train leaves the blue station at noon and travels {} miles in three hours, how fast did it go?"
@@ -81,10 +81,10 @@ def gather(folder: Path, documents: Iterable[Document], talks: Iterable[Conversa
     return folder
 
 
-def curate(gathered: Path, folder: Path, config: StageConfig | None = None) -> dict[str, Any]:
+def curate(gathered: Path, folder: Path, config: CurateConfig | None = None) -> dict[str, Any]:
     work = Workspace(folder, "curate", "test", 0, Log(None, quiet=True), {"gather": gathered})
     folder.mkdir(parents=True, exist_ok=True)
-    return run(config or StageConfig(), work)
+    return run(config or CurateConfig(), work)
 
 
 def drops_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -231,10 +231,10 @@ def test_priority_decides_which_copy_stays(tmp_path: Path) -> None:
     gathered = gather(tmp_path / "gather", rows)
     curate(gathered, tmp_path / "by_name")
     assert [row["source"] for row in drops_of(tmp_path / "by_name").values()] == ["second"]
-    curate(gathered, tmp_path / "by_priority", StageConfig(priority=("second",)))
+    curate(gathered, tmp_path / "by_priority", CurateConfig(priority=("second",)))
     assert [row["source"] for row in drops_of(tmp_path / "by_priority").values()] == ["first"]
     with pytest.raises(DataError, match="no such source"):
-        curate(gathered, tmp_path / "wrong", StageConfig(priority=("third",)))
+        curate(gathered, tmp_path / "wrong", CurateConfig(priority=("third",)))
 
 
 def test_conversations(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_bad_inputs(tmp_path: Path) -> None:
         curate(gathered, tmp_path / "out3")
     gathered = gather(tmp_path / "gone", [document("s", "a", clean_texts()[0])])
     with pytest.raises(DataError, match="(?s)left no document.*'excluded': 1"):
-        curate(gathered, tmp_path / "out5", fill(StageConfig, {"exclude": {"sources": ["s"]}}, "curate"))
+        curate(gathered, tmp_path / "out5", fill(CurateConfig, {"exclude": {"sources": ["s"]}}, "curate"))
     gathered = gather(tmp_path / "task", [document("s", "a", clean_texts()[0])], tasks=[{"task": "sums"}])
     with pytest.raises(DataError, match="not a task item"):
         curate(gathered, tmp_path / "out4")
@@ -286,13 +286,13 @@ def test_bad_inputs(tmp_path: Path) -> None:
 
 def test_config_overrides_one_limit_of_one_kind() -> None:
     config = fill(
-        StageConfig, {"kinds": {"code": {"min_chars": 7}, "docstring": {"prose": {"min_words": 3}}}}, "curate"
+        CurateConfig, {"kinds": {"code": {"min_chars": 7}, "docstring": {"prose": {"min_words": 3}}}}, "curate"
     )
     assert config.kinds.code.min_chars == 7
     assert config.kinds.code.prose is None
     assert config.kinds.docstring.prose is not None
     assert config.kinds.docstring.prose.min_words == 3
-    assert config.kinds.docstring.prose.min_letters == StageConfig().kinds.docstring.prose.min_letters  # type: ignore[union-attr]
+    assert config.kinds.docstring.prose.min_letters == CurateConfig().kinds.docstring.prose.min_letters  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match="did you mean `threshold`"):
-        fill(StageConfig, {"near_duplicates": {"treshold": 0.5}}, "curate")
-    assert any("Jaccard >= 0.8" in line for line in plan(StageConfig()))
+        fill(CurateConfig, {"near_duplicates": {"treshold": 0.5}}, "curate")
+    assert any("Jaccard >= 0.8" in line for line in plan(CurateConfig()))

@@ -24,7 +24,7 @@ from freehold.core.config import fill
 from freehold.core.errors import ArtifactError, ConfigError, DataError
 from freehold.stages.curate import bias
 from freehold.stages.curate.classifier import train
-from freehold.stages.curate.config import Classifier, Decontamination, Overlap, RepeatedLines, StageConfig
+from freehold.stages.curate.config import Classifier, CurateConfig, Decontamination, Overlap, RepeatedLines
 from freehold.stages.curate.decontaminate import Questions, read_questions
 from freehold.stages.curate.dedup import cut_lines, cut_words, find_overlaps, repeated, winnow
 from freehold.stages.curate.toxicity import scorer
@@ -36,8 +36,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 SHORT = {"shard_bytes": 20_000}
 
 
-def config(**settings: Any) -> StageConfig:
-    return fill(StageConfig, settings, "curate")
+def config(**settings: Any) -> CurateConfig:
+    return fill(CurateConfig, settings, "curate")
 
 
 @pytest.fixture(scope="module")
@@ -266,8 +266,8 @@ from freehold.core.artifact import Workspace
 from freehold.core.config import fill
 from freehold.core.log import Log
 from freehold.stages.curate import engine, run, shards
-from freehold.stages.curate.config import StageConfig
-config = fill(StageConfig, {"shard_bytes": 20000}, "curate")
+from freehold.stages.curate.config import CurateConfig
+config = fill(CurateConfig, {"shard_bytes": 20000}, "curate")
 done, job = 0, shards.Job.of(Path(sys.argv[1]), Path(sys.argv[2]), config)
 for number in engine.make_all(job, shards.read_plan(job)):
     done += 1

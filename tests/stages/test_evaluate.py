@@ -26,7 +26,7 @@ from freehold.data.loader import Source
 from freehold.data.packing import cut
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
-from freehold.stages.evaluate.config import StageConfig, plan
+from freehold.stages.evaluate.config import EvaluateConfig, plan
 from freehold.stages.evaluate.items import Item, normalise, read_items, wilson
 from freehold.stages.evaluate.likelihood import batches, score
 from freehold.stages.evaluate.run import evaluate_model, gain, run
@@ -38,7 +38,7 @@ from freehold.trainer import validate
 
 QUIET = Log(quiet=True)
 WORDS = "the cat sat on a mat and the dog saw the cat; Paris is the capital of France. Zürich, 1914 – 1918."
-CONFIG = StageConfig(context_tokens=16, batch_items=3, max_answer_tokens=5, dtype="float32")
+CONFIG = EvaluateConfig(context_tokens=16, batch_items=3, max_answer_tokens=5, dtype="float32")
 SHAPE = {
     "hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2,
     "num_dense_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4,
@@ -417,17 +417,17 @@ def test_window_must_fit_the_model(checkpoints: Folders, tmp_path: Path) -> None
 
 def test_tasks_need_a_checkpoint_that_is_loaded() -> None:
     with pytest.raises(ConfigError, match="not a valid value") as error:
-        fill(StageConfig, {"checkpoints": ["base"]}, "evaluate")
+        fill(EvaluateConfig, {"checkpoints": ["base"]}, "evaluate")
     assert "preview is not" in str(error.value)
 
 
 def test_plan_says_what_will_be_measured() -> None:
-    assert plan(StageConfig()) == [
+    assert plan(EvaluateConfig()) == [
         "bits per byte of truebase, base, preview on up to 80,000 bytes of held-out text a source, "
         "512-token windows, bfloat16, beside xz -9 and zstd -19",
         "every held-out item by base, preview, answers up to 24 tokens",
     ]
-    config = StageConfig(max_bytes_per_source=None, max_items_per_task=9)
+    config = EvaluateConfig(max_bytes_per_source=None, max_items_per_task=9)
     assert "all held-out text" in plan(config)[0]
     assert "up to 9 held-out items of each task" in plan(config)[1]
-    assert len(plan(StageConfig(task_checkpoints=()))) == 1
+    assert len(plan(EvaluateConfig(task_checkpoints=()))) == 1

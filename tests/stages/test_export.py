@@ -17,14 +17,14 @@ import xllamacpp
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.core.artifact import Workspace, hash_files
 from freehold.core.errors import ArtifactError, ExportError, RequestError
 from freehold.core.log import Log
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import PRESETS, ModelConfig
 from freehold.stages.export import check, gguf_writer, reference, samples
-from freehold.stages.export.config import Proof, StageConfig, plan
+from freehold.stages.export.config import ExportConfig, Proof, plan
 from freehold.stages.export.llama import ExactLlama
 from freehold.stages.export.proof import probes, prove_gguf, prove_hf
 from freehold.stages.export.run import run
@@ -86,7 +86,7 @@ def align(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(folder / "tokenizer")
     config = ModelConfig(**MODEL)
     files = sorted((folder / "tokenizer").iterdir())
-    native.save(folder / "preview", {"model": random_state(config)}, config, {"step": 1}, files)
+    dcp.save(folder / "preview", {"model": random_state(config)}, config, {"step": 1}, files)
     return folder
 
 
@@ -97,8 +97,8 @@ def workspace(folder: Path, align: Path) -> Workspace:
 @pytest.fixture(scope="module")
 def exported(align: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     work = workspace(tmp_path_factory.mktemp("export"), align)
-    counts = run(StageConfig(name="Tiny", proof=SMALL_PROOF), work)
-    config, state = native.read_model(align / "preview")
+    counts = run(ExportConfig(name="Tiny", proof=SMALL_PROOF), work)
+    config, state = dcp.read_model(align / "preview")
     weights = {n: t.bfloat16().float() if t.ndim > 1 else t for n, t in state.items()}
     model = Afmoe(config)
     model.load_state_dict(weights)
@@ -122,7 +122,7 @@ def test_export_is_proven(exported: Exported) -> None:
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(exported: Exported, align: Path, tmp_path: Path) -> None:
-    run(StageConfig(name="Tiny", proof=SMALL_PROOF), workspace(tmp_path, align))
+    run(ExportConfig(name="Tiny", proof=SMALL_PROOF), workspace(tmp_path, align))
     assert hash_files(tmp_path) == hash_files(exported.work.folder)
 
 
@@ -222,7 +222,7 @@ def test_what_can_be_exported_is_not_refused() -> None:
 
 def test_refusal_writes_nothing(align: Path, tmp_path: Path) -> None:
     config = ModelConfig(**MODEL | {"mup_enabled": False})
-    native.save(
+    dcp.save(
         tmp_path / "align" / "preview",
         {"model": random_state(config)},
         config,
@@ -230,13 +230,13 @@ def test_refusal_writes_nothing(align: Path, tmp_path: Path) -> None:
         [align / "preview" / name for name in ("tokenizer.json", "tokenizer_config.json")],
     )
     with pytest.raises(ExportError, match="mup_enabled is off"):
-        run(StageConfig(), workspace(tmp_path / "export", tmp_path / "align"))
+        run(ExportConfig(), workspace(tmp_path / "export", tmp_path / "align"))
     assert hash_files(tmp_path / "export") == {}
 
 
 def test_a_stage_the_export_does_not_read_is_refused(align: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="does not read that stage"):
-        run(StageConfig(checkpoint="pretrain/base"), workspace(tmp_path, align))
+        run(ExportConfig(checkpoint="pretrain/base"), workspace(tmp_path, align))
 
 
 def test_another_tokenizer_is_refused(exported: Exported) -> None:
@@ -249,8 +249,8 @@ def test_another_tokenizer_is_refused(exported: Exported) -> None:
 
 
 def test_plan_says_what_fails() -> None:
-    assert any("1e-08" in line for line in plan(StageConfig()))
-    assert any("without F32" in line for line in plan(StageConfig(types=("Q8_0",))))
+    assert any("1e-08" in line for line in plan(ExportConfig()))
+    assert any("without F32" in line for line in plan(ExportConfig(types=("Q8_0",))))
 
 
 # --- tensors that do not add up ---
@@ -375,21 +375,21 @@ def test_wrong_hf_weights_and_tokenizer_fail(exported: Exported, tmp_path: Path)
 def test_failed_proof_keeps_its_figures(align: Path, tmp_path: Path) -> None:
     impossible = SMALL_PROOF.model_copy(update={"max_kl_q8_0": 1e-12})
     with pytest.raises(ExportError, match=r"Q8_0: mean KL[^$]*raise the limit"):
-        run(StageConfig(types=("Q8_0",), proof=impossible), workspace(tmp_path, align))
+        run(ExportConfig(types=("Q8_0",), proof=impossible), workspace(tmp_path, align))
     record = json.loads((tmp_path / "parity.json").read_text())["exports"]["Q8_0"]
     assert not record["passed"]
     assert record["mean_kl"] > 0
 
 
 def test_routing_that_is_all_ties_proves_nothing(align: Path, tmp_path: Path) -> None:
-    config, state = native.read_model(align / "preview")
+    config, state = dcp.read_model(align / "preview")
     for name, tensor in state.items():
         if "router" in name or "expert_bias" in name:
             tensor.zero_()
     files = [align / "preview" / name for name in ("tokenizer.json", "tokenizer_config.json")]
-    native.save(tmp_path / "align" / "preview", {"model": state}, config, {}, files)
+    dcp.save(tmp_path / "align" / "preview", {"model": state}, config, {}, files)
     with pytest.raises(ExportError, match="too close to call"):
-        run(StageConfig(types=()), workspace(tmp_path / "export", tmp_path / "align"))
+        run(ExportConfig(types=()), workspace(tmp_path / "export", tmp_path / "align"))
 
 
 # --- the parts of the proof ---

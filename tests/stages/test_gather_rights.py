@@ -19,7 +19,7 @@ from freehold.core.config import fill
 from freehold.core.errors import ConfigError, DataError, LicenceError
 from freehold.ledger import known
 from freehold.stages.gather import origins
-from freehold.stages.gather.config import StageConfig
+from freehold.stages.gather.config import GatherConfig
 from freehold.stages.gather.readers import page_text
 
 MIT = """MIT License
@@ -189,10 +189,10 @@ def test_nothing_stays_when_the_words_of_a_later_source_stop_the_run(tmp_path: P
 def test_a_policy_file_lies_below_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "policy.yaml").write_text("allow: [MIT, ISC]\nuses: [train]\nallow_copyleft: true\n")
     data = {"sources": {"c": {"kind": "stdlib"}}, "policy": {"file": str(tmp_path / "policy.yaml"), "allow": ["ISC"]}}
-    policy = fill(StageConfig, data, "gather").policy
+    policy = fill(GatherConfig, data, "gather").policy
     assert (policy.allow, policy.uses, policy.allow_copyleft) == (("ISC",), ("train",), True)
     with pytest.raises(ConfigError, match="no such recipe"):
-        fill(StageConfig, {**data, "policy": {"file": "nowhere.yaml"}}, "gather")
+        fill(GatherConfig, {**data, "policy": {"file": "nowhere.yaml"}}, "gather")
 
 
 DEP5 = """Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/

@@ -15,7 +15,7 @@ from freehold.core.config import fill
 from freehold.core.document import Conversation, Document, read_rows
 from freehold.core.errors import ConfigError
 from freehold.core.log import Log
-from freehold.stages.gather.config import StageConfig
+from freehold.stages.gather.config import GatherConfig
 from freehold.stages.gather.run import run
 from freehold.stages.gather.wordnet import Lexicon, senses
 
@@ -209,7 +209,7 @@ def test_a_dictionary_that_is_left_out_is_said(tmp_path: Path, capsys: pytest.Ca
     }  # fmt: skip
     made = {"kind": "generated", "reasoning": {}, "conversations": 5, "reasoning_items": 0}
     made |= {"wordnet": "words", "wordnet_bytes": 1000, "story_bytes": 2000}
-    config = fill(StageConfig, {"sources": {"words": words, "made": made}}, "gather")
+    config = fill(GatherConfig, {"sources": {"words": words, "made": made}}, "gather")
     run(config, Workspace(tmp_path, "gather", "test", 1, Log()))
     said = "".join(capsys.readouterr())
     assert "made: nothing made of `words` (wordnet), which is left out" in said

@@ -16,14 +16,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from freehold import walk
 from freehold.core.artifact import Workspace, hash_files, write_manifest
 from freehold.core.config import fill
 from freehold.core.document import Document, document_id, read_rows, write_rows
 from freehold.core.errors import ArtifactError, ConfigError, DataError, LicenceError
 from freehold.core.log import Log
+from freehold.run import walk
 from freehold.stages.rephrase.checks import HeldOut, judge, measure, names, numbers
-from freehold.stages.rephrase.config import Limits, StageConfig, plan
+from freehold.stages.rephrase.config import Limits, RephraseConfig, plan
 from freehold.stages.rephrase.prompts import PROMPTS, clean
 from freehold.stages.rephrase.run import cut, run
 from freehold.stages.rephrase.teacher import Answer, TeacherGone
@@ -120,11 +120,11 @@ def curated(folder: Path, count: int = 12, **more: Any) -> Path:
     return folder
 
 
-def settings(url: str, **more: Any) -> StageConfig:
+def settings(url: str, **more: Any) -> RephraseConfig:
     teacher = {"url": url, "model": "Condenser", "licence": "Apache-2.0", "licence_evidence": "its card"}
     data = {"teacher": {"kind": "endpoint", **teacher, **more.pop("teacher", {})}, "strategies": {"condensed": {}}}
     return fill(
-        StageConfig,
+        RephraseConfig,
         {**data, "passage_chars": [200, 1500], "tries": 2, "wait_s": 0, "concurrency": 3, **more},
         "rephrase",
     )
@@ -134,7 +134,7 @@ def workspace(folder: Path, curate: Path) -> Workspace:
     return Workspace(folder, "rephrase", "test", 7, Log(quiet=True), {"curate": curate})
 
 
-def rephrase(folder: Path, curate: Path, config: StageConfig) -> dict[str, Any]:
+def rephrase(folder: Path, curate: Path, config: RephraseConfig) -> dict[str, Any]:
     return run(config, workspace(folder, curate))
 
 
@@ -164,10 +164,10 @@ def test_rows_carry_seed_teacher_prompt_sampling_and_the_strictest_licence(tmp_p
 
 
 def test_without_a_teacher_nothing_is_written(tmp_path: Path) -> None:
-    counts = rephrase(tmp_path / "out", curated(tmp_path / "curate"), StageConfig())
+    counts = rephrase(tmp_path / "out", curated(tmp_path / "curate"), RephraseConfig())
     assert counts["documents"] == 0
     assert not (tmp_path / "out").exists()
-    assert plan(StageConfig()) == ["no teacher: nothing is rewritten"]
+    assert plan(RephraseConfig()) == ["no teacher: nothing is rewritten"]
 
 
 def test_what_is_written_does_not_hang_on_the_order_of_answers(tmp_path: Path, serve: Any) -> None:
@@ -382,7 +382,7 @@ def test_a_gguf_teacher_that_is_not_there(tmp_path: Path, teacher: dict[str, str
         "passage_chars": [200, 999],
     }
     with pytest.raises(ConfigError, match=says):
-        rephrase(tmp_path / "out", curated(tmp_path / "curate"), fill(StageConfig, data, "rephrase"))
+        rephrase(tmp_path / "out", curated(tmp_path / "curate"), fill(RephraseConfig, data, "rephrase"))
 
 
 def test_facts_of_a_text() -> None:

@@ -18,7 +18,7 @@ from freehold.core.errors import ArtifactError
 from freehold.infer.sampler import Sampling
 from freehold.stages.serve.app import create_app
 from freehold.stages.serve.backends import Served
-from freehold.stages.serve.config import StageConfig
+from freehold.stages.serve.config import ServeConfig
 from freehold.stages.serve.worker import Worker
 from freehold.tokenizer.chat import render_ids
 
@@ -54,7 +54,7 @@ def loaded(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def server(loaded):
-    with Running(create_app(Served(MODEL, loaded.engine, loaded.tokenizer), StageConfig())) as running:
+    with Running(create_app(Served(MODEL, loaded.engine, loaded.tokenizer), ServeConfig())) as running:
         yield running
 
 
@@ -440,7 +440,7 @@ class Script:
 @pytest.fixture
 def script(tiny_tokenizer):
     backend = Script(tiny_tokenizer)
-    config = StageConfig(max_queue=1)
+    config = ServeConfig(max_queue=1)
     with Running(create_app(Served(MODEL, backend, tiny_tokenizer), config, api_key="secret")) as running:
         backend.client = openai.OpenAI(base_url=running.address + "/v1", api_key="secret", max_retries=0)
         yield backend
@@ -595,7 +595,7 @@ def test_requests_that_take_turns_get_what_they_get_alone(loaded):
         alone = [await answers(client, options) for options in asked]
         return alone, await asyncio.gather(*(answers(client, options) for options in asked))
 
-    with Running(create_app(served, StageConfig())) as running:
+    with Running(create_app(served, ServeConfig())) as running:
         alone, together = asyncio.run(ask(running.address))
     assert together == alone
 

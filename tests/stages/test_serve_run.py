@@ -25,7 +25,7 @@ from freehold.infer.engine import ContextOverflow
 from freehold.infer.sampler import Sampling
 from freehold.stages.serve import run as serve_run
 from freehold.stages.serve.backends import open_model
-from freehold.stages.serve.config import StageConfig, plan
+from freehold.stages.serve.config import ServeConfig, plan
 
 
 def workspace(folder, checkpoint) -> Workspace:
@@ -34,7 +34,7 @@ def workspace(folder, checkpoint) -> Workspace:
 
 
 def test_the_walk_asks_a_real_server_and_keeps_the_answer(tiny_checkpoint, tmp_path):
-    config = StageConfig(answer_tokens=8, question="What is the capital of Peru?", model_name="tiny", max_batch=2)
+    config = ServeConfig(answer_tokens=8, question="What is the capital of Peru?", model_name="tiny", max_batch=2)
     counts = serve_run.run(config, workspace(tmp_path / "serve", tiny_checkpoint))
     kept = json.loads((tmp_path / "serve" / "answer.json").read_text())
     assert kept["question"] == config.question
@@ -47,7 +47,7 @@ def test_the_walk_asks_a_real_server_and_keeps_the_answer(tiny_checkpoint, tmp_p
 
 
 def test_a_question_that_is_refused_fails_the_stage_with_the_reason(tiny_checkpoint, tmp_path):
-    config = StageConfig(answer_tokens=8, max_model_len=16)
+    config = ServeConfig(answer_tokens=8, max_model_len=16)
     with pytest.raises(serve_run.ServeError, match="found 33 tokens; expected at most 16"):
         serve_run.run(config, workspace(tmp_path / "serve", tiny_checkpoint))
 
@@ -88,7 +88,7 @@ def test_a_signal_ends_it_cleanly(tiny_checkpoint, number, capsys):
         threading.Thread(target=work).start()
 
     before = signal.getsignal(number)
-    serve_run.serve(StageConfig(path=tiny_checkpoint, port=0), ready=stop)
+    serve_run.serve(ServeConfig(path=tiny_checkpoint, port=0), ready=stop)
     assert signal.getsignal(number) is before
     assert capsys.readouterr().err.endswith("stopped\n")
 
@@ -97,20 +97,20 @@ def test_a_taken_port_is_told_before_the_model_is_opened(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(serve_run.ServeError, match=f"--port {port + 1}") as caught:
-            serve_run.serve(StageConfig(path=tmp_path / "nowhere", port=port))
+            serve_run.serve(ServeConfig(path=tmp_path / "nowhere", port=port))
     assert "in use" in caught.value.what
 
 
 def test_an_address_that_is_not_ours_is_refused(tmp_path):
     for host in ("192.0.2.1", "no such host"):
         with pytest.raises(serve_run.ServeError, match="cannot listen there"):
-            serve_run.serve(StageConfig(path=tmp_path, host=host, port=0))
+            serve_run.serve(ServeConfig(path=tmp_path, host=host, port=0))
 
 
 def test_what_to_serve_must_be_said():
     with pytest.raises(ConfigError, match="serve.path"):
-        serve_run.serve(StageConfig())
-    assert "capital" in plan(StageConfig())[0]
+        serve_run.serve(ServeConfig())
+    assert "capital" in plan(ServeConfig())[0]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def exported(tiny_model, tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gguf(exported):
-    served = open_model(StageConfig(max_model_len=256), exported / "gguf" / "Tiny-F32.gguf")
+    served = open_model(ServeConfig(max_model_len=256), exported / "gguf" / "Tiny-F32.gguf")
     yield served
     served.close()
     assert served.backend._llama.process.returncode == 0
@@ -209,24 +209,24 @@ def test_what_a_gguf_file_cannot_do_is_refused(gguf):
 
 
 def test_a_gguf_files_context_is_the_models(exported):
-    served = open_model(StageConfig(tokenizer=exported / "hf"), exported / "gguf" / "Tiny-F32.gguf")
+    served = open_model(ServeConfig(tokenizer=exported / "hf"), exported / "gguf" / "Tiny-F32.gguf")
     served.close()
     assert served.backend.limit_tokens == 1024
 
 
 def test_what_is_no_gguf_file_is_refused(exported, tmp_path):
     with pytest.raises(ArtifactError, match="no tokenizer beside"):
-        open_model(StageConfig(), tmp_path / "model.gguf")
+        open_model(ServeConfig(), tmp_path / "model.gguf")
     with pytest.raises(ArtifactError, match="no such file"):
-        open_model(StageConfig(tokenizer=exported / "hf"), tmp_path / "model.gguf")
+        open_model(ServeConfig(tokenizer=exported / "hf"), tmp_path / "model.gguf")
     (tmp_path / "model.gguf").write_bytes(b"not one")
     with pytest.raises(ArtifactError, match="cannot open") as caught:
-        open_model(StageConfig(tokenizer=exported / "hf"), tmp_path / "model.gguf")
+        open_model(ServeConfig(tokenizer=exported / "hf"), tmp_path / "model.gguf")
     assert "invalid magic characters" in str(caught.value)  # llama.cpp's own words
 
 
 def test_a_llama_cpp_that_died_is_told_as_that(exported):
-    served = open_model(StageConfig(), exported / "gguf" / "Tiny-F32.gguf")
+    served = open_model(ServeConfig(), exported / "gguf" / "Tiny-F32.gguf")
     served.backend._llama.process.kill()
     for _ in range(2):
         with pytest.raises(ArtifactError, match="died at /completion"):
@@ -237,4 +237,4 @@ def test_a_llama_cpp_that_died_is_told_as_that(exported):
 def test_without_xllamacpp_gguf_files_are_refused(exported, monkeypatch):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(ArtifactError, match="freehold\\[export\\]"):
-        open_model(StageConfig(), exported / "gguf" / "Tiny-F32.gguf")
+        open_model(ServeConfig(), exported / "gguf" / "Tiny-F32.gguf")

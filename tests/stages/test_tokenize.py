@@ -10,7 +10,7 @@ from freehold.core.errors import ArtifactError, DataError
 from freehold.core.log import Log
 from freehold.data.shards import ShardSet
 from freehold.stages.export.samples import KINDS, SCRIPTS
-from freehold.stages.tokenize.config import StageConfig, plan
+from freehold.stages.tokenize.config import TokenizeConfig, plan
 from freehold.stages.tokenize.run import run, sample
 from freehold.tokenizer.bpe import Tokenizer
 
@@ -45,7 +45,7 @@ def curated(folder: Path, rows: list[Document]) -> Path:
 
 def tokenize(folder: Path, inputs: Path, seed: int = 0, **config: Any) -> dict[str, Any]:
     work = Workspace(folder, "tokenize", "test", seed, Log(quiet=True), {"curate": inputs})
-    return run(StageConfig(**{"vocab_size": 700, **config}), work)
+    return run(TokenizeConfig(**{"vocab_size": 700, **config}), work)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,6 @@ def test_given_tokenizer_needs_training_text_too(inputs: Path, tmp_path: Path) -
 
 
 def test_plan_says_what_it_implies() -> None:
-    assert "8,192 tokens = 32 specials + 256 bytes + 7,904 merges" in plan(StageConfig())[0]
-    assert "4 bytes a token" in plan(StageConfig(vocab_size=200_000, digit_groups=True))[1]
-    assert "used as it is" in plan(StageConfig(tokenizer=Path("x")))[0]
+    assert "8,192 tokens = 32 specials + 256 bytes + 7,904 merges" in plan(TokenizeConfig())[0]
+    assert "4 bytes a token" in plan(TokenizeConfig(vocab_size=200_000, digit_groups=True))[1]
+    assert "used as it is" in plan(TokenizeConfig(tokenizer=Path("x")))[0]

@@ -6,7 +6,7 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.core.artifact import Workspace, write_manifest
 from freehold.core.config import fill, merge, parse_override
 from freehold.core.config import override as config_override
@@ -14,12 +14,12 @@ from freehold.core.document import Conversation, Document, document_id, write_ro
 from freehold.core.errors import CheckpointError, ConfigError, DataError
 from freehold.core.log import Log
 from freehold.data.shards import ShardSet
-from freehold.ledger.trace import trace_step
-from freehold.stages.align.config import StageConfig as AlignConfig
+from freehold.run.trace import trace_step
+from freehold.stages.align.config import AlignConfig as AlignConfig
 from freehold.stages.align.run import run as align
-from freehold.stages.pretrain.config import StageConfig as PretrainConfig
+from freehold.stages.pretrain.config import PretrainConfig as PretrainConfig
 from freehold.stages.pretrain.run import run as pretrain
-from freehold.stages.tokenize.config import StageConfig as TokenizeConfig
+from freehold.stages.tokenize.config import TokenizeConfig as TokenizeConfig
 from freehold.stages.tokenize.run import run as tokenize
 
 RIGHTS = {
@@ -87,7 +87,7 @@ def run(tmp_path_factory):
 
 
 def test_chain_of_checkpoints(run):
-    truebase, base, preview = (native.check(run / p) for p in ("pretrain/truebase", "pretrain/base", "align/preview"))
+    truebase, base, preview = (dcp.check(run / p) for p in ("pretrain/truebase", "pretrain/base", "align/preview"))
     assert [f["stage_type"] for f in (truebase, base, preview)] == ["TrueBase", "Base", "Preview"]
     assert (truebase["step"], base["step"], preview["step"]) == (4, 6, 3)
     assert base["tokens"] == 6 * 64
@@ -108,8 +108,8 @@ def test_decay_branch_from_truebase(run, tmp_path):
     data = merge(PRETRAIN, {"parent": str(run / "pretrain/truebase"), "phases": {"stable": None}})
     counts = pretrain(fill(PretrainConfig, data, "pretrain"), _beside(run, tmp_path))
     assert counts["steps"] == 6
-    branch = native.load(tmp_path / "pretrain/base")["model"]
-    whole = native.load(run / "pretrain/base")["model"]
+    branch = dcp.load(tmp_path / "pretrain/base")["model"]
+    whole = dcp.load(run / "pretrain/base")["model"]
     assert all((branch[name] == whole[name]).all() for name in whole)
 
 
@@ -120,11 +120,11 @@ def test_buffer_order_and_its_branch(run, tmp_path):
     only_anneal = {"phases": {"stable": None}}
     branch = merge(data, {"parent": str(tmp_path / "whole/pretrain/truebase"), **only_anneal})
     pretrain(fill(PretrainConfig, branch, "pretrain"), _beside(run, tmp_path / "branch"))
-    weights = [native.load(tmp_path / name / "pretrain/base")["model"] for name in ("whole", "branch")]
+    weights = [dcp.load(tmp_path / name / "pretrain/base")["model"] for name in ("whole", "branch")]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     work = _beside(run, tmp_path / "other")
     pretrain(fill(PretrainConfig, merge(branch, {"parent": str(run / "pretrain/truebase")}), "pretrain"), work)
-    facts = [native.check(tmp_path / name / "pretrain/base") for name in ("branch", "other")]
+    facts = [dcp.check(tmp_path / name / "pretrain/base") for name in ("branch", "other")]
     assert sum(facts[0]["consumed"]["6"].values()) == 6 * 2
     assert sum(facts[1]["consumed"]["6"].values()) == 2 * 2
 
@@ -137,7 +137,7 @@ def test_parent_alone_is_kept_with_what_it_saw(run, tmp_path):
     assert (counts["steps"], counts["checkpoints"]) == (6, {"base": "Base"})
     for name in ("base/manifest.json", "trace.parquet"):
         assert (tmp_path / "pretrain" / name).read_bytes() == (run / "pretrain" / name).read_bytes()
-    native.check(tmp_path / "pretrain/base")
+    dcp.check(tmp_path / "pretrain/base")
     with pytest.raises(ConfigError, match="at least one phase"):
         fill(PretrainConfig, PRETRAIN | {"phases": {}}, "pretrain")
 
@@ -149,7 +149,7 @@ def test_branch_from_inside_a_phase(run, tmp_path):
     parent = tmp_path / "whole/checkpoints/step_00000004"
     data = merge(data, {"parent": str(parent), "phases": {"stable": {"steps": 2}}})
     assert pretrain(fill(PretrainConfig, data, "pretrain"), _beside(run, tmp_path))["steps"] == 6
-    ends = [native.check(tmp_path / p)["consumed"]["6"] for p in ("whole/truebase", "pretrain/truebase")]
+    ends = [dcp.check(tmp_path / p)["consumed"]["6"] for p in ("whole/truebase", "pretrain/truebase")]
     assert sum(ends[0].values()) == sum(ends[1].values()) == 12
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.core.artifact import write_json
 from freehold.core.errors import ConfigError
 from freehold.core.log import Log, read_metrics
@@ -285,7 +285,7 @@ def test_without_a_remedy_it_is_told_and_does_not_recover(runs: Callable[[str], 
     assert {alarm["layer"] for alarm in trainer.alarms[:2]} == {"model.layers.1.mlp", "model.layers.2.mlp"}
     told = [row for row in read_metrics(folder / "metrics.jsonl") if "moe/alarm" in row]
     assert (told[0]["step"], told[0]["moe/alarm"]) == (first["step"] + 1, [1, 2])
-    assert native.check(folder / "truebase")["alarms"][0]["reason"] == "rise"
+    assert dcp.check(folder / "truebase")["alarms"][0]["reason"] == "rise"
 
 
 @pytest.mark.parametrize("action", ["raise_rate", "reinitialise", "roll_back"])
@@ -319,7 +319,7 @@ def test_reinitialising_draws_routing_anew_and_forgets_its_past(tmp_path: Path) 
     name = "model.layers.1.mlp"
     trainer.moe_layers[name].expert_bias[5] = 3
     before = {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in trainer.state().items()}
-    trainer.heed([Alarm(name, "rise", 2, 1, (5,), 1.5), Alarm("model.layers.2.mlp", "dead", 2, 0, (3,), 0.0)])
+    trainer.handle_alarms([Alarm(name, "rise", 2, 1, (5,), 1.5), Alarm("model.layers.2.mlp", "dead", 2, 0, (3,), 0.0)])
     after = trainer.state()
     changed = {
         (part, key): sorted({int(i) for i in (tensor != before[part][key]).nonzero()[:, 0]})
@@ -358,7 +358,7 @@ def test_roll_back_leaves_out_the_batches_and_names_them(
     assert FAULT in left_out
     assert len(left_out) <= 12
     assert decision["layers"] == [1, 2]
-    facts = native.check(folder / "checkpoints" / f"step_{END:08d}")
+    facts = dcp.check(folder / "checkpoints" / f"step_{END:08d}")
     assert facts["skipped_steps"] == trainer.skipped == left_out
     assert facts["rollbacks"] == [decision]
     assert facts["tokens"] == END * 128
@@ -398,9 +398,9 @@ def test_killed_around_a_roll_back_it_ends_with_the_same_bits(
         return die
 
     places = {
-        "decided": (native, "remove_unless", lambda _: decided.exists()),
-        "while removing": (native.shutil, "rmtree", lambda path: decided.exists() and path.name == "step_00000030.tmp"),
-        "in the replay": (Trainer, "leave_out", lambda trainer: trainer.step == FAULT + 1),
+        "decided": (dcp, "remove_unless", lambda _: decided.exists()),
+        "while removing": (dcp.shutil, "rmtree", lambda path: decided.exists() and path.name == "step_00000030.tmp"),
+        "in the replay": (Trainer, "skip_step", lambda trainer: trainer.step == FAULT + 1),
     }
     module, name, when = places[moment]
     with monkeypatch.context() as patch:
@@ -449,7 +449,7 @@ def test_without_a_good_checkpoint_it_says_so_and_can_start_anew(start: Path, tm
         path.write_text("{")
     trainer.step = 31
     with pytest.raises(TrainingError, match="no checkpoint from before the collapse is left"):
-        trainer.heed([Alarm("model.layers.1.mlp", "rise", 30, 28, (0, 1), 1.5)])
+        trainer.handle_alarms([Alarm("model.layers.1.mlp", "rise", 30, 28, (0, 1), 1.5)])
     again = make(folder, "roll_back")
     assert not again.restore()
     assert (again.step, again.rollbacks) == (0, [{"first_step": 28, "end_step": 31, "layers": [1]}])
@@ -463,6 +463,6 @@ def test_raising_a_step_that_is_not_taken_is_refused(tmp_path: Path) -> None:
 
 def test_dead_experts_are_no_reason_to_roll_back(tmp_path: Path) -> None:
     trainer = make(tmp_path, "roll_back", kind=Trainer)
-    assert not trainer.heed([Alarm("model.layers.1.mlp", "dead", 90, 55, (3,), 0.0)])
+    assert not trainer.handle_alarms([Alarm("model.layers.1.mlp", "dead", 90, 55, (3,), 0.0)])
     assert [alarm["action"] for alarm in trainer.alarms] == ["none"]
     assert not (tmp_path / loop.ROLLBACKS).exists()

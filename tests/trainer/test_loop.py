@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.core.errors import ArtifactError, CheckpointError
 from freehold.core.log import Log, read_metrics
 from freehold.data.loader import PhaseRows, Source, TextOrder
 from freehold.data.packing import IGNORE, PADDING, Batch
-from freehold.kernels import native as kernels
+from freehold.kernels import cpu as kernels
 from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
@@ -78,7 +78,7 @@ def test_loss_falls_and_named_checkpoints_are_kept(straight):
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[-1]["loss/mean"] < rows[0]["loss/mean"]
     assert set(hashes(straight)) == {"truebase", "base", "step_00000006", "step_00000008"}
-    facts = native.check(straight / "truebase")
+    facts = dcp.check(straight / "truebase")
     assert (facts["step"], facts["phase"], facts["stage_type"], facts["tokens"]) == (5, "stable", "TrueBase", 5 * 64)
     assert sum(rows[0]["moe/load/1"]) == 64 * 2
 
@@ -210,7 +210,7 @@ def test_one_poisoned_micro_batch_leaves_no_trace(tmp_path, capsys, place, poiso
     told = capsys.readouterr().err
     assert all(f"{p.source}:{p.document_id}" in told for p in poisoned.job.order.documents(0))
     assert poisoned.monitor.take() == {}
-    spared.leave_out(spared.job.order.batch(0))
+    spared.skip_step(spared.job.order.batch(0))
     for trainer in (poisoned, spared):
         trainer.train_step(trainer.job.order.batch(1))
     for part, tensors in poisoned.state().items():
@@ -241,7 +241,7 @@ def test_broken_weights_take_no_good_checkpoints_place(tmp_path, capsys):
     with pytest.raises(TrainingError, match=r"weights are not finite\n *where: *pretrain step 5"):
         trainer.run()
     assert "step 4 was not saved" in capsys.readouterr().err
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [native.step_folder(tmp_path, 2).name]
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [dcp.step_folder(tmp_path, 2).name]
     assert not (tmp_path / "truebase").exists()
 
 
@@ -249,7 +249,7 @@ def test_steps_left_out_by_a_roll_back_are_not_taken_for_steps_without_finite_lo
     trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1, max_skipped_steps=3))
     trainer.rollbacks = [{"first_step": 0, "end_step": 2, "layers": [1]}]
     for step in range(2):
-        trainer.leave_out(trainer.job.order.batch(step))
+        trainer.skip_step(trainer.job.order.batch(step))
     trainer.parameters["lm_head.weight"].data[3] = float("nan")
     for step in range(2, 4):
         trainer.train_step(trainer.job.order.batch(step))
@@ -285,14 +285,14 @@ def test_metrics_tell_the_routers_health_layer_by_layer(tmp_path):
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_checkpoint_that_cannot_be_written_costs_no_other(tmp_path, monkeypatch, background):
-    write = native.save
+    write = dcp.save
 
     def full_once(folder, *rest):
         if folder.name == "step_00000004":
             raise ArtifactError("No space left on device", where=folder)
         return write(folder, *rest)
 
-    monkeypatch.setattr(native, "save", full_once)
+    monkeypatch.setattr(dcp, "save", full_once)
     config = {"dtype": "float32", "threads": 1, "checkpoint_every_steps": 2, "keep_last": 9}
     trainer = make(tmp_path, trainer=TrainerConfig(**config, background_save=background))
     trainer.run()
@@ -346,7 +346,7 @@ def test_held_out_reads_every_token_once(tmp_path):
 
 def test_going_back_to_the_start_leaves_nothing_behind(tmp_path):
     trainer = make(tmp_path)
-    trainer.save(native.step_folder(tmp_path / "checkpoints", 0))
+    trainer.save(dcp.step_folder(tmp_path / "checkpoints", 0))
     batches = [trainer.job.order.batch(step) for step in range(2)]
     first = [trainer.train_step(batch) for batch in batches]
     state = {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in trainer.state().items()}

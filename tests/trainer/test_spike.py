@@ -175,19 +175,19 @@ def test_the_memory_of_losses_is_in_the_checkpoint(tmp_path):
 
 
 def test_a_step_that_cannot_be_saved_is_a_warning_and_a_phases_end_is_an_error(tmp_path, monkeypatch):
-    from freehold.checkpoint import native
+    from freehold.checkpoint import dcp
     from freehold.core.errors import ArtifactError
 
     trainer = make(tmp_path)
     full = {8, STEPS}
-    real = native.save
+    real = dcp.save
 
     def save(folder, state, config, facts, *args):
         if facts["step"] in full:
             raise ArtifactError("No space left on device", where=folder)
         return real(folder, state, config, facts, *args)
 
-    monkeypatch.setattr(native, "save", save)
+    monkeypatch.setattr(dcp, "save", save)
     with pytest.raises(ArtifactError, match="No space left"):
         trainer.run()
     assert trainer.step == STEPS

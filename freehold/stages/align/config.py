@@ -7,11 +7,11 @@ from pydantic import Field, field_validator, model_validator
 from freehold.core.config import Config
 from freehold.data.config import BatchConfig
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig, check_names
-from freehold.parallel.config import ParallelConfig, must_deal
+from freehold.parallel.config import ParallelConfig, check_divisible
 from freehold.trainer.config import TrainerConfig
 
 
-class StageConfig(Config):
+class AlignConfig(Config):
     """Supervised fine-tuning on conversations, loss on assistant tokens only."""
 
     checkpoint: str = Field("base", description="named checkpoint of pretrain to start from")
@@ -40,13 +40,13 @@ class StageConfig(Config):
         return check_names(phases)
 
     @model_validator(mode="after")
-    def _fits(self) -> StageConfig:  # the model is that of the checkpoint: `run` looks at the rest
+    def _fits(self) -> AlignConfig:  # the model is that of the checkpoint: `run` looks at the rest
         batch = self.batch
-        must_deal(self.parallel, sequences=batch.sequences, micro_sequences=batch.micro_sequences, stage="align")
+        check_divisible(self.parallel, sequences=batch.sequences, micro_sequences=batch.micro_sequences, stage="align")
         return self
 
 
-def plan(config: StageConfig) -> list[str]:
+def plan(config: AlignConfig) -> list[str]:
     """Return what the config implies, for --dry-run."""
     steps = sum(phase.steps for phase in config.phases.values())
     return [

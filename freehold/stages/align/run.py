@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.core.artifact import Workspace, read_manifest, write_atomic
 from freehold.core.document import Conversation, read_rows
 from freehold.core.errors import CheckpointError, DataError
-from freehold.core.machine import must_fit_memory
+from freehold.core.machine import check_memory_fits
+from freehold.data.exposure import ROW_BYTES, trace_rows, write_trace
 from freehold.data.loader import ConversationOrder
 from freehold.data.packing import Example
-from freehold.data.trace import ROW_BYTES, trace_rows, write_trace
-from freehold.ledger.batch import PREVIEW, documents_of_step
 from freehold.optim.schedule import Schedule
-from freehold.parallel.config import must_lay_out
-from freehold.stages.align.config import StageConfig
+from freehold.parallel.config import validate_layout
+from freehold.run.step_documents import PREVIEW, documents_of_step
+from freehold.stages.align.config import AlignConfig
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.chat import render_ids
 from freehold.trainer.loop import Job, Trainer
 
 
-def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
+def run(config: AlignConfig, work: Workspace) -> dict[str, Any]:
     """Fine-tune to the end of the last phase; resumable at any step. Returns steps, conversations and epochs."""
     rows = sum(phase.steps for phase in config.phases.values()) * config.batch.sequences
-    must_fit_memory(rows * ROW_BYTES, "the order of the rows", "align.phases")
+    check_memory_fits(rows * ROW_BYTES, "the order of the rows", "align.phases")
     start = work.input("pretrain") / config.checkpoint
-    facts = native.check(start)
+    facts = dcp.check(start)
     folder = work.input("tokenize") / "tokenizer"
     tokenizer = Tokenizer.load(folder)
     if facts["tokenizer_sha256"] != tokenizer.sha256:
@@ -36,9 +36,9 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
             found=facts["tokenizer_sha256"][:16],
             expected=tokenizer.sha256[:16],
         )
-    model, weights = native.read_model(start, verify=False)  # verified by `check`
-    config.batch.must_fit(model.max_position_embeddings, "align")
-    must_lay_out(
+    model, weights = dcp.read_model(start, verify=False)  # verified by `check`
+    config.batch.check_fits(model.max_position_embeddings, "align")
+    validate_layout(
         config.parallel,
         model,
         context_tokens=config.batch.context_tokens,

@@ -10,7 +10,7 @@ from pydantic import Field
 from freehold.core.config import Config
 
 
-class StageConfig(Config):
+class ChatConfig(Config):
     """A chat in the terminal."""
 
     path: Path = Field(description="Run folder, checkpoint or HF folder.")
@@ -26,6 +26,6 @@ class StageConfig(Config):
     show_reasoning: bool = Field(True, description="Show what the model thinks before it answers, dimmed.")
 
 
-def plan(config: StageConfig) -> list[str]:
+def plan(config: ChatConfig) -> list[str]:
     """Return what --dry-run says."""
     return [f"talks to {config.path}"]

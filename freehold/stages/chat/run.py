@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from freehold import api
 from freehold.infer.engine import ContextOverflow
 from freehold.infer.sampler import Sampling
-from freehold.stages.chat.config import StageConfig
+from freehold.stages.chat.config import ChatConfig
 
 HELP = "/reset forgets the conversation · /system TEXT sets the system message · /quit ends · Ctrl-C stops an answer"
 FAIR_SHARE = 4
@@ -17,7 +17,7 @@ FAIR_SHARE = 4
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
-def chat(config: StageConfig, lines: TextIO | None = None, out: TextIO | None = None) -> None:
+def chat(config: ChatConfig, lines: TextIO | None = None, out: TextIO | None = None) -> None:
     """Talk until /quit or the end of the input.
 
     On a terminal the answers are streamed and the conversation goes on; from a pipe each line is a conversation
@@ -63,7 +63,7 @@ def chat(config: StageConfig, lines: TextIO | None = None, out: TextIO | None = 
 class Talk:
     """One conversation with a model."""
 
-    def __init__(self, loaded: api.Loaded, config: StageConfig, out: TextIO) -> None:
+    def __init__(self, loaded: api.Loaded, config: ChatConfig, out: TextIO) -> None:
         self.loaded, self.config, self.out = loaded, config, out
         self.system = config.system
         self.reset()

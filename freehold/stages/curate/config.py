@@ -66,7 +66,7 @@ class DocstringRules(ReferenceRules):
 class CodeRules(Config):
     """Limits on Python source."""
 
-    must_parse: bool = Field(
+    check_parses: bool = Field(
         default=True, description="drop what `ast.parse` refuses (files named *.py and unnamed ones)"
     )
     max_line_chars: int = Field(default=2000, description="longest line")
@@ -308,7 +308,7 @@ class Exclusion(Config):
         return self
 
 
-class StageConfig(Config):
+class CurateConfig(Config):
     """What `freehold curate` can be told."""
 
     kinds: Kinds = Field(default=Kinds(), description="rules by kind of document")
@@ -343,7 +343,7 @@ class StageConfig(Config):
     )
 
 
-def plan(config: StageConfig) -> list[str]:
+def plan(config: CurateConfig) -> list[str]:
     """Return what this configuration implies, for --dry-run."""
     near, split = config.near_duplicates, config.split
     # The similarity at which a pair is as likely as not to share a band of equal numbers.

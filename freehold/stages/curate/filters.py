@@ -241,7 +241,7 @@ def check_code(text: str, path: str, rules: CodeRules) -> Why | None:
     comments = sum(line.startswith("#") for line in lines) / max(1, len(lines))
     if comments > rules.max_comment_lines:
         return "comments", f"{comments:.2f} of the lines, at most {rules.max_comment_lines}"
-    if rules.must_parse and PurePosixPath(path.partition("#")[0]).suffix in ("", ".py", ".pyi"):
+    if rules.check_parses and PurePosixPath(path.partition("#")[0]).suffix in ("", ".py", ".pyi"):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

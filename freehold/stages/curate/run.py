@@ -19,7 +19,7 @@ from freehold.core.document import Conversation, Document, read_rows, replace, w
 from freehold.core.errors import DataError
 from freehold.core.machine import machine_limits
 from freehold.stages.curate import bias, classifier
-from freehold.stages.curate.config import Exclusion, StageConfig
+from freehold.stages.curate.config import CurateConfig, Exclusion
 from freehold.stages.curate.decontaminate import Questions, read_questions
 from freehold.stages.curate.dedup import (
     Span,
@@ -39,7 +39,7 @@ from freehold.stages.curate.split import is_validation, validation_documents
 from freehold.stages.curate.words import text_hash
 
 
-def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
+def run(config: CurateConfig, work: Workspace) -> dict[str, Any]:
     """Curate `gather/` into `work.folder`; returns the counts of the report's totals."""
     gathered = work.input("gather")
     job = Job.of(gathered, work.folder, config)
@@ -343,7 +343,7 @@ def _write_source(path: Path, shards: list[int], kept: Kept, back: set[str]) -> 
 
 def curate_conversations(
     gathered: Path,
-    config: StageConfig,
+    config: CurateConfig,
     questions: Questions,
     excluded: dict[str, Why],
     report: Report,

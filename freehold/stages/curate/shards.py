@@ -25,7 +25,7 @@ from freehold.core.errors import DataError
 from freehold.core.machine import machine_limits
 from freehold.stages.curate import bias
 from freehold.stages.curate.classifier import Model
-from freehold.stages.curate.config import StageConfig
+from freehold.stages.curate.config import CurateConfig
 from freehold.stages.curate.decontaminate import Questions, read_questions
 from freehold.stages.curate.dedup import line_hashes, sketches, winnow, words_key
 from freehold.stages.curate.steps import BATCH_CHARS, Draft, Tally, Tools, read, take
@@ -50,12 +50,12 @@ class Job:
 
     gathered: Path
     folder: Path
-    config: StageConfig
+    config: CurateConfig
     key: str
     """Hash of the inputs and of what decides the bytes of a shard."""
 
     @classmethod
-    def of(cls, gathered: Path, folder: Path, config: StageConfig) -> Job:
+    def of(cls, gathered: Path, folder: Path, config: CurateConfig) -> Job:
         """Return the job of curating `gathered` into `folder`."""
         settings = config.model_dump(mode="json", exclude={"engine", "workers", "memory_bytes"})
         paths = [*gathered.glob("documents/*.parquet"), *gathered.glob("tasks/*.jsonl")]
@@ -89,7 +89,7 @@ def read_plan(job: Job) -> list[Shard]:
     return shards
 
 
-def _divide(paths: Sequence[Path], config: StageConfig) -> list[Shard]:
+def _divide(paths: Sequence[Path], config: CurateConfig) -> list[Shard]:
     """Return shards of about `shard_bytes`, in the order of sources; no row is read."""
     shards: list[Shard] = []
     for path in ordered_sources(paths, config):
@@ -110,7 +110,7 @@ def _divide(paths: Sequence[Path], config: StageConfig) -> list[Shard]:
     return shards
 
 
-def ordered_sources(paths: Sequence[Path], config: StageConfig) -> list[Path]:
+def ordered_sources(paths: Sequence[Path], config: CurateConfig) -> list[Path]:
     """Return the sources' files: those of `priority` first, then by name; DataError for a name that is not there."""
     names = {path.stem: path for path in paths}
     for name in config.priority:
@@ -120,7 +120,7 @@ def ordered_sources(paths: Sequence[Path], config: StageConfig) -> list[Path]:
     return [names[name] for name in order]
 
 
-def read_shard(shard: Shard, config: StageConfig) -> Iterator[Draft]:
+def read_shard(shard: Shard, config: CurateConfig) -> Iterator[Draft]:
     """Yield the documents of a shard; DataError for a kind that has no rules."""
     skip, left = shard.start, shard.rows
     kinds = type(config.kinds).model_fields
@@ -201,7 +201,7 @@ ARRAYS = {"words_of", "sketch", "run_hashes", "run_places", "line_hashes", "bias
 
 
 def describe(
-    drafts: Sequence[Draft], counted: dict[int, tuple[Words, np.ndarray]], config: StageConfig
+    drafts: Sequence[Draft], counted: dict[int, tuple[Words, np.ndarray]], config: CurateConfig
 ) -> dict[str, np.ndarray]:
     """Return what comparing asks of documents; `counted` has the bias of their words as they came, by id of the draft.
 

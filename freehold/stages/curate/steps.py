@@ -14,7 +14,7 @@ from typing import Any
 
 from freehold.core.document import Document
 from freehold.stages.curate.classifier import Model, check_quality
-from freehold.stages.curate.config import KindRules, Privacy, StageConfig
+from freehold.stages.curate.config import CurateConfig, KindRules, Privacy
 from freehold.stages.curate.decontaminate import Questions
 from freehold.stages.curate.filters import (
     Why,
@@ -186,7 +186,7 @@ def excerpts(before: str, after: str | None, mask: bool = False) -> tuple[str, s
 class Tools:
     """What the steps need besides the documents."""
 
-    config: StageConfig
+    config: CurateConfig
     questions: Questions
     model: Model | None
     tally: Tally
@@ -270,7 +270,7 @@ STEPS: dict[str, Step] = {
 }
 
 
-def acts(config: StageConfig) -> dict[str, str]:
+def acts(config: CurateConfig) -> dict[str, str]:
     """Return `off`, `measure` or `drop` of each step here."""
     given = {
         "classifier": config.classifier.act,

@@ -13,7 +13,7 @@ Checkpoint = Literal["truebase", "base", "preview"]
 MADE_BY: dict[str, str] = {"truebase": "pretrain", "base": "pretrain", "preview": "align"}
 
 
-class StageConfig(Config):
+class EvaluateConfig(Config):
     """Declaration of the evaluate stage."""
 
     checkpoints: tuple[Checkpoint, ...] = Field(
@@ -36,14 +36,14 @@ class StageConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _known_for_tasks(self) -> StageConfig:
+    def _known_for_tasks(self) -> EvaluateConfig:
         missing = [name for name in self.task_checkpoints if name not in self.checkpoints]
         if missing:
             raise ValueError(f"task_checkpoints must be among checkpoints, {', '.join(missing)} is not")
         return self
 
 
-def plan(config: StageConfig) -> list[str]:
+def plan(config: EvaluateConfig) -> list[str]:
     """Return the lines a dry run prints about this stage."""
     limit = config.max_bytes_per_source
     text = "all held-out text" if limit is None else f"up to {limit:,} bytes of held-out text a source"

@@ -11,7 +11,7 @@ from freehold.core.artifact import Workspace, write_atomic, write_json
 from freehold.core.errors import ConfigError
 from freehold.core.log import Log
 from freehold.stages.evaluate import harness
-from freehold.stages.evaluate.config import MADE_BY, StageConfig
+from freehold.stages.evaluate.config import MADE_BY, EvaluateConfig
 from freehold.stages.evaluate.items import Item, read_items
 from freehold.stages.evaluate.table import parts, tables
 from freehold.stages.evaluate.tasks import do_tasks
@@ -20,7 +20,7 @@ from freehold.stages.evaluate.text import HeldOut, bits_per_byte, compressors, h
 SETTINGS = ("context_tokens", "max_bytes_per_source", "max_items_per_task", "max_answer_tokens", "dtype")
 
 
-def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
+def run(config: EvaluateConfig, work: Workspace) -> dict[str, Any]:
     """Write results.json, results.md, `answers/<checkpoint>.jsonl` and lm_eval/; return the headline figures."""
     texts = held_out(work.input("curate"), config.max_bytes_per_source)
     tasks = read_items(work.input("curate") / "tasks", config.max_items_per_task)
@@ -47,7 +47,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
 
 
 def evaluate_model(
-    path: Path, texts: HeldOut, tasks: dict[str, list[Item]], config: StageConfig, log: Log, name: str
+    path: Path, texts: HeldOut, tasks: dict[str, list[Item]], config: EvaluateConfig, log: Log, name: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return one model's results, and its answer to every item of `tasks` (which may be empty).
 

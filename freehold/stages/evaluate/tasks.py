@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from freehold.core.errors import DataError
 from freehold.core.log import Log
 from freehold.infer.sampler import Sampling
-from freehold.stages.evaluate.config import StageConfig
+from freehold.stages.evaluate.config import EvaluateConfig
 from freehold.stages.evaluate.items import Item, normalise, score
 from freehold.stages.evaluate.likelihood import batches
 from freehold.stages.evaluate.likelihood import score as log_probabilities
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def do_tasks(
-    loaded: Loaded, tasks: dict[str, list[Item]], config: StageConfig, log: Log, name: str
+    loaded: Loaded, tasks: dict[str, list[Item]], config: EvaluateConfig, log: Log, name: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the scores per task, per part of it and overall, and one row an item: asked, expected, answered."""
     by_task: dict[str, Any] = {}
@@ -54,7 +54,7 @@ def _prompt(loaded: Loaded, item: Item, room_tokens: int) -> list[int]:
     return ids
 
 
-def _generate(loaded: Loaded, items: list[Item], config: StageConfig, log: Log, what: str) -> list[dict[str, Any]]:
+def _generate(loaded: Loaded, items: list[Item], config: EvaluateConfig, log: Log, what: str) -> list[dict[str, Any]]:
     sampling = Sampling(temperature=0.0, max_tokens=config.max_answer_tokens, stop_ids=loaded.stop_ids)
     prompts = [_prompt(loaded, item, config.max_answer_tokens) for item in items]
     texts = [""] * len(items)
@@ -65,7 +65,7 @@ def _generate(loaded: Loaded, items: list[Item], config: StageConfig, log: Log, 
     return [_row(item, item.answer, text, ok) for item, text, ok in zip(items, texts, right, strict=True)]
 
 
-def _choose(loaded: Loaded, items: list[Item], config: StageConfig, log: Log, what: str) -> list[dict[str, Any]]:
+def _choose(loaded: Loaded, items: list[Item], config: EvaluateConfig, log: Log, what: str) -> list[dict[str, Any]]:
     """Take the choice whose text has the highest log-probability per UTF-8 byte after the rendered prompt."""
     sequences, lengths = [], []
     for item in items:

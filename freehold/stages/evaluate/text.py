@@ -12,7 +12,7 @@ import pyarrow as pa
 from freehold.core.document import Document, read_rows
 from freehold.core.errors import DataError
 from freehold.core.log import Log
-from freehold.stages.evaluate.config import StageConfig
+from freehold.stages.evaluate.config import EvaluateConfig
 
 if TYPE_CHECKING:
     from freehold.api import Loaded
@@ -62,7 +62,7 @@ def compressors(texts: HeldOut) -> dict[str, Any]:
     return {"sources": {s: _compressed(data, counts[s]) for s, data in parts.items()}, "overall": everything}
 
 
-def bits_per_byte(loaded: Loaded, texts: HeldOut, config: StageConfig, log: Log, name: str) -> dict[str, Any]:
+def bits_per_byte(loaded: Loaded, texts: HeldOut, config: EvaluateConfig, log: Log, name: str) -> dict[str, Any]:
     """Return a model's bits, tokens and bits per byte, per source and overall.
 
     A document is coded as in training: after an end-of-text token (given, not paid for), its tokens, then

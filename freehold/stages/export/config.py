@@ -41,7 +41,7 @@ class Proof(Config):
     )
 
 
-class StageConfig(Config):
+class ExportConfig(Config):
     """Export: the model in Hugging Face form and as GGUF, both proven against our own, or refused."""
 
     checkpoint: str = Field(default="align/preview", description="`<stage>/<checkpoint>` to export.")
@@ -64,7 +64,7 @@ class StageConfig(Config):
     proof: Proof = Field(default_factory=Proof, description="What every export must reach.")
 
 
-def plan(config: StageConfig) -> list[str]:
+def plan(config: ExportConfig) -> list[str]:
     """Say what an export of this config writes and when it fails."""
     files = ", ".join(f"{config.name}-{kind}.gguf" for kind in config.types) or "no GGUF file"
     lines = [f"{config.checkpoint} as Hugging Face folder ({config.dtype}) and {files}"]

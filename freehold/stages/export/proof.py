@@ -119,7 +119,7 @@ def probes(passages: list[Passage], count: int) -> list[tuple[Passage, int]]:
     result = []
     for group, share in ((by_length[:2], count // 2), (by_length[2:], count - count // 2)):
         for index, passage in enumerate(group):
-            # Spread evenly; a group larger than its share leaves out its last (shortest) members.
+            # ShardedTensors evenly; a group larger than its share leaves out its last (shortest) members.
             wanted = share // len(group) + (index < share % len(group))
             first = max(1, len(passage.ids) - wanted + 1)
             result += [(passage, length) for length in range(first, len(passage.ids) + 1) if wanted]

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freehold.checkpoint.dcp import read_model
 from freehold.checkpoint.hf import save_hf
-from freehold.checkpoint.native import read_model
 from freehold.core.artifact import Workspace, read_json, write_json
 from freehold.core.errors import ExportError
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.stages.export.check import check, check_tokenizer
-from freehold.stages.export.config import StageConfig
+from freehold.stages.export.config import ExportConfig
 from freehold.stages.export.gguf_writer import write_gguf
 from freehold.stages.export.proof import Record, experts_heard, prove_gguf, prove_hf
 from freehold.stages.export.reference import passages, settled
@@ -28,7 +28,7 @@ from freehold.tokenizer.bpe import Tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
+def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
     """Write `hf/`, `gguf/` and `parity.json` below the workspace; return sizes and figures.
 
     ExportError when the model cannot be expressed (nothing is written then), when tensors do not add up, or
@@ -81,7 +81,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
 
 
 def prove(
-    config: StageConfig,
+    config: ExportConfig,
     work: Workspace,
     model_config: ModelConfig,
     weights: dict[str, Tensor],
@@ -153,7 +153,7 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).float() if tensor.ndim > 1 else tensor.float()
 
 
-def _generation(config: StageConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def _generation(config: ExportConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     how = config.generation
     sampling = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k} if how.temperature else {}
     return {

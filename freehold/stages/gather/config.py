@@ -239,7 +239,7 @@ Source = Annotated[
 ]
 
 
-class StageConfig(Config):
+class GatherConfig(Config):
     """gather: sources become documents with evidence of their licence."""
 
     sources: dict[str, Source] = Field(description="the sources by name; the name is that of the files written")
@@ -251,7 +251,7 @@ class StageConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _names(self) -> StageConfig:
+    def _names(self) -> GatherConfig:
         if not self.sources:
             raise ValueError("at least one source")
         for name, source in self.sources.items():
@@ -269,7 +269,7 @@ class StageConfig(Config):
         return self
 
 
-def plan(config: StageConfig) -> list[str]:
+def plan(config: GatherConfig) -> list[str]:
     """Return the lines a dry run prints: sources, sizes, and what has to be there."""
     lines = []
     for name, source in config.sources.items():

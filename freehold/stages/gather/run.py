@@ -23,11 +23,11 @@ from freehold.stages.gather import generate, rights
 from freehold.stages.gather.config import (
     FileSource,
     Folder,
+    GatherConfig,
     Generated,
     JsonLines,
     Rows,
     Source,
-    StageConfig,
 )
 from freehold.stages.gather.origins import (
     HALF_CHARACTER,
@@ -51,7 +51,7 @@ CAP_SLACK = 0.02
 R = TypeVar("R", Document, Conversation)
 
 
-def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
+def run(config: GatherConfig, work: Workspace) -> dict[str, Any]:
     """Write documents/, conversations/, tasks/ and sources.json below `work.folder`; return the counts.
 
     Raises DataError for absent or changed sources, before anything is written, and LicenceError for rows the policy
@@ -65,7 +65,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
         raise
 
 
-def _gather(config: StageConfig, work: Workspace) -> dict[str, Any]:
+def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
     corpus_dir = Path(config.corpus_dir)
     for _ in gate(_known(config), config.policy):
         pass  # read to its end: it raises after the last claim
@@ -149,7 +149,7 @@ def _through(rows: list[R], source: Source, policy: Policy) -> tuple[list[R], li
     return kept, refused
 
 
-def _left_out(config: StageConfig) -> dict[str, Verdict]:
+def _left_out(config: GatherConfig) -> dict[str, Verdict]:
     """Return the sources that may be left out and whose licence, as the recipe gives it, the policy does not let in."""
     found = {}
     for name, source in config.sources.items():
@@ -185,7 +185,7 @@ def cut(text: str, limit_bytes: int | None) -> str:
     return (head[:end] if end > 0 else head).rstrip() + "\n"
 
 
-def _known(config: StageConfig) -> Iterator[Claim]:
+def _known(config: GatherConfig) -> Iterator[Claim]:
     """Yield the sources that name a package known to be falsely labelled, installed or not."""
     for name, source in config.sources.items():
         names = [name, getattr(source, "distribution", ""), getattr(source, "origin", "")]

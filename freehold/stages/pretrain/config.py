@@ -8,11 +8,11 @@ from freehold.core.config import Config
 from freehold.data.config import TextBatchConfig
 from freehold.model.config import ModelConfig, flops_per_token, parameter_counts
 from freehold.optim.config import BalanceConfig, OptimConfig, PhaseConfig, SmebuConfig, check_names
-from freehold.parallel.config import ParallelConfig, must_lay_out
+from freehold.parallel.config import ParallelConfig, validate_layout
 from freehold.trainer.config import TrainerConfig
 
 
-class StageConfig(Config):
+class PretrainConfig(Config):
     """Train an AFMoE model from scratch, or branch off an earlier checkpoint."""
 
     model: ModelConfig = Field(
@@ -42,7 +42,7 @@ class StageConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _something_to_do(self) -> StageConfig:
+    def _something_to_do(self) -> PretrainConfig:
         if not self.phases and not self.parent:
             raise ValueError("without a parent there must be at least one phase")
         return self
@@ -53,9 +53,9 @@ class StageConfig(Config):
         return check_names(phases)
 
     @model_validator(mode="after")
-    def _fits(self) -> StageConfig:
-        self.batch.must_fit(self.model.max_position_embeddings, "pretrain")
-        must_lay_out(
+    def _fits(self) -> PretrainConfig:
+        self.batch.check_fits(self.model.max_position_embeddings, "pretrain")
+        validate_layout(
             self.parallel,
             self.model,
             context_tokens=self.batch.context_tokens,
@@ -66,7 +66,7 @@ class StageConfig(Config):
         return self
 
 
-def plan(config: StageConfig) -> list[str]:
+def plan(config: PretrainConfig) -> list[str]:
     """Return what the config implies, for --dry-run."""
     counts = parameter_counts(config.model)
     steps = sum(phase.steps for phase in config.phases.values())

@@ -8,27 +8,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.core.artifact import Workspace, atomic_folder, read_manifest, write_atomic
 from freehold.core.errors import CheckpointError, ConfigError
-from freehold.core.machine import must_fit_memory
+from freehold.core.machine import check_memory_fits
 from freehold.data.buffer import text_order
+from freehold.data.exposure import ROW_BYTES, trace_rows, write_trace
 from freehold.data.loader import PhaseRows, consumed_by
 from freehold.data.shards import ShardSet
-from freehold.data.trace import ROW_BYTES, trace_rows, write_trace
-from freehold.ledger.batch import PREVIEW, documents_of_step
 from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
-from freehold.stages.pretrain.config import StageConfig
+from freehold.run.step_documents import PREVIEW, documents_of_step
+from freehold.stages.pretrain.config import PretrainConfig
 from freehold.tokenizer.bpe import END_OF_TEXT
 from freehold.trainer.loop import Job, Trainer
 from freehold.trainer.validate import held_out, validator
 
 
-def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
+def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
     """Train to the end of the last phase; resumable at any step. Returns steps, tokens and epochs per source."""
     rows = sum(phase.steps for phase in config.phases.values()) * config.batch.sequences
-    must_fit_memory(rows * ROW_BYTES, "the order of the rows", "pretrain.phases")
+    check_memory_fits(rows * ROW_BYTES, "the order of the rows", "pretrain.phases")
     tokens = work.input("tokenize") / "tokens"
     tokenizer = work.input("tokenize") / "tokenizer"
     shards = ShardSet.load(tokens, verify=True)
@@ -38,8 +38,8 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     parent_step, parent_tokens, parent_hash, consumed = 0, 0, "", None
     if config.parent:
         parent = Path(config.parent)
-        facts = native.check(parent)
-        parent_config = native.read_config(parent)
+        facts = dcp.check(parent)
+        parent_config = dcp.read_config(parent)
         if parent_config != model:
             raise CheckpointError(
                 "the parent is a model of another shape", where=parent, found=parent_config, expected=model

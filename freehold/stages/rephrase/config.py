@@ -90,7 +90,7 @@ class Sampling(Config):
     max_tokens: int = Field(512, ge=16, description="most tokens of a rewrite; one that reaches it is dropped")
 
 
-class StageConfig(Config):
+class RephraseConfig(Config):
     """rephrase: passages of curated documents, written again by a teacher. Without a teacher nothing is done."""
 
     teacher: Teacher | None = Field(None, description="who rewrites; none: the stage does nothing")
@@ -117,7 +117,7 @@ class StageConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _whole(self) -> StageConfig:
+    def _whole(self) -> RephraseConfig:
         least, most = self.passage_chars
         if not 0 < least < most:
             raise ValueError(f"passage_chars ({least}, {most}) must be a smaller and a larger number above 0")
@@ -126,7 +126,7 @@ class StageConfig(Config):
         return self
 
 
-def plan(config: StageConfig) -> list[str]:
+def plan(config: RephraseConfig) -> list[str]:
     """Return what this configuration implies, for --dry-run."""
     if config.teacher is None:
         return ["no teacher: nothing is rewritten"]

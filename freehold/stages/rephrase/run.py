@@ -28,7 +28,7 @@ from freehold.core.machine import machine_limits
 from freehold.ledger.licence import strictest
 from freehold.ledger.policy import Claim, gate
 from freehold.stages.rephrase.checks import HeldOut, Why, judge, measure, words
-from freehold.stages.rephrase.config import StageConfig, Strategy
+from freehold.stages.rephrase.config import RephraseConfig, Strategy
 from freehold.stages.rephrase.prompts import PROMPTS, clean
 from freehold.stages.rephrase.teacher import Answer, Identity, Teacher, open_teacher
 
@@ -77,7 +77,7 @@ class Rewrite:
     why: Why | None
 
 
-def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
+def run(config: RephraseConfig, work: Workspace) -> dict[str, Any]:
     """Write `documents/`, `rewrites.parquet` and `report.json`; nothing at all without a teacher.
 
     Returns counts by strategy. Raises LicenceError when the policy stops what a teacher would write, before it is
@@ -128,7 +128,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
     return _write(requests, judged, identity, config, work)
 
 
-def choose(name: str, strategy: Strategy, paths: Sequence[Path], config: StageConfig, seed: int) -> list[Passage]:
+def choose(name: str, strategy: Strategy, paths: Sequence[Path], config: RephraseConfig, seed: int) -> list[Passage]:
     """Return the passages of one strategy: those with the lowest hash of (seed, strategy, document, number)."""
 
     def ranked() -> Iterator[tuple[bytes, Passage]]:
@@ -264,7 +264,7 @@ def ask(
             raise
 
 
-def _request(name: str, passage: Passage, identity: Identity, config: StageConfig, seed: int) -> Request:
+def _request(name: str, passage: Passage, identity: Identity, config: RephraseConfig, seed: int) -> Request:
     place = f"{seed}\0{name}\0{passage.seed.id}\0{passage.number}\0sampling"
     body = {
         "model": identity.name,
@@ -275,7 +275,7 @@ def _request(name: str, passage: Passage, identity: Identity, config: StageConfi
     return Request(name, passage, body, sha256_json({"revision": identity.revision, "body": body}))
 
 
-def _judged(request: Request, answer: Answer, config: StageConfig, held_out: HeldOut) -> Rewrite:
+def _judged(request: Request, answer: Answer, config: RephraseConfig, held_out: HeldOut) -> Rewrite:
     prompt, passage = PROMPTS[request.strategy], request.passage.text
     text = clean(answer.text)
     found = measure(passage, text)
@@ -284,7 +284,7 @@ def _judged(request: Request, answer: Answer, config: StageConfig, held_out: Hel
     return Rewrite(text, found, why)
 
 
-def _check_sources(config: StageConfig, names: list[str]) -> None:
+def _check_sources(config: RephraseConfig, names: list[str]) -> None:
     for name, strategy in config.strategies.items():
         if f"rephrased_{name}" in names:
             raise DataError(
@@ -300,7 +300,7 @@ def _check_sources(config: StageConfig, names: list[str]) -> None:
                 )
 
 
-def _gate(config: StageConfig, passages: Mapping[str, Sequence[Passage]]) -> None:
+def _gate(config: RephraseConfig, passages: Mapping[str, Sequence[Passage]]) -> None:
     """Judge what would be written before anybody is asked; LicenceError names it."""
     assert config.teacher is not None
     rights = {
@@ -317,7 +317,11 @@ def _gate(config: StageConfig, passages: Mapping[str, Sequence[Passage]]) -> Non
 
 
 def _write(
-    requests: Sequence[Request], judged: Mapping[str, Rewrite], identity: Identity, config: StageConfig, work: Workspace
+    requests: Sequence[Request],
+    judged: Mapping[str, Rewrite],
+    identity: Identity,
+    config: RephraseConfig,
+    work: Workspace,
 ) -> dict[str, Any]:
     assert config.teacher is not None
     seen: dict[str, str] = {}

@@ -22,7 +22,7 @@ from typing import Any
 from freehold.core.artifact import sha256_file
 from freehold.core.errors import ConfigError, DataError
 from freehold.infer.llama import Llama
-from freehold.stages.rephrase.config import EndpointTeacher, GgufTeacher, StageConfig
+from freehold.stages.rephrase.config import EndpointTeacher, GgufTeacher, RephraseConfig
 
 AGAIN = {408, 425, 429, *range(500, 600)}
 THIS_REQUEST = {400, 413, 422}
@@ -58,7 +58,7 @@ class Identity:
 class Teacher:
     """One OpenAI-compatible server; safe to ask from many threads, each has a connection of its own."""
 
-    def __init__(self, config: StageConfig, identity: Identity, url: str, key: str = "") -> None:
+    def __init__(self, config: RephraseConfig, identity: Identity, url: str, key: str = "") -> None:
         self.identity = identity
         self.timeout_s, self.tries, self.wait_s = config.timeout_s, config.tries, config.wait_s
         self.place = urllib.parse.urlsplit(url)
@@ -133,7 +133,7 @@ class Teacher:
 
 
 @contextlib.contextmanager
-def open_teacher(config: StageConfig, log: Path) -> Iterator[Teacher]:
+def open_teacher(config: RephraseConfig, log: Path) -> Iterator[Teacher]:
     """Yield the teacher of the recipe; a GGUF file is opened by llama.cpp in a process that ends with it.
 
     Raises ConfigError when its key, its distribution or its file is not there.

@@ -23,7 +23,7 @@ from freehold.infer.engine import ContextOverflow, Scored
 from freehold.stages.serve import answers
 from freehold.stages.serve.answers import Choice, Echo, Head, TextLogprobs
 from freehold.stages.serve.backends import Served
-from freehold.stages.serve.config import StageConfig
+from freehold.stages.serve.config import ServeConfig
 from freehold.stages.serve.schema import ChatRequest, CompletionRequest, Request
 from freehold.stages.serve.worker import Overloaded, Worker
 from freehold.tokenizer.chat import render, render_ids
@@ -67,7 +67,7 @@ class Metrics:
 class Front:
     """Answers requests with one model."""
 
-    def __init__(self, served: Served, config: StageConfig) -> None:
+    def __init__(self, served: Served, config: ServeConfig) -> None:
         self.served, self.config = served, config
         self.tokenizer, self.backend = served.tokenizer, served.backend
         self.worker = Worker(config.max_queue, served.at_once)
@@ -288,7 +288,7 @@ class Json(JSONResponse):
         return answers.to_bytes(content)
 
 
-def create_app(served: Served, config: StageConfig, api_key: str | None = None) -> FastAPI:
+def create_app(served: Served, config: ServeConfig, api_key: str | None = None) -> FastAPI:
     """Return the application; its worker thread ends with it."""
     front = Front(served, config)
 

@@ -16,7 +16,7 @@ from freehold.core.errors import ArtifactError, RequestError
 from freehold.infer.engine import ContextOverflow, Scored, Token
 from freehold.infer.llama import Llama
 from freehold.infer.sampler import Sampling, check_ids
-from freehold.stages.serve.config import StageConfig
+from freehold.stages.serve.config import ServeConfig
 from freehold.tokenizer.bpe import Tokenizer
 
 
@@ -47,7 +47,7 @@ class Served:
     """Ends what does not end by itself."""
 
 
-def open_model(config: StageConfig, path: Path) -> Served:
+def open_model(config: ServeConfig, path: Path) -> Served:
     """Open a checkpoint, run folder, HF folder or .gguf file; ArtifactError when it is none of these."""
     if path.suffix == ".gguf":
         tokenizer = Tokenizer.load(_tokenizer_folder(config, path))
@@ -59,7 +59,7 @@ def open_model(config: StageConfig, path: Path) -> Served:
     return Served(config.model_name or folder.resolve().name, loaded.engine, loaded.tokenizer, config.max_running)
 
 
-def _tokenizer_folder(config: StageConfig, path: Path) -> Path:
+def _tokenizer_folder(config: ServeConfig, path: Path) -> Path:
     if config.tokenizer is not None:
         return config.tokenizer
     for folder in (path.parent, path.parent.parent / "hf"):

@@ -13,7 +13,7 @@ KEY_VARIABLE = "FREEHOLD_API_KEY"
 """Environment variable: when set, requests must carry `Authorization: Bearer <its value>`."""
 
 
-class StageConfig(Config):
+class ServeConfig(Config):
     """The server, and the one question the walk asks it."""
 
     path: Path | None = Field(
@@ -39,7 +39,7 @@ class StageConfig(Config):
     start_timeout_s: float = Field(120, gt=0, description="How long the walk waits for the server to be ready.")
 
 
-def plan(config: StageConfig) -> list[str]:
+def plan(config: ServeConfig) -> list[str]:
     """Return what --dry-run says."""
     model = config.path or "this run's aligned checkpoint"
     return [f"serves {model} once, asks {config.question!r}, keeps the answer in answer.json"]

@@ -24,7 +24,7 @@ from freehold.core.errors import ConfigError, FreeholdError
 from freehold.core.log import Log
 from freehold.stages.serve.app import create_app
 from freehold.stages.serve.backends import open_model
-from freehold.stages.serve.config import KEY_VARIABLE, StageConfig
+from freehold.stages.serve.config import KEY_VARIABLE, ServeConfig
 
 GRACE_S = 5
 """How long answers being streamed may go on after the server is told to stop."""
@@ -34,7 +34,7 @@ class ServeError(FreeholdError):
     """The server cannot start, or does not answer."""
 
 
-def serve(config: StageConfig, ready: Callable[[str], None] | None = None) -> None:
+def serve(config: ServeConfig, ready: Callable[[str], None] | None = None) -> None:
     """Serve until SIGINT or SIGTERM, then return; `ready` is called with the address once it listens.
 
     Raises ServeError when the port is taken, ArtifactError or CheckpointError when there is no model at `path`.
@@ -98,7 +98,7 @@ def _signals_end_quietly() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
+def run(config: ServeConfig, work: Workspace) -> dict[str, Any]:
     """Start the server on a free port as a user would, ask the question over HTTP, write `answer.json`, stop it."""
     path = config.path or work.input("align") / "preview"
     log_path = work.folder / "log" / "server.txt"
@@ -132,7 +132,7 @@ def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
 
 
 @contextmanager
-def _started(config: StageConfig, path: Path, log_path: Path) -> Iterator[str]:
+def _started(config: ServeConfig, path: Path, log_path: Path) -> Iterator[str]:
     """Yield the address of a server in a process of its own; it is stopped and waited for in any case."""
     with listen(config.host, 0) as probe:
         port = probe.getsockname()[1]

@@ -9,7 +9,7 @@ from pydantic import Field
 from freehold.core.config import Config
 
 
-class StageConfig(Config):
+class TokenizeConfig(Config):
     """The tokenizer to train, or the one to use, and how fast."""
 
     vocab_size: int = Field(8192, ge=288, description="tokens: 32 specials, 256 bytes, the rest merges")
@@ -25,7 +25,7 @@ class StageConfig(Config):
     threads: int = Field(2, ge=1, description="threads that encode; the result is the same for any number")
 
 
-def plan(config: StageConfig) -> list[str]:
+def plan(config: TokenizeConfig) -> list[str]:
     """Return what this configuration implies, for --dry-run."""
     width = 2 if config.vocab_size <= 1 << 16 else 4
     if config.tokenizer:

@@ -14,14 +14,14 @@ from freehold.core.artifact import Workspace
 from freehold.core.document import Document, read_rows
 from freehold.core.errors import DataError
 from freehold.data.shards import SPLITS, dtype_for, write_index, write_shard
-from freehold.stages.tokenize.config import StageConfig
+from freehold.stages.tokenize.config import TokenizeConfig
 from freehold.tokenizer.bpe import END_OF_TEXT, Tokenizer, train
 
 BATCH = 64
 """Documents encoded at once."""
 
 
-def run(config: StageConfig, work: Workspace) -> dict[str, Any]:
+def run(config: TokenizeConfig, work: Workspace) -> dict[str, Any]:
     """Write `tokenizer/` and `tokens/`; one source is in memory at a time.
 
     Returns tokens, documents, bytes and bytes per token of each source and split. Raises DataError when there is no

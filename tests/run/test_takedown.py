@@ -14,20 +14,20 @@ import pytest
 import yaml
 from run_fixture import LETTER, MODULE, SPEECH, TALK, TWIN, build_run
 
-from freehold import walk
 from freehold.cli import main
 from freehold.core.artifact import Workspace, read_json, write_json, write_manifest
 from freehold.core.document import Document, document_id, read_rows, replace, write_rows
 from freehold.core.errors import ArtifactError, DataError
 from freehold.core.log import Log
+from freehold.data.exposure import trace_rows, write_trace
 from freehold.data.loader import PhaseRows, Source, TextOrder, consumed_by
 from freehold.data.packing import IGNORE
-from freehold.data.trace import trace_rows, write_trace
-from freehold.ledger.takedown import step_seconds, takedown, write_recipe
-from freehold.ledger.trace_text import render_takedown
 from freehold.optim.config import PhaseConfig
 from freehold.optim.schedule import Schedule
-from freehold.stages.curate.config import Exclusion, NearDuplicates, StageConfig
+from freehold.run import walk
+from freehold.run.takedown import step_seconds, takedown, write_recipe
+from freehold.run.trace_text import render_takedown
+from freehold.stages.curate.config import CurateConfig, Exclusion, NearDuplicates
 from freehold.stages.curate.run import run as curate
 
 ROOT = Path(__file__).parents[2]
@@ -197,7 +197,7 @@ def test_recipe_without_a_whole_source(real: tuple[Path, dict[str, set[int]]], t
 def test_many_ids_go_into_a_file(
     real: tuple[Path, dict[str, set[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("freehold.ledger.takedown.MOST_IDS_IN_RECIPE", 1)
+    monkeypatch.setattr("freehold.run.takedown.MOST_IDS_IN_RECIPE", 1)
     answer = takedown(real[0], "1.txt")  # a part of the path: 1.txt, 11.txt, ...
     recipe = walk.resolve(Path(write_recipe(real[0], answer, tmp_path)["recipe"]))
     exclude = recipe.stages["curate"].exclude
@@ -338,7 +338,7 @@ def test_excluded_rows_leave_the_corpus_and_nothing_else(tmp_path: Path) -> None
     write_rows(tmp_path / "in/documents/speeches.parquet", rows, Document)
 
     def made(name: str, exclude: Exclusion) -> dict[str, Document]:
-        config = StageConfig(exclude=exclude, near_duplicates=NearDuplicates(enabled=False))
+        config = CurateConfig(exclude=exclude, near_duplicates=NearDuplicates(enabled=False))
         folder = tmp_path / name
         curate(config, Workspace(folder, "curate", "t", 0, Log(quiet=True), {"gather": tmp_path / "in"}))
         return {row.id: row for p in (folder / "documents").glob("*.parquet") for row in read_rows(p, Document)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from freehold.ledger.trace import readable
+from freehold.run.trace import readable
 
 PREVIEW = "log/trace.parquet"
 """Where a training stage writes, before its first step, what its steps will see; `trace.parquet` is made at its end."""

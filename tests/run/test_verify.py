@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from freehold import verify, walk
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.core.errors import ConfigError
 from freehold.model.config import ModelConfig
 from freehold.parallel.config import ParallelConfig
+from freehold.run import verify, walk
 
 MODEL = ModelConfig.model_validate({"preset": "laptop"})
 FACTS = {"step": 4, "tokens": 64, "phase": "stable", "skipped_steps": [], "data_sum": "0123456789abcdef"}
@@ -29,7 +29,7 @@ def against(tmp_path):
         state = copy.deepcopy(STATE)
         change(state)
         for name, held, told in (("one", STATE, FACTS), ("other", state, FACTS | facts)):
-            native.save(native.step_folder(tmp_path / name / "checkpoints", 4), held, MODEL, told)
+            dcp.save(dcp.step_folder(tmp_path / name / "checkpoints", 4), held, MODEL, told)
         return verify.compare(tmp_path / "one", tmp_path / "other", 4)
 
     return compare

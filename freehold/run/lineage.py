@@ -10,7 +10,7 @@ from typing import Any
 
 from freehold.core.artifact import MANIFEST, read_json, read_manifest, sha256_json
 from freehold.core.errors import ArtifactError
-from freehold.ledger.trace import read_checkpoints
+from freehold.run.trace import read_checkpoints
 
 STAGES = ("gather", "curate", "rephrase", "tokenize", "pretrain", "align", "export")
 

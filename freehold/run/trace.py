@@ -200,7 +200,7 @@ def learned_from(tables: Tables, path: str) -> dict[str, Any]:
 
 def render(answer: dict[str, Any], width: int = 120) -> str:
     """Return an answer of `trace_document`, `trace_step` or `trace_checkpoint` as text for a terminal."""
-    from freehold.ledger.trace_text import render_checkpoint, render_document, render_step
+    from freehold.run.trace_text import render_checkpoint, render_document, render_step
 
     if "checkpoint" in answer:
         return render_checkpoint(answer, width)

@@ -13,7 +13,7 @@ from typing import Any
 
 from freehold.core.artifact import MANIFEST
 from freehold.ledger.policy import SEVERITY, Claim, Decision, Policy, Verdict, judge_row, refusal
-from freehold.ledger.trace import Tables, learned_from, listed, read_checkpoints, readable
+from freehold.run.trace import Tables, learned_from, listed, read_checkpoints, readable
 
 RIGHTS = "source, source_version, kind, wrapper_licence, licence, licence_evidence, licence_confidence, teacher"
 

@@ -14,9 +14,9 @@ from run_fixture import build_run
 from freehold.cli import main
 from freehold.core.artifact import read_manifest, write_manifest
 from freehold.core.errors import ArtifactError, ConfigError
-from freehold.figure import draw_data
-from freehold.ledger.card import Told, facts, read_told
-from freehold.ledger.documents import MAKERS, UNKNOWN, difference, make
+from freehold.run.card import Told, facts, read_told
+from freehold.run.disclosure import MAKERS, UNKNOWN, difference, make
+from freehold.run.figure import draw_data
 
 
 @pytest.fixture(scope="module")

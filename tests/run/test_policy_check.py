@@ -10,8 +10,8 @@ from run_fixture import build_run
 
 from freehold import cli
 from freehold.core.errors import DataError, LicenceError
-from freehold.ledger import gate
 from freehold.ledger.policy import Policy
+from freehold.run import policy_check
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def mixture(**weights: float) -> dict:
 
 def test_lets_through_what_gather_let_through(run: Path) -> None:
     for stage, config in (("pretrain", mixture()), ("align", {}), ("export", {"checkpoint": "align/preview"})):
-        gate.before_stage(run, stage, Policy(), config)
+        policy_check.before_stage(run, stage, Policy(), config)
 
 
 def test_a_damaged_checkpoint_does_not_keep_training_from_going_back_to_the_one_before(tmp_path: Path) -> None:
@@ -39,58 +39,58 @@ def test_a_damaged_checkpoint_does_not_keep_training_from_going_back_to_the_one_
     for name in ("trainer.json", "manifest.json"):
         (damaged / name).write_text("{ cut off")
     for stage in ("pretrain", "align"):
-        gate.before_stage(run, stage, Policy(), mixture())
+        policy_check.before_stage(run, stage, Policy(), mixture())
 
 
 def test_a_mixture_is_stopped_by_the_rows_it_would_read(run: Path) -> None:
     policy = no("LicenseRef-PD-USGov")
     with pytest.raises(LicenceError, match="1 rows into the mixture") as caught:
-        gate.before_stage(run, "pretrain", policy, mixture())
+        policy_check.before_stage(run, "pretrain", policy, mixture())
     assert "refuse: speeches, speech.txt: wrapper MIT, content LicenseRef-PD-USGov" in str(caught.value)
     # Rows that no phase reads do not count, nor do conversations or what was held out.
-    gate.before_stage(run, "pretrain", policy, mixture(code=1.0, speeches=0.0))
-    gate.before_stage(run, "pretrain", no("Apache-2.0"), mixture())
+    policy_check.before_stage(run, "pretrain", policy, mixture(code=1.0, speeches=0.0))
+    policy_check.before_stage(run, "pretrain", no("Apache-2.0"), mixture())
     with pytest.raises(LicenceError):
-        gate.before_stage(run, "pretrain", policy, mixture(code=1.0, speeches=0.1))
+        policy_check.before_stage(run, "pretrain", policy, mixture(code=1.0, speeches=0.1))
 
 
 def test_of_alternatives_one_is_enough(run: Path) -> None:
-    gate.before_stage(run, "pretrain", no("PSF-2.0"), mixture())
+    policy_check.before_stage(run, "pretrain", no("PSF-2.0"), mixture())
     with pytest.raises(LicenceError, match="code, pkg/module.py"):
-        gate.before_stage(run, "pretrain", no("PSF-2.0", "MIT"), mixture())
+        policy_check.before_stage(run, "pretrain", no("PSF-2.0", "MIT"), mixture())
 
 
 def test_an_alignment_set_is_stopped(run: Path) -> None:
     with pytest.raises(LicenceError, match="1 rows into the alignment set"):
-        gate.before_stage(run, "align", no("Apache-2.0"), {})
-    gate.before_stage(run, "align", no("LicenseRef-PD-USGov"), {})
+        policy_check.before_stage(run, "align", no("Apache-2.0"), {})
+    policy_check.before_stage(run, "align", no("LicenseRef-PD-USGov"), {})
 
 
 def test_an_export_is_stopped_by_all_it_learned_from(run: Path) -> None:
     for licence in ("LicenseRef-PD-USGov", "Apache-2.0"):  # of pre-training, of alignment
         with pytest.raises(LicenceError, match="into the export"):
-            gate.before_stage(run, "export", no(licence), {"checkpoint": "align/preview"})
-    gate.before_stage(run, "export", no("Apache-2.0"), {"checkpoint": "pretrain/base"})
+            policy_check.before_stage(run, "export", no(licence), {"checkpoint": "align/preview"})
+    policy_check.before_stage(run, "export", no("Apache-2.0"), {"checkpoint": "pretrain/base"})
     # After two steps the module was not read yet.
-    gate.before_stage(run, "export", no("PSF-2.0", "MIT"), {"checkpoint": "pretrain/truebase"})
+    policy_check.before_stage(run, "export", no("PSF-2.0", "MIT"), {"checkpoint": "pretrain/truebase"})
 
 
 def test_an_export_may_be_for_more_than_training_was(run: Path) -> None:
     research = Policy.model_validate({"uses": ["train"], "by_use": {"commercial": {"refuse": ["Apache-2.0"]}}})
-    gate.before_stage(run, "export", research, {"checkpoint": "align/preview", "uses": []})
+    policy_check.before_stage(run, "export", research, {"checkpoint": "align/preview", "uses": []})
     with pytest.raises(LicenceError, match="refuse list for `commercial`"):
-        gate.before_stage(run, "export", research, {"checkpoint": "align/preview", "uses": ["commercial"]})
+        policy_check.before_stage(run, "export", research, {"checkpoint": "align/preview", "uses": ["commercial"]})
 
 
 def test_rows_made_from_what_is_refused_name_themselves(run: Path) -> None:
-    groups = gate.checkpoint(run, "align/preview", Policy())
+    groups = policy_check.checkpoint(run, "align/preview", Policy())
     assert {(g.claim.source, g.documents, g.verdict.decision) for g in groups} == {
         ("speeches", 1, "allow"), ("code", 1, "allow"), ("made", 1, "allow"),
     }  # fmt: skip
-    assert gate.worst(groups) == "allow"
-    assert gate.worst([]) == "allow"
+    assert policy_check.worst(groups) == "allow"
+    assert policy_check.worst([]) == "allow"
     with pytest.raises(DataError, match="no such checkpoint"):
-        gate.checkpoint(run, "align/other", Policy())
+        policy_check.checkpoint(run, "align/other", Policy())
 
 
 def test_the_command_answers_and_says_no_by_its_exit_code(

@@ -20,11 +20,11 @@ from typing import Any
 
 import psutil
 
-from freehold import walk
 from freehold.core.artifact import MANIFEST
 from freehold.core.errors import ConfigError, FreeholdError
 from freehold.core.table import Table
 from freehold.parallel.config import ParallelConfig
+from freehold.run import walk
 
 STAGE = "pretrain"
 SAME = ("step", "tokens", "phase", "skipped_steps", "data_sum")
@@ -82,7 +82,7 @@ def verify_resume(
         exact = processes == own.devices
         found |= {
             "processes": processes,
-            "must_be_exact": exact,
+            "check_exact": exact,
             "loss_difference": _loss_difference(straight, folder, left_at),
             "passed": not found["facts"] and _equal_enough(found["parts"], exact, tolerance),
         }
@@ -110,11 +110,11 @@ def compare(one: Path, other: Path, step: int) -> dict[str, Any]:
     """
     import torch
 
-    from freehold.checkpoint import native
+    from freehold.checkpoint import dcp
 
-    folders = [native.step_folder(stage / "checkpoints", step) for stage in (one, other)]
-    facts = [native.check(folder) for folder in folders]
-    states = [native.load(folder, verify=False) for folder in folders]
+    folders = [dcp.step_folder(stage / "checkpoints", step) for stage in (one, other)]
+    facts = [dcp.check(folder) for folder in folders]
+    states = [dcp.load(folder, verify=False) for folder in folders]
     parts = {}
     for part in sorted({*states[0], *states[1]}):
         a, b = (state.get(part, {}) for state in states)
@@ -244,7 +244,7 @@ def _freehold(*arguments: str) -> None:
 
 def _kill_after(arguments: Sequence[str], stage: Path, step: int) -> None:
     """Start a run and kill all its processes once its checkpoint of `step` is there."""
-    from freehold.checkpoint.native import step_folder
+    from freehold.checkpoint.dcp import step_folder
 
     with (stage.parent / "killed.txt").open("wb") as said:
         process = subprocess.Popen(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from freehold.checkpoint import native
+from freehold.checkpoint import dcp
 from freehold.core.errors import ArtifactError, CheckpointError
 from freehold.model.config import ModelConfig
 
@@ -14,15 +14,15 @@ STATE = {"model": {"a.b": torch.arange(12.0).view(3, 4), "c": torch.ones(2)}, "b
 
 
 def save(folder, **facts):
-    return native.save(folder, STATE, MODEL, {"step": 1, **facts})
+    return dcp.save(folder, STATE, MODEL, {"step": 1, **facts})
 
 
 def test_round_trip_of_all_and_of_some_parts(tmp_path):
     save(tmp_path / "x")
-    state = native.load(tmp_path / "x")
+    state = dcp.load(tmp_path / "x")
     assert torch.equal(state["model"]["a.b"], STATE["model"]["a.b"])
-    assert set(native.load(tmp_path / "x", ["balance"])) == {"balance"}
-    config, tensors = native.read_model(tmp_path / "x")
+    assert set(dcp.load(tmp_path / "x", ["balance"])) == {"balance"}
+    config, tensors = dcp.read_model(tmp_path / "x")
     assert config == MODEL
     assert set(tensors) == {"a.b", "c"}
 
@@ -51,22 +51,22 @@ def test_damage_is_named(tmp_path, damage, says):
         shard = tmp_path / "x" / "manifest.json"
         shard.unlink()
     with pytest.raises(CheckpointError, match=says) as error:
-        native.load(tmp_path / "x")
+        dcp.load(tmp_path / "x")
     assert ("x" if damage == "manifest" else str(shard)) in str(error.value)
 
 
 def test_keys_are_compared_both_ways(tmp_path):
-    native.match_keys(["a"], ["a"], tmp_path)
+    dcp.match_keys(["a"], ["a"], tmp_path)
     with pytest.raises(CheckpointError, match="missing"):
-        native.match_keys(["a"], ["a", "b"], tmp_path)
+        dcp.match_keys(["a"], ["a", "b"], tmp_path)
     with pytest.raises(CheckpointError, match="does not have"):
-        native.match_keys(["a", "b"], ["a"], tmp_path)
+        dcp.match_keys(["a", "b"], ["a"], tmp_path)
 
 
 def test_checkpoint_without_a_model(tmp_path):
-    native.save(tmp_path / "x", {"balance": {"a": torch.zeros(1)}}, MODEL, {})
+    dcp.save(tmp_path / "x", {"balance": {"a": torch.zeros(1)}}, MODEL, {})
     with pytest.raises(CheckpointError, match="no model"):
-        native.load(tmp_path / "x")
+        dcp.load(tmp_path / "x")
 
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -75,37 +75,37 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(native.shutil, "copyfile", full)
+    monkeypatch.setattr(dcp.shutil, "copyfile", full)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ArtifactError, match="No space left"):
-        native.save(tmp_path / "x", STATE, MODEL, {}, [tmp_path / "tokenizer.json"])
+        dcp.save(tmp_path / "x", STATE, MODEL, {}, [tmp_path / "tokenizer.json"])
     assert json.loads((tmp_path / "x" / "manifest.json").read_text()) == first
     assert not (tmp_path / "x.tmp").exists()
 
 
 def test_prune_keeps_the_grid(tmp_path):
     for step in (2, 3, 4, 6, 8):
-        save(native.step_folder(tmp_path, step))
-    native.prune(tmp_path, keep_last=2, keep_every_steps=4, every_steps=2)
+        save(dcp.step_folder(tmp_path, step))
+    dcp.prune(tmp_path, keep_last=2, keep_every_steps=4, every_steps=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000006", "step_00000008"]
 
 
 def test_prune_keeps_what_may_have_to_be_gone_back_to(tmp_path):
     for step in (2, 3, 4, 6, 8):
-        save(native.step_folder(tmp_path, step))
-    native.prune(tmp_path, keep_last=1, keep_every_steps=0, every_steps=2, needed_step=3)
+        save(dcp.step_folder(tmp_path, step))
+    dcp.prune(tmp_path, keep_last=1, keep_every_steps=0, every_steps=2, needed_step=3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000008"]
-    native.prune(tmp_path, keep_last=1, keep_every_steps=0, every_steps=2, needed_step=1)
+    dcp.prune(tmp_path, keep_last=1, keep_every_steps=0, every_steps=2, needed_step=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000008"]
 
 
 def test_last_good(tmp_path):
-    assert native.last_good(tmp_path, print) is None
-    save(native.step_folder(tmp_path, 2))
-    save(native.step_folder(tmp_path, 4))
-    (native.step_folder(tmp_path, 4) / "config.json").write_text("{}")
+    assert dcp.last_good(tmp_path, print) is None
+    save(dcp.step_folder(tmp_path, 2))
+    save(dcp.step_folder(tmp_path, 4))
+    (dcp.step_folder(tmp_path, 4) / "config.json").write_text("{}")
     told = []
-    assert native.last_good(tmp_path, told.append) == native.step_folder(tmp_path, 2)
+    assert dcp.last_good(tmp_path, told.append) == dcp.step_folder(tmp_path, 2)
     assert "step_00000004" in told[0]
 
 
@@ -113,21 +113,21 @@ def test_last_good(tmp_path):
     ("word", "flipped"), [('"bytes"', '"byte{"'), ('"sha256"', '"sha25>"'), ('"files"', '"fileq"'), ("{", ":")]
 )
 def test_a_manifest_with_a_flipped_bit_is_a_damaged_checkpoint(tmp_path, word, flipped):
-    save(native.step_folder(tmp_path, 2))
-    save(native.step_folder(tmp_path, 4))
-    manifest = native.step_folder(tmp_path, 4) / "manifest.json"
+    save(dcp.step_folder(tmp_path, 2))
+    save(dcp.step_folder(tmp_path, 4))
+    manifest = dcp.step_folder(tmp_path, 4) / "manifest.json"
     manifest.write_text(manifest.read_text().replace(word, flipped, 1))
-    assert native.last_good(tmp_path, lambda _: None) == native.step_folder(tmp_path, 2)
+    assert dcp.last_good(tmp_path, lambda _: None) == dcp.step_folder(tmp_path, 2)
 
 
 def test_torch_s_word_for_a_full_disk_is_translated(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
 
-    monkeypatch.setattr(native.dcp, "save", full)
+    monkeypatch.setattr(dcp.dcp, "save", full)
     with pytest.raises(RuntimeError, match="unexpected pos"):
         save(tmp_path / "x")
-    monkeypatch.setattr(native.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0})())
+    monkeypatch.setattr(dcp.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0})())
     with pytest.raises(ArtifactError, match="No space left"):
         save(tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
@@ -136,12 +136,12 @@ def test_torch_s_word_for_a_full_disk_is_translated(tmp_path, monkeypatch):
 def test_a_checkpoint_of_the_first_version_stays_readable(tmp_path):
     """Written by the code before a run could be spread over processes; must load for ever."""
     folder = Path(__file__).parent / "fixtures" / "version_1"
-    facts, state = native.check(folder), native.load(folder)
+    facts, state = dcp.check(folder), dcp.load(folder)
     assert facts["step"] == 2
     assert set(state) == {"model", "optimizer", "balance", "collapse", "rng"}
-    config, model = native.read_model(folder)
+    config, model = dcp.read_model(folder)
     assert config.num_hidden_layers == 2
     assert all(torch.isfinite(tensor).all() for tensor in model.values())
     assert float(state["optimizer"]["lm_head.weight.step"]) == 2
     shutil.copytree(folder, tmp_path / "checkpoints" / "step_00000002")
-    assert native.last_good(tmp_path / "checkpoints", print) == tmp_path / "checkpoints" / "step_00000002"
+    assert dcp.last_good(tmp_path / "checkpoints", print) == tmp_path / "checkpoints" / "step_00000002"

@@ -38,7 +38,7 @@ def write_report(run_folder: Path) -> Path:
     if not rows:
         picture.unlink(missing_ok=True)  # of an earlier run
     else:
-        from freehold.figure import draw
+        from freehold.run.figure import draw
 
         write_atomic(picture, draw(rows, _read_json(run_folder / "evaluate" / "results.json")))
     parts = [f"# Run `{run_folder.name}`\n"]
@@ -57,7 +57,7 @@ def write_report(run_folder: Path) -> Path:
 
 def write_data_picture(path: Path, facts: dict[str, Any]) -> None:
     """Write the picture of a data card (`freehold card`)."""
-    from freehold.figure import draw_data
+    from freehold.run.figure import draw_data
 
     write_atomic(path, draw_data(facts))
 

@@ -11,8 +11,8 @@ from run_fixture import LETTER, MODULE, SPEECH, TALK, TWIN, build_run
 
 from freehold.core.artifact import write_manifest
 from freehold.core.errors import DataError
-from freehold.ledger.takedown import takedown
-from freehold.ledger.trace import find_checkpoint, ranges, render, trace_checkpoint, trace_document, trace_step
+from freehold.run.takedown import takedown
+from freehold.run.trace import find_checkpoint, ranges, render, trace_checkpoint, trace_document, trace_step
 
 
 @pytest.fixture(scope="module")
@@ -243,5 +243,5 @@ def test_ranges() -> None:
 
 
 def test_answers_without_torch() -> None:
-    code = "import sys, freehold.ledger.trace, freehold.ledger.lineage; sys.exit('torch' in sys.modules)"
+    code = "import sys, freehold.run.trace, freehold.run.lineage; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

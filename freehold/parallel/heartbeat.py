@@ -21,7 +21,7 @@ DUMP = signal.SIGUSR1
 """The signal that makes a rank write the stack of each of its threads to its stderr."""
 
 
-class Heart:
+class Heartbeat:
     """Writes the beats of one rank; does nothing when no supervisor asked for them."""
 
     def __init__(self) -> None:

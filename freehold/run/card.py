@@ -14,7 +14,7 @@ from pydantic import Field
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.config import Config, fill, load_yaml
 from freehold.core.errors import ArtifactError
-from freehold.ledger.trace import TRAINING, Tables, read_checkpoints, readable
+from freehold.run.trace import TRAINING, Tables, read_checkpoints, readable
 
 LENGTHS = [0, *(4**n for n in range(2, 12))]
 """Edges of the classes of document length, bytes."""

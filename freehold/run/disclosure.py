@@ -21,7 +21,7 @@ from typing import Any
 from freehold.core.artifact import sha256_json, write_atomic
 from freehold.core.document import Conversation, Document
 from freehold.core.table import Table
-from freehold.ledger.card import Told
+from freehold.run.card import Told
 
 UNKNOWN = "unknown: the ledger does not hold it, and it was not stated"
 PICTURE = "data.png"

@@ -15,12 +15,12 @@ from freehold import cli
 from freehold.core.artifact import write_atomic, write_manifest
 from freehold.core.document import Document, document_id, read_rows, replace, write_rows
 from freehold.core.errors import LicenceError
-from freehold.ledger import gate
-from freehold.ledger.card import facts
-from freehold.ledger.lineage import lineage
 from freehold.ledger.policy import Policy
-from freehold.ledger.takedown import takedown, write_recipe
-from freehold.ledger.trace import trace_document
+from freehold.run import policy_check
+from freehold.run.card import facts
+from freehold.run.lineage import lineage
+from freehold.run.takedown import takedown, write_recipe
+from freehold.run.trace import trace_document
 
 SOURCE = "rephrased_condensed"
 
@@ -59,14 +59,14 @@ def test_the_gate_sees_what_a_teacher_wrote(tmp_path: Path, capsys: pytest.Captu
     pq.write_table(pa.Table.from_pylist([*trace, {**trace[0], "document_id": row.id}]), run / "pretrain/trace.parquet")
 
     with pytest.raises(LicenceError, match=f"(?s)1 rows into the mixture.*{SOURCE}"):
-        gate.before_stage(run, "pretrain", Policy(), {})
+        policy_check.before_stage(run, "pretrain", Policy(), {})
     # What let the rewrites in judges them here too; the use an export asks for is asked of it as well.
     theirs = Policy.model_validate(own)
-    gate.before_stage(run, "pretrain", Policy(), {}, theirs)
-    gate.before_stage(run, "export", Policy(uses=("train",)), {"checkpoint": "pretrain/base"}, theirs)
+    policy_check.before_stage(run, "pretrain", Policy(), {}, theirs)
+    policy_check.before_stage(run, "export", Policy(uses=("train",)), {"checkpoint": "pretrain/base"}, theirs)
     wanted = {"checkpoint": "pretrain/base", "uses": ["redistribute"]}
     with pytest.raises(LicenceError, match=f"(?s)1 rows into the export.*{SOURCE}.*passing it on"):
-        gate.before_stage(run, "export", Policy(uses=("train",)), wanted, theirs)
+        policy_check.before_stage(run, "export", Policy(uses=("train",)), wanted, theirs)
 
     assert cli.main(["rights", str(run), "--json"]) == 0
     assert SOURCE in {group["source"] for group in json.loads(capsys.readouterr().out)["rows"]}

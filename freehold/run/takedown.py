@@ -19,7 +19,7 @@ import yaml
 from freehold.core.artifact import MANIFEST, read_json, read_manifest, sha256_file, write_atomic
 from freehold.core.errors import ArtifactError, DataError
 from freehold.core.log import read_metrics
-from freehold.ledger.trace import MATCHES, TRAINING, Tables, listed, ranges, read_checkpoints, readable
+from freehold.run.trace import MATCHES, TRAINING, Tables, listed, ranges, read_checkpoints, readable
 
 STAGES = ("gather", "curate", "rephrase", "tokenize", "pretrain", "align", "evaluate", "export", "serve")
 COLUMNS = "id, source, source_version, licence, kind"

@@ -35,10 +35,10 @@ from freehold.core.config import Config, difference, fill, load_recipe, merge, o
 from freehold.core.errors import ArtifactError, ConfigError, FreeholdError
 from freehold.core.log import Log
 from freehold.core.machine import disk_error, machine_limits
-from freehold.ledger import gate
-from freehold.ledger.batch import documents_of_step
 from freehold.parallel import launch
 from freehold.parallel.supervise import Supervisor
+from freehold.run import policy_check
+from freehold.run.step_documents import documents_of_step
 
 WALK: dict[str, tuple[str, ...]] = {
     "gather": (),
@@ -98,7 +98,8 @@ class Options:
 
 def stage_config_class(stage: str) -> type[Config]:
     """Return the declaration of a stage, without importing torch."""
-    return importlib.import_module(f"freehold.stages.{stage}.config").StageConfig  # type: ignore[no-any-return]
+    module = importlib.import_module(f"freehold.stages.{stage}.config")
+    return getattr(module, f"{stage.capitalize()}Config")  # type: ignore[no-any-return]
 
 
 def resolve(path: Path, overrides: Sequence[str] = (), stage: str = "", fork: str = "") -> Recipe:
@@ -223,7 +224,7 @@ def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
         artifact.verify_files(recipe.run_folder / name, read_manifest(recipe.run_folder / name))
     settings = recipe.stages[stage].model_dump(mode="json")
     policies = [recipe.stages[name].policy for name in ("gather", "rephrase")]
-    gate.before_stage(recipe.run_folder, stage, policies[0], settings, policies[1])
+    policy_check.before_stage(recipe.run_folder, stage, policies[0], settings, policies[1])
     log = Log(folder, quiet=options.quiet)
     log.say(f"== {stage}" + (" (going on)" if what == "resume" else ""))
     artifact.write_atomic(folder / "resolved.yaml", to_yaml(recipe.stages[stage]))
@@ -306,7 +307,7 @@ def _work(recipe: Recipe, stage: str, work: Workspace, key: dict[str, Any]) -> d
 def _supervise(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
     """Make one stage as `parallel.nproc` ranks that are started here, watched, and started again when they fail."""
     folder, parallel = recipe.run_folder / stage, recipe.stages[stage].parallel
-    launch.must_fit_machine(parallel, stage)
+    launch.check_fits_machine(parallel, stage)
     command = [*_command(recipe, stage), "--parent", str(os.getpid()), "--json"]
     log = Log(quiet=options.quiet)
     supervisor = Supervisor(

@@ -11,7 +11,7 @@ from run_fixture import build_run
 
 from freehold.core.artifact import write_manifest
 from freehold.core.errors import ArtifactError
-from freehold.ledger.lineage import Graph, draw, lineage
+from freehold.run.lineage import Graph, draw, lineage
 
 
 def edges(graph: Graph) -> set[tuple[str, str]]:

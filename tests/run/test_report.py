@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from freehold import report
 from freehold.core.artifact import write_json, write_manifest
 from freehold.core.errors import ArtifactError
 from freehold.core.table import Table
-from freehold.figure import HEAT_COLUMNS, draw, heat_map, phase_spans, picture
+from freehold.run import report
+from freehold.run.figure import HEAT_COLUMNS, draw, heat_map, phase_spans, picture
 
 
 def metrics_row(step: int, phase: str, **more: object) -> dict[str, object]:

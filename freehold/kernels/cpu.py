@@ -1,4 +1,4 @@
-"""The CPU kernels of native.cpp: built on first use, loaded, and registered with PyTorch as `freehold::` operators.
+"""The CPU kernels of cpu.cpp: built on first use, loaded, and registered with PyTorch as `freehold::` operators.
 
 They need a C++ compiler (c++, g++ or clang++, $CXX, or the `ziglang` package) and a CPU with AVX-512; bfloat16 needs
 its bf16 instructions too. Where something is missing `available` says False, ops.py takes PyTorch's own way, and
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 WIDTH_MULTIPLE = 16
 _C_TYPES = {"any": ctypes.c_void_p, "integer": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
