@@ -129,7 +129,7 @@ def test_a_third_party_package_belongs_to_one_room():
         "import freehold.planner.show",
         "import freehold.parallel.supervise",
         "import freehold.core.document, freehold.run.trace, freehold.run.lineage, freehold.ledger.policy",
-        "from freehold import walk; [walk.stage_config_class(s) for s in [*walk.WALK, 'chat']]",
+        "from freehold.run import walk; [walk.stage_config_class(s) for s in [*walk.WALK, 'chat']]",
     ],
 )
 def test_starts_without_torch(code):

@@ -246,7 +246,7 @@ def test_markdown_table_escapes_what_would_break_it() -> None:
 
 def test_reading_a_run_needs_neither_torch_nor_matplotlib(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from freehold import report; report.summary(Path(sys.argv[1]));"
+        "import sys; from pathlib import Path; from freehold.run import report; report.summary(Path(sys.argv[1]));"
         "assert not {'torch', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
