@@ -42,6 +42,7 @@ ONE_ROOM = {
     "selectolax": {"stages/gather", "corpora"},
     "pypdf": {"stages/gather", "corpora"},
     "duckdb": {"run"},
+    "cryptography": {"proof"},
     "matplotlib": {"run/figure.py"},
     "safetensors": {"checkpoint", "stages/export"},
 }
