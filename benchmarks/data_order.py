@@ -61,7 +61,7 @@ from freehold.run.figure import BLUE, GREEN, MUTED, ORANGE, STYLE
 from freehold.stages.pretrain.config import PretrainConfig
 from freehold.tokenizer.bpe import END_OF_TEXT
 from freehold.trainer.loop import Job, Trainer
-from freehold.trainer.loss import summed_nll
+from freehold.losses.cross_entropy import summed_nll
 from freehold.trainer.validate import bits_per_byte, held_out
 
 WORKERS = 8

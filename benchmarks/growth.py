@@ -34,7 +34,7 @@ from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.loop import Job, Trainer
-from freehold.trainer.loss import chunked_loss
+from freehold.losses.cross_entropy import chunked_loss
 
 EXPERTS = (8, 16, 32, 64, 128, 256)
 CONTEXTS = (512, 1024, 2048, 4096, 8192)

@@ -87,9 +87,9 @@ class CollapseDetector:
         """Return the first step that an alarm of the next step could blame."""
         return int(self.steps[0])
 
-    def watch(self, step: int, counts: Mapping[str, Tensor]) -> list[Alarm]:
-        """Take the loads [E] of each layer in step `step`; return the layers that collapse."""
-        loads = np.stack([counts[name].cpu().double().numpy() for name in self.layers]) if self.layers else np.zeros(0)
+    def watch(self, step: int, loads: np.ndarray) -> list[Alarm]:
+        """Take the loads [L, E] of step `step`; return the layers that collapse."""
+        loads = loads.astype(np.float64)
         unwatched = step < self.first_step + self.config.warmup_steps
         if unwatched or self.limit == 0 or not loads.any():
             return []

@@ -65,6 +65,13 @@ class TrainerConfig(Config):
     background_save: bool = Field(False, description="write step checkpoints while training goes on, from a copy")
     collapse: CollapseConfig = Field(default_factory=CollapseConfig, description="alarm for routing that collapses")
     spike: SpikeConfig = Field(default_factory=SpikeConfig, description="alarm for a loss that jumps")
+    deterministic: Literal["auto"] | bool = Field(
+        "auto", description="deterministic algorithms only; auto: on a CPU, where they cost nothing"
+    )
+    tf32: bool = Field(False, description="CUDA: let float32 products use TF32")
+    callbacks: tuple[str, ...] = Field(
+        (), description="where metrics go besides metrics.jsonl: tensorboard, wandb, or an entry point's name"
+    )
     log_every_steps: int = Field(10, ge=1, description="steps between lines of metrics")
     validate_every_steps: int = Field(200, ge=0, description="steps between validations (0: only at phase ends)")
     validation_tokens: int = Field(16384, ge=0, description="tokens per source read in a validation (0: all)")

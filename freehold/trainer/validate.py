@@ -15,10 +15,10 @@ from torch import Tensor
 
 from freehold.data.loader import Source
 from freehold.data.packing import Batch, Example, conversation_batch, cut, pack
+from freehold.losses.cross_entropy import summed_nll
 from freehold.model.afmoe import Afmoe
 from freehold.parallel.config import ParallelConfig
 from freehold.parallel.mesh import World
-from freehold.trainer.loss import summed_nll
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from freehold.data.packing import IGNORE
-from freehold.trainer.loss import chunked_loss, summed_nll
+from freehold.losses.cross_entropy import chunked_loss, summed_nll
 
 
 def inputs(dtype=torch.float64):

@@ -1,17 +1,52 @@
-"""Cross-entropy and z-loss on the output logits, computed in chunks so that all logits never exist at once.
+"""Cross-entropy and z-loss on the output logits, in chunks, so that the logits of a whole batch never exist together.
 
-Shapes: N positions, d hidden width, V vocabulary.
+Shapes: N positions, n positions of a chunk, d hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from freehold.data.packing import IGNORE
+from freehold.core.marks import IGNORE
+from freehold.losses.protocol import LossSums, Scale
 from freehold.model import ops
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """-log p of each target plus z-loss: the loss of pre-training and of supervised fine-tuning.
+
+    z_loss: weight of the squared log-partition (trinity report, section 6). chunk_tokens: positions whose logits exist
+    at the same time.
+    """
+
+    z_loss: float = 0.0
+    chunk_tokens: int = 2048
+
+    reports: ClassVar[Mapping[str, str]] = {"loss/mean": "targets", "loss/z": "targets"}
+
+    def counts(self, batch: Any) -> dict[str, int]:
+        """Return how many positions carry loss."""
+        return {"targets": batch.target_tokens}
+
+    def __call__(
+        self, hidden: Tensor, head: Tensor, columns: Mapping[str, Tensor], scales: Mapping[str, Scale]
+    ) -> LossSums:
+        """Return the sums for hidden states [B, T, d], head weight [V, d] and the column `targets` [B, T]."""
+        found = chunked_loss(
+            hidden,
+            head,
+            columns["targets"],
+            scale=scales["targets"],
+            z_loss=self.z_loss,
+            chunk_tokens=self.chunk_tokens,
+        )
+        return LossSums(found.total, {"loss/mean": found.cross_entropy, "loss/z": found.z})
 
 
 class Losses(NamedTuple):
@@ -30,7 +65,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, scale: float, chunk: int
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, scale: Scale, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         cross_entropy = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -39,61 +74,44 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight = None
         for start in range(0, len(hidden), chunk):
             h = hidden[start : start + chunk]
-            logits = ops.linear(h, weight)
+            logits = ops.linear(h, weight)  # [n, V]
             nll, log_partition = ops.cross_entropy_(logits, targets[start : start + chunk], scale, z_loss)
             cross_entropy += nll.sum(dtype=torch.float64)
             z += log_partition.square().sum(dtype=torch.float64)
+            # `logits` holds their gradient now: [n, V] -> [n, d] and [V, d].
             grad_hidden[start : start + chunk], part = ops.linear_backward(logits, h, weight)
             grad_weight = part if grad_weight is None else grad_weight.to(wide).add_(part)
         grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(cross_entropy, z)
+        # Asking for the gradient's value would wait for the device, so there it is multiplied with in any case.
+        ctx.may_read = not isinstance(scale, Tensor)
         return ((cross_entropy + z_loss * z) * scale).to(wide), cross_entropy, z
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        if grad != 1:
+        if not ctx.may_read or grad != 1:
             grad_hidden, grad_weight = grad_hidden * grad, grad_weight * grad
         return grad_hidden, grad_weight, None, None, None, None
 
 
 def chunked_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, z_loss: float = 0.0, chunk_tokens: int = 2048
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: Scale, z_loss: float = 0.0, chunk_tokens: int = 2048
 ) -> Losses:
     """Return the summed losses of hidden states [N, d] (any leading shape) against targets [N], head weight [V, d].
 
-    Positions whose target is IGNORE are left out before anything is computed. `scale` is 1 / (targets of the whole
-    global step), so that micro-batches and ranks simply add up. z-loss: trinity report, section 6.
+    Positions whose target is IGNORE do not count. With a number for `scale` they are dropped before anything is
+    computed; with a tensor, where nothing may wait for the device, they are computed and masked. `scale` is
+    1 / (targets of the whole global step), so that micro-batches and ranks add up. z-loss: trinity report, section 6.
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    kept = targets != IGNORE
-    if not bool(kept.all()):
-        index = kept.nonzero().squeeze(1)
-        hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
+    if not isinstance(scale, Tensor):
+        kept = targets != IGNORE
+        if not bool(kept.all()):
+            index = kept.nonzero().squeeze(1)
+            hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
     return Losses(*_ChunkedLoss.apply(hidden, weight, targets, z_loss, scale, chunk_tokens))
-
-
-class _Attached(torch.autograd.Function):
-    """The stream as it is; its gradient goes on, and the loss gets a gradient of 1."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, loss: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.loss = loss.dtype, loss.device
-        return h.view_as(h)
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        dtype, device = ctx.loss
-        return dh, torch.ones((), dtype=dtype, device=device)
-
-
-def attach_loss(h: Tensor, loss: Tensor) -> Tensor:
-    """Return h; when its gradient is taken, so is that of `loss` (a scalar), as if it were added to the training loss.
-
-    For losses on what happens inside a stage, which the last stage cannot see.
-    """
-    return _Attached.apply(h, loss)
 
 
 @torch.no_grad()
@@ -102,7 +120,7 @@ def summed_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: in
     hidden, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     parts = []
     for start in range(0, len(hidden), chunk_tokens):
-        logits = torch.mm(hidden[start : start + chunk_tokens], weight.t()).float()
+        logits = torch.mm(hidden[start : start + chunk_tokens], weight.t()).float()  # [n, V]
         target = flat[start : start + chunk_tokens, None].clamp_min(0)
         nll = torch.logsumexp(logits, 1) - logits.gather(1, target).squeeze(1)
         parts.append(nll.double() * (flat[start : start + chunk_tokens] != IGNORE))
