@@ -1,6 +1,6 @@
 import pytest
 
-from freehold.core.config import difference, fill, load_recipe, merge, parse_override
+from freehold.core.config import REMOVED, difference, fill, load_recipe, merge, parse_override
 from freehold.core.errors import ConfigError
 from freehold.stages.pretrain.config import PretrainConfig
 
@@ -66,6 +66,15 @@ def test_unknown_key_names_its_neighbour(override, says):
         fill(PretrainConfig, merge(base, data), "pretrain")
     assert says in str(error.value)
     assert "pretrain." in str(error.value)
+
+
+def test_removed_key_names_its_constant(monkeypatch):
+    constant = "stages/curate/filters.py: MIN_WORDS = 5"
+    monkeypatch.setitem(REMOVED, "pretrain.phases.*.min_words", constant)
+    with pytest.raises(ConfigError, match="removed") as error:
+        fill(PretrainConfig, {"phases": {"stable": {"steps": 2, "min_words": 3}}}, "pretrain")
+    assert error.value.where == "pretrain.phases.stable.min_words"
+    assert constant in error.value.todo
 
 
 def test_unknown_key_beside_a_missing_one_is_the_one_that_is_named():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from freehold.checkpoint import dcp
-from freehold.core.artifact import Workspace, read_manifest, write_atomic
+from freehold.core.artifact import PREVIEW, Workspace, read_manifest, write_atomic
 from freehold.core.document import Conversation, read_rows
 from freehold.core.errors import CheckpointError, DataError
 from freehold.core.machine import check_memory_fits
@@ -14,7 +14,6 @@ from freehold.data.loader import ConversationOrder
 from freehold.data.packing import Example
 from freehold.optim.schedule import Schedule
 from freehold.parallel.config import validate_layout
-from freehold.run.step_documents import PREVIEW, documents_of_step
 from freehold.stages.align.config import AlignConfig
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.chat import render_ids
@@ -77,7 +76,7 @@ def run(config: AlignConfig, work: Workspace) -> dict[str, Any]:
         balance=config.balance,
         schedule=schedule,
         order=order,
-        documents_of=lambda step: documents_of_step(work.folder, step),
+        documents_of=work.documents_of_step,
         micro_sequences=config.batch.micro,
         stage="align",
         parallel=config.parallel,

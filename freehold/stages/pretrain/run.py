@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from freehold.checkpoint import dcp
-from freehold.core.artifact import Workspace, atomic_folder, read_manifest, write_atomic
+from freehold.core.artifact import PREVIEW, Workspace, atomic_folder, read_manifest, write_atomic
 from freehold.core.errors import CheckpointError, ConfigError
 from freehold.core.machine import check_memory_fits
 from freehold.data.buffer import text_order
@@ -18,7 +18,6 @@ from freehold.data.loader import PhaseRows, consumed_by
 from freehold.data.shards import ShardSet
 from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
-from freehold.run.step_documents import PREVIEW, documents_of_step
 from freehold.stages.pretrain.config import PretrainConfig
 from freehold.tokenizer.bpe import END_OF_TEXT
 from freehold.trainer.loop import Job, Trainer
@@ -74,7 +73,7 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
         balance=config.balance,
         schedule=schedule,
         order=order,
-        documents_of=lambda step: documents_of_step(work.folder, step),
+        documents_of=work.documents_of_step,
         micro_sequences=config.batch.micro,
         stage="pretrain",
         parallel=config.parallel,
