@@ -36,7 +36,8 @@ from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.run import walk
 from freehold.trainer.config import CollapseConfig, TrainerConfig
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 
 MODEL = ModelConfig(
     vocab_size=288, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=4,

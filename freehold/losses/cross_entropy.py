@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from freehold.core.marks import IGNORE
+from freehold.kernels import cpu
 from freehold.losses.protocol import LossSums, Scale
-from freehold.model import ops
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight = None
         for start in range(0, len(hidden), chunk):
             h = hidden[start : start + chunk]
-            logits = ops.linear(h, weight)  # [n, V]
-            nll, log_partition = ops.cross_entropy_(logits, targets[start : start + chunk], scale, z_loss)
+            logits = head_logits(h, weight)  # [n, V]
+            nll, log_partition = cross_entropy_(logits, targets[start : start + chunk], scale, z_loss)
             cross_entropy += nll.sum(dtype=torch.float64)
             z += log_partition.square().sum(dtype=torch.float64)
             # `logits` holds their gradient now: [n, V] -> [n, d] and [V, d].
-            grad_hidden[start : start + chunk], part = ops.linear_backward(logits, h, weight)
+            grad_hidden[start : start + chunk], part = head_backward(logits, h, weight)
             grad_weight = part if grad_weight is None else grad_weight.to(wide).add_(part)
         grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -125,3 +125,61 @@ def summed_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: in
         nll = torch.logsumexp(logits, 1) - logits.gather(1, target).squeeze(1)
         parts.append(nll.double() * (flat[start : start + chunk_tokens] != IGNORE))
     return torch.cat(parts).view(targets.shape)
+
+
+# -- the head and its loss ---------------------------------------------------------------------------------------------
+
+# Below this the kernels' packing of the weight costs more than it gains.
+KERNEL_MIN_ROWS = 32
+
+
+def _takes_kernel(h: Tensor, weight: Tensor) -> bool:
+    return len(h) >= KERNEL_MIN_ROWS and cpu.available(h, *weight.shape)
+
+
+def head_logits(h: Tensor, weight: Tensor) -> Tensor:
+    """Return h weight^T: h [n, d], weight [V, d] -> [n, V]."""
+    return cpu.linear(h, weight) if _takes_kernel(h, weight) else torch.nn.functional.linear(h, weight)
+
+
+def head_backward(dlogits: Tensor, h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of h [n, d] and weight [V, d] for dlogits [n, V]."""
+    if _takes_kernel(h, weight):
+        return cpu.linear_backward(dlogits, h, weight)
+    return torch.mm(dlogits, weight), torch.mm(dlogits.t(), h)
+
+
+# Few enough rows of logits to stay in a CPU's cache over all passes. A GPU takes all rows it is given: each pass over
+# few rows would cost a launch.
+LOGIT_ROWS = 128
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, scale: float | Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Replace logits [n, V] by the gradient of scale * (nll + z_loss * log_partition^2), for targets [n].
+
+    Returns nll = log_partition - logit of the target, and log_partition = log(sum(exp(logits))), both [n], in fp32 or
+    finer. With a tensor for `scale` targets may be IGNORE: gradient, nll and log_partition are 0 there.
+    """
+    if not isinstance(scale, Tensor) and cpu.available(logits, logits.shape[-1]):
+        return cpu.cross_entropy_(logits, targets, scale, z_loss)
+    rows = LOGIT_ROWS if logits.device.type == "cpu" else max(len(logits), 1)
+    nll, log_partition = [], []
+    for start in range(0, len(logits), rows):
+        block, target = logits[start : start + rows], targets[start : start + rows, None]  # [m, V], [m, 1]
+        x = block.to(torch.promote_types(block.dtype, torch.float32), copy=True)
+        factor: float | Tensor = scale
+        if isinstance(scale, Tensor):
+            counts = target != IGNORE
+            target, factor = target.clamp_min(0), counts * scale.to(x.dtype)  # [m, 1]
+        chosen, largest = x.gather(1, target), x.amax(1, keepdim=True)
+        x.sub_(largest).exp_()
+        total = x.sum(1, keepdim=True)
+        partition = total.log() + largest
+        x.mul_((1 + 2 * z_loss * partition) * (factor / total))
+        x.scatter_add_(1, target, torch.ones_like(chosen) * -factor)
+        block.copy_(x)
+        if isinstance(scale, Tensor):
+            partition, chosen = partition * counts, chosen * counts
+        nll.append((partition - chosen).squeeze(1))
+        log_partition.append(partition.squeeze(1))
+    return torch.cat(nll), torch.cat(log_partition)

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freehold.core.marks import IGNORE
 from freehold.kernels import cpu
 
 # --- linear maps ------------------------------------------------------------------------------------------------
@@ -30,13 +29,6 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if _native(x, *weight.shape):
         return cpu.linear(x, weight)
     return F.linear(x, weight)
-
-
-def linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x [n, d] and weight [m, d] of a linear map, for dy [n, m]."""
-    if _native(x, *weight.shape):
-        return cpu.linear_backward(dy, x, weight)
-    return torch.mm(dy, weight), torch.mm(dy.t(), x)
 
 
 def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -329,44 +321,6 @@ class _Combine(torch.autograd.Function):
         dweights = torch.linalg.vecdot(exact, y.to(weights.dtype))
         dy = (exact * weights.flatten()[path.order, None]).to(y.dtype)
         return dy, None, dweights[path.inverse].view(weights.shape), dout
-
-
-# --- cross-entropy ----------------------------------------------------------------------------------------------
-
-# Few enough rows of logits to stay in a CPU's cache over all passes. A GPU takes all rows it is given: each pass over
-# few rows would cost a launch.
-LOGIT_ROWS = 128
-
-
-def cross_entropy_(logits: Tensor, targets: Tensor, scale: float | Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """Replace logits [n, V] by the gradient of scale * (nll + z_loss * log_partition^2), for targets [n].
-
-    Returns nll = log_partition - logit of the target, and log_partition = log(sum(exp(logits))), both [n], in fp32 or
-    finer. With a tensor for `scale` targets may be IGNORE: gradient, nll and log_partition are 0 there.
-    """
-    if not isinstance(scale, Tensor) and cpu.available(logits, logits.shape[-1]):
-        return cpu.cross_entropy_(logits, targets, scale, z_loss)
-    rows = LOGIT_ROWS if logits.device.type == "cpu" else max(len(logits), 1)
-    nll, log_partition = [], []
-    for start in range(0, len(logits), rows):
-        block, target = logits[start : start + rows], targets[start : start + rows, None]  # [m, V], [m, 1]
-        x = block.to(torch.promote_types(block.dtype, torch.float32), copy=True)
-        factor: float | Tensor = scale
-        if isinstance(scale, Tensor):
-            counts = target != IGNORE
-            target, factor = target.clamp_min(0), counts * scale.to(x.dtype)  # [m, 1]
-        chosen, largest = x.gather(1, target), x.amax(1, keepdim=True)
-        x.sub_(largest).exp_()
-        total = x.sum(1, keepdim=True)
-        partition = total.log() + largest
-        x.mul_((1 + 2 * z_loss * partition) * (factor / total))
-        x.scatter_add_(1, target, torch.ones_like(chosen) * -factor)
-        block.copy_(x)
-        if isinstance(scale, Tensor):
-            partition, chosen = partition * counts, chosen * counts
-        nll.append((partition - chosen).squeeze(1))
-        log_partition.append(partition.squeeze(1))
-    return torch.cat(nll), torch.cat(log_partition)
 
 
 # --- attention --------------------------------------------------------------------------------------------------

@@ -45,8 +45,12 @@ class Checkpoints:
     ) -> None:
         self.job, self.world, self.log, self.settings = job, world, log, settings
         self.state, self.guards, self.balance, self.progress = state, guards, balance, progress
-        self.folder = job.folder / "checkpoints"
         self.saver = Saver(background=job.trainer.background_save)
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the step checkpoints."""
+        return self.job.folder / "checkpoints"
 
     # -- save --------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from freehold.core.config import Config
+from freehold.core.errors import ConfigError
+from freehold.optim.config import BalanceConfig, NoBalanceConfig
+from freehold.parallel.config import ParallelConfig
 
 
 class CollapseConfig(Config):
@@ -75,3 +78,22 @@ class TrainerConfig(Config):
     log_every_steps: int = Field(10, ge=1, description="steps between lines of metrics")
     validate_every_steps: int = Field(200, ge=0, description="steps between validations (0: only at phase ends)")
     validation_tokens: int = Field(16384, ge=0, description="tokens per source read in a validation (0: all)")
+
+
+def check_guards(collapse: CollapseConfig, balance: BalanceConfig, parallel: ParallelConfig, stage: str) -> None:
+    """Raise ConfigError for an action that the rest of the recipe makes impossible."""
+    where = f"{stage}.trainer.collapse.action"
+    if collapse.action == "raise_rate" and isinstance(balance, NoBalanceConfig):
+        raise ConfigError(
+            "raise_rate needs a balancing rule",
+            where=where,
+            found="raise_rate with balance.kind none",
+            expected="another action, or balance.kind smebu or sign",
+        )
+    if collapse.action == "reinitialise" and parallel.pipeline > 1:
+        raise ConfigError(
+            "reinitialise cannot reach a layer that another pipeline stage holds",
+            where=where,
+            found=f"reinitialise with {stage}.parallel.pipeline={parallel.pipeline}",
+            expected="another action, or parallel.pipeline=1",
+        )

@@ -16,7 +16,10 @@ from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.trainer.config import SpikeConfig, TrainerConfig
-from freehold.trainer.loop import QUARANTINE, Job, Trainer, TrainingError
+from freehold.trainer.errors import TrainingError
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
+from freehold.trainer.quarantine import QUARANTINE
 from freehold.trainer.spike import SpikeDetector
 
 STEPS = 40
@@ -102,21 +105,21 @@ def make(folder, action="skip", poisoned=(), **spike):
 def test_one_poisoned_batch_changes_nothing_and_is_named_with_its_licence(tmp_path):
     trainer = make(tmp_path, poisoned=(20,))
     trainer.run()
-    assert trainer.skipped == [20]
+    assert trainer.progress.skipped == [20]
     rows = [json.loads(line) for line in (tmp_path / QUARANTINE).read_text().splitlines()]
     assert [(r["step"], r["id"], r["source"], r["licence"]) for r in rows] == [(20, "a7", "a", "CC0-1.0")]
     # The same bits as a run in which somebody decided beforehand to leave that step out.
     other = make(tmp_path / "other", action="none", poisoned=(20,))
-    other.rollbacks = [{"first_step": 20, "end_step": 21, "layers": []}]
+    other.progress.rollbacks = [{"first_step": 20, "end_step": 21, "layers": []}]
     other.restore = lambda: False
     other.run()
-    assert all(torch.equal(m, other.masters[n]) for n, m in trainer.masters.items())
+    assert all(torch.equal(m, other.state.masters[n]) for n, m in trainer.state.masters.items())
 
 
 def test_without_the_action_the_batch_is_learnt_from(tmp_path):
     trainer = make(tmp_path, action="none", poisoned=(20,))
     trainer.run()
-    assert trainer.skipped == []
+    assert trainer.progress.skipped == []
 
 
 @pytest.mark.parametrize("killed_at", [None, 24])
@@ -129,10 +132,10 @@ def test_weights_that_broke_are_gone_back_from(tmp_path, killed_at):
             if trainer.step == killed_at:
                 raise KeyboardInterrupt
             values = whole(batch)
-            if trainer.step == 21 and not trainer.rollbacks:  # the update of step 20 breaks the head
+            if trainer.step == 21 and not trainer.progress.rollbacks:  # the update of step 20 breaks the head
                 with torch.no_grad():
-                    trainer.masters["lm_head.weight"].normal_()
-                    trainer._publish()
+                    trainer.state.masters["lm_head.weight"].normal_()
+                    trainer.state.publish()
             return values
 
         trainer.train_step = step
@@ -144,11 +147,11 @@ def test_weights_that_broke_are_gone_back_from(tmp_path, killed_at):
             run(tmp_path / "a", killed_at)
         assert (tmp_path / "a" / "rollbacks.json").exists()
     trainer = run(tmp_path / "a")
-    assert trainer.rollbacks == [{"first_step": 19, "end_step": 24, "layers": []}]
-    assert trainer.skipped == [19, 20, 21, 22, 23]
+    assert trainer.progress.rollbacks == [{"first_step": 19, "end_step": 24, "layers": []}]
+    assert trainer.progress.skipped == [19, 20, 21, 22, 23]
     if killed_at:
         straight = run(tmp_path / "b")
-        assert all(torch.equal(m, straight.masters[n]) for n, m in trainer.masters.items())
+        assert all(torch.equal(m, straight.state.masters[n]) for n, m in trainer.state.masters.items())
 
 
 def test_gives_up_when_going_back_does_not_help(tmp_path):
@@ -160,18 +163,18 @@ def test_gives_up_when_going_back_does_not_help(tmp_path):
 def test_a_level_that_stays_is_taken_as_usual(tmp_path):
     trainer = make(tmp_path, action="skip", poisoned=range(20, STEPS))
     trainer.run()
-    assert trainer.skipped == [20, 21, 22]
+    assert trainer.progress.skipped == [20, 21, 22]
 
 
 def test_the_memory_of_losses_is_in_the_checkpoint(tmp_path):
     trainer = make(tmp_path)
     for step in range(8):
         trainer.train_step(trainer.job.order.batch(step))
-    trainer._checkpoint(None)
+    trainer.checkpoints.save_step()
     again = make(tmp_path)
     assert again.restore()
-    assert np.array_equal(again.spikes.losses, trainer.spikes.losses)
-    assert not np.isnan(again.spikes.losses).any()
+    assert np.array_equal(again.guards.spikes.losses, trainer.guards.spikes.losses)
+    assert not np.isnan(again.guards.spikes.losses).any()
 
 
 def test_a_step_that_cannot_be_saved_is_a_warning_and_a_phases_end_is_an_error(tmp_path, monkeypatch):
@@ -201,20 +204,20 @@ def test_a_step_that_cannot_be_saved_is_a_warning_and_a_phases_end_is_an_error(t
 
 def test_other_processes_that_take_over_are_written_down(tmp_path):
     trainer = make(tmp_path)
-    trainer.processes = [[0, 4]]
+    trainer.progress.processes = [[0, 4]]
     trainer.train_step(trainer.job.order.batch(0))
-    trainer._checkpoint(None)
+    trainer.checkpoints.save_step()
     again = make(tmp_path)
     assert again.restore()
-    assert again.processes == [[0, 4], [1, 1]]
+    assert again.progress.processes == [[0, 4], [1, 1]]
 
 
 def test_rows_fed_are_summed_whatever_step_or_place_they_move_to(tmp_path):
     def fed(order, steps):
         trainer = make(tmp_path / "x")
         for step in steps:
-            trainer.fed.add(step, order.batch(step))
-        return trainer._data_sum()
+            trainer.progress.digest.add(step, order.batch(step))
+        return trainer.checkpoints.data_digest()
 
     order = make(tmp_path / "y").job.order
     straight = fed(order, range(4))
@@ -223,6 +226,6 @@ def test_rows_fed_are_summed_whatever_step_or_place_they_move_to(tmp_path):
     swapped = dataclasses.replace(order.batch(0))
     swapped.input_ids[[0, 1]] = swapped.input_ids[[1, 0]]
     a, b = make(tmp_path / "z"), make(tmp_path / "w")
-    a.fed.add(0, order.batch(0))
-    b.fed.add(0, swapped)
-    assert a._data_sum() != b._data_sum()
+    a.progress.digest.add(0, order.batch(0))
+    b.progress.digest.add(0, swapped)
+    assert a.checkpoints.data_digest() != b.checkpoints.data_digest()

@@ -17,7 +17,8 @@ from freehold.parallel.config import validate_layout
 from freehold.stages.align.config import AlignConfig
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.chat import render_ids
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 
 
 def run(config: AlignConfig, work: Workspace) -> dict[str, Any]:
@@ -103,5 +104,5 @@ def run(config: AlignConfig, work: Workspace) -> dict[str, Any]:
         "too_long": order.too_long,
         "assistant_tokens": assistant_tokens,
         "checkpoints": {phase.checkpoint: phase.stage_type for phase in config.phases.values() if phase.checkpoint},
-        "skipped_steps": trainer.skipped,
+        "skipped_steps": trainer.progress.skipped,
     }

@@ -20,7 +20,8 @@ from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
 from freehold.stages.pretrain.config import PretrainConfig
 from freehold.tokenizer.bpe import END_OF_TEXT
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 from freehold.trainer.validate import held_out, validator
 
 
@@ -99,7 +100,7 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
         write_trace(preview, trace_rows(order, steps, {step: schedule.at(step).phase for step in steps}))
     trainer = Trainer(job, work.log, seed=work.seed)
     if config.parent:
-        trainer.adopt(trainer.read(Path(config.parent)), Path(config.parent))
+        trainer.checkpoints.adopt(trainer.state.read(Path(config.parent)), Path(config.parent))
     validation = {
         name: held_out(
             source,
@@ -120,7 +121,7 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
         "epochs": {name: round(epochs, 4) for name, epochs in order.epochs().items()},
         "mixture": [asdict(share) for share in order.shares],
         "checkpoints": {phase.checkpoint: phase.stage_type for phase in config.phases.values() if phase.checkpoint},
-        "skipped_steps": trainer.skipped,
+        "skipped_steps": trainer.progress.skipped,
     }
 
 
