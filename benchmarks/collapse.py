@@ -103,9 +103,9 @@ class Faulty(Trainer):
         values = super().train_step(batch)
         if FAULT <= step < FAULT + self.fault_steps:
             for name, direction in self.average_inputs(batch).items():
-                rows = self.masters[f"{name}.router.gate.weight"].data
+                rows = self.state.masters[f"{name}.router.gate.weight"].data
                 rows[PUSHED] += PUSH / self.fault_steps * direction / direction.square().sum()
-            self._publish()
+            self.state.publish()
         return values
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class Faulty(Trainer):
         means: dict[str, torch.Tensor] = {}
         hooks = [
             layer.router.register_forward_hook(lambda _, inputs, __, name=name: means.update({name: inputs[0].mean(0)}))
-            for name, layer in self.moe_layers.items()
+            for name, layer in self.state.moe_layers.items()
         ]
         self.model.eval()
         self.model.hidden(torch.from_numpy(batch.input_ids))

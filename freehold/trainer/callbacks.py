@@ -18,6 +18,7 @@ from typing import Any
 
 from freehold.core.errors import ConfigError
 from freehold.core.log import Log
+from freehold.trainer.job import Job
 
 GROUP = "freehold.callbacks"
 NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb"}
@@ -141,6 +142,42 @@ class WandB(Callback):
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+class Callbacks(Callback):
+    """All callbacks of a run, in order; on processes that do not write there are none."""
+
+    def __init__(self, job: Job, log: Log, *, main: bool) -> None:
+        self.job, self.main = job, main
+        console = Console(log, job.schedule.total_steps, job.trainer.log_every_steps)
+        self.each: list[Callback] = [MetricsFile(log), console] if main else []
+
+    def open(self, step: int) -> None:
+        """Add the trackers that the recipe names: not before the run starts, so that a bare Trainer opens nothing.
+
+        Raises ConfigError; see `build_callbacks`.
+        """
+        job = self.job
+        if self.main:
+            parts = {"model": job.model, "optim": job.optim, "balance": job.balance, "trainer": job.trainer}
+            config = {name: part.model_dump(mode="json") for name, part in parts.items()}
+            info = RunInfo(job.folder, job.stage, step, config)
+            self.each += build_callbacks(job.trainer.callbacks, info, f"{job.stage}.trainer.callbacks")
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Hand metrics to each."""
+        for callback in self.each:
+            callback.log(step, metrics)
+
+    def rewind(self, step: int) -> None:
+        """Rewind each."""
+        for callback in self.each:
+            callback.rewind(step)
+
+    def close(self) -> None:
+        """Close each, whatever happened."""
+        for callback in self.each:
+            callback.close()
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

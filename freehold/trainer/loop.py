@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -20,11 +17,11 @@ from freehold.core.log import Log
 from freehold.data.packing import Batch
 from freehold.kernels import cpu as kernels
 from freehold.model.afmoe import Afmoe
-from freehold.model.config import flops_per_token
 from freehold.optim.balance import build_balance
 from freehold.parallel.heartbeat import Heartbeat
 from freehold.parallel.mesh import world
-from freehold.trainer.callbacks import Callback, Console, MetricsFile, RunInfo, build_callbacks
+from freehold.trainer.calendar import Calendar, Due
+from freehold.trainer.callbacks import Callbacks
 from freehold.trainer.checkpoints import Checkpoints
 from freehold.trainer.device import prepare
 from freehold.trainer.errors import Interrupted
@@ -39,31 +36,13 @@ from freehold.trainer.guards import (
     stacked_loads,
 )
 from freehold.trainer.job import Job
-from freehold.trainer.monitor import LoadMonitor, Stopwatch, gemm_flops_per_s
+from freehold.trainer.monitor import LoadMonitor, Meter, Stopwatch
 from freehold.trainer.progress import Progress
 from freehold.trainer.quarantine import quarantine
 from freehold.trainer.signals import StopSignals
 from freehold.trainer.state import build_state
 from freehold.trainer.step import ForwardBackward, StepResult
 from freehold.trainer.update import Update
-
-
-@dataclass(frozen=True)
-class Due:
-    """What happens after a step."""
-
-    log: bool
-    validate: bool
-    save: bool
-    phase: str | None
-    """The phase that ends here."""
-    stop: bool
-    """The user asked for it."""
-
-    @property
-    def reads(self) -> bool:
-        """Return whether figures must be on the host now."""
-        return self.log or self.validate or self.save
 
 
 class Trainer:
@@ -97,11 +76,9 @@ class Trainer:
         self.checkpoints = Checkpoints(
             job, self.world, self.log, self.state, self.guards, self.balance, self.progress, settings
         )
+        self.calendar = Calendar(job, self.world, deferred=self.deferred)
         self.heartbeat = Heartbeat()
-        self.callbacks: list[Callback] = [
-            MetricsFile(self.log),
-            Console(self.log, job.schedule.total_steps, job.trainer.log_every_steps),
-        ]
+        self.callbacks = Callbacks(job, self.log, main=self.world.is_main)
         self._unread: list[tuple[int, StepResult, Tensor | None]] = []
         """Deferred steps: number, figures, loads [layers, E]."""
 
@@ -126,25 +103,26 @@ class Trainer:
         schedule, progress = self.job.schedule, self.progress
         if not self._begin():
             return
-        with StopSignals() as signals, contextlib.ExitStack() as stack:
-            self._open_callbacks(stack)
+        with StopSignals() as signals, contextlib.closing(self.callbacks):
+            self.callbacks.open(progress.step)
             watch, loss = Stopwatch(progress.step, progress.tokens), None
-            measured = self._yardstick()
+            meter = Meter(self.job, self.world, progress.step)
             while progress.step < schedule.total_steps:
                 self.heartbeat.beat(progress.step, "step", loss=loss)
                 batch, skipped = self.next_batch(), progress.rolled_back(progress.step)
                 result = self.skip_step(batch) if skipped else self.train_step(batch)
                 done = progress.step
-                due = self._due(done, signals)
-                if not skipped and self._look_back(due):
+                due = self.calendar.after(done, signals)
+                if self._look_back(due, skipped):
                     watch.restart(progress.step, progress.tokens)
                     continue
                 if due.log:
                     loss = result.loss
-                    self.emit(done, {**result, **self._metrics(done, *watch.lap(done, progress.tokens), *measured)})
+                    speed = meter.read(done, progress.tokens, *watch.lap(done, progress.tokens))
+                    self.callbacks.log(done, {**result, **speed, **self.monitor.take()})
                 if validate and due.validate:
                     self.heartbeat.beat(done, "validate")
-                    self.emit(done, validate(self.model))
+                    self.callbacks.log(done, validate(self.model))
                     watch.restart(done, progress.tokens)
                 if due.save:
                     self.heartbeat.beat(done, "save")
@@ -158,7 +136,7 @@ class Trainer:
         if self.restore():
             self.log.say(f"operators: {kernels.describe(self.job.dtype)}")
         else:
-            self._rewind()
+            self.callbacks.rewind(self.step)
             self.log.say(f"operators: {kernels.describe(self.job.dtype)}")
             if self.guards.rolls_back:  # there must be something to roll back to
                 self.checkpoints.save(dcp.step_folder(self.checkpoints.folder, self.step), stage_type="step")
@@ -167,18 +145,6 @@ class Trainer:
             return False
         self.heartbeat.beat(self.step, "start")
         return True
-
-    def _due(self, done: int, signals: StopSignals) -> Due:
-        config, ends = self.job.trainer, {end: name for name, end in self.job.schedule.ends().items()}
-        phase = ends.get(done)
-        log = phase is not None or done % config.log_every_steps == 0
-        every = config.validate_every_steps
-        validates = phase is not None or bool(every and done % every == 0)
-        saves = phase is not None or done % config.checkpoint_every_steps == 0
-        # That all ranks agree to stop takes a collective and a read: where reads are deferred, at log points only.
-        asks = not self.deferred or log or validates or saves
-        stop = asks and self.world.any(signals.asked)
-        return Due(log or stop, validates, saves or stop, phase, stop)
 
     # -- one step ----------------------------------------------------------------------------------------------
 
@@ -223,7 +189,7 @@ class Trainer:
         """Pass over a step that a roll-back decided to skip; its figures are not numbers."""
         for rollback in self.progress.rollbacks:
             if rollback["first_step"] == self.step and rollback["layers"]:
-                self.emit(self.step + 1, {"moe/alarm": rollback["layers"]})
+                self.callbacks.log(self.step + 1, {"moe/alarm": rollback["layers"]})
         self._skip(self.step, "a roll-back blames it")
         self._count(batch)
         return StepResult.skipped(self.forward_backward.names)
@@ -241,29 +207,40 @@ class Trainer:
 
     # -- guards ------------------------------------------------------------------------------------------------
 
-    def _look_back(self, due: Due) -> bool:
-        """Have the guards judge the steps since they last did; return whether training was rolled back."""
+    def _look_back(self, due: Due, skipped: bool) -> bool:
+        """Have the guards judge the steps since they last did; return whether training was rolled back.
+
+        skipped: a roll-back skipped the step, so that it says nothing of the weights.
+        """
         if self.deferred:
-            return self._catch_up() if due.reads else False
-        skipped = self.progress.skipped[-1:] == [self.step - 1]
-        loads = None if skipped else stacked_loads(self.state.moe_layers.values())
+            if due.reads:
+                self.catch_up()
+            return False
+        if skipped:
+            return False
+        loads = None if self._was_skipped(self.step - 1) else stacked_loads(self.state.moe_layers.values())
         return self.act(self.guards.after_update(self.step, None if loads is None else loads.cpu().numpy()))
 
-    def _catch_up(self) -> bool:
+    def catch_up(self) -> None:
         """Judge deferred steps in order. No action is configured, so the worst is an error or a warning."""
         unread, self._unread = self._unread, []
-        for step, result, loads in unread:
+        StepResult.read_all([result for _, result, _ in unread])
+        # One read for the loads of all steps: [steps, layers, E].
+        found = [loads for _, _, loads in unread if loads is not None]
+        loads = torch.stack(found).cpu().numpy() if found else [None] * len(unread)
+        for (step, result, _), load in zip(unread, loads, strict=True):
             self._judge(step, result)
-            skipped = self.progress.skipped[-1:] == [step]
-            self.act(self.guards.after_update(step + 1, None if skipped or loads is None else loads.cpu().numpy()))
-        return False
+            self.act(self.guards.after_update(step + 1, None if self._was_skipped(step) else load))
+
+    def _was_skipped(self, step: int) -> bool:
+        return self.progress.skipped[-1:] == [step]
 
     def act(self, decision: Continue | RollBack | Treat) -> bool:
         """Do what the guards decided after an update; return whether training was rolled back."""
         match decision:
             case RollBack():
                 self.checkpoints.roll_back(decision)
-                self._rewind()
+                self.callbacks.rewind(self.step)
                 self.monitor.take()
                 return True
             case Treat(alarms, action):
@@ -272,58 +249,12 @@ class Trainer:
                         self.state.reinitialise(alarm, self.balance.state_dict())
                     self.log.say("  routing of these experts drawn again")
                 self.progress.alarms += [as_record(alarm, action) for alarm in alarms]
-                self.emit(self.step, {"moe/alarm": [alarm.number for alarm in alarms]})
+                self.callbacks.log(self.step, {"moe/alarm": [alarm.number for alarm in alarms]})
         return False
-
-    # -- metrics and checkpoints -------------------------------------------------------------------------------
 
     def restore(self) -> bool:
         """Continue from the newest good checkpoint; False without one."""
         found = self.checkpoints.restore()
         if found:
-            self._rewind()
+            self.callbacks.rewind(self.step)
         return found
-
-    def emit(self, step: int, metrics: dict[str, Any]) -> None:
-        """Hand metrics to every callback."""
-        for callback in self.callbacks if self.world.is_main else ():
-            callback.log(step, metrics)
-
-    def _rewind(self) -> None:
-        for callback in self.callbacks if self.world.is_main else ():
-            callback.rewind(self.step)
-
-    def _open_callbacks(self, stack: contextlib.ExitStack) -> None:
-        """Add the trackers that the recipe names, on the process that writes."""
-        job = self.job
-        if self.world.is_main:
-            parts = {"model": job.model, "optim": job.optim, "balance": job.balance, "trainer": job.trainer}
-            config = {name: part.model_dump(mode="json") for name, part in parts.items()}
-            info = RunInfo(job.folder, job.stage, self.step, config)
-            self.callbacks += build_callbacks(job.trainer.callbacks, info, f"{job.stage}.trainer.callbacks")
-        for callback in self.callbacks:
-            stack.callback(callback.close)
-
-    def _yardstick(self) -> tuple[float, psutil.Process]:
-        """Return the share of the machine's matrix rate that one token per second is, and this process."""
-        peak = gemm_flops_per_s(self.job.dtype, self.world.device) * self.world.size
-        context = self.job.order.batch(self.step, slice(0, 1)).input_ids.shape[1]
-        return flops_per_token(self.job.model, context) / peak, psutil.Process()
-
-    def _metrics(
-        self, done: int, speed: float, step_s: float, mfu_per_speed: float, process: psutil.Process
-    ) -> dict[str, Any]:
-        position = self.job.schedule.at(done - 1)
-        memory = {"perf/memory_bytes": process.memory_info().rss}
-        if self.world.device.type == "cuda":
-            memory["perf/device_memory_bytes"] = torch.cuda.max_memory_allocated(self.world.device)
-        return {
-            "optim/lr": position.factor,
-            "phase": position.phase,
-            "tokens": self.progress.tokens,
-            "perf/tokens_per_s": speed,
-            "perf/mfu": speed * mfu_per_speed,
-            **memory,
-            "perf/eta_s": (self.job.schedule.total_steps - done) * step_s,
-            **self.monitor.take(),
-        }

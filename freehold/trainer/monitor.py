@@ -6,12 +6,17 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
+from freehold.model.config import flops_per_token
 from freehold.model.moe import MoE
 from freehold.optim.balance import max_violation
+from freehold.parallel.mesh import World
+from freehold.trainer.job import Job
 
 
 @dataclass
@@ -100,6 +105,32 @@ class LoadMonitor:
             self.violations[name].clear()
         self.counted.clear()
         self.logit_max.clear()
+
+
+class Meter:
+    """Figures of a log point: speed against the machine's own matrix rate, memory, time left, expert load."""
+
+    def __init__(self, job: Job, world: World, step: int) -> None:
+        self.job, self.device, self.process = job, world.device, psutil.Process()
+        peak = gemm_flops_per_s(job.dtype, world.device) * world.size
+        context = job.order.batch(step, slice(0, 1)).input_ids.shape[1]
+        self.mfu_per_speed = flops_per_token(job.model, context) / peak
+
+    def read(self, done: int, tokens: int, speed: float, step_s: float) -> dict[str, Any]:
+        """Return the figures after `done` steps at `speed` tokens and 1 / `step_s` steps per second."""
+        position = self.job.schedule.at(done - 1)
+        memory = {"perf/memory_bytes": self.process.memory_info().rss}
+        if self.device.type == "cuda":
+            memory["perf/device_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return {
+            "optim/lr": position.factor,
+            "phase": position.phase,
+            "tokens": tokens,
+            "perf/tokens_per_s": speed,
+            "perf/mfu": speed * self.mfu_per_speed,
+            **memory,
+            "perf/eta_s": (self.job.schedule.total_steps - done) * step_s,
+        }
 
 
 class Stopwatch:

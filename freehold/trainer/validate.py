@@ -93,6 +93,6 @@ def _hidden(model: Afmoe, world: World, ids: Tensor, documents: Tensor) -> Tenso
     return relay(model, world, ids, documents)
 
 
-def validator(sources: Mapping[str, HeldOut], world: World) -> Callable[[Afmoe], dict[str, float]]:
-    """Return the function the training loop calls."""
-    return lambda model: bits_per_byte(model, sources, world)
+def validator(sources: Mapping[str, HeldOut], world: World) -> Callable[[Afmoe], dict[str, float]] | None:
+    """Return the function the training loop calls; None without sources."""
+    return (lambda model: bits_per_byte(model, sources, world)) if sources else None

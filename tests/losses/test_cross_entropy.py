@@ -31,6 +31,17 @@ def test_equals_plain_cross_entropy_with_every_gradient(chunk, z_loss):
         assert torch.allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_masked_form_equals_the_one_that_drops_ignored_targets(chunk):
+    hidden, weight, targets = inputs()
+    found = []
+    for scale in (1 / 20, torch.tensor(1 / 20, dtype=torch.float64)):
+        losses = chunked_loss(hidden, weight, targets, scale=scale, z_loss=0.01, chunk_tokens=chunk)
+        found.append([losses.total.detach(), *losses[1:], *torch.autograd.grad(losses.total, (hidden, weight))])
+    for dropped, masked in zip(*found, strict=True):
+        assert torch.allclose(dropped, masked, atol=1e-12)
+
+
 def test_z_loss_has_a_gradient():
     # The published run had its z-loss silently switched off by a bug (trinity report, section 6).
     hidden, weight, targets = inputs()

@@ -24,7 +24,7 @@ from freehold.model.config import ModelConfig
 from freehold.optim.config import NoBalanceConfig, OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.stages.align.config import AlignConfig
-from freehold.trainer import loop
+from freehold.trainer import monitor
 from freehold.trainer.checkpoints import ROLLBACKS
 from freehold.trainer.collapse import Alarm, CollapseDetector
 from freehold.trainer.config import CollapseConfig, TrainerConfig
@@ -243,7 +243,7 @@ def content(folder: Path) -> dict[str, str]:
 def short_measurement() -> Iterator[None]:
     """Measure the machine's matrix rate on less than the half second that suits a real run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "gemm_flops_per_s", functools.partial(loop.gemm_flops_per_s, size=32, seconds=0.001))
+        patch.setattr(monitor, "gemm_flops_per_s", functools.partial(monitor.gemm_flops_per_s, size=32, seconds=0.001))
         yield
 
 
