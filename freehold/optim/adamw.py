@@ -15,6 +15,9 @@ from torch.optim.adamw import adamw
 
 from freehold.kernels import cpu
 
+EPS = 1e-8
+"""Added to the root of the second moment: the default of Kingma & Ba 2015 and of PyTorch."""
+
 
 def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     """Return the norm of all gradients together, summed in float32 or wider whatever their dtype."""

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, RouterLossConfig, SignConfig, SmebuConfig
 
+KAPPA = 2.0
+"""Steepness of SMEBU's clamp, as published (trinity report, section 2.2)."""
+
 
 class BalanceRule(Protocol):
     """What the training loop needs of a rule."""
@@ -49,7 +52,7 @@ class Smebu:
         # Decided on the device: asking whether any token was routed would wait for it, once a layer and step.
         routed = counts.any()
         mean = counts.float().mean().clamp_min(1 / len(counts))  # of integers: no smaller mean but 0
-        step = self.config.rate * torch.tanh(self.config.kappa * (mean - counts) / mean)  # [E]
+        step = self.config.rate * torch.tanh(KAPPA * (mean - counts) / mean)  # [E]
         step -= step.mean()
         before = self.momentum.setdefault(layer, torch.zeros_like(bias))
         after = before.mul(self.config.momentum).add_(step, alpha=1 - self.config.momentum)

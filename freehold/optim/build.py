@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from freehold.optim.adamw import AdamW
+from freehold.optim.adamw import EPS, AdamW
 from freehold.optim.config import OptimConfig
 from freehold.optim.muon import Muon, ShardedMatrices
 
@@ -46,8 +46,6 @@ class Optimizers:
             muon = Muon(
                 matrices.items(),
                 config.muon_lr,
-                config.muon_momentum,
-                config.nesterov,
                 config.newton_schulz_steps,
                 config.muon_weight_decay,
                 twice,
@@ -59,7 +57,7 @@ class Optimizers:
             {"params": [p for n, p in others.items() if decays(n, p)], "weight_decay": config.weight_decay},
             {"params": [p for n, p in others.items() if not decays(n, p)], "weight_decay": 0.0},
         ]
-        self.optimizers.append((AdamW(groups, config.lr, config.betas, config.eps, twice), config.lr))
+        self.optimizers.append((AdamW(groups, config.lr, config.betas, EPS, twice), config.lr))
 
     def step(self, factor: float, scale: float | Tensor = 1.0, keep: Tensor | None = None) -> None:
         """Step every parameter at `factor` times its peak rate, from `scale` times its gradient.

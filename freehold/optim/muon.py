@@ -27,6 +27,8 @@ COEFFICIENTS = (
     (2.8366, -3.0525, 1.2012),
 )
 
+MOMENTUM = 0.95
+"""mu of the momentum buffer; the update looks ahead by one momentum step (Nesterov), as in Jordan et al. 2024."""
 ONE_BY_ONE_FROM = 2**17
 """Elements of a matrix from which PyTorch's CPU product of one is faster than its product of a batch."""
 BATCH_ELEMENTS = 2**24
@@ -106,8 +108,6 @@ class Muon(torch.optim.Optimizer):
         self,
         named: Iterable[tuple[str, Tensor]],
         lr: float,
-        momentum: float = 0.95,
-        nesterov: bool = True,
         steps: int = 5,
         weight_decay: float = 0.0,
         copies: Mapping[Tensor, Tensor] | None = None,
@@ -127,8 +127,6 @@ class Muon(torch.optim.Optimizer):
         self.names = [name for name, _ in named]
         defaults: dict[str, Any] = {
             "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
             "steps": steps,
             "weight_decay": weight_decay,
         }
@@ -178,21 +176,20 @@ class Muon(torch.optim.Optimizer):
 
     def _update_momentum(self, parameter: Tensor, update: Tensor, move: _Move) -> None:
         """Move a parameter's momentum; write the matrices to orthogonalise into `update` [n, r, c]."""
-        state, gradient, decay = self.state[parameter], parameter.grad, move.group["momentum"]
+        state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"]
         if move.on_host and update.dtype == torch.bfloat16 and cpu.available(gradient, gradient.numel()):
-            cpu.muon_momentum_(momentum, gradient, update, move.scale, decay, move.group["nesterov"])
+            cpu.muon_momentum_(momentum, gradient, update, move.scale, MOMENTUM, nesterov=True)
             return
         gradient = gradient.to(momentum.dtype) * move.scale
         if move.keep is None:
-            momentum.mul_(decay).add_(gradient)
+            momentum.mul_(MOMENTUM).add_(gradient)
         else:  # a skipped gradient may hold NaN, which no multiplication with 0 removes
-            momentum.copy_(torch.where(move.keep, momentum.mul(decay).add_(gradient), momentum))
-        moved = gradient.add(momentum, alpha=decay) if move.group["nesterov"] else momentum
-        update.copy_(moved.view(update.shape))
+            momentum.copy_(torch.where(move.keep, momentum.mul(MOMENTUM).add_(gradient), momentum))
+        update.copy_(gradient.add(momentum, alpha=MOMENTUM).view(update.shape))
 
     def _apply(self, name: str, parameter: Tensor, update: Tensor, move: _Move) -> None:
         """Move a parameter and its copy by the orthogonalised update [n, r, c]."""

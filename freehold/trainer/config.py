@@ -28,9 +28,6 @@ class CollapseConfig(Config):
         description="alarm when the busiest expert's load grows 2**this fold within a window "
         "(never more than half the way from balance to all tokens on one expert)",
     )
-    rate_factor: float = Field(10.0, gt=1, description="raise_rate: the balance step times this")
-    raise_steps: int = Field(100, ge=1, description="raise_rate: for so many steps")
-    max_rollbacks: int = Field(3, ge=1, description="roll_back: give up when it would be needed once more")
 
 
 class SpikeConfig(Config):
@@ -45,9 +42,6 @@ class SpikeConfig(Config):
     window_steps: int = Field(64, ge=8, description="steps of the same phase a loss is compared with")
     rise_nats: float = Field(1.0, gt=0, description="a spike lies this far above their median")
     sigmas: float = Field(8.0, gt=0, description="and so many times their spread")
-    patience_steps: int = Field(4, ge=1, description="roll_back: after so many spikes in a row")
-    blame_steps: int = Field(8, ge=0, description="roll_back: so many steps before the first of them are left out too")
-    max_rollbacks: int = Field(3, ge=1, description="roll_back: give up when it would be needed once more")
 
 
 class TrainerConfig(Config):
@@ -64,7 +58,6 @@ class TrainerConfig(Config):
     checkpoint_every_steps: int = Field(100, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="newest step checkpoints kept")
     keep_every_steps: int = Field(0, ge=0, description="also keep checkpoints at multiples of this (0: none)")
-    max_skipped_steps: int = Field(10, ge=1, description="give up after so many steps in a row without finite loss")
     background_save: bool = Field(False, description="write step checkpoints while training goes on, from a copy")
     collapse: CollapseConfig = Field(default_factory=CollapseConfig, description="alarm for routing that collapses")
     spike: SpikeConfig = Field(default_factory=SpikeConfig, description="alarm for a loss that jumps")

@@ -20,12 +20,17 @@ import torch
 from torch import Tensor
 
 from freehold.core.log import Log
+from freehold.trainer import collapse
 from freehold.trainer.collapse import Alarm, CollapseDetector
 from freehold.trainer.errors import TrainingError
 from freehold.trainer.job import Job
 from freehold.trainer.progress import Progress
-from freehold.trainer.spike import SpikeDetector
+from freehold.trainer.spike import PATIENCE_STEPS, SpikeDetector
 
+MAX_SKIPPED_STEPS = 10
+"""A run ends after this many steps in a row without a finite loss: no single batch explains them."""
+MAX_ROLLBACKS = 3
+"""A run ends when it would have to roll back once more: the data were skipped three times and were not to blame."""
 NOT_FINITE = "loss or gradient is not finite"
 
 
@@ -115,7 +120,7 @@ class Guards:
         return Continue()
 
     def _not_finite(self, step: int, loss: float, norm: float) -> Skip | Stop:
-        last = self.job.trainer.max_skipped_steps
+        last = MAX_SKIPPED_STEPS
         # Steps that a roll-back skips say nothing about the weights.
         bad = [*(s for s in self.progress.skipped if not self.progress.rolled_back(s)), step]
         if bad[-last:] != list(range(step - last + 1, step + 1)):
@@ -142,11 +147,11 @@ class Guards:
     def _spikes_in_a_row(self, done: int) -> Continue | RollBack:
         """Roll back when losses keep standing out, or accept their level as the usual one."""
         config = self.job.trainer.spike
-        if self.spikes.in_a_row < config.patience_steps:
+        if self.spikes.in_a_row < PATIENCE_STEPS:
             return Continue()
         what = f"the loss has stood out for {self.spikes.in_a_row} steps"
         if config.action == "roll_back":
-            return RollBack(self.spikes.blamed_step(done - 1), what, config.max_rollbacks)
+            return RollBack(self.spikes.blamed_step(done - 1), what, MAX_ROLLBACKS)
         if not math.isnan(self.spikes.median):
             self.log.warn(f"{what}: its level is taken as the usual one")
             self.spikes.accept()
@@ -161,11 +166,11 @@ class Guards:
         if config.action == "roll_back" and blamed:
             what = "routing collapsed: " + "; ".join(map(str, blamed))
             layers = tuple(alarm.number for alarm in blamed)
-            return RollBack(min(alarm.first_step for alarm in blamed), what, config.max_rollbacks, layers)
+            return RollBack(min(alarm.first_step for alarm in blamed), what, MAX_ROLLBACKS, layers)
         if config.action == "raise_rate":
             for alarm in alarms:
                 self.collapse.raise_rate(alarm.layer, done)
-            self.log.say(f"  balance step x{config.rate_factor:g} in these layers for {config.raise_steps} steps")
+            self.log.say(f"  balance step x{collapse.RATE_FACTOR:g} in these layers for {collapse.RAISE_STEPS} steps")
         return Treat(tuple(alarms), config.action if config.action != "roll_back" else "none")
 
     # -- checkpoints ------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_a_spread_model_is_that_of_one_process(ranks, name):
         ("ep2-fsdp2", {"model": {"num_experts": 2, "num_experts_per_tok": 2}}),
         ("ep4", {"model": {"num_dense_layers": 4}}),  # no experts at all
         ("ep2", {"optim": {"matrices": "adamw"}}),
-        ("hsdp2-ep2", {"optim": {"nesterov": False, "muon_weight_decay": 0.1}}),
+        ("hsdp2-ep2", {"optim": {"muon_weight_decay": 0.1}}),
     ],
 )
 def test_other_models_and_optimizers(ranks, name, changes):

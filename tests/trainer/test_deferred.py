@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from freehold.core.log import read_metrics
 from freehold.optim.config import OptimConfig, SignConfig, SmebuConfig
+from freehold.trainer import guards
 from freehold.trainer.config import SpikeConfig, TrainerConfig
 from freehold.trainer.errors import TrainingError
 from freehold.trainer.loop import Trainer
@@ -138,8 +139,9 @@ def test_device_skips_a_step_that_is_not_finite(tmp_path, capsys):
     assert sum(trainer.monitor.take()["moe/load/1"]) == 2 * 64 * 2
 
 
-def test_deferred_run_gives_up_at_a_log_point(tmp_path):
-    trainer = deferred(tmp_path, trainer=settings(max_skipped_steps=3))
+def test_deferred_run_gives_up_at_a_log_point(tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "MAX_SKIPPED_STEPS", 3)
+    trainer = deferred(tmp_path, trainer=settings())
     trainer.state.parameters["lm_head.weight"].data[3] = float("nan")
     with pytest.raises(TrainingError, match="3 steps in a row"):
         trainer.run()

@@ -17,6 +17,7 @@ from freehold.kernels import cpu as kernels
 from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
+from freehold.trainer import guards
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.errors import Interrupted, TrainingError
 from freehold.trainer.job import Job
@@ -228,8 +229,9 @@ def test_one_poisoned_micro_batch_leaves_no_trace(tmp_path, capsys, place, poiso
     )
 
 
-def test_gives_up_after_steps_without_finite_loss(tmp_path):
-    trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1, max_skipped_steps=3))
+def test_gives_up_after_steps_without_finite_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "MAX_SKIPPED_STEPS", 3)
+    trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1))
     trainer.state.parameters["lm_head.weight"].data[3] = float("nan")
     with pytest.raises(TrainingError, match="3 steps in a row"):
         trainer.run()
@@ -253,8 +255,9 @@ def test_broken_weights_take_no_good_checkpoints_place(tmp_path, capsys):
     assert not (tmp_path / "truebase").exists()
 
 
-def test_steps_left_out_by_a_roll_back_are_not_taken_for_steps_without_finite_loss(tmp_path):
-    trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1, max_skipped_steps=3))
+def test_rolled_back_steps_are_not_counted_as_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "MAX_SKIPPED_STEPS", 3)
+    trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1))
     trainer.progress.rollbacks = [{"first_step": 0, "end_step": 2, "layers": [1]}]
     for step in range(2):
         trainer.skip_step(trainer.job.order.batch(step))

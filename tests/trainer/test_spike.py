@@ -15,6 +15,7 @@ from freehold.data.loader import PhaseRows, Source, TextOrder
 from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
+from freehold.trainer import guards, spike
 from freehold.trainer.config import SpikeConfig, TrainerConfig
 from freehold.trainer.errors import TrainingError
 from freehold.trainer.job import Job
@@ -23,6 +24,13 @@ from freehold.trainer.quarantine import QUARANTINE
 from freehold.trainer.spike import SpikeDetector
 
 STEPS = 40
+
+
+@pytest.fixture(autouse=True)
+def short_patience(monkeypatch):
+    """Let a roll-back fit into a short run."""
+    monkeypatch.setattr(guards, "PATIENCE_STEPS", 3)
+    monkeypatch.setattr(spike, "BLAME_STEPS", 2)
 
 
 def watch(losses, phases=(0,), **config):
@@ -67,7 +75,7 @@ class PoisonedOrder(TextOrder):
         return batch
 
 
-def make(folder, action="skip", poisoned=(), **spike):
+def make(folder, action="skip", poisoned=(), **settings):
     g = np.random.default_rng(0)
     lengths = g.integers(5, 40, 30)
     tokens = np.concatenate([np.append(g.integers(60, 64, n - 1), 1) for n in lengths]).astype(np.uint16)
@@ -77,9 +85,7 @@ def make(folder, action="skip", poisoned=(), **spike):
         {"a": source}, [PhaseRows("stable", STEPS, {})], context_tokens=16, sequences=4, seed=0, separator=1
     )
     order.poisoned = poisoned
-    config = SpikeConfig(
-        action=action, warmup_steps=8, window_steps=8, rise_nats=0.7, patience_steps=3, blame_steps=2, **spike
-    )
+    config = SpikeConfig(action=action, warmup_steps=8, window_steps=8, rise_nats=0.7, **settings)
     trainer = TrainerConfig(dtype="float32", threads=1, checkpoint_every_steps=4, log_every_steps=1, spike=config)
     job = Job(
         folder=folder,
@@ -154,8 +160,9 @@ def test_weights_that_broke_are_gone_back_from(tmp_path, killed_at):
         assert all(torch.equal(m, straight.state.masters[n]) for n, m in trainer.state.masters.items())
 
 
-def test_gives_up_when_going_back_does_not_help(tmp_path):
-    trainer = make(tmp_path, action="roll_back", poisoned=range(20, STEPS), max_rollbacks=1)
+def test_gives_up_when_rolling_back_does_not_help(tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "MAX_ROLLBACKS", 1)
+    trainer = make(tmp_path, action="roll_back", poisoned=range(20, STEPS))
     with pytest.raises(TrainingError, match="the loss has stood out for 3 steps again after 1 roll-backs"):
         trainer.run()
 
