@@ -24,7 +24,7 @@ inline vector smaller(vector x, vector y) { return x < y ? x : y; }
 inline vector clamp(vector x, float low, float high) { return larger(smaller(x, every(high)), every(low)); }
 inline vector magnitude(vector x) { return (vector)(bits(x) & 0x7fffffff); }
 inline vector floats(integers x) { return __builtin_convertvector(x, vector); }
-inline bool any(integers mask) {
+inline bool some(integers mask) {
     int64_t words[8], all = 0;
     std::memcpy(words, &mask, 64);
     for (int64_t word : words) all |= word;
@@ -149,7 +149,7 @@ template <int N, int TOP> Found search_signed(const vector* x, const vector* w) 
     return found;
 }
 template <int TOP> inline vector signed_level(const Found& found, vector x) {  // 0 .. 2 top - 1
-    return found.empty ? vector{} : clamp(nearest(found.inverse * x), -TOP, TOP - 1) + TOP;
+    return found.empty ? vector{} : clamp(nearest(found.inverse * x), -TOP, TOP - 1) + (float)TOP;
 }
 
 // Coordinate descent from the plain scale (make_q3_quants); fills levels 0 .. 2 top - 1 and returns the scale.
@@ -177,9 +177,9 @@ template <int N, int TOP> vector search_by_turns(const vector* x, vector* level)
             sum_l2 = take ? l2 : sum_l2;
             changed |= take;
         }
-        if (!any(changed)) break;
+        if (!some(changed)) break;
     }
-    for (int i = 0; i < N; ++i) level[i] = empty ? vector{} : level[i] + TOP;
+    for (int i = 0; i < N; ++i) level[i] = empty ? vector{} : level[i] + (float)TOP;
     return empty | ~(sum_l2 > 0.f) ? vector{} : sum_lx / sum_l2;
 }
 
@@ -280,7 +280,7 @@ template <int N, int TOP> vector search_positive(const vector* x, integers* leve
             sum_l2 = take ? l2 : sum_l2;
             changed |= take;
         }
-        if (!any(changed)) break;
+        if (!some(changed)) break;
     }
     for (int i = 0; i < N; ++i) level[i] = empty ? integers{} : __builtin_convertvector(kept[i], integers);
     return empty | ~(sum_l2 > 0.f) ? vector{} : sum_lx / sum_l2;
@@ -317,7 +317,7 @@ template <int TOP> void symmetric(const vector* x, const float* importance, vect
         for (int i = 0; i < SMALL; ++i) l[i] = __builtin_convertvector(signed_level<TOP>(found, x[i]), integers);
     } else {
         integers empty;
-        vector scale = extreme<SMALL>(x, empty) / -TOP, inverse = scale != 0.f ? 1.f / scale : vector{};
+        vector scale = extreme<SMALL>(x, empty) / (float)-TOP, inverse = scale != 0.f ? 1.f / scale : vector{};
         block.half(0, scale);
         for (int i = 0; i < SMALL; ++i) {
             integers level = cut(x[i] * inverse + (TOP + 0.5f));
@@ -343,12 +343,12 @@ template <int TOP> void with_minimum(const vector* x, const float* importance, v
             least = x[i] < least ? x[i] : least;
             most = x[i] > most ? x[i] : most;
         }
-        vector scale = (most - least) / TOP, inverse = scale != 0.f ? 1.f / scale : vector{};
+        vector scale = (most - least) / (float)TOP, inverse = scale != 0.f ? 1.f / scale : vector{};
         block.half(0, scale);
         block.half(2, least);
         for (int i = 0; i < SMALL; ++i) {
             integers level = cut((x[i] - least) * inverse + 0.5f);
-            l[i] = TOP == 15 && true ? (level < TOP ? level : whole(TOP)) : level;
+            l[i] = TOP == 31 ? level : level < TOP ? level : whole(TOP);  // ggml's Q5_1 has no limit
         }
     }
     pack_small(block, 4, l, TOP == 31);
@@ -381,8 +381,8 @@ inline vector twice_mean_square(const vector* x) {
 template <int N, int LOW, int HIGH, class Level>
 inline void requantize(const vector* x, vector scale, vector offset, Level found, vector* level) {
     integers none = scale == 0.f;
-    for (int i = 0; i < N; ++i) level[i] = clamp(nearest((x[i] + offset) / scale), LOW, HIGH) - LOW;
-    if (!any(none)) return;
+    for (int i = 0; i < N; ++i) level[i] = clamp(nearest((x[i] + offset) / scale), LOW, HIGH) - (float)LOW;
+    if (!some(none)) return;
     for (int i = 0; i < N; ++i) level[i] = none ? found(i) : level[i];
 }
 
@@ -633,7 +633,8 @@ void quantize_block(int type, const vector* x, const float* importance, vector m
 
 }  // namespace
 
-using any_pointer = void*;
+typedef void* any;
+typedef int64_t integer;
 #define EXPORT(name, parameters) extern "C" void freehold_##name parameters
 
 // Quantize rows [count, width] of bfloat16 (narrow) or float values. `importance` is null or one float a column. `bad`
