@@ -35,7 +35,7 @@ from freehold.data.shards import ShardSet
 from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
-from freehold.stages.gather import stories, worked
+from freehold.corpora import stories, worked
 from freehold.tokenizer.bpe import END_OF_TEXT, Tokenizer
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.loop import Job, Trainer
