@@ -38,7 +38,8 @@ from freehold.optim.schedule import Schedule
 from freehold.corpora import stories, worked
 from freehold.tokenizer.bpe import END_OF_TEXT, Tokenizer
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 from freehold.trainer.validate import bits_per_byte, held_out
 
 SHARE = 0.1
