@@ -15,7 +15,7 @@ from typing import Any
 
 from freehold.core.document import Conversation, Document, Rights, document_id
 from freehold.corpora import dialogues, dictd, stories, tools, worked
-from freehold.corpora.exercises import Settings
+from freehold.corpora.config import Settings
 from freehold.corpora.factbook import Fact, facts, sentence
 from freehold.corpora.reasoning import SEEDS_PER_RUN, Gym
 from freehold.corpora.wordnet import Lexicon

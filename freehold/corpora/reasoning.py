@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from freehold.core.errors import ConfigError, DataError
-from freehold.corpora.exercises import CORPUS_LINE, GYM
+from freehold.corpora.config import CORPUS_LINE, GYM
 from freehold.ledger.licence import of_distribution
 
 # The day this version was pinned: the rows made with it are the same whenever it is installed.

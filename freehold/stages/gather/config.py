@@ -185,6 +185,16 @@ class GatherConfig(Config):
                         raise ValueError(f"`{name}.{key}` names `{used}`, which is no source read by {reader}")
         return self
 
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the JSON Schema, the settings of every installed generator among those of generated sources."""
+        schema = super().model_json_schema(*args, **kwargs)
+        shown = schema["$defs"]["Generated"]["properties"]
+        for name in sorted(declared(GENERATORS)):
+            settings = _generator(name, "generator").Settings.model_json_schema()["properties"]
+            shown |= {key: one for key, one in settings.items() if key not in shown}
+        return schema
+
 
 def generator_of(source: Generated, name: str) -> Any:
     """Return the generator of a source: a module or object that follows `freehold.text.making.Generator`."""
