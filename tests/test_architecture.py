@@ -13,8 +13,8 @@ from freehold.core.code import PACKAGE, imports, module_path
 # A module imports rooms of a lower rank only; a room may have its rank before it exists.
 RANKS = {
     **dict.fromkeys(("core", "kernels"), 0),
-    **dict.fromkeys(("ledger", "tokenizer", "model", "optim", "losses", "proof", "text"), 1),
-    **dict.fromkeys(("data", "parallel", "checkpoint", "infer", "environments", "guard"), 2),
+    **dict.fromkeys(("ledger", "tokenizer", "model", "optim", "losses", "proof"), 1),
+    **dict.fromkeys(("data", "parallel", "checkpoint", "infer", "environments", "guard", "text"), 2),
     **dict.fromkeys(("trainer", "planner", "corpora", "api"), 3),
     **dict.fromkeys(("stages", "__init__"), 4),
     "run": 5,
@@ -36,12 +36,13 @@ ONE_ROOM = {
     "fastapi": {"stages/serve"},
     "uvicorn": {"stages/serve"},
     "prometheus_client": {"stages/serve"},
-    "reasoning_gym": {"stages/gather", "corpora"},
+    "reasoning_gym": {"corpora"},
     "license_expression": {"ledger"},
     "licenseclassifier": {"ledger"},
-    "selectolax": {"stages/gather", "corpora"},
-    "pypdf": {"stages/gather", "corpora"},
+    "selectolax": {"stages/gather"},
+    "pypdf": {"stages/gather"},
     "duckdb": {"run"},
+    "cryptography": {"proof"},
     "matplotlib": {"run/figure.py"},
     "safetensors": {"checkpoint", "stages/export"},
 }

@@ -22,7 +22,19 @@ C = TypeVar("C", bound="Config")
 RENAMED: dict[str, str] = {}
 # Settings that became constants, by full dotted key (`*` stands for any parts, as a source's name): the error names the
 # constant, e.g. "trainer/guards.py: SPIKE_WINDOW = 128".
-REMOVED: dict[str, str] = {}
+REMOVED: dict[str, str] = {
+    "*.trainer.collapse.rate_factor": "trainer/collapse.py: RATE_FACTOR = 10",
+    "*.trainer.collapse.raise_steps": "trainer/collapse.py: RAISE_STEPS = 100",
+    "*.trainer.collapse.max_rollbacks": "trainer/guards.py: MAX_ROLLBACKS = 3",
+    "*.trainer.spike.max_rollbacks": "trainer/guards.py: MAX_ROLLBACKS = 3",
+    "*.trainer.spike.patience_steps": "trainer/spike.py: PATIENCE_STEPS = 4",
+    "*.trainer.spike.blame_steps": "trainer/spike.py: BLAME_STEPS = 8",
+    "*.trainer.max_skipped_steps": "trainer/guards.py: MAX_SKIPPED_STEPS = 10",
+    "*.optim.muon_momentum": "optim/muon.py: MOMENTUM = 0.95",
+    "*.optim.nesterov": "optim/muon.py: MOMENTUM = 0.95, always with Nesterov's look-ahead",
+    "*.optim.eps": "optim/adamw.py: EPS = 1e-8",
+    "*.balance.smebu.kappa": "optim/balance.py: KAPPA = 2",
+}
 
 
 class Config(pydantic.BaseModel):
