@@ -63,12 +63,15 @@ class Trainer:
     ) -> None:
         self.job = job
         self.world = world(job.parallel, job.stage)
+        # Ranks other than the first stay silent: they would say the same.
         self.log = log if self.world.is_main else Log(quiet=True)
+        # Before any random number is drawn, and before memory is taken.
         settings = prepare(job, self.world.device, seed)
         self.state = build_state(job, self.world, seed, weights)
         self.progress = Progress(job.schedule.first_step, job.tokens_before)
         self.balance = build_balance(job.balance)
         self.guards = Guards(job, list(self.state.moe_layers), self.progress, self.log)
+        # A guard that may act must see a step before the next one; without one, log points are early enough.
         self.deferred = self.world.device.type != "cpu" and not self.guards.acts if deferred is None else deferred
         self.forward_backward = ForwardBackward(job, self.state, self.world, deferred=self.deferred)
         self.monitor = LoadMonitor(self.state.moe_layers)
@@ -104,20 +107,25 @@ class Trainer:
         if not self._begin():
             return
         with StopSignals() as signals, contextlib.closing(self.callbacks):
+            # Trackers learn at which step they start, so only after the restore.
             self.callbacks.open(progress.step)
             watch, loss = Stopwatch(progress.step, progress.tokens), None
             meter = Meter(self.job, self.world, progress.step)
             while progress.step < schedule.total_steps:
                 self.heartbeat.beat(progress.step, "step", loss=loss)
+                # A rolled-back step still reads its rows: it counts as tokens, and the order does not move.
                 batch, skipped = self.next_batch(), progress.rolled_back(progress.step)
                 result = self.skip_step(batch) if skipped else self.train_step(batch)
                 done = progress.step
+                # All ranks agree on what is due: each of these may hold a collective.
                 due = self.calendar.after(done, signals)
+                # After a roll-back nothing is due: the state is that of an earlier step.
                 if self._look_back(due, skipped):
                     watch.restart(progress.step, progress.tokens)
                     continue
                 if due.log:
                     loss = result.loss
+                    # The lap ends here, so that the next one does not include the writing of metrics.
                     speed = meter.read(done, progress.tokens, *watch.lap(done, progress.tokens))
                     self.callbacks.log(done, {**result, **speed, **self.monitor.take()})
                 if validate and due.validate:
@@ -138,9 +146,11 @@ class Trainer:
         else:
             self.callbacks.rewind(self.step)
             self.log.say(f"operators: {kernels.describe(self.job.dtype)}")
+            # Without it the first window of a run would have nothing to return to.
             if self.guards.rolls_back:  # there must be something to roll back to
                 self.checkpoints.save(dcp.step_folder(self.checkpoints.folder, self.step), stage_type="step")
         if self.step >= self.job.schedule.total_steps:
+            # A run killed between its last save and its pruning has some checkpoints too many.
             self.checkpoints.pruning()()
             return False
         self.heartbeat.beat(self.step, "start")
@@ -165,6 +175,7 @@ class Trainer:
         """
         step, result = self.step, self.forward_backward(batch)
         if self.deferred:
+            # Nothing below waits for the device: the next step is queued while this one runs.
             self.update.on_device(step, result)
             loads = stacked_loads(self.state.moe_layers.values())
             self._unread.append((step, result, loads))
@@ -177,6 +188,7 @@ class Trainer:
     def _judge(self, step: int, result: StepResult) -> None:
         """Apply a step, or skip it; the guards decide."""
         match self.guards.before_update(step, result.loss, result["optim/grad_norm"]):
+            # A deferred step was applied, or not, by the device itself.
             case Continue() if not self.deferred:
                 self.update(step, result)
             case Skip(why):
@@ -188,6 +200,7 @@ class Trainer:
     def skip_step(self, batch: Batch) -> StepResult:
         """Pass over a step that a roll-back decided to skip; its figures are not numbers."""
         for rollback in self.progress.rollbacks:
+            # Once for each roll-back, at its first step: the alarm belongs to the curve, not to each step.
             if rollback["first_step"] == self.step and rollback["layers"]:
                 self.callbacks.log(self.step + 1, {"moe/alarm": rollback["layers"]})
         self._skip(self.step, "a roll-back blames it")
@@ -223,6 +236,7 @@ class Trainer:
 
     def catch_up(self) -> None:
         """Judge deferred steps in order. No action is configured, so the worst is an error or a warning."""
+        # Emptied first: a Stop must not judge the same steps again.
         unread, self._unread = self._unread, []
         StepResult.read_all([result for _, result, _ in unread])
         # One read for the loads of all steps: [steps, layers, E].
@@ -243,6 +257,7 @@ class Trainer:
                 self.callbacks.rewind(self.step)
                 self.monitor.take()
                 return True
+            # The alarm is recorded even where the recipe asks for nothing but a warning.
             case Treat(alarms, action):
                 if action == "reinitialise":
                     for alarm in alarms:

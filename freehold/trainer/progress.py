@@ -1,4 +1,4 @@
-"""How far a run is, and what happened on the way: everything of it is in `trainer.json`."""
+"""How far a run is, and what happened on the way; all is in `trainer.json`."""
 
 from __future__ import annotations
 
