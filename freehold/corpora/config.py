@@ -29,7 +29,6 @@ class Settings(Generated):
         default=0, ge=0, description="further conversations: such an exercise, its steps as reasoning"
     )
     tool_conversations: int = Field(default=0, ge=0, description="further conversations: the assistant calls tools")
-    held_out_share: float = Field(default=0.2, gt=0, lt=1, description="share of facts held out of everything written")
     reasoning_items: int = Field(default=300, ge=0, description="held-out items of tasks/reasoning.jsonl")
     factbook_items: int = Field(default=150, ge=0, description="items of each tasks/factbook_*.jsonl")
     reasoning: dict[str, dict[str, bool | int]] = Field(

