@@ -33,6 +33,9 @@ REMOVED: dict[str, str] = {
     "*.optim.muon_momentum": "optim/muon.py: MOMENTUM = 0.95",
     "*.optim.nesterov": "optim/muon.py: MOMENTUM = 0.95, always with Nesterov's look-ahead",
     "*.optim.eps": "optim/adamw.py: EPS = 1e-8",
+    "gather.sources.*.licence_key": 'stages/gather/config.py: LICENCE_KEY = "licence"',
+    "gather.sources.*.evidence_key": 'stages/gather/config.py: EVIDENCE_KEY = "licence_evidence"',
+    "gather.sources.*.held_out_share": "corpora/generate.py: HELD_OUT_SHARE = 0.2",
     "*.balance.smebu.kappa": "optim/balance.py: KAPPA = 2",
 }
 

@@ -67,9 +67,11 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, scale: Scale, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # Sums of gradients in float32 at least: chunks of bfloat16 would lose their small parts.
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         cross_entropy = torch.zeros((), dtype=torch.float64, device=hidden.device)
         z = torch.zeros_like(cross_entropy)
+        # Gradients are made now, while the logits exist: to keep logits for later takes V / d times the memory.
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None
         for start in range(0, len(hidden), chunk):
@@ -83,6 +85,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_weight = part if grad_weight is None else grad_weight.to(wide).add_(part)
         grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
+        # Reported sums: a gradient through them would count the loss twice.
         ctx.mark_non_differentiable(cross_entropy, z)
         # Asking for the gradient's value would wait for the device, so there it is multiplied with in any case.
         ctx.may_read = not isinstance(scale, Tensor)
@@ -109,6 +112,7 @@ def chunked_loss(
     if not isinstance(scale, Tensor):
         kept = targets != IGNORE
         if not bool(kept.all()):
+            # Fine-tuning learns from assistant tokens only: the head need not see the others.
             index = kept.nonzero().squeeze(1)
             hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
     return Losses(*_ChunkedLoss.apply(hidden, weight, targets, z_loss, scale, chunk_tokens))
@@ -172,9 +176,11 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float | Tensor, z_los
             counts = target != IGNORE
             target, factor = target.clamp_min(0), counts * scale.to(x.dtype)  # [m, 1]
         chosen, largest = x.gather(1, target), x.amax(1, keepdim=True)
+        # The largest logit becomes exp(0): no overflow whatever the logits are.
         x.sub_(largest).exp_()
         total = x.sum(1, keepdim=True)
         partition = total.log() + largest
+        # d/dlogits of nll + z log_partition^2 is softmax (1 + 2 z log_partition) minus one at the target.
         x.mul_((1 + 2 * z_loss * partition) * (factor / total))
         x.scatter_add_(1, target, torch.ones_like(chosen) * -factor)
         block.copy_(x)

@@ -15,8 +15,8 @@ from torch.optim.adamw import adamw
 
 from freehold.kernels import cpu
 
+# Added to the root of the second moment: the default of Kingma & Ba 2015 and of PyTorch.
 EPS = 1e-8
-"""Added to the root of the second moment: the default of Kingma & Ba 2015 and of PyTorch."""
 
 
 def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
@@ -64,11 +64,13 @@ class AdamW(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
+                # State is made when first needed, as PyTorch does: a checkpoint before step 1 has none.
                 state, copy = self.state[weight], self.copies.get(weight)
                 if not state:
                     state["step"] = torch.zeros((), device=weight.device)  # where the fused step reads it
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
                 if host and weight.dtype == torch.float32 and cpu.available(weight.grad, weight.numel()):
+                    # A tensor, as torch.optim.AdamW keeps it: the fused kernel reads it.
                     state["step"] += 1
                     written = copy if copy is not None and copy.dtype == weight.grad.dtype else None
                     moments = state["exp_avg"], state["exp_avg_sq"]
@@ -77,6 +79,7 @@ class AdamW(torch.optim.Optimizer):
                     if copy is not None and copy is not written:
                         copy.copy_(weight)
                 else:
+                    # All of them go to one fused kernel below.
                     rest.append(weight)
             adamw(
                 rest,
@@ -92,5 +95,6 @@ class AdamW(torch.optim.Optimizer):
                 **settings,
             )
             for weight in rest:
+                # The fused kernel knows nothing of the copy.
                 if weight in self.copies:
                     self.copies[weight].copy_(weight)

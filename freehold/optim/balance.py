@@ -1,4 +1,4 @@
-"""Expert balancing, all of it: what moves the selection bias, and what acts on the router through the gradient.
+"""Expert balancing: what moves the selection bias, and what acts on the router through the gradient.
 
 A rule (`build_balance`) reads how many tokens each expert got in a whole optimizer step, over micro-batches and ranks,
 and moves the bias outside the gradient. `router_losses` is added to the training loss. A recipe chooses one rule and
@@ -6,6 +6,17 @@ the weight of each loss.
 
 Shapes: B rows, T tokens a row, N = B T tokens, k experts per token, E experts; n_i tokens routed to expert i; n-bar
 their mean.
+
+One SMEBU step by hand, E = 4 experts, 40 assignments, the first expert busy (rate 0.001, momentum 0.5):
+
+    >>> from freehold.optim.config import SmebuConfig
+    >>> rule, bias = Smebu(SmebuConfig(rate=1e-3)), torch.zeros(4)
+    >>> counts = torch.tensor([25, 5, 5, 5])  # n-bar = 10, so v = (-1.5, 0.5, 0.5, 0.5)
+    >>> rule.update("layer", bias, counts)  # tanh(2 v) = (-0.995, 0.762, 0.762, 0.762), mean 0.323
+    >>> [round(x, 6) for x in bias.tolist()]  # half of 0.001 * (tanh - mean)
+    [-0.000659, 0.00022, 0.00022, 0.00022]
+    >>> round(max_violation(counts).item(), 3)  # (25 - 10) / 10
+    1.5
 """
 
 from __future__ import annotations
@@ -18,8 +29,8 @@ from torch import Tensor
 
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, RouterLossConfig, SignConfig, SmebuConfig
 
+# Steepness of SMEBU's clamp, as published (trinity report, section 2.2).
 KAPPA = 2.0
-"""Steepness of SMEBU's clamp, as published (trinity report, section 2.2)."""
 
 
 class BalanceRule(Protocol):
@@ -53,10 +64,13 @@ class Smebu:
         routed = counts.any()
         mean = counts.float().mean().clamp_min(1 / len(counts))  # of integers: no smaller mean but 0
         step = self.config.rate * torch.tanh(KAPPA * (mean - counts) / mean)  # [E]
+        # Centred: a shift of all biases changes no choice and would only drift.
         step -= step.mean()
         before = self.momentum.setdefault(layer, torch.zeros_like(bias))
+        # Momentum first, then the bias moves by it: the order of the published rule.
         after = before.mul(self.config.momentum).add_(step, alpha=1 - self.config.momentum)
         before.copy_(torch.where(routed, after, before))
+        # In place: the model, and a checkpoint, hold this very tensor.
         bias.copy_(torch.where(routed, bias + before, bias))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -154,12 +168,14 @@ def router_losses(
     Layers are summed: each router gets the published weight. A term of weight 0 is not computed. Where T tokens are a
     part of each row, `row_sum` adds up counts over the parts.
     """
+    # Of weight 0 a term is not computed at all.
     sequence = z = torch.zeros((), device=real.device)
     for routing in routings:
         if config.sequence_loss:
             sequence = sequence + sequence_loss(routing.logits, routing.chosen, real, row_sum)
         if config.router_z_loss:
             z = z + router_z_loss(routing.logits, real)
+    # Weights once, for the sum over layers: each router gets the published one.
     total = scale * (config.sequence_loss * sequence + config.router_z_loss * z)
     return RouterLosses(total, sequence.detach(), z.detach())
 
@@ -174,7 +190,9 @@ def sequence_loss(
     s_i / sum_j s_j, s the sigmoid scores without the bias. The gradient goes through P only. T counts real tokens.
     """
     (rows, tokens), experts, k = real.shape, logits.shape[-1], chosen.shape[-1]
+    # The scores of the router, without the bias: the loss must not undo what the bias does.
     scores = logits.sigmoid().view(rows, tokens, experts)
+    # Normalised for each token, then the mean over the row: P of the paper.
     share = ((scores / scores.sum(-1, keepdim=True)) * real.unsqueeze(-1)).sum(1)
     # Integers in a fixed number of slots: no shape depends on values, so nothing waits for the device.
     slot = chosen.view(rows, tokens * k)  # [B, T k]
@@ -188,6 +206,7 @@ def router_z_loss(logits: Tensor, real: Tensor) -> Tensor:
 
     Sigmoid scores have no partition; the term is kept as published, for what it does: it holds the logits down.
     """
+    # Padding is masked, not selected: a selection has a size that the host would have to ask for.
     squares = torch.logsumexp(logits, -1).square()  # [N]
     return torch.where(real.flatten(), squares, torch.zeros_like(squares)).sum()
 

@@ -1,4 +1,4 @@
-"""Who steps which parameter, and the state of all of it by name."""
+"""Which optimizer steps which parameter, and their state by name."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from freehold.optim.muon import Muon, ShardedMatrices
 
 
 def is_hidden_matrix(name: str, tensor: Tensor) -> bool:
-    """Tell whether Muon steps a parameter: hidden matrices and expert stacks, not embedding, head or router."""
+    """Return whether Muon steps a parameter: hidden matrices and expert stacks, not embedding, head or router."""
     return tensor.ndim >= 2 and not any(part in name for part in ("embed_tokens", "lm_head", "router"))
 
 
 def decays(name: str, tensor: Tensor) -> bool:
-    """Tell whether weight decay may touch a parameter: never gains, embedding or bias."""
+    """Return whether weight decay may touch a parameter: never gains, embedding or bias."""
     return tensor.ndim >= 2 and "embed_tokens" not in name
 
 
@@ -37,8 +37,10 @@ class Optimizers:
         shapes: Mapping[str, torch.Size] | None = None,
         sharded: ShardedMatrices | None = None,
     ) -> None:
+        # By tensor: an optimizer knows its parameters, not their names.
         twice = {named[name]: copy for name, copy in (copies or {}).items()}
         self.config, self.named = config, dict(named)
+        # Muon is for maps between hidden spaces; embedding, head and router have a side that is a set of choices.
         matrices = {n: p for n, p in named.items() if config.matrices == "muon" and is_hidden_matrix(n, p)}
         others = {n: p for n, p in named.items() if n not in matrices}
         self.optimizers: list[tuple[Muon | AdamW, float]] = []
@@ -66,6 +68,7 @@ class Optimizers:
         """
         for optimizer, peak in self.optimizers:
             for group in optimizer.param_groups:
+                # Rates follow from the step alone, so they are in no checkpoint.
                 group["lr"] = peak * factor
             optimizer.step(scale=scale, keep=keep)
 
@@ -90,4 +93,5 @@ class Optimizers:
         for key, value in state.items():
             name, _, slot = key.rpartition(".")
             parameter = self.named[name]
+            # A copy: the checkpoint may be read once more by the caller.
             owner[id(parameter)].state[parameter][slot] = value.to(parameter.device, copy=True)

@@ -1,4 +1,4 @@
-"""What a recipe can say about the optimizer, the schedule and the balancing rule."""
+"""What a recipe can configure of the optimizer, the schedule and the balancing rule."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_names(phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
 
 
 class RouterLossConfig(Config):
-    """Terms of balancing that act through the gradient, beside any rule that moves the bias."""
+    """Terms of balancing that act through the gradient, next to any rule that moves the bias."""
 
     sequence_loss: float = Field(
         0.0, ge=0, description="alpha of the sequence-wise balance loss (Trinity Large: 1e-4); 0: none"
@@ -66,7 +66,7 @@ class RouterLossConfig(Config):
 
     @property
     def has_loss(self) -> bool:
-        """Whether the model must hand out its routings for a loss."""
+        """Whether the model must return its routings for a loss."""
         return self.sequence_loss > 0 or self.router_z_loss > 0
 
 

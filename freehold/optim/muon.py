@@ -4,6 +4,19 @@ Learning rate per matrix: lr * sqrt(max(1, fan_out / fan_in)) (trinity report, s
 orthogonalised as a batch of matrices, never flattened into one.
 
 Shapes: E experts, i expert width, d hidden width, n matrices of one shape.
+
+The rates of one layer with d = 512, i = 128 and E = 8 at lr 0.02. An orthogonal matrix moves each output by about
+the same amount whatever fan_in is; the factor makes up for outputs that are more than inputs.
+
+    >>> size = torch.Size
+    >>> rate_scale("o_proj.weight", size((512, 512)))  # square: 0.02
+    1.0
+    >>> rate_scale("experts.down_proj", size((8, 512, 128)))  # [E, d, i]: fan_out / fan_in = 4, so 0.04
+    2.0
+    >>> rate_scale("experts.gate_up_proj", size((8, 256, 512)))  # [E, 2i, d]: two maps of 128 outputs, so 0.02
+    1.0
+    >>> as_matrices("experts.gate_up_proj", torch.empty(8, 256, 512)).shape  # 2E matrices, orthogonalised alone
+    torch.Size([16, 128, 512])
 """
 
 from __future__ import annotations
@@ -27,12 +40,12 @@ COEFFICIENTS = (
     (2.8366, -3.0525, 1.2012),
 )
 
+# mu of the momentum buffer; the update looks ahead by one momentum step (Nesterov), as in Jordan et al. 2024.
 MOMENTUM = 0.95
-"""mu of the momentum buffer; the update looks ahead by one momentum step (Nesterov), as in Jordan et al. 2024."""
+# Elements of a matrix from which PyTorch's CPU product of one is faster than its product of a batch.
 ONE_BY_ONE_FROM = 2**17
-"""Elements of a matrix from which PyTorch's CPU product of one is faster than its product of a batch."""
+# Elements of one shape that are orthogonalised together; it bounds the memory of a step next to its states.
 BATCH_ELEMENTS = 2**24
-"""Elements of one shape that are turned together; it bounds what a step holds beside its states."""
 
 
 def as_matrices(name: str, tensor: Tensor) -> Tensor:
@@ -60,14 +73,17 @@ def orthogonalize(matrices: Tensor, steps: int = 5, *, in_place: bool = False) -
     CPU kernel where it is available, else PyTorch, as a batch, or on CPUs one by one from a size on.
     """
     x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
+    # The last ones: with fewer iterations the early, steep ones are skipped.
     coefficients = COEFFICIENTS[-steps:]
     if not len(x):  # a rank may have none
         return x
     if cpu.available(x, *x.shape[-2:]):
+        # The kernel reads rows one after another.
         x = x.contiguous()
         x = x.clone() if x is matrices and not in_place else x
         cpu.orthogonalize_(x, torch.tensor(coefficients))
         return x
+    # The Gram matrix of the shorter side is the smaller one.
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.transpose(-2, -1)
@@ -79,9 +95,11 @@ def orthogonalize(matrices: Tensor, steps: int = 5, *, in_place: bool = False) -
 
 
 def newton_schulz(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
-    """Take the steps on all matrices [n, r, c], r <= c, at once: the plain form."""
+    """Take the steps on all matrices [n, r, c], r <= c, as one batch: the plain form."""
+    # Frobenius norm 1 bounds the largest singular value by 1, where the polynomials converge.
     x = x / (x.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7).to(x.dtype)
     for a, b, c in coefficients:
+        # Three products an iteration: X, XX^T and its square are all that is needed.
         gram = torch.bmm(x, x.transpose(-2, -1))
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)
@@ -145,6 +163,7 @@ class Muon(torch.optim.Optimizer):
             if self.sharded is not None:
                 self._step_sharded(self.sharded, named, _Move(group, scale, keep))
                 continue
+            # By shape of a matrix: a batch of equal matrices is one kernel, many small ones are not.
             waiting: dict[torch.Size, list[str]] = {}
             for name, parameter in named.items():
                 shape = as_matrices(name, parameter).shape[1:]
@@ -184,22 +203,26 @@ class Muon(torch.optim.Optimizer):
         if move.on_host and update.dtype == torch.bfloat16 and cpu.available(gradient, gradient.numel()):
             cpu.muon_momentum_(momentum, gradient, update, move.scale, MOMENTUM, nesterov=True)
             return
+        # The momentum is float32 whatever the gradient was computed in.
         gradient = gradient.to(momentum.dtype) * move.scale
         if move.keep is None:
             momentum.mul_(MOMENTUM).add_(gradient)
         else:  # a skipped gradient may hold NaN, which no multiplication with 0 removes
             momentum.copy_(torch.where(move.keep, momentum.mul(MOMENTUM).add_(gradient), momentum))
+        # Look ahead by one momentum step (Nesterov): what the momentum will be, not what it was.
         update.copy_(gradient.add(momentum, alpha=MOMENTUM).view(update.shape))
 
     def _apply(self, name: str, parameter: Tensor, update: Tensor, move: _Move) -> None:
         """Move a parameter and its copy by the orthogonalised update [n, r, c]."""
         step = move.group["lr"] * rate_scale(name, self.shapes[name])
+        # Decoupled: decay does not pass through the orthogonalisation.
         decay, copy = 1 - move.group["lr"] * move.group["weight_decay"], self.copies.get(parameter)
         written = update if copy is None else copy
         kernel = all(cpu.available(t, t.numel()) for t in (update, written))
         if move.on_host and parameter.dtype == torch.float32 and kernel:
             cpu.muon_move_(parameter, update.contiguous(), copy, step, decay)
             return
+        # A view: the parameter itself is moved.
         matrices = as_matrices(name, parameter)
         if move.keep is None:
             matrices.mul_(decay).add_(update, alpha=-step)

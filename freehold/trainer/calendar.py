@@ -39,9 +39,11 @@ class Calendar:
         config, phase = self.config, self.ends.get(done)
         log = phase is not None or done % config.log_every_steps == 0
         every = config.validate_every_steps
+        # The end of a phase is always measured: it is what a named checkpoint is quoted with.
         validate = phase is not None or bool(every and done % every == 0)
         save = phase is not None or done % config.checkpoint_every_steps == 0
         # To agree on a stop takes a collective and a read of the device: where reads are deferred, not at every step.
         asks = not self.deferred or log or validate or save
         stop = asks and self.world.any(signals.asked)
+        # A stop is logged and saved like a phase end, so that nothing is lost.
         return Due(log or stop, validate, save or stop, phase, stop)

@@ -21,8 +21,8 @@ from freehold.core.log import Log
 from freehold.trainer.job import Job
 
 GROUP = "freehold.callbacks"
+# Our trackers, and the package (and extra of ours) that each one needs.
 NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb"}
-"""Our trackers, and the package (and extra of ours) that each one needs."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Console(Callback):
         """Say a line for metrics of training; a line of its own for a validation."""
         if "val/bpb" in metrics:
             self._log.say(f"step {step}: validation bits per byte {metrics['val/bpb']:.4f}")
+        # Validations and alarms come alone.
         if "phase" not in metrics:
             return
         balance = f"MaxVio {metrics['moe/max_vio']:.2f}  " if "moe/max_vio" in metrics else ""
@@ -110,6 +111,7 @@ class TensorBoard(Callback):
         """Write every number."""
         for name, value in numbers(metrics).items():
             self._writer.add_scalar(name, value, step)
+        # A killed run should show its last log point.
         self._writer.flush()
 
     def rewind(self, step: int) -> None:
@@ -149,6 +151,7 @@ class Callbacks(Callback):
 
     def __init__(self, job: Job, log: Log, *, main: bool) -> None:
         self.job, self.main = job, main
+        # Only the main process writes: the figures of all ranks are the same.
         console = Console(log, job.schedule.total_steps, job.trainer.log_every_steps)
         self.each: list[Callback] = [MetricsFile(log), console] if main else []
 
@@ -191,9 +194,11 @@ def build_callbacks(names: Sequence[str], info: RunInfo, where: str) -> list[Cal
     Raises ConfigError for a name that neither we nor an installed package have, or whose package is missing.
     """
     ours: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB}
+    # Looked up when named, not at import: entry points scan every installed package.
     theirs = {point.name: point for point in entry_points(group=GROUP)}
     found = []
     for name in names:
+        # Ours first: a package cannot replace what the documentation describes.
         if name in ours:
             found.append(ours[name](info))
         elif name in theirs:
@@ -212,6 +217,7 @@ def build_callbacks(names: Sequence[str], info: RunInfo, where: str) -> list[Cal
 def _import(module: str, extra: str) -> Any:
     """Return a tracker's module; ConfigError with the pip line when its package is not installed."""
     try:
+        # Imported when used: a tracker takes longer to import than a config to check.
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(

@@ -22,11 +22,11 @@ from freehold.trainer.job import Job
 from freehold.trainer.progress import Progress
 from freehold.trainer.state import TrainState
 
+# The steps that roll-backs decided to skip. On disk before anything is undone, so a kill at any point changes
+# nothing: what a run does is a function of its recipe and of this file.
 ROLLBACKS = "rollbacks.json"
-"""The steps that roll-backs decided to skip. On disk before anything is undone, so a kill at any point changes
-nothing: what a run does is a function of its recipe and of this file."""
+# Facts that say which tokens each step reads: a run continues only where they are the same.
 READS = ("tokenizer_sha256", "seed", "context_tokens", "order", "data")
-"""Facts that say which tokens each step reads: a run continues only where they are the same."""
 
 
 class Checkpoints:
@@ -56,8 +56,10 @@ class Checkpoints:
 
     def tensors(self) -> dcp.State:
         """Return every tensor that decides what happens next; of a sharded run this process's parts (DTensor)."""
+        # Of the CPU: the model draws nothing in training, but reinitialise does.
         rng = {"torch": torch.get_rng_state()}
         if self.world.device.type == "cuda":
+            # On the device the same call draws from the generator of the device.
             rng["cuda"] = torch.cuda.get_rng_state(self.world.device)
         return {
             **self.state.tensors(),
@@ -97,7 +99,9 @@ class Checkpoints:
         of a phase; before it a warning, since a roll-back may still repair them.
         """
         self.settle()
+        # Checked here and not at each step: a pass over all weights.
         broken = self.state.broken()
+        # All ranks save or none: a checkpoint is a collective.
         if self.world.any(bool(broken)):
             error = self._broken(broken)
             if phase is not None:
@@ -108,6 +112,7 @@ class Checkpoints:
             declared = self.job.schedule.phases[phase]
             self.save(self.job.folder / declared.checkpoint, stage_type=declared.stage_type)
             self.log.say(f"saved {declared.stage_type or 'checkpoint'}: {self.job.folder / declared.checkpoint}")
+        # A phase end cannot be tried again later: the next phase changes the weights.
         required = required or phase is not None
         try:
             self.save(dcp.step_folder(self.folder, self.progress.step), self.pruning(), stage_type="step")
@@ -136,6 +141,7 @@ class Checkpoints:
     def pruning(self) -> Callable[[], None]:
         """Return what deletes the checkpoints that are not needed once that of this step is written."""
         config, progress = self.job.trainer, self.progress
+        # Nothing is rolled back after the last step, so its checkpoint need not be kept.
         finished = progress.step >= self.job.schedule.total_steps
         # What an earlier roll-back returned to stays: nothing before it is blamed again.
         needed = max([self.guards.oldest_blamed_step(progress.step), *(r["first_step"] for r in progress.rollbacks)])
@@ -151,6 +157,7 @@ class Checkpoints:
 
     def data_digest(self) -> str:
         """Return the digest of all rows that all ranks have read; those that read the same rows count once."""
+        # Context ranks read parts of the same rows, pipeline ranks the same rows.
         place = self.world.place
         mine = self.progress.digest.value if place.pipeline == place.context == 0 else 0
         halves = torch.tensor([mine >> 32, mine & 0xFFFFFFFF], device=self.world.device)  # so that no sum overflows
@@ -169,19 +176,23 @@ class Checkpoints:
         # As rank 0, which wrote them, sees them: another machine's view of a shared folder may be older.
         self.progress.rollbacks = dcp.together(lambda: read_json(decided)["rollbacks"] if decided.exists() else [])[0]
         if self.world.is_main:
+            # One rank deletes, and the others wait: two would race for the same folder.
             dcp.remove_unless(self.folder, self._on_course)
         self.world.barrier()
+        # Hashes every file; a damaged one is named and the one before it taken.
         folder = dcp.last_good(self.folder, self.log.warn)
         if folder is None:
             self.progress.processes = [[self.progress.step, self.world.size]]
             return False
         facts = read_json(folder / "trainer.json")
+        # Before the weights are read: a refusal should take no time.
         check_same_data(facts, self.job.facts, folder)
         state = self.state.read(folder)
         self.adopt(state, folder)
         self.guards.load_state_dict(state)
         self._restore_progress(facts)
         self.log.say(f"resumed from {folder.name}")
+        # Not refused: a run must survive another machine, but its bits will not be the same.
         if facts["operators"] != self.settings["operators"]:
             self.log.warn(
                 f"steps so far ran on {facts['operators']}, the rest will on {self.settings['operators']}: "
@@ -231,6 +242,7 @@ class Checkpoints:
         Raises TrainingError after `decision.limit` roll-backs, or when no such checkpoint is left.
         """
         progress = self.progress
+        # Counted over the folder, not the process: a supervisor that restarts cannot roll back for ever.
         if len(progress.rollbacks) >= decision.limit:
             raise TrainingError(
                 f"{decision.what.partition(':')[0]} again after {len(progress.rollbacks)} roll-backs",
@@ -243,6 +255,7 @@ class Checkpoints:
         first = max([decision.first_step, *(r["first_step"] for r in progress.rollbacks)])
         record = {"first_step": first, "end_step": progress.step, "layers": list(decision.layers)}
         if self.world.is_main:
+            # First the decision, then the deed: a kill in between finds it and does the rest.
             write_json(self.job.folder / ROLLBACKS, {"rollbacks": [*progress.rollbacks, record]})
         self.world.barrier()
         self.log.say(f"  rolling back to before step {first}; steps {first} to {progress.step - 1} will be skipped")
@@ -258,10 +271,12 @@ class Checkpoints:
 def check_same_data(facts: dict[str, Any], mine: dict[str, Any], folder: Path) -> None:
     """Raise CheckpointError when the steps so far read other data, or the same in another order."""
     for key in READS:
+        # Older checkpoints lack some facts: what is unknown cannot differ.
         before, now = facts.get(key), mine.get(key)
         if before is None or now is None or before == now:
             continue
         if isinstance(now, dict) and isinstance(before, dict):
+            # Digests say nothing to a reader; the names of the sources do.
             names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
             before, now = (f"other {', '.join(names)}", "the same, or a new run")
         raise CheckpointError(

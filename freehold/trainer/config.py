@@ -1,4 +1,4 @@
-"""What a recipe can say about the training loop itself."""
+"""What a recipe can configure of the training loop itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CollapseConfig(Config):
 
     action: Literal["none", "raise_rate", "reinitialise", "roll_back"] = Field(
         "none",
-        description="besides the warning: none; a larger balance step for a while; draw the experts' routing anew; or "
+        description="besides the warning: none; a larger balance step for a while; draw the experts' routing again; or "
         "go back to a checkpoint from before it and skip the batches since",
     )
     warmup_steps: int = Field(100, ge=0, description="first steps of a run that are not watched: loads start uneven")
@@ -35,13 +35,13 @@ class SpikeConfig(Config):
 
     action: Literal["none", "skip", "roll_back"] = Field(
         "none",
-        description="besides the warning: none; leave the batch out before it changes anything; or that, and go back "
+        description="besides the warning: none; skip the batch before it changes anything; or that, and roll back "
         "to a checkpoint from before when it does not help",
     )
     warmup_steps: int = Field(100, ge=0, description="first steps of a run that are not judged")
     window_steps: int = Field(64, ge=8, description="steps of the same phase a loss is compared with")
-    rise_nats: float = Field(1.0, gt=0, description="a spike lies this far above their median")
-    sigmas: float = Field(8.0, gt=0, description="and so many times their spread")
+    rise_nats: float = Field(1.0, gt=0, description="a spike is this far above their median")
+    sigmas: float = Field(8.0, gt=0, description="and this many times their standard deviation")
 
 
 class TrainerConfig(Config):
@@ -58,7 +58,7 @@ class TrainerConfig(Config):
     checkpoint_every_steps: int = Field(100, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="newest step checkpoints kept")
     keep_every_steps: int = Field(0, ge=0, description="also keep checkpoints at multiples of this (0: none)")
-    background_save: bool = Field(False, description="write step checkpoints while training goes on, from a copy")
+    background_save: bool = Field(False, description="write step checkpoints while training continues, from a copy")
     collapse: CollapseConfig = Field(default_factory=CollapseConfig, description="alarm for routing that collapses")
     spike: SpikeConfig = Field(default_factory=SpikeConfig, description="alarm for a loss that jumps")
     deterministic: Literal["auto"] | bool = Field(

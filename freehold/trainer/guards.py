@@ -27,10 +27,10 @@ from freehold.trainer.job import Job
 from freehold.trainer.progress import Progress
 from freehold.trainer.spike import PATIENCE_STEPS, SpikeDetector
 
+# A run ends after this many steps in a row without a finite loss: no single batch explains them.
 MAX_SKIPPED_STEPS = 10
-"""A run ends after this many steps in a row without a finite loss: no single batch explains them."""
+# A run ends when it would have to roll back once more: the data were skipped three times and were not to blame.
 MAX_ROLLBACKS = 3
-"""A run ends when it would have to roll back once more: the data were skipped three times and were not to blame."""
 NOT_FINITE = "loss or gradient is not finite"
 
 
@@ -105,9 +105,13 @@ class Guards:
 
     def before_update(self, step: int, loss: float, norm: float) -> Continue | Skip | Stop:
         """Judge the mean loss (nats) and the gradient norm of a step."""
+        # NaN compares as false, so it counts as not finite too.
         finite = norm < math.inf and loss < math.inf
+        # Losses are compared within a phase: another mixture has another level.
         position = self.job.schedule.at(step)
+        # Shown also when it is not finite, so that several in a row count as spikes for a roll-back.
         spike = self.spikes.stands_out(step, step - position.index, loss if finite else math.inf)
+        # Before the spike: this step is skipped whatever the recipe configures.
         if not finite:
             return self._not_finite(step, loss, norm)
         if not spike:
@@ -115,6 +119,7 @@ class Guards:
         what = f"loss spike: {loss:.2f} nats, usual are {self.spikes.median:.2f}"
         if self.job.trainer.spike.action != "none":
             return Skip(what)
+        # Once for each series: a lasting level would warn at every step.
         if self.spikes.in_a_row == 1:
             self.log.warn(f"step {step}: {what}")
         return Continue()
@@ -138,6 +143,7 @@ class Guards:
 
     def after_update(self, done: int, loads: np.ndarray | None) -> Continue | RollBack | Treat:
         """Judge the state after `done` steps; loads [layers, E] of the last one, None when it was skipped."""
+        # Spikes first: after their roll-back the loads belong to steps that are undone.
         decision = self._spikes_in_a_row(done)
         if isinstance(decision, RollBack) or loads is None:
             return decision
@@ -152,6 +158,7 @@ class Guards:
         what = f"the loss has stood out for {self.spikes.in_a_row} steps"
         if config.action == "roll_back":
             return RollBack(self.spikes.blamed_step(done - 1), what, MAX_ROLLBACKS)
+        # A window that is still filling has no usual level to replace.
         if not math.isnan(self.spikes.median):
             self.log.warn(f"{what}: its level is taken as the usual one")
             self.spikes.accept()
@@ -165,12 +172,14 @@ class Guards:
         blamed = [alarm for alarm in alarms if alarm.reason != "dead"]
         if config.action == "roll_back" and blamed:
             what = "routing collapsed: " + "; ".join(map(str, blamed))
+            # Recorded with the decision: the replay shows the alarm at the step where it began.
             layers = tuple(alarm.number for alarm in blamed)
             return RollBack(min(alarm.first_step for alarm in blamed), what, MAX_ROLLBACKS, layers)
         if config.action == "raise_rate":
             for alarm in alarms:
                 self.collapse.raise_rate(alarm.layer, done)
             self.log.say(f"  balance step x{collapse.RATE_FACTOR:g} in these layers for {collapse.RAISE_STEPS} steps")
+        # Dead experts alone do not roll back, so nothing was done for them.
         return Treat(tuple(alarms), config.action if config.action != "roll_back" else "none")
 
     # -- checkpoints ------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from freehold.checkpoint import dcp
@@ -23,18 +22,10 @@ from freehold.parallel.mesh import world
 from freehold.trainer.calendar import Calendar, Due
 from freehold.trainer.callbacks import Callbacks
 from freehold.trainer.checkpoints import Checkpoints
+from freehold.trainer.deferred import Deferred
 from freehold.trainer.device import prepare
 from freehold.trainer.errors import Interrupted
-from freehold.trainer.guards import (
-    Continue,
-    Guards,
-    RollBack,
-    Skip,
-    Stop,
-    Treat,
-    as_record,
-    stacked_loads,
-)
+from freehold.trainer.guards import Continue, Guards, RollBack, Skip, Stop, Treat, as_record, stacked_loads
 from freehold.trainer.job import Job
 from freehold.trainer.monitor import LoadMonitor, Meter, Stopwatch
 from freehold.trainer.progress import Progress
@@ -63,12 +54,15 @@ class Trainer:
     ) -> None:
         self.job = job
         self.world = world(job.parallel, job.stage)
+        # Ranks other than the first stay silent: they would say the same.
         self.log = log if self.world.is_main else Log(quiet=True)
+        # Before any random number is drawn, and before memory is taken.
         settings = prepare(job, self.world.device, seed)
         self.state = build_state(job, self.world, seed, weights)
         self.progress = Progress(job.schedule.first_step, job.tokens_before)
         self.balance = build_balance(job.balance)
         self.guards = Guards(job, list(self.state.moe_layers), self.progress, self.log)
+        # A guard that may act must see a step before the next one; without one, log points are early enough.
         self.deferred = self.world.device.type != "cpu" and not self.guards.acts if deferred is None else deferred
         self.forward_backward = ForwardBackward(job, self.state, self.world, deferred=self.deferred)
         self.monitor = LoadMonitor(self.state.moe_layers)
@@ -79,8 +73,7 @@ class Trainer:
         self.calendar = Calendar(job, self.world, deferred=self.deferred)
         self.heartbeat = Heartbeat()
         self.callbacks = Callbacks(job, self.log, main=self.world.is_main)
-        self._unread: list[tuple[int, StepResult, Tensor | None]] = []
-        """Deferred steps: number, figures, loads [layers, E]."""
+        self.unread = Deferred()
 
     @property
     def model(self) -> Afmoe:
@@ -104,20 +97,25 @@ class Trainer:
         if not self._begin():
             return
         with StopSignals() as signals, contextlib.closing(self.callbacks):
+            # Trackers learn at which step they start, so only after the restore.
             self.callbacks.open(progress.step)
             watch, loss = Stopwatch(progress.step, progress.tokens), None
             meter = Meter(self.job, self.world, progress.step)
             while progress.step < schedule.total_steps:
                 self.heartbeat.beat(progress.step, "step", loss=loss)
+                # A rolled-back step still reads its rows: it counts as tokens, and the order does not move.
                 batch, skipped = self.next_batch(), progress.rolled_back(progress.step)
                 result = self.skip_step(batch) if skipped else self.train_step(batch)
                 done = progress.step
+                # All ranks agree on what is due: each of these may hold a collective.
                 due = self.calendar.after(done, signals)
+                # After a roll-back nothing is due: the state is that of an earlier step.
                 if self._look_back(due, skipped):
                     watch.restart(progress.step, progress.tokens)
                     continue
                 if due.log:
                     loss = result.loss
+                    # The lap ends here, so that the next one does not include the writing of metrics.
                     speed = meter.read(done, progress.tokens, *watch.lap(done, progress.tokens))
                     self.callbacks.log(done, {**result, **speed, **self.monitor.take()})
                 if validate and due.validate:
@@ -133,14 +131,15 @@ class Trainer:
 
     def _begin(self) -> bool:
         """Restore what there is; return whether steps are left to do."""
-        if self.restore():
-            self.log.say(f"operators: {kernels.describe(self.job.dtype)}")
-        else:
+        found = self.restore()
+        self.log.say(f"operators: {kernels.describe(self.job.dtype)}")
+        if not found:
             self.callbacks.rewind(self.step)
-            self.log.say(f"operators: {kernels.describe(self.job.dtype)}")
+            # Without it the first window of a run would have nothing to return to.
             if self.guards.rolls_back:  # there must be something to roll back to
                 self.checkpoints.save(dcp.step_folder(self.checkpoints.folder, self.step), stage_type="step")
         if self.step >= self.job.schedule.total_steps:
+            # A run killed between its last save and its pruning has some checkpoints too many.
             self.checkpoints.pruning()()
             return False
         self.heartbeat.beat(self.step, "start")
@@ -165,18 +164,19 @@ class Trainer:
         """
         step, result = self.step, self.forward_backward(batch)
         if self.deferred:
+            # Nothing below waits for the device: the next step is queued while this one runs.
             self.update.on_device(step, result)
-            loads = stacked_loads(self.state.moe_layers.values())
-            self._unread.append((step, result, loads))
+            self.unread.add(step, result, self.state.moe_layers)
         else:
             self._judge(step, result)
         self.state.clear_gradients()
-        self._count(batch)
+        self.progress.count(batch, self.world)
         return result
 
     def _judge(self, step: int, result: StepResult) -> None:
         """Apply a step, or skip it; the guards decide."""
         match self.guards.before_update(step, result.loss, result["optim/grad_norm"]):
+            # A deferred step was applied, or not, by the device itself.
             case Continue() if not self.deferred:
                 self.update(step, result)
             case Skip(why):
@@ -188,17 +188,12 @@ class Trainer:
     def skip_step(self, batch: Batch) -> StepResult:
         """Pass over a step that a roll-back decided to skip; its figures are not numbers."""
         for rollback in self.progress.rollbacks:
+            # Once for each roll-back, at its first step: the alarm belongs to the curve, not to each step.
             if rollback["first_step"] == self.step and rollback["layers"]:
                 self.callbacks.log(self.step + 1, {"moe/alarm": rollback["layers"]})
         self._skip(self.step, "a roll-back blames it")
-        self._count(batch)
+        self.progress.count(batch, self.world)
         return StepResult.skipped(self.forward_backward.names)
-
-    def _count(self, batch: Batch) -> None:
-        # Every rank has as many rows and columns as the others; those of a pipeline read the same ones.
-        readers = self.world.size // self.job.parallel.pipeline
-        self.progress.step += 1
-        self.progress.tokens += batch.input_ids.size * readers
 
     def _skip(self, step: int, why: str) -> None:
         self.progress.skipped.append(step)
@@ -218,22 +213,14 @@ class Trainer:
             return False
         if skipped:
             return False
-        loads = None if self._was_skipped(self.step - 1) else stacked_loads(self.state.moe_layers.values())
+        loads = None if self.progress.last_skipped(self.step - 1) else stacked_loads(self.state.moe_layers.values())
         return self.act(self.guards.after_update(self.step, None if loads is None else loads.cpu().numpy()))
 
     def catch_up(self) -> None:
         """Judge deferred steps in order. No action is configured, so the worst is an error or a warning."""
-        unread, self._unread = self._unread, []
-        StepResult.read_all([result for _, result, _ in unread])
-        # One read for the loads of all steps: [steps, layers, E].
-        found = [loads for _, _, loads in unread if loads is not None]
-        loads = torch.stack(found).cpu().numpy() if found else [None] * len(unread)
-        for (step, result, _), load in zip(unread, loads, strict=True):
+        for step, result, load in self.unread.read():
             self._judge(step, result)
-            self.act(self.guards.after_update(step + 1, None if self._was_skipped(step) else load))
-
-    def _was_skipped(self, step: int) -> bool:
-        return self.progress.skipped[-1:] == [step]
+            self.act(self.guards.after_update(step + 1, None if self.progress.last_skipped(step) else load))
 
     def act(self, decision: Continue | RollBack | Treat) -> bool:
         """Do what the guards decided after an update; return whether training was rolled back."""
@@ -243,6 +230,7 @@ class Trainer:
                 self.callbacks.rewind(self.step)
                 self.monitor.take()
                 return True
+            # The alarm is recorded even where the recipe asks for nothing but a warning.
             case Treat(alarms, action):
                 if action == "reinitialise":
                     for alarm in alarms:

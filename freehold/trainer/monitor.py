@@ -1,4 +1,17 @@
-"""What the loop measures between two log points: expert load, speed, and the machine's own matrix rate."""
+"""What the loop measures between two log points: expert load, speed, and the machine's own matrix rate.
+
+Loads count (token, expert) assignments of one whole optimizer step. With 2 rows of 4 tokens, 1 of them padding, top-2
+of 4 experts, in 2 micro-batches: 7 real tokens make 14 assignments, 3.5 for each expert at perfect balance. The first
+micro-batch adds its 8, the second its 6 (the padding token is routed, but not counted); a layer that is recomputed for
+its gradient, and a validation, add nothing. Data ranks add up theirs before biases move, in integers.
+
+    >>> first, second = torch.tensor([4, 2, 1, 1]), torch.tensor([3, 1, 1, 1])
+    >>> loads = first + second
+    >>> int(loads.sum()), loads.tolist()
+    (14, [7, 3, 2, 2])
+    >>> float(max_violation(loads))  # (7 - 3.5) / 3.5
+    1.0
+"""
 
 from __future__ import annotations
 
@@ -54,6 +67,7 @@ class LoadMonitor:
         for name, layer in self.layers.items():
             self.loads[name] += layer.load_counts
             self.violations[name].append(max_violation(layer.load_counts))
+            # On the device, like all else here: `take` reads it.
             self.logit_max[name] = torch.maximum(logit_max[name], self.logit_max.get(name, logit_max[name]))
         if self.layers:
             device = next(iter(self.loads.values())).device
@@ -76,6 +90,7 @@ class LoadMonitor:
                 by_layer.setdefault(key, []).append(figure)
             values[f"moe/load/{number}"] = loads
         for key, each in by_layer.items():
+            # Dead experts add up, and the largest bias is the one to watch; only shares have a mean.
             mean = key in ("moe/max_vio", "moe/entropy")
             values[key] = sum(each) / len(each) if mean else sum(each) if key == "moe/dead" else max(each)
         self._clear()
@@ -83,6 +98,7 @@ class LoadMonitor:
 
     def _of_layer(self, name: str, load: Tensor, steps: list[float]) -> tuple[dict[str, float], list[int]]:
         experts = len(load)
+        # A layer without tokens has shares of 0 and an entropy of 0.
         share = load.double() / load.sum().clamp_min(1)
         entropy = -(share * share.clamp_min(1e-12).log()).sum()
         bias, logit = self.layers[name].expert_bias.abs().max(), self.logit_max[name]
@@ -90,6 +106,7 @@ class LoadMonitor:
         scalars = torch.stack([x.double() for x in (entropy, bias, logit, *self.violations[name])])
         entropy_, bias_, logit_, *rest = torch.cat([scalars, load.double()]).tolist()
         violations, loads = rest[:-experts], [int(x) for x in rest[-experts:]]
+        # MaxVio of a step that the device skipped is 0, and no step of the run.
         counted = [violation for violation, counts in zip(violations, steps, strict=True) if counts]
         return {
             "moe/max_vio": sum(counted) / len(counted),
@@ -145,6 +162,7 @@ class Stopwatch:
 
     def lap(self, step: int, tokens: int) -> tuple[float, float]:
         """Return tokens per second and seconds per step since the last lap."""
+        # monotonic: the clock of the machine may be set while a run is on.
         seconds = time.monotonic() - self.started
         result = (tokens - self.tokens) / seconds, seconds / max(step - self.step, 1)
         self.restart(step, tokens)
@@ -156,12 +174,15 @@ def gemm_flops_per_s(
 ) -> float:
     """Return the best rate of a square matrix product on a device now, in FLOP/s: what MFU is measured against."""
     own = torch.Generator().manual_seed(0)  # the run's own generator must not notice
+    # Square and large: about the best rate that the device has.
     a, b = (torch.randn(size, size, generator=own).to(device, dtype) for _ in range(2))
     best, start = math.inf, time.perf_counter()
     while time.perf_counter() - start < seconds:
         before = time.perf_counter()
+        # On a device the call returns before the product is done.
         torch.mm(a, b)
         if a.is_cuda:
             torch.cuda.synchronize(a.device)
+        # The best of half a second: other load on the machine only slows it down.
         best = min(best, time.perf_counter() - before)
     return 2 * size**3 / best

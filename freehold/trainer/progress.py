@@ -1,4 +1,4 @@
-"""How far a run is, and what happened on the way: everything of it is in `trainer.json`."""
+"""How far a run is, and what happened on the way; all is in `trainer.json`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from freehold.data.digest import DataSum
+from freehold.data.packing import Batch
+from freehold.parallel.mesh import World
 
 
 @dataclass
@@ -29,6 +31,17 @@ class Progress:
     def rolled_back(self, step: int) -> bool:
         """Return whether a roll-back decided to skip this step."""
         return any(rollback["first_step"] <= step < rollback["end_step"] for rollback in self.rollbacks)
+
+    def last_skipped(self, step: int) -> bool:
+        """Return whether `step` is the last one that was skipped."""
+        return self.skipped[-1:] == [step]
+
+    def count(self, batch: Batch, world: World) -> None:
+        """Count a step, of which `batch` is this rank's part."""
+        # Every rank has as many rows and columns as the others; those of a pipeline read the same ones.
+        readers = world.size // world.parallel.pipeline
+        self.step += 1
+        self.tokens += batch.input_ids.size * readers
 
     def count_processes(self, size: int, since: int) -> None:
         """Record that `size` processes do the steps from `since` on."""

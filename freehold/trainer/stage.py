@@ -83,9 +83,11 @@ def train_stage(stage: Stage, config: StageConfig, work: Workspace) -> dict[str,
         write_trace(preview, trace_rows(stage.order, steps, phases))
     trainer = Trainer(job_of(stage, config, work), work.log, seed=work.seed, weights=start.weights)
     if start.checkpoint is not None:
+        # Before `run` restores: a resumed branch replaces this by its own newest checkpoint.
         trainer.checkpoints.adopt(trainer.state.read(start.checkpoint), start.checkpoint)
     trainer.run(stage.validate(trainer.world))
     if work.leads:
+        # Only a finished stage has a trace: what was planned is what was read.
         write_atomic(work.folder / "trace.parquet", preview.read_bytes())
     named = {phase.checkpoint: phase.stage_type for phase in config.phases.values() if phase.checkpoint}
     return {"steps": schedule.total_steps, "checkpoints": named, "skipped_steps": trainer.progress.skipped}
@@ -107,6 +109,7 @@ def job_of(stage: Stage, config: StageConfig, work: Workspace) -> Job:
         parallel=config.parallel,
         tokens_before=stage.start.tokens,
         files=tuple(sorted(path for path in stage.tokenizer.iterdir() if path.is_file())),
+        # The facts that decide which tokens a step reads; a resume compares them.
         facts={"seed": work.seed, "context_tokens": config.batch.context_tokens, **stage.facts},
         documents_of=work.documents_of_step,
         loss=stage.loss,

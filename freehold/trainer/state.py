@@ -29,7 +29,7 @@ class TrainState(abc.ABC):
 
     model: Afmoe
     masters: dict[str, Tensor]
-    """float32 weights by name: what optimizers step, or this process's part of it."""
+    """float32 weights by name: what optimizers step, or this process's shard."""
     moe_layers: dict[str, Routed]
     """Every MoE layer of the model by name, also those of other pipeline stages."""
 
@@ -41,9 +41,10 @@ class TrainState(abc.ABC):
         self.model.recompute = self.job.trainer.recompute
         if self.job.trainer.compile:
             self.model.compile_layers()
+        # After compiling: names stay, and gradients are collected by name.
         self.parameters = dict(self.model.named_parameters())
         for master in self.masters.values():
-            # The gradient of a single micro-batch stays in the dtype it was computed in: one copy less of it.
+            # The gradient of a single micro-batch stays in the dtype it was computed in: that saves a copy.
             master.grad_dtype = None
         self.optimizers = self._new_optimizers()
 
@@ -85,12 +86,15 @@ class TrainState(abc.ABC):
         """Move the micro-batch's gradients to the masters; several are added up in float32."""
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
+                # A parameter without a gradient (an idle expert stack of another stage) leaves its master alone.
                 master, gradient = self.masters[name], self.local(parameter.grad)
                 if master.grad is None:
                     master.grad = gradient
                 else:
+                    # bfloat16 sums would lose what later micro-batches add.
                     exact = torch.promote_types(gradient.dtype, torch.float32)
                     master.grad = master.grad.to(exact).add_(gradient)
+                # The memory of a micro-batch is free before the next one is computed.
                 parameter.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
@@ -104,6 +108,7 @@ class TrainState(abc.ABC):
 
     def broken(self) -> list[str]:
         """Return the names of weights here that are not finite; one read of the device."""
+        # One read for all weights, not one for each.
         finite = torch.stack([torch.isfinite(master).all() for master in self.masters.values()])
         return [name for name, good in zip(self.masters, finite.tolist(), strict=True) if not good]
 
@@ -115,6 +120,7 @@ class TrainState(abc.ABC):
 
     def tensors(self) -> dcp.State:
         """Return model and optimizer in their checkpoint form; they share memory with the state."""
+        # Slots are named after their parameter, so that one rule places both.
         slots = self.optimizers.state_dict()
         return {
             "model": {name: self.to_checkpoint(name, tensor.detach()) for name, tensor in self.named().items()},
@@ -123,12 +129,14 @@ class TrainState(abc.ABC):
 
     def read(self, folder: Path) -> dcp.State:
         """Read a checkpoint into tensors placed as those of this run are: of each, the part this rank holds."""
+        # Asked once: for a sharded state these walk the whole model.
         named, shapes = self.named(), self.shapes()
 
         def empty(key: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
             part, _, name = key.partition("/")
             owner = name if part == "model" else _owner(name)
             weights = part in ("model", "optimizer")
+            # Biases and loads of all layers are on every pipeline stage.
             everywhere = owner.removesuffix(".expert_bias") in self.moe_layers
             if (weights and owner not in named and not everywhere) or (
                 part == "balance" and name not in self.moe_layers
@@ -149,10 +157,12 @@ class TrainState(abc.ABC):
         """Copy weights and optimizer state of a checkpoint; CheckpointError when it is another model's."""
         self._check_names(state, folder)
         named = self.named()
+        # Biases keep their own shape; of a sharded weight the whole shape is compared.
         shapes = {name: tensor.shape for name, tensor in named.items()} | self.shapes()
         with torch.no_grad():
             for name, tensor in named.items():
                 found = state["model"][name]
+                # copy_ would broadcast some wrong shapes without a word.
                 if shapes[name] != found.shape:
                     raise CheckpointError(
                         "a tensor has another shape",
@@ -165,6 +175,7 @@ class TrainState(abc.ABC):
         self.publish()
         # New optimizers: nothing is left of steps that a roll-back undoes.
         self.optimizers = self._new_optimizers()
+        # Absent before the first step, and in a checkpoint that holds a model alone.
         slots = state.get("optimizer", {}).items()
         here = {key: slot for key, slot in slots if _owner(key) in self.masters}
         self.optimizers.load_state_dict({key: self.from_checkpoint(_owner(key), slot) for key, slot in here.items()})
@@ -222,9 +233,12 @@ class WholeState(TrainState):
         else:
             dcp.match_keys(weights, self.model.state_dict(), job.folder)
             self.model.load_state_dict(weights)
+        # After the weights are there: the same generator gives the same numbers on every device.
         self.model.to(world.device)
         self.moe_layers = dict(self.model.moe_layers())
+        # float32: a bfloat16 weight is too coarse for the updates of a late, small learning rate.
         self.masters = {n: p.detach().requires_grad_() for n, p in self.model.named_parameters()}
+        # Replaces the storage of matrices; where it does not, master and weight stay one tensor.
         self.model.to_compute(job.dtype)
         parameters = dict(self.model.named_parameters())
         # Where the compute dtype is float32 the model computes with the masters themselves.
@@ -273,6 +287,7 @@ class ShardedState(TrainState):
         from freehold.parallel.plan import ShardedTensors, parallelize  # only sharded runs pay for FSDP's imports
 
         super().__init__(job, world)
+        # Shapes without memory: no process could hold the whole of a large model.
         with torch.device("meta"):
             self.model, whole = Afmoe(job.model), Afmoe(job.model)
         parallelize(self.model, world, job.dtype)
@@ -289,8 +304,10 @@ class ShardedState(TrainState):
         # Drawn and dropped one tensor at a time: a process never holds the whole model.
         values = whole.initial_values(torch.Generator().manual_seed(seed)) if weights is None else weights.items()
         for name, value in values:
+            # The generator has drawn the value all the same, so every layout starts from the same numbers.
             if name in self.shards.placed:  # else another pipeline stage holds it
                 self.shards.fill_(name, value)
+        # The shards themselves: what an optimizer writes there is what FSDP gathers next.
         self.masters = self.shards.masters()
         self._finish()
 
@@ -302,6 +319,7 @@ class ShardedState(TrainState):
             bias, counts = (
                 torch.zeros_like(t, device=self.world.device) for t in (layer.expert_bias, layer.load_counts)
             )
+            # In the order of the whole model, the same on all ranks: collectives stack them.
             layers[name] = here.get(name, RoutedElsewhere(bias, counts))
         return layers
 

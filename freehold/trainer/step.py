@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from freehold.parallel.pipeline import Pipeline
 
 NORM = "optim/grad_norm"
+# The terms of expert balancing that act through the gradient, in the order in which they are summed.
 ROUTER_SUMS = ("loss/sequence", "loss/router_z")
-"""The terms of expert balancing that act through the gradient, in the order in which they are summed."""
 
 
 class StepResult(Mapping[str, float]):
@@ -72,6 +72,7 @@ class StepResult(Mapping[str, float]):
 
     def finite(self) -> Tensor:
         """Return whether loss and norm are finite, a bool scalar on the device."""
+        # Also false for NaN, which compares as false.
         return (self.figures[0] < math.inf) & (self.norm() < math.inf)
 
     def __getitem__(self, name: str) -> float:
@@ -105,25 +106,31 @@ class ForwardBackward:
 
     def __call__(self, batch: Batch) -> StepResult:
         """Leave the gradients of the whole step in the masters; return its figures."""
+        # Counts first: each pass scales its loss by the counts of the whole step.
         counts = self._counts(batch)
+        # Validation leaves the model as it found it, but a caller may not.
         self.state.model.train()
         for layer in self.state.moe_layers.values():
             layer.load_counts.zero_()
+            # Of a layer that another pipeline stage holds it stays None.
             layer.last_router_logit_max = None
         passes = _Passes(self, {name: 1 / at_least_one(count) for name, count in counts.items()})
         if self.job.parallel.pipeline > 1:
             self._pipe(batch, passes)
         else:
+            # Cut on the host: a micro-batch goes to the device when its turn comes.
             for start in range(0, len(batch.input_ids), self.job.micro_sequences):
                 columns = self.columns(batch.rows(start, start + self.job.micro_sequences))
                 hidden, routing_loss = passes.forward(columns["input_ids"], columns["document_ids"])
                 total = passes.loss(hidden, columns)
+                # One backward pass for both, or the stream would be kept for two.
                 (total if routing_loss is None else total + routing_loss).backward()
                 self.state.collect_gradients()
         return self._result(passes, counts)
 
     def columns(self, batch: Batch) -> dict[str, Tensor]:
         """Return every array of a batch on the device, by field name; more fields need no change here."""
+        # Fields, not a fixed list: a loss may need columns that the loop has never heard of.
         arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
         return {name: self._to_device(torch.from_numpy(array)) for name, array in arrays.items()}
 
@@ -135,14 +142,17 @@ class ForwardBackward:
 
     def _counts(self, batch: Batch) -> dict[str, int | Tensor]:
         """Return what divides the sums, of the whole step: the counts of the loss and `tokens` (without padding)."""
+        # On the host, from the arrays: nothing was sent to the device yet.
         here = self.loss.counts(batch) | {"tokens": int((batch.document_ids != PADDING).sum())}
         if self.world.size == 1 and not self.deferred:
             return dict(here)
+        # Ranks that read the same rows of a pipeline count them once.
         total = self.world.sum_(self._to_device(torch.tensor(list(here.values()))))
         return dict(zip(here, total.unbind() if self.deferred else total.tolist(), strict=True))
 
     def _result(self, passes: _Passes, counts: dict[str, int | Tensor]) -> StepResult:
         """Return the sums of all processes divided by their counts, and the norm of the gradient."""
+        # One collective for all sums of a step.
         sums = dict(zip(passes.sums, self.world.sum_all_(passes.stacked()).unbind(), strict=True))
         figures = {name: sums[name] / at_least_one(counts[by]) for name, by in self.loss.reports.items()}
         figures[NORM] = self.state.gradient_norm()
@@ -173,6 +183,7 @@ class ForwardBackward:
         from freehold.parallel.pipeline import Pipeline  # which imports much of PyTorch's compiler
 
         rows, tokens = batch.input_ids.shape
+        # The last stage cuts targets as the first one cuts ids, so both must know the size.
         micro_rows = min(self.job.micro_sequences, rows)
         assert self.world.dense is not None
         return Pipeline(
@@ -216,12 +227,15 @@ class _Passes:
 
         Returns what leaves them, [B, T, d], and the loss on their routing, if the recipe has one.
         """
+        # Kept only for a loss on them: their logits live until the backward pass.
         routings = _Routings() if self.job.balance.has_loss else None
         hidden = self.state.model.hidden(x, document_ids=documents, routings=routings, layers=layers)
         for name, layer in self.state.moe_layers.items():
             largest = layer.last_router_logit_max
             if largest is not None:
+                # A running maximum on the device; NaN stays NaN and shows in the metrics.
                 self.logit_max[name] = torch.maximum(largest, self.logit_max.get(name, largest))
+        # Also where this stage has no MoE layer.
         if not routings:
             return hidden, None
         router = router_losses(

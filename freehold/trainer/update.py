@@ -27,6 +27,7 @@ class Update:
 
     def __call__(self, step: int, result: StepResult) -> None:
         """Apply a step whose figures the host has seen and found good."""
+        # Both are on the host already: the guards have read them.
         norm, factor = result["optim/grad_norm"], self.job.schedule.at(step).factor
         self.state.optimizers.step(factor, min(1.0, self.job.optim.clip_norm / (norm + 1e-6)))
         self._move_biases(step, result.logit_max)
@@ -34,12 +35,15 @@ class Update:
 
     def on_device(self, step: int, result: StepResult) -> None:
         """Apply a step if its loss and gradient are finite; the host does not wait to learn whether they were."""
+        # The same bits on every rank, since both figures were reduced over all of them.
         keep, factor = result.finite(), self.job.schedule.at(step).factor
+        # A skipped step may have a NaN here; `keep` is false then and nothing uses it.
         clip = (self.job.optim.clip_norm / (result.norm() + 1e-6)).clamp_max(1.0)
         self.state.optimizers.step(factor, clip, keep)
         # Every balancing rule moves nothing when no token was routed, so zero loads skip it.
         for layer in self.state.moe_layers.values():
             layer.load_counts.mul_(keep)
+        # A maximum that never counts: a NaN would stay in the monitor until the next log point.
         least = torch.full((), -math.inf, device=keep.device)
         result.logit_max.update({n: torch.where(keep, x, least.to(x.dtype)) for n, x in result.logit_max.items()})
         self._move_biases(step, result.logit_max)
@@ -55,6 +59,7 @@ class Update:
         layers = self.state.moe_layers
         if self.world.size == 1 or not layers:
             return
+        # One collective for all layers: they are a few hundred integers.
         counts = self.world.sum_all_(torch.stack([layer.load_counts for layer in layers.values()]))  # [layers, E]
         least = torch.full((), -math.inf, device=self.world.device)  # of a layer that another stage holds
         largest = self.world.max_all_(torch.stack([logit_max.get(n, least).float() for n in layers]))
@@ -64,6 +69,7 @@ class Update:
 
     def move_bias(self, step: int, name: str, layer: Routed) -> None:
         """Move one layer's bias by the loads of the step; further while its rate is raised."""
+        # The rule moves the bias in place; the raised rate stretches that movement afterwards.
         before, factor = layer.expert_bias.clone(), self.guards.collapse.rate_factor(name, step)
         self.balance.update(name, layer.expert_bias, layer.load_counts)
         if factor != 1:

@@ -1,4 +1,4 @@
-"""Freehold's adapter to the conformance suite: the real training loop, nothing of it replaced."""
+"""Freehold's adapter to the conformance suite: the real training loop, nothing replaced."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class FreeholdAdapter:
         self.report(rows)
 
     def report(self, rows: Rows) -> dict[str, Any]:
-        """Run a step and return what the loop writes to metrics.jsonl of it."""
+        """Run a step and return what the loop writes to metrics.jsonl."""
         rows_at_once = len(rows.ids) // self.setup.micro_batches
         passes = self.trainer.forward_backward
         passes.job = dataclasses.replace(passes.job, micro_sequences=rows_at_once)

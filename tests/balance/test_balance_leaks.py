@@ -147,12 +147,12 @@ def the_bias_decays_like_a_weight(patch):
     patch.setattr(NoBalance, "update", lambda self, layer, bias, counts: bias.mul_(0.998))
 
 
-@leak("test_memory_that_was_not_initialised_does_not_count")
+@leak("test_uninitialised_memory_does_not_count")
 def initialisation_forgets_the_bias(patch):
     forget(patch, "expert_bias")
 
 
-@leak("test_memory_that_was_not_initialised_does_not_count")
+@leak("test_uninitialised_memory_does_not_count")
 def initialisation_forgets_the_counts(patch):
     forget(patch, "load_counts")
 
@@ -219,12 +219,12 @@ def the_bias_is_ignored(patch):
 # --- losses -------------------------------------------------------------------------------------------------------
 
 
-@leak("test_the_sequence_loss_is_of_sequences_not_of_the_batch")
+@leak("test_sequence_loss_is_of_sequences_not_of_the_batch")
 def the_sequence_loss_is_of_the_batch(patch):
     around(patch, balance, "sequence_loss", lambda old, x, chosen, real, *_: old(x, chosen, real.view(1, -1)))
 
 
-@leak("test_the_sequence_loss_is_of_sequences_not_of_the_batch", "test_micro_batches_add_up")
+@leak("test_sequence_loss_is_of_sequences_not_of_the_batch", "test_micro_batches_add_up")
 def the_sequence_loss_is_divided_by_the_rows_once_more(patch):
     around(patch, balance, "sequence_loss", lambda old, x, chosen, real, *_: old(x, chosen, real) / len(real))
 
@@ -290,7 +290,7 @@ def router_z_loss_is_divided_by_the_experts(patch):
 
 MUON = (
     "test_muon_steps_each_matrix_of_each_expert_alone",
-    "test_an_experts_muon_step_depends_on_its_own_direction_only",
+    "test_muon_step_of_an_expert_depends_on_it_alone",
 )
 
 

@@ -32,7 +32,7 @@ def test_equals_plain_cross_entropy_with_every_gradient(chunk, z_loss):
 
 
 @pytest.mark.parametrize("chunk", [5, 100])
-def test_masked_form_equals_the_one_that_drops_ignored_targets(chunk):
+def test_masked_form_equals_dropping_ignored_targets(chunk):
     hidden, weight, targets = inputs()
     found = []
     for scale in (1 / 20, torch.tensor(1 / 20, dtype=torch.float64)):

@@ -1,7 +1,9 @@
 """Metrics reach every callback: metrics.jsonl always, trackers that the recipe names, a user's own."""
 
+import re
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from test_loop import make
@@ -11,23 +13,7 @@ from freehold.core.log import Log, read_metrics
 from freehold.trainer.callbacks import Console, RunInfo, WandB, build_callbacks
 from freehold.trainer.config import TrainerConfig
 
-OWN = """
-    from freehold.trainer.callbacks import Callback
-
-    class Lines(Callback):
-        def __init__(self, info):
-            self.file = (info.folder / "lines.txt").open("a")
-            print("start", info.stage, info.step, info.config["model"]["hidden_size"], file=self.file)
-
-        def log(self, step, metrics):
-            print(step, *sorted(metrics), file=self.file)
-
-        def rewind(self, step):
-            print("rewind", step, file=self.file)
-
-        def close(self):
-            self.file.close()
-"""
+DOCS = Path(__file__).parents[2] / "docs/callbacks.md"
 STAND_IN = """
     from pathlib import Path
 
@@ -70,12 +56,14 @@ def packages(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-def test_own_callback_is_found_by_its_entry_point(tmp_path, packages):
-    write(packages, "my_tracker", OWN)
+def test_documented_callback_is_found_by_its_entry_point(tmp_path, packages):
+    text = DOCS.read_text()
+    write(packages, "my_tracker", re.search(r"```python\n(.+?)```", text, re.S)[1])
     info = packages / "my_tracker-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-tracker\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[freehold.callbacks]\nlines = my_tracker:Lines\n")
+    declared = re.search(r'entry-points."freehold.callbacks"\]\n +(\w+) = "([\w:.]+)"', text)
+    (info / "entry_points.txt").write_text(f"[freehold.callbacks]\n{declared[1]} = {declared[2]}\n")
     make(tmp_path / "run", trainer=settings("lines")).run()
     lines = (tmp_path / "run/lines.txt").read_text().splitlines()
     assert lines[0] == "start pretrain 0 16"
@@ -84,7 +72,7 @@ def test_own_callback_is_found_by_its_entry_point(tmp_path, packages):
     assert [" ".join([str(row.pop("step")), *sorted(row)]) for row in rows] == lines[1:]
 
 
-def test_wandb_gets_numbers_on_an_axis_that_can_go_back(tmp_path, packages):
+def test_wandb_gets_numbers_on_an_axis_of_ours(tmp_path, packages):
     write(packages, "wandb", STAND_IN)
     folder = tmp_path / "mine" / "pretrain"
     folder.mkdir(parents=True)

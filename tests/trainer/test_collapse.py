@@ -58,12 +58,12 @@ def loads(busiest: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.array(found)
 
 
-def test_a_healthy_run_of_the_laptop_recipe_raises_no_alarm() -> None:
+def test_healthy_laptop_run_raises_no_alarm() -> None:
     """Loads of the first 400 steps of recipes/laptop.yaml (seed 0, one thread, log_every_steps 1)."""
     real = np.load(Path(__file__).parent / "laptop_loads.npz")["loads"].astype(np.int64)
     layers = [f"model.layers.{n}.mlp" for n in (1, 2, 3)]
     assert not watch(CollapseDetector(CollapseConfig(), layers, 16, 2, 0), real)
-    # The same run starts with loads as uneven as those of a collapse: only the warm-up tells them apart.
+    # The same run starts with loads as uneven as those of a collapse: only the warm-up separates them.
     early = watch(CollapseDetector(CollapseConfig(warmup_steps=0), layers, 16, 2, 0), real)
     assert {alarm.reason for alarm in early} == {"rise"}
     assert max(alarm.step for alarm in early) < 50
@@ -73,7 +73,7 @@ def test_even_loads_raise_no_alarm() -> None:
     assert not watch(detector(), loads(np.ones(600)))
 
 
-def test_a_rise_is_noticed_early_and_its_layer_expert_and_first_step_are_named() -> None:
+def test_rise_names_layer_expert_and_first_step() -> None:
     busiest = np.concatenate([np.full(100, 1.2), np.geomspace(1.2, 7.9, 60), np.full(40, 7.9)])
     first, *later = watch(detector(), loads(busiest))
     assert (first.layer, first.reason, first.experts, first.number) == (LAYERS[1], "rise", (5,), 2)
@@ -84,7 +84,7 @@ def test_a_rise_is_noticed_early_and_its_layer_expert_and_first_step_are_named()
     assert all(alarm.step >= first.step + 32 for alarm in later)
 
 
-def test_a_jump_is_noticed_within_a_few_steps_but_one_odd_batch_is_not() -> None:
+def test_jump_alarms_soon_but_one_odd_batch_does_not() -> None:
     calm = np.full(100, 1.2)
     odd = np.concatenate([calm, np.full(3, 7.5), calm])
     assert not watch(detector(), loads(odd))
@@ -94,7 +94,7 @@ def test_a_jump_is_noticed_within_a_few_steps_but_one_odd_batch_is_not() -> None
     assert jump[0].first_step in range(96, 101)
 
 
-def test_a_slow_drift_is_noticed() -> None:
+def test_slow_drift_alarms() -> None:
     busiest = np.concatenate([np.full(100, 1.2), np.geomspace(1.2, 7.9, 900)])
     alarms = watch(detector(), loads(busiest))
     assert {alarm.reason for alarm in alarms} == {"drift"}
@@ -113,7 +113,7 @@ def test_dead_experts_are_named_after_three_windows() -> None:
     assert watch(detector(), lively[:230]) == []
 
 
-def test_the_limit_follows_from_experts_and_top_k() -> None:
+def test_limit_follows_from_experts_and_top_k() -> None:
     def limit(experts: int, top_k: int, **config: Any) -> float:
         return CollapseDetector(CollapseConfig(**config), LAYERS, experts, top_k, 0).limit
 
@@ -122,7 +122,7 @@ def test_the_limit_follows_from_experts_and_top_k() -> None:
     assert not watch(dense, np.full((200, 2, 4), 7))
 
 
-def test_steps_without_tokens_and_of_the_warm_up_are_not_watched() -> None:
+def test_empty_and_warm_up_steps_are_not_watched() -> None:
     late = CollapseDetector(CollapseConfig(warmup_steps=50), LAYERS, 16, 2, first_step=1000)
     jump = np.concatenate([np.full(20, 1.2), np.full(100, 7.5)])
     assert not watch(late, loads(jump), first=1000)
@@ -131,7 +131,7 @@ def test_steps_without_tokens_and_of_the_warm_up_are_not_watched() -> None:
     assert np.isnan(empty.bits).all()
 
 
-def test_entropy_never_falls_by_more_than_the_busiest_share_rises() -> None:
+def test_entropy_falls_no_more_than_busiest_share_rises() -> None:
     for seed in range(200):
         g = np.random.default_rng(seed)
         share = g.dirichlet(np.full(16, g.uniform(0.01, 3)))
@@ -140,7 +140,7 @@ def test_entropy_never_falls_by_more_than_the_busiest_share_rises() -> None:
 
 
 @pytest.mark.parametrize("cut", [20, 105, 112, 190])
-def test_a_detector_that_was_saved_and_restored_raises_the_same_alarms(cut: int) -> None:
+def test_restored_detector_raises_the_same_alarms(cut: int) -> None:
     busiest = np.concatenate([np.full(100, 1.2), np.full(200, 7.5)])
     data = loads(busiest)
     data[40:, 0, 7] = 0
@@ -249,7 +249,7 @@ def short_measurement() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run that was killed after its checkpoint at START; copy it before going on."""
+    """Return the folder of a run that was killed after its checkpoint at START; copy it before a run continues."""
     folder = tmp_path_factory.mktemp("start") / "run"
     trainer = make(folder, "roll_back")
     trainer.dies = lambda step: step == START
@@ -260,7 +260,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Trainer]]:
-    """Return the finished run of an action: all go on from one start, and each is made once."""
+    """Return the finished run of an action: all continue from one start, and each is made once."""
     folder = tmp_path_factory.mktemp("collapse")
     made: dict[str, tuple[Path, Trainer]] = {}
 
@@ -274,7 +274,7 @@ def runs(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     return run
 
 
-def test_without_a_remedy_it_is_told_and_does_not_recover(runs: Callable[[str], tuple[Path, Trainer]]) -> None:
+def test_collapse_without_remedy_is_reported_and_stays(runs: Callable[[str], tuple[Path, Trainer]]) -> None:
     folder, trainer = runs("none")
     found = max_vio(folder)
     assert max(found[s] for s in range(START, FAULT + 1)) < 1.5
@@ -283,20 +283,20 @@ def test_without_a_remedy_it_is_told_and_does_not_recover(runs: Callable[[str], 
     assert (first["reason"], first["experts"], first["action"]) == ("rise", (0, 1), "none")
     assert FAULT + 1 < first["step"] <= FAULT + 4
     assert {alarm["layer"] for alarm in trainer.progress.alarms[:2]} == {"model.layers.1.mlp", "model.layers.2.mlp"}
-    told = [row for row in read_metrics(folder / "metrics.jsonl") if "moe/alarm" in row]
-    assert (told[0]["step"], told[0]["moe/alarm"]) == (first["step"] + 1, [1, 2])
+    said = [row for row in read_metrics(folder / "metrics.jsonl") if "moe/alarm" in row]
+    assert (said[0]["step"], said[0]["moe/alarm"]) == (first["step"] + 1, [1, 2])
     assert dcp.check(folder / "truebase")["alarms"][0]["reason"] == "rise"
 
 
 @pytest.mark.parametrize("action", ["raise_rate", "reinitialise", "roll_back"])
-def test_each_remedy_cures_it(runs: Callable[[str], tuple[Path, Trainer]], action: str) -> None:
+def test_each_remedy_cures_collapse(runs: Callable[[str], tuple[Path, Trainer]], action: str) -> None:
     folder, trainer = runs(action)
     found = max_vio(folder)
     assert max(found[s] for s in range(END - 10, END + 1)) < 2
     assert not trainer.progress.alarms or {alarm["action"] for alarm in trainer.progress.alarms} == {action}
 
 
-def test_a_raised_step_is_a_multiple_of_the_rule_and_ends(runs: Callable[[str], tuple[Path, Trainer]]) -> None:
+def test_raised_rate_is_a_multiple_and_ends(runs: Callable[[str], tuple[Path, Trainer]]) -> None:
     folder, trainer = runs("raise_rate")
     name = "model.layers.1.mlp"
     layer = trainer.state.moe_layers[name]
@@ -312,7 +312,7 @@ def test_a_raised_step_is_a_multiple_of_the_rule_and_ends(runs: Callable[[str], 
     assert moved[1].abs().max() > 0
 
 
-def test_reinitialising_draws_routing_anew_and_forgets_its_past(tmp_path: Path) -> None:
+def test_reinitialise_redraws_routing_and_forgets_its_past(tmp_path: Path) -> None:
     trainer = make(tmp_path, "reinitialise", kind=Trainer)
     for step in range(3):
         trainer.train_step(trainer.job.order.batch(step))
@@ -352,7 +352,7 @@ def test_reinitialising_draws_routing_anew_and_forgets_its_past(tmp_path: Path) 
         assert torch.equal(parameter, trainer.state.masters[key]), key
 
 
-def test_roll_back_leaves_out_the_batches_and_names_them(
+def test_roll_back_skips_batches_and_names_them(
     runs: Callable[[str], tuple[Path, Trainer]], start: Path, tmp_path: Path
 ) -> None:
     folder, trainer = runs("roll_back")
@@ -373,7 +373,7 @@ def test_roll_back_leaves_out_the_batches_and_names_them(
     for step in left_out:
         for piece in trainer.job.order.documents(step):
             assert f"{piece.source}:{piece.document_id}" in said
-    # What is left is what a run would be that had known before which steps to leave out.
+    # What is left is what a run would be that had known before which steps to skip.
     knowing = shutil.copytree(start, tmp_path / "run")
     write_json(knowing / ROLLBACKS, {"rollbacks": [decision]})
     make(knowing, "roll_back").run()
@@ -381,7 +381,7 @@ def test_roll_back_leaves_out_the_batches_and_names_them(
 
 
 @pytest.mark.parametrize("moment", ["decided", "while removing", "in the replay"])
-def test_killed_around_a_roll_back_it_ends_with_the_same_bits(
+def test_kill_around_a_roll_back_ends_with_the_same_bits(
     runs: Callable[[str], tuple[Path, Trainer]],
     start: Path,
     tmp_path: Path,
@@ -416,7 +416,7 @@ def test_killed_around_a_roll_back_it_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize(("action", "step"), [("raise_rate", 42), ("reinitialise", 42)])
-def test_killed_after_a_remedy_it_ends_with_the_same_bits(
+def test_kill_after_a_remedy_ends_with_the_same_bits(
     runs: Callable[[str], tuple[Path, Trainer]], start: Path, tmp_path: Path, action: str, step: int
 ) -> None:
     straight, _ = runs(action)
@@ -427,7 +427,7 @@ def test_killed_after_a_remedy_it_ends_with_the_same_bits(
         trainer.run()
     again = make(folder, action)
     again.run()
-    assert again.progress.alarms[0]["step"] < 40  # the remedy itself is in the checkpoint it goes on from
+    assert again.progress.alarms[0]["step"] < 40  # the remedy itself is in the checkpoint it continues from
     assert content(folder) == content(straight)
 
 
@@ -445,7 +445,7 @@ def test_gives_up_when_rolling_back_does_not_help(start: Path, tmp_path: Path, m
         again.run()
 
 
-def test_without_a_good_checkpoint_it_says_so_and_can_start_anew(start: Path, tmp_path: Path) -> None:
+def test_roll_back_without_checkpoint_starts_from_scratch(start: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(start, tmp_path / "run")
     trainer = make(folder, "roll_back")
     assert trainer.restore()
@@ -459,7 +459,7 @@ def test_without_a_good_checkpoint_it_says_so_and_can_start_anew(start: Path, tm
     assert (again.step, again.progress.rollbacks) == (0, [{"first_step": 28, "end_step": 31, "layers": [1]}])
 
 
-def test_dead_experts_are_no_reason_to_roll_back(tmp_path: Path) -> None:
+def test_dead_experts_do_not_roll_back(tmp_path: Path) -> None:
     trainer = make(tmp_path, "roll_back", kind=Trainer)
     alarm = Alarm("model.layers.1.mlp", "dead", 90, 55, (3,), 0.0)
     assert not trainer.act(trainer.guards.on_alarms([alarm], 91))

@@ -89,7 +89,7 @@ def test_counter_sees_the_reads_of_an_immediate_step(tmp_path, monkeypatch):
     assert any("step.py" in place for place in reads.places)
 
 
-def test_reads_do_not_grow_with_the_steps_between_log_points(tmp_path, monkeypatch):
+def test_reads_do_not_grow_with_steps_between_log_points(tmp_path, monkeypatch):
     def reads_of(steps, folder):
         trainer = deferred(folder, trainer=settings())
         with counted(monkeypatch) as reads:

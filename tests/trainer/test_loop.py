@@ -117,7 +117,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(straight, tmp_path, killed_a
         ({"order": {"kind": "buffer"}}, "other kind"),
     ],
 )
-def test_a_run_goes_on_with_the_same_data_only(tmp_path, changed, says):
+def test_resume_refuses_other_data(tmp_path, changed, says):
     facts = {"tokenizer_sha256": "x", "seed": 0, "order": {"kind": "stream"}, "data": {"a": "1", "b": "2"}}
     trainer = make(tmp_path, facts=facts)
     trainer.train_step(trainer.job.order.batch(0))
@@ -127,7 +127,7 @@ def test_a_run_goes_on_with_the_same_data_only(tmp_path, changed, says):
         make(tmp_path, facts={**facts, **changed}).restore()
 
 
-def test_going_on_with_other_operators_is_told(tmp_path, capsys, monkeypatch):
+def test_resume_with_other_operators_warns(tmp_path, capsys, monkeypatch):
     trainer = make(tmp_path)
     trainer.train_step(trainer.job.order.batch(0))
     trainer.checkpoints.save_step()
@@ -154,7 +154,7 @@ def test_interrupt_saves_and_leaves_the_same_bits(straight, tmp_path):
     assert hashes(tmp_path) == hashes(straight)
 
 
-def test_damaged_checkpoint_is_named_and_skipped(straight, tmp_path, capsys):
+def test_resume_skips_damaged_checkpoint(straight, tmp_path, capsys):
     shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
     shard = tmp_path / "checkpoints" / "step_00000008" / "state" / "__0_0.distcp"
     data = bytearray(shard.read_bytes())
@@ -164,9 +164,9 @@ def test_damaged_checkpoint_is_named_and_skipped(straight, tmp_path, capsys):
     trainer = make(tmp_path, quiet=False)
     assert trainer.restore()
     assert trainer.step == 6
-    told = capsys.readouterr().err
-    assert "step_00000008/state/__0_0.distcp" in told
-    assert "step_00000009" in told
+    said = capsys.readouterr().err
+    assert "step_00000008/state/__0_0.distcp" in said
+    assert "step_00000009" in said
 
 
 def test_micro_batches_equal_one_batch(tmp_path):
@@ -181,7 +181,7 @@ def test_micro_batches_equal_one_batch(tmp_path):
         assert torch.equal(layer.expert_bias, parts.model.moe_layers()[name].expert_bias)
 
 
-def test_not_finite_step_changes_nothing_and_names_its_documents(tmp_path, capsys):
+def test_not_finite_step_changes_nothing_and_names_documents(tmp_path, capsys):
     trainer = make(tmp_path, quiet=False)
     trainer.state.parameters["lm_head.weight"].data[3] = float("nan")
     before = {n: m.detach().clone() for n, m in trainer.state.masters.items()}
@@ -194,7 +194,7 @@ def test_not_finite_step_changes_nothing_and_names_its_documents(tmp_path, capsy
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", ["activations", "gradient"])
-def test_one_poisoned_micro_batch_leaves_no_trace(tmp_path, capsys, place, poison):
+def test_poisoned_micro_batch_leaves_no_trace(tmp_path, capsys, place, poison):
     poisoned, spared = make(tmp_path / "a", micro=1, quiet=False), make(tmp_path / "b", micro=1)
     calls = []
 
@@ -210,8 +210,8 @@ def test_one_poisoned_micro_batch_leaves_no_trace(tmp_path, capsys, place, poiso
     hook.remove()
     assert len(calls) == 4
     assert poisoned.progress.skipped == [0]
-    told = capsys.readouterr().err
-    assert all(f"{p.source}:{p.document_id}" in told for p in poisoned.job.order.documents(0))
+    said = capsys.readouterr().err
+    assert all(f"{p.source}:{p.document_id}" in said for p in poisoned.job.order.documents(0))
     assert poisoned.monitor.take() == {}
     spared.skip_step(spared.job.order.batch(0))
     for trainer in (poisoned, spared):
@@ -238,7 +238,7 @@ def test_gives_up_after_steps_without_finite_loss(tmp_path, monkeypatch):
     assert trainer.step == 2
 
 
-def test_broken_weights_take_no_good_checkpoints_place(tmp_path, capsys):
+def test_broken_weights_are_not_saved(tmp_path, capsys):
     trainer = make(tmp_path, quiet=False)
     good = trainer.train_step
 
@@ -268,7 +268,7 @@ def test_rolled_back_steps_are_not_counted_as_not_finite(tmp_path, monkeypatch):
         trainer.train_step(trainer.job.order.batch(4))
 
 
-def test_metrics_tell_the_routers_health_layer_by_layer(tmp_path):
+def test_router_metrics_by_layer(tmp_path):
     trainer = make(tmp_path, micro=1)
     layer = trainer.model.moe_layers()["model.layers.2.mlp"]
     seen = []
@@ -295,7 +295,7 @@ def test_metrics_tell_the_routers_health_layer_by_layer(tmp_path):
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_checkpoint_that_cannot_be_written_costs_no_other(tmp_path, monkeypatch, background):
+def test_failed_save_costs_no_other_checkpoint(tmp_path, monkeypatch, background):
     write = dcp.save
 
     def full_once(folder, *rest):
@@ -310,14 +310,14 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_other(tmp_path, monkeypatc
     assert set(hashes(tmp_path)) == {"truebase", "base", "step_00000002", "step_00000006", "step_00000008"}
 
 
-def test_the_yardstick_of_speed_is_taken_where_the_model_is(monkeypatch):
+def test_matrix_rate_is_measured_on_the_device(monkeypatch):
     product, seen = torch.mm, []
     monkeypatch.setattr(torch, "mm", lambda a, b: (seen.append(a.device.type), product(a, b))[1])
     gemm_flops_per_s(torch.float32, torch.device("meta"), size=8, seconds=1e-4)
     assert set(seen) == {"meta"}
 
 
-def test_a_single_expert_is_even(tmp_path):
+def test_single_expert_is_even(tmp_path):
     trainer = make(tmp_path, model=MODEL.model_copy(update={"num_experts": 1, "num_experts_per_tok": 1}))
     trainer.train_step(trainer.job.order.batch(0))
     values = trainer.monitor.take()
@@ -355,7 +355,7 @@ def test_held_out_reads_every_token_once(tmp_path):
     assert bits["val/bpb"] == bits["val/bpb/a"]
 
 
-def test_going_back_to_the_start_leaves_nothing_behind(tmp_path):
+def test_restore_of_step_zero_leaves_nothing_behind(tmp_path):
     trainer = make(tmp_path)
     trainer.checkpoints.save(dcp.step_folder(tmp_path / "checkpoints", 0))
     batches = [trainer.job.order.batch(step) for step in range(2)]

@@ -1,4 +1,4 @@
-"""What alignment can be told."""
+"""Settings of alignment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AlignConfig(Config):
         default_factory=NoBalanceConfig, description="expert balancing; none keeps the routing that Base learnt"
     )
     trainer: TrainerConfig = Field(default_factory=TrainerConfig, description="precision, loss, checkpoints, reports")
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="how it is spread over processes")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="degrees of parallelism")
     phases: dict[str, PhaseConfig] = Field(
         default_factory=lambda: {
             "sft": PhaseConfig(
@@ -51,6 +51,6 @@ def plan(config: AlignConfig) -> list[str]:
     """Return what the config implies, for --dry-run."""
     steps = sum(phase.steps for phase in config.phases.values())
     return [
-        *([f"spread: {config.parallel.product} processes"] if config.parallel.devices > 1 else []),
+        *([f"sharded: {config.parallel.product} processes"] if config.parallel.devices > 1 else []),
         f"fine-tuning: {steps:,} steps of up to {config.batch.step_tokens:,} tokens from {config.checkpoint}",
     ]

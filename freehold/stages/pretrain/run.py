@@ -28,11 +28,13 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
     """Train to the end of the last phase; resumable at any step. Returns steps, tokens and epochs per source."""
     rows = sum(phase.steps for phase in config.phases.values()) * config.batch.sequences
     check_memory_fits(rows * ROW_BYTES, "the order of the rows", "pretrain.phases")
+    # Verified: tokens are what a checkpoint will claim to have seen.
     shards = ShardSet.load(work.input("tokenize") / "tokens", verify=True)
     without = quarantined(config.quarantine)
     data = shards.identity("train", without)
     model = with_vocabulary(config.model, shards.vocab_size)
     parent = read_parent(config, model, shards.tokenizer_sha256) if config.parent else None
+    # Nothing to train: the parent is the result.
     if parent is not None and not config.phases:
         return keep(parent.folder, parent.facts, work) if work.leads else {}
     consumed = parent.position(config, data, work) if parent is not None else None
@@ -104,6 +106,7 @@ def read_parent(config: PretrainConfig, model: ModelConfig, tokenizer_sha256: st
     folder = Path(config.parent)
     facts = dcp.check(folder)
     shape = dcp.read_config(folder)
+    # Compared whole: another route_scale or window is another function with the same tensors.
     if shape != model:
         raise CheckpointError("the parent is a model of another shape", where=folder, found=shape, expected=model)
     if facts["tokenizer_sha256"] != tokenizer_sha256:
