@@ -13,14 +13,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from gather_fixtures import FREE, ar, deb, documents, gather, install, page, report
+from gather_fixtures import FREE, ar, deb, documents, gather, install, page, read, report
 
 from freehold.core.config import fill
 from freehold.core.errors import ConfigError, DataError, LicenceError
 from freehold.ledger import known
 from freehold.stages.gather import origins
 from freehold.stages.gather.config import GatherConfig
-from freehold.stages.gather.readers import page_text
 
 MIT = """MIT License
 
@@ -444,30 +443,22 @@ def test_pages_in_other_encodings_and_broken_ones(tmp_path: Path) -> None:
         gather(tmp_path / "out", {"pages": {**source, "select": "div[["}})
 
 
-@pytest.mark.parametrize(
-    ("html", "text"),
-    [
-        ("<h1>A</h1>\n<p>one\ntwo</p>", "A\n\none two"),
-        ("<pre>def f():\n    return &lt;1\n</pre><p>x</p>", "def f():\n    return <1\n\nx"),
-        ("<ul><li>a</li><li>b</li></ul><p>c</p>", "- a\n- b\n\nc"),
-        ("<table><tr><td>a</td><td>b</td></tr><tr><td>c</td></tr></table>", "a b\n\nc"),
-    ],
-)
-def test_text_of_a_page(html: str, text: str) -> None:
-    assert page_text(html) == text
-
-
-def pdf(text: str) -> bytes:
-    """Return a PDF of one page with a line of text."""
-    stream = f"BT /F1 12 Tf 20 700 Td ({text}) Tj ET".encode()
+def pdf(*pages: str) -> bytes:
+    """Return a PDF with a line of text for each line of a page."""
+    kids = " ".join(f"{4 + 2 * n} 0 R" for n in range(len(pages)))
     parts = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
-        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        b"<< /Type /Page /Parent 2 0 R /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >>"
-        b" /MediaBox [0 0 600 800] >>",
-        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
+        f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>".encode(),
         b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]
+    for n, lines_of in enumerate(pages):
+        lines = "".join(f"({line}) Tj T*\n" for line in lines_of.split("\n"))
+        stream = f"BT /F1 12 Tf 20 700 Td 14 TL\n{lines}ET".encode()
+        parts.append(
+            f"<< /Type /Page /Parent 2 0 R /Contents {5 + 2 * n} 0 R /Resources << /Font << /F1 3 0 R >> >> "
+            "/MediaBox [0 0 600 800] >>".encode()
+        )
+        parts.append(b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream))
     out, places = b"%PDF-1.4\n", []
     for number, part in enumerate(parts, 1):
         places.append(len(out))
@@ -478,6 +469,55 @@ def pdf(text: str) -> bytes:
     return out + b"xref\n0 %d\n0000000000 65535 f \n%strailer\n<< /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (
         size, table, size, start,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pages", "text"),
+    [
+        # A table of one page; the last line looks like a page number, and nothing shows that it is one.
+        (["Seats\n730\nPoints\n5\nin\n1987\n- 3 -"], "Seats\n730\nPoints\n5\nin\n1987\n- 3 -"),
+        (["one\n12\n1", "two\n7\n2", "three\n3"], "one\n12\ntwo\n7\nthree"),
+        (["Page 8 of 9\none", "Page 9 of 9\ntwo"], "one\ntwo"),
+        # Numbers at the same place that do not count the pages.
+        (["one\n1987", "two\n1991", "three\n1993"], "one\n1987\ntwo\n1991\nthree\n1993"),
+        (["one\n4", "two\n4"], "one\n4\ntwo\n4"),
+    ],
+)
+def test_pdf_keeps_numbers_that_are_text(pages: list[str], text: str, tmp_path: Path) -> None:
+    parts, skipped = read("pdf", **{"a.pdf": pdf(*pages)})
+    assert [line for line in parts[0].text.split("\n") if line] == text.split("\n")
+    assert not skipped
+
+
+SAID = WORDS.strip()
+MANY = f"<p>{WORDS}</p>"
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (f"<form id='aspnetForm'><input type='hidden' value='x'/><div><h1>H</h1>{MANY}</div></form>", f"H\n\n{SAID}"),
+        (f"<form><nav>menu</nav><main>{MANY}</main><select><option>de</option></select></form>", SAID),
+        (f"<main>{MANY}<form>Your name <input><button>Send</button></form></main>", SAID),
+        (f"<header>{MANY}</header><p>The end.</p>", f"{SAID}\n\nThe end."),
+        (f"<div aria-hidden='true'>{MANY}</div><div>Please accept.</div>", f"{SAID}\n\nPlease accept."),
+        (f"<header>Site</header>{MANY}<aside>More</aside><footer>End</footer>", SAID),
+        (f"<main></main><div>{MANY}</div>", SAID),
+        ("<article><p>First one.</p></article><article><p>Second one.</p></article>", "First one.\n\nSecond one."),
+        ("<p>so <math alttext='E=mc^2'><mi>E</mi></math> holds</p>", "so E=mc^2 holds"),
+        ("<p>so <math><mi>E</mi><mo>=</mo><mn>1</mn></math> holds</p>", "so E = 1 holds"),
+    ],
+)
+def test_main_text_is_found_wherever_it_is(body: str, text: str) -> None:
+    parts, skipped = read("html", **{"a.html": page("", body)})
+    assert ([part.text for part in parts], skipped) == ([text + "\n"], [])
+
+
+@pytest.mark.parametrize(
+    "body", ["<nav>a b c d</nav>", "<form><select><option>de</option></select></form>", "<script>x</script>"]
+)
+def test_page_without_text_is_named(body: str) -> None:
+    assert read("html", **{"a.html": page("", body)}) == ([], [("a.html", "no text in it")])
 
 
 def test_reads_pdf_and_names_what_is_none(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import codecs
+import collections
 import io
 import logging
 import re
@@ -23,13 +24,20 @@ from freehold.text.reading import READERS, Member, Part, Reader, Reading, unfit
 MIN_DOCSTRING_CHARS = 200
 MIN_CODE_CHARS = 200
 
-# What is around the text of a page.
+# What is never text of a page, what is around it, and what is around it unless most of the text is inside: ASP.NET and
+# Oracle's systems put a whole page into one form, others into a header.
+CODE = "script, style, noscript, template, svg, button, iframe, select, input, textarea"
 AROUND = (
-    "script, style, noscript, template, svg, math, nav, header, footer, aside, form, button, iframe, select, "
-    "[role=navigation], [role=banner], [role=contentinfo], [role=search], [aria-hidden=true], .navheader, .navfooter, "
-    ".headerlink, .sphinxsidebar, .related, .breadcrumb, .breadcrumbs, .toc, #toc"
+    "nav, [role=navigation], [role=search], .navheader, .navfooter, .headerlink, .sphinxsidebar, .related, "
+    ".breadcrumb, .breadcrumbs, .toc, #toc"
 )
+MAYBE_AROUND = "form, header, footer, aside, [role=banner], [role=contentinfo], [aria-hidden=true]"
 MAIN = ("main", "[role=main]", "article", "#main-content", "#content", "div.body", "div.document", "body")
+# `7`, `- 7 -`, `Page 7`, `7 of 90`, `7/90`
+PAGE_NUMBER = re.compile(
+    r"[-\u2013\u2014|\s]*(?:(?:page|seite|p\.|s\.)\s*)?(\d{1,5})(?:\s*(?:of|/|von|\|)\s*\d{1,5})?[-\u2013\u2014|\s.]*",
+    re.I,
+)
 CHARSET = re.compile(rb"""charset\s*=\s*["']?\s*([A-Za-z0-9._:-]{2,40})""", re.I)
 
 
@@ -92,19 +100,46 @@ def read_html(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
     findings = tuple(_page_rights(tree, member.path))
     title = tree.css_first("title")
     heading = " ".join(title.text().split()) if title else ""
-    for node in tree.css(AROUND):
-        node.decompose()
-    choices = (reading.select,) if reading.select else MAIN
+    _drop_around(tree)
     try:
-        main = next(filter(None, (tree.css_first(choice) for choice in choices)), None)
+        found = _main_text(tree, (reading.select,) if reading.select else MAIN)
     except SelectolaxError as error:
         raise ConfigError("not a CSS selector", where="select", found=reading.select, todo=str(error)) from error
-    found = page_text(main.html or "") if main is not None else ""
     if not found:
         reading.skipped.append((member.path, f"no text in {reading.select}" if reading.select else "no text in it"))
         return
     opening = "" if not heading or found.startswith(heading) else f"{heading}\n\n"
     yield Part(member, "", f"{opening}{found}\n", findings)
+
+
+def _drop_around(tree: Any) -> None:
+    """Take out of a page what is around its text."""
+    for node in tree.css("math"):
+        tex = node.css_first("annotation[encoding*=tex]")
+        formula = node.attributes.get("alttext") or (tex.text() if tex else node.text(separator=" "))
+        node.replace_with(f" {formula} ")
+    # Inner elements first, so that what is asked for its text still has all that stays in it, and nothing else.
+    for selector in (CODE, AROUND):
+        for node in reversed(tree.css(selector)):
+            node.decompose()
+    most = len(_words(tree.body)) / 2 if tree.body else 0
+    for node in reversed(tree.css(MAYBE_AROUND)):
+        if len(_words(node)) <= most:
+            node.decompose()
+
+
+def _words(node: Any) -> str:
+    return " ".join(node.text(separator=" ").split())
+
+
+def _main_text(tree: Any, choices: tuple[str, ...]) -> str:
+    """Return the text of the first choice of elements that has some; of several articles, that of all."""
+    for choice in choices:
+        chosen = tree.css("article:not(article article)") if choice == "article" else [tree.css_first(choice)]
+        found = "\n\n".join(filter(None, (page_text(node.html or "") for node in chosen if node is not None)))
+        if found:
+            return found
+    return ""
 
 
 def _page_rights(tree: Any, place: str) -> Iterator[Finding]:
@@ -129,7 +164,7 @@ def _page_rights(tree: Any, place: str) -> Iterator[Finding]:
 
 
 def read_pdf(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
-    """One document a file: the text of its pages, without what looks like a page number; scans have none."""
+    """One document a file: the text of its pages without their page numbers; scans have none."""
     from pypdf import PdfReader
     from pypdf.errors import DependencyError, PyPdfError
 
@@ -146,8 +181,7 @@ def read_pdf(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
     except (PyPdfError, OSError, RuntimeError, ArithmeticError, AssertionError) as error:
         reading.skipped.append((member.path, f"not a PDF that can be read: {error}"))
         return
-    lines = [line.rstrip() for page in pages for line in page.split("\n") if not line.strip().isdigit()]
-    text = "\n".join(lines).strip()
+    text = "\n".join(line for page in without_page_numbers(pages) for line in page).strip()
     reason = unfit(text)
     if reason:
         reading.skipped.append((member.path, "no text in it: a scan?" if reason == "empty" else reason))
@@ -155,8 +189,28 @@ def read_pdf(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
     yield Part(member, "", text + "\n")
 
 
+def without_page_numbers(pages: list[str]) -> list[list[str]]:
+    """Return the lines of each page without its page number.
+
+    A page number is a number alone on the first or last line of pages, growing by one from page to page, on at least
+    two pages and most of those that have text. Any other number is text: a cell of a table, a year, an amount.
+    """
+    split = [[line.rstrip() for line in page.split("\n")] for page in pages]
+    for end in (0, -1):
+        lines = {n: [i for i, line in enumerate(page) if line.strip()] for n, page in enumerate(split)}
+        places = {n: found[end] for n, found in lines.items() if found}
+        numbers = {n: PAGE_NUMBER.fullmatch(split[n][place].strip()) for n, place in places.items()}
+        starts = collections.Counter(int(found[1]) - n for n, found in numbers.items() if found)
+        start, count = starts.most_common(1)[0] if starts else (0, 0)
+        if count >= 2 and count > len(places) / 2:
+            for n, found in numbers.items():
+                if found and int(found[1]) - n == start:
+                    del split[n][places[n]]
+    return split
+
+
 def read_python(member: Member, text: str, reading: Reading) -> Iterator[Part]:
-    """One document a module, as it is; modules with next to nothing in them are left out."""
+    """One document a module, as it is; modules with next to nothing in them are skipped."""
     if len(text) < MIN_CODE_CHARS:
         reading.skipped.append((member.path, f"fewer than {MIN_CODE_CHARS} characters"))
     else:
