@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from freehold.optim.adamw import AdamW
+from freehold.optim.adamw import EPS, AdamW
 from freehold.optim.config import OptimConfig
-from freehold.optim.muon import Muon, Together
+from freehold.optim.muon import Muon, ShardedMatrices
 
 
 def is_hidden_matrix(name: str, tensor: Tensor) -> bool:
@@ -26,7 +26,7 @@ class Optimizers:
     """Muon and AdamW side by side; `step(factor)` sets both rates to factor x peak and steps both.
 
     Weights that have one in `copies`, by name, are written there too (the weights in the dtype to compute in).
-    `shapes` and `together`: see `Muon`, where only parts of the weights are here.
+    `shapes` and `sharded`: see `Muon`, where only parts of the weights are here.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Optimizers:
         config: OptimConfig,
         copies: Mapping[str, Tensor] | None = None,
         shapes: Mapping[str, torch.Size] | None = None,
-        together: Together | None = None,
+        sharded: ShardedMatrices | None = None,
     ) -> None:
         twice = {named[name]: copy for name, copy in (copies or {}).items()}
         self.config, self.named = config, dict(named)
@@ -46,27 +46,28 @@ class Optimizers:
             muon = Muon(
                 matrices.items(),
                 config.muon_lr,
-                config.muon_momentum,
-                config.nesterov,
                 config.newton_schulz_steps,
                 config.muon_weight_decay,
                 twice,
                 shapes,
-                together,
+                sharded,
             )
             self.optimizers.append((muon, config.muon_lr))
         groups = [
             {"params": [p for n, p in others.items() if decays(n, p)], "weight_decay": config.weight_decay},
             {"params": [p for n, p in others.items() if not decays(n, p)], "weight_decay": 0.0},
         ]
-        self.optimizers.append((AdamW(groups, config.lr, config.betas, config.eps, twice), config.lr))
+        self.optimizers.append((AdamW(groups, config.lr, config.betas, EPS, twice), config.lr))
 
-    def step(self, factor: float, scale: float = 1.0) -> None:
-        """Step every parameter at `factor` times its peak rate, from `scale` times its gradient."""
+    def step(self, factor: float, scale: float | Tensor = 1.0, keep: Tensor | None = None) -> None:
+        """Step every parameter at `factor` times its peak rate, from `scale` times its gradient.
+
+        keep: a 0-d bool on the device; where it is False nothing changes, whatever the gradients are.
+        """
         for optimizer, peak in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-            optimizer.step(scale=scale)
+            optimizer.step(scale=scale, keep=keep)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every state tensor as `<parameter>.<slot>` (momentum, exp_avg, exp_avg_sq, step)."""

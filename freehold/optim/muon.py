@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ COEFFICIENTS = (
     (2.8366, -3.0525, 1.2012),
 )
 
+MOMENTUM = 0.95
+"""mu of the momentum buffer; the update looks ahead by one momentum step (Nesterov), as in Jordan et al. 2024."""
 ONE_BY_ONE_FROM = 2**17
 """Elements of a matrix from which PyTorch's CPU product of one is faster than its product of a batch."""
 BATCH_ELEMENTS = 2**24
@@ -86,7 +88,7 @@ def newton_schulz(x: Tensor, coefficients: Sequence[tuple[float, float, float]])
     return x
 
 
-class Together(Protocol):
+class ShardedMatrices(Protocol):
     """Orthogonalises updates of which only parts may be here: the seam for sharded parameters."""
 
     def __call__(
@@ -106,20 +108,18 @@ class Muon(torch.optim.Optimizer):
         self,
         named: Iterable[tuple[str, Tensor]],
         lr: float,
-        momentum: float = 0.95,
-        nesterov: bool = True,
         steps: int = 5,
         weight_decay: float = 0.0,
         copies: Mapping[Tensor, Tensor] | None = None,
         shapes: Mapping[str, torch.Size] | None = None,
-        together: Together | None = None,
+        sharded: ShardedMatrices | None = None,
     ) -> None:
         """Take named parameters; `copies`: where a parameter is wanted a second time, in another dtype.
 
-        Where only parts of parameters are here, `shapes` are those of the whole, and `together` orthogonalises them.
+        Where only parts of parameters are here, `shapes` are those of the whole, and `sharded` orthogonalises them.
         """
         named = list(named)
-        self.copies, self.together = copies or {}, together
+        self.copies, self.sharded = copies or {}, sharded
         self.shapes = shapes or {name: parameter.shape for name, parameter in named}
         for name, parameter in named:
             if parameter.ndim < 2:
@@ -127,24 +127,23 @@ class Muon(torch.optim.Optimizer):
         self.names = [name for name, _ in named]
         defaults: dict[str, Any] = {
             "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
             "steps": steps,
             "weight_decay": weight_decay,
         }
         super().__init__([parameter for _, parameter in named], defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]
-        """Take one step from `scale` times the gradients in `.grad`; parameters without one are left alone."""
+    def step(  # type: ignore[override]
+        self, closure: None = None, scale: float | Tensor = 1.0, keep: Tensor | None = None
+    ) -> None:
+        """Take one step from `scale` times the gradients in `.grad`; parameters without one stay as they are.
+
+        keep: a 0-d bool on the device; where it is False nothing changes.
+        """
         for group in self.param_groups:
             named = {n: p for n, p in zip(self.names, group["params"], strict=True) if p.grad is not None}
-            if self.together is not None:
-                updates = {name: self._empty(as_matrices(name, p).shape, p) for name, p in named.items()}
-                for name, parameter in named.items():
-                    self._momentum(parameter, updates[name], group, scale)
-                for name, update in self.together(updates, partial(orthogonalize, steps=group["steps"])):
-                    self._move(name, named[name], update, group)
+            if self.sharded is not None:
+                self._step_sharded(self.sharded, named, _Move(group, scale, keep))
                 continue
             waiting: dict[torch.Size, list[str]] = {}
             for name, parameter in named.items():
@@ -152,49 +151,77 @@ class Muon(torch.optim.Optimizer):
                 names = waiting.setdefault(shape, [])
                 names.append(name)
                 if sum(named[n].numel() for n in names) >= BATCH_ELEMENTS:
-                    self._turn({n: named[n] for n in waiting.pop(shape)}, group, scale)
+                    self._step_batch({n: named[n] for n in waiting.pop(shape)}, _Move(group, scale, keep))
             for names in waiting.values():
-                self._turn({n: named[n] for n in names}, group, scale)
+                self._step_batch({n: named[n] for n in names}, _Move(group, scale, keep))
 
-    def _turn(self, named: Mapping[str, Tensor], group: dict[str, Any], scale: float) -> None:
-        """Step some parameters whose matrices are of one shape."""
+    def _step_sharded(self, sharded: ShardedMatrices, named: Mapping[str, Tensor], move: _Move) -> None:
+        """Step parameters of which only parts are here."""
+        updates = {name: _empty(as_matrices(name, p).shape, p) for name, p in named.items()}
+        for name, parameter in named.items():
+            self._update_momentum(parameter, updates[name], move)
+        for name, update in sharded(updates, partial(orthogonalize, steps=move.group["steps"])):
+            self._apply(name, named[name], update, move)
+
+    def _step_batch(self, named: Mapping[str, Tensor], move: _Move) -> None:
+        """Step some parameters whose matrices are of one shape, orthogonalised as one batch."""
         shapes = [as_matrices(name, parameter).shape for name, parameter in named.items()]
         numbers = [shape[0] for shape in shapes]
-        stacked = self._empty((sum(numbers), *shapes[0][1:]), next(iter(named.values())))
+        stacked = _empty((sum(numbers), *shapes[0][1:]), next(iter(named.values())))  # [n, r, c]
         for parameter, update in zip(named.values(), stacked.split(numbers), strict=True):
-            self._momentum(parameter, update, group, scale)
-        whole = orthogonalize(stacked, group["steps"], in_place=True)
+            self._update_momentum(parameter, update, move)
+        whole = orthogonalize(stacked, move.group["steps"], in_place=True)
         for (name, parameter), update in zip(named.items(), whole.split(numbers), strict=True):
-            self._move(name, parameter, update, group)
+            self._apply(name, parameter, update, move)
 
-    @staticmethod
-    def _empty(shape: Iterable[int], parameter: Tensor) -> Tensor:
-        """Return room for updates in the precision they are orthogonalised in."""
-        return parameter.new_empty(*shape, dtype=torch.float64 if parameter.dtype == torch.float64 else torch.bfloat16)
-
-    def _move(self, name: str, parameter: Tensor, update: Tensor, group: dict[str, Any]) -> None:
-        """Move a parameter and its copy by the orthogonalised update."""
-        step = group["lr"] * rate_scale(name, self.shapes[name])
-        decay, copy = 1 - group["lr"] * group["weight_decay"], self.copies.get(parameter)
-        written = update if copy is None else copy
-        if parameter.dtype == torch.float32 and all(cpu.available(t, t.numel()) for t in (update, written)):
-            cpu.muon_move_(parameter, update.contiguous(), copy, step, decay)
-            return
-        as_matrices(name, parameter).mul_(decay).add_(update, alpha=-step)
-        if copy is not None:
-            copy.copy_(parameter)
-
-    def _momentum(self, parameter: Tensor, update: Tensor, group: dict[str, Any], scale: float) -> None:
-        """Move a parameter's momentum and write what is to be orthogonalised to `update`."""
-        state, gradient, decay = self.state[parameter], parameter.grad, group["momentum"]
+    def _update_momentum(self, parameter: Tensor, update: Tensor, move: _Move) -> None:
+        """Move a parameter's momentum; write the matrices to orthogonalise into `update` [n, r, c]."""
+        state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"]
-        if update.dtype == torch.bfloat16 and cpu.available(gradient, gradient.numel()):
-            cpu.muon_momentum_(momentum, gradient, update, scale, decay, group["nesterov"])
+        if move.on_host and update.dtype == torch.bfloat16 and cpu.available(gradient, gradient.numel()):
+            cpu.muon_momentum_(momentum, gradient, update, move.scale, MOMENTUM, nesterov=True)
             return
-        gradient = gradient.to(momentum.dtype) * scale
-        momentum.mul_(decay).add_(gradient)
-        moved = gradient.add(momentum, alpha=decay) if group["nesterov"] else momentum
-        update.copy_(moved.view(update.shape))
+        gradient = gradient.to(momentum.dtype) * move.scale
+        if move.keep is None:
+            momentum.mul_(MOMENTUM).add_(gradient)
+        else:  # a skipped gradient may hold NaN, which no multiplication with 0 removes
+            momentum.copy_(torch.where(move.keep, momentum.mul(MOMENTUM).add_(gradient), momentum))
+        update.copy_(gradient.add(momentum, alpha=MOMENTUM).view(update.shape))
+
+    def _apply(self, name: str, parameter: Tensor, update: Tensor, move: _Move) -> None:
+        """Move a parameter and its copy by the orthogonalised update [n, r, c]."""
+        step = move.group["lr"] * rate_scale(name, self.shapes[name])
+        decay, copy = 1 - move.group["lr"] * move.group["weight_decay"], self.copies.get(parameter)
+        written = update if copy is None else copy
+        kernel = all(cpu.available(t, t.numel()) for t in (update, written))
+        if move.on_host and parameter.dtype == torch.float32 and kernel:
+            cpu.muon_move_(parameter, update.contiguous(), copy, step, decay)
+            return
+        matrices = as_matrices(name, parameter)
+        if move.keep is None:
+            matrices.mul_(decay).add_(update, alpha=-step)
+        else:
+            matrices.copy_(torch.where(move.keep, matrices.mul(decay).add_(update, alpha=-step), matrices))
+        if copy is not None:
+            copy.copy_(parameter)
+
+
+class _Move(NamedTuple):
+    """How one step moves every parameter of a group."""
+
+    group: dict[str, Any]
+    scale: float | Tensor
+    keep: Tensor | None
+
+    @property
+    def on_host(self) -> bool:
+        """Return whether scale and decision are known on the host: the CPU kernels take numbers."""
+        return self.keep is None and not isinstance(self.scale, Tensor)
+
+
+def _empty(shape: Iterable[int], parameter: Tensor) -> Tensor:
+    """Return room for updates in the precision they are orthogonalised in."""
+    return parameter.new_empty(*shape, dtype=torch.float64 if parameter.dtype == torch.float64 else torch.bfloat16)

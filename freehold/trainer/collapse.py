@@ -24,6 +24,11 @@ STARVED = 0.01
 """An expert with less than this part of an equal share counts as dead."""
 DRIFT = 1.5
 """A slow drift has to be so many times as large as a rise within one window."""
+RATE_FACTOR = 10.0
+"""raise_rate: the balance step of a layer that collapses, times this. Our choice: a collapse that took a hundred
+published steps is undone in ten."""
+RAISE_STEPS = 100
+"""raise_rate: for this many steps; three windows of the detector, so that the next alarm judges the cure."""
 DEAD_WINDOWS = 3
 """An expert has to be dead through so many windows: balancing brings many back by itself."""
 
@@ -87,9 +92,9 @@ class CollapseDetector:
         """Return the first step that an alarm of the next step could blame."""
         return int(self.steps[0])
 
-    def watch(self, step: int, counts: Mapping[str, Tensor]) -> list[Alarm]:
-        """Take the loads [E] of each layer in step `step`; return the layers that collapse."""
-        loads = np.stack([counts[name].cpu().double().numpy() for name in self.layers]) if self.layers else np.zeros(0)
+    def watch(self, step: int, loads: np.ndarray) -> list[Alarm]:
+        """Take the loads [L, E] of step `step`; return the layers that collapse."""
+        loads = loads.astype(np.float64)
         unwatched = step < self.first_step + self.config.warmup_steps
         if unwatched or self.limit == 0 or not loads.any():
             return []
@@ -124,12 +129,12 @@ class CollapseDetector:
         return alarm
 
     def raise_rate(self, layer: str, step: int) -> None:
-        """Let `rate_factor` of a layer be the configured one in the steps from `step` on."""
-        self.raised_until[self.layers.index(layer)] = step + self.config.raise_steps
+        """Raise the balance step of a layer for RAISE_STEPS steps, from `step` on."""
+        self.raised_until[self.layers.index(layer)] = step + RAISE_STEPS
 
     def rate_factor(self, layer: str, step: int) -> float:
-        """Return what the balancing rule's movement of a layer's bias is to be multiplied with in a step."""
-        return self.config.rate_factor if step < self.raised_until[self.layers.index(layer)] else 1.0
+        """Return the factor on the balancing rule's movement of a layer's bias in a step."""
+        return RATE_FACTOR if step < self.raised_until[self.layers.index(layer)] else 1.0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that decides the next alarm."""

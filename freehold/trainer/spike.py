@@ -20,6 +20,12 @@ SIGMA = 1.4826
 """The median absolute deviation of a normal distribution times this is its standard deviation."""
 
 
+PATIENCE_STEPS = 4
+"""After this many spikes in a row the weights are to blame, not the batch: one bad document is in one batch."""
+BLAME_STEPS = 8
+"""Steps before the first spike that a roll-back skips too: an update breaks weights before the loss shows it."""
+
+
 class SpikeDetector:
     """Compares each step's loss with those of the last steps of the same phase; its state belongs into the checkpoint.
 
@@ -52,7 +58,7 @@ class SpikeDetector:
 
     def blamed_step(self, step: int) -> int:
         """Return the first step whose update may have broken the weights, when `step` is the last that stood out."""
-        return max(self.first_step, step + 1 - self.in_a_row - self.config.blame_steps)
+        return max(self.first_step, step + 1 - self.in_a_row - BLAME_STEPS)
 
     def accept(self) -> None:
         """Take the level the loss has now as the usual one."""

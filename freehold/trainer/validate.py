@@ -15,10 +15,10 @@ from torch import Tensor
 
 from freehold.data.loader import Source
 from freehold.data.packing import Batch, Example, conversation_batch, cut, pack
+from freehold.losses.cross_entropy import summed_nll
 from freehold.model.afmoe import Afmoe
 from freehold.parallel.config import ParallelConfig
 from freehold.parallel.mesh import World
-from freehold.trainer.loss import summed_nll
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,6 @@ def _hidden(model: Afmoe, world: World, ids: Tensor, documents: Tensor) -> Tenso
     return relay(model, world, ids, documents)
 
 
-def validator(sources: Mapping[str, HeldOut], world: World) -> Callable[[Afmoe], dict[str, float]]:
-    """Return the function the training loop calls."""
-    return lambda model: bits_per_byte(model, sources, world)
+def validator(sources: Mapping[str, HeldOut], world: World) -> Callable[[Afmoe], dict[str, float]] | None:
+    """Return the function the training loop calls; None without sources."""
+    return (lambda model: bits_per_byte(model, sources, world)) if sources else None

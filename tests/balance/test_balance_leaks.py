@@ -9,12 +9,13 @@ import test_balance_conformance as conformance
 import torch
 from balance_freehold import FreeholdAdapter
 
+from freehold.losses import cross_entropy
 from freehold.model import afmoe
 from freehold.model.afmoe import Afmoe
 from freehold.model.moe import MoE, Router
 from freehold.optim import balance, build, muon
 from freehold.optim.balance import NoBalance, Sign, Smebu, router_losses
-from freehold.trainer import loop
+from freehold.trainer import loop, step
 
 LEAKS = {}
 
@@ -83,7 +84,7 @@ def router_losses_are_means_of_micro_batches(patch):
     def losses(config, routings, real, scale, **_):
         return router_losses(config, routings, real, scale=0.25 / max(int(real.sum()), 1))
 
-    patch.setattr(loop, "router_losses", losses)
+    patch.setattr(step, "router_losses", losses)
 
 
 @leak("test_micro_batches_add_up")
@@ -92,7 +93,7 @@ def z_loss_is_a_mean_of_the_micro_batch(patch):
         own = 1 / max(int((targets != conformance.IGNORE).sum()), 1)
         return old(hidden, weight, targets, scale=scale, z_loss=z_loss * own / scale, chunk_tokens=chunk_tokens)
 
-    around(patch, loop, "chunked_loss", losses)
+    around(patch, cross_entropy, "chunked_loss", losses)
 
 
 @leak("test_counts_of_ranks_add_up")
@@ -245,7 +246,7 @@ def the_sequence_loss_has_no_gradient(patch):
 def the_sequence_loss_is_of_one_layer_only(patch):
     around(
         patch,
-        loop,
+        step,
         "router_losses",
         lambda old, config, routings, *rest, **scale: old(config, routings[-1:], *rest, **scale),
     )
@@ -260,7 +261,7 @@ def the_sequence_loss_is_a_mean_over_layers(patch):
 def padding_is_in_the_losses(patch):
     around(
         patch,
-        loop,
+        step,
         "router_losses",
         lambda old, config, routings, real, **rest: old(config, routings, real | True, **rest),
     )
@@ -268,7 +269,7 @@ def padding_is_in_the_losses(patch):
 
 @leak("test_z_loss_has_its_gradient_at_its_scale")
 def z_loss_is_switched_off(patch):
-    around(patch, loop, "chunked_loss", lambda old, *args, z_loss, **rest: old(*args, z_loss=0.0, **rest))
+    around(patch, cross_entropy, "chunked_loss", lambda old, *args, z_loss, **rest: old(*args, z_loss=0.0, **rest))
 
 
 @leak("test_z_loss_has_its_gradient_at_its_scale")
@@ -277,7 +278,7 @@ def z_loss_is_a_mean_over_all_tokens(patch):
         share = float((targets != conformance.IGNORE).float().mean())
         return old(hidden, weight, targets, z_loss=z_loss * share, **rest)
 
-    around(patch, loop, "chunked_loss", losses)
+    around(patch, cross_entropy, "chunked_loss", losses)
 
 
 @leak("test_router_z_loss_has_its_gradient_at_its_scale")

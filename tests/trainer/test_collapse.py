@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -17,17 +16,20 @@ import torch
 
 from freehold.checkpoint import dcp
 from freehold.core.artifact import write_json
-from freehold.core.errors import ConfigError
 from freehold.core.log import Log, read_metrics
 from freehold.data.loader import PhaseRows, Source, TextOrder
 from freehold.data.packing import Batch
 from freehold.model.config import ModelConfig
-from freehold.optim.config import NoBalanceConfig, OptimConfig, PhaseConfig, SmebuConfig
+from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
-from freehold.trainer import loop
+from freehold.trainer import collapse, guards, monitor
+from freehold.trainer.checkpoints import ROLLBACKS
 from freehold.trainer.collapse import Alarm, CollapseDetector
 from freehold.trainer.config import CollapseConfig, TrainerConfig
-from freehold.trainer.loop import Job, Trainer, TrainingError
+from freehold.trainer.errors import TrainingError
+from freehold.trainer.guards import RollBack
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 
 LAYERS = ["model.layers.1.mlp", "model.layers.2.mlp"]
 
@@ -36,11 +38,7 @@ def watch(detector: CollapseDetector, loads: np.ndarray, first: int = 0) -> list
     """Show the detector loads [steps, layers, E]; return every alarm."""
     alarms = []
     for step, load in enumerate(loads, first):
-        counts = {
-            name: torch.from_numpy(np.asarray(row, dtype=np.int64))
-            for name, row in zip(detector.layers, load, strict=True)
-        }
-        alarms += detector.watch(step, counts)
+        alarms += detector.watch(step, np.asarray(load))
     return alarms
 
 
@@ -153,8 +151,8 @@ def test_a_detector_that_was_saved_and_restored_raises_the_same_alarms(cut: int)
     one.raise_rate(LAYERS[0], 7)
     two.load_state_dict(one.state_dict())
     assert before + watch(two, data[cut:], first=cut) == straight
-    assert two.rate_factor(LAYERS[0], 106) == 10
-    assert two.rate_factor(LAYERS[0], 107) == two.rate_factor(LAYERS[1], 8) == 1
+    assert two.rate_factor(LAYERS[0], 22) == 20
+    assert two.rate_factor(LAYERS[0], 23) == two.rate_factor(LAYERS[1], 8) == 1
 
 
 # -- with a real run --------------------------------------------------------------------------------------------------
@@ -165,7 +163,7 @@ MODEL = ModelConfig(
     num_experts_per_tok=2, sliding_window=8, max_position_embeddings=64,
 )  # fmt: skip
 START, FAULT, END = 20, 29, 54
-WATCH = {"warmup_steps": 4, "window_steps": 12, "rate_factor": 20.0, "raise_steps": 16}
+WATCH = {"warmup_steps": 4, "window_steps": 12}
 
 
 class Killed(Exception):
@@ -184,7 +182,7 @@ class Faulty(Trainer):
             raise Killed
         values = super().train_step(batch)
         if self.faults(step):
-            for layer in self.moe_layers.values():
+            for layer in self.state.moe_layers.values():
                 layer.expert_bias[:2] += 4
         return values
 
@@ -235,7 +233,7 @@ def max_vio(folder: Path) -> dict[int, float]:
 def content(folder: Path) -> dict[str, str]:
     """Return the hash of everything a run leaves that is content."""
     found = {p.parent.name: json.loads(p.read_text())["content_sha256"] for p in folder.rglob("manifest.json")}
-    decided = folder / loop.ROLLBACKS
+    decided = folder / ROLLBACKS
     return found | ({"rollbacks": decided.read_text()} if decided.exists() else {})
 
 
@@ -243,7 +241,9 @@ def content(folder: Path) -> dict[str, str]:
 def short_measurement() -> Iterator[None]:
     """Measure the machine's matrix rate on less than the half second that suits a real run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "gemm_flops_per_s", functools.partial(loop.gemm_flops_per_s, size=32, seconds=0.001))
+        patch.setattr(collapse, "RATE_FACTOR", 20.0)  # so that a cure fits into a short run
+        patch.setattr(collapse, "RAISE_STEPS", 16)
+        patch.setattr(monitor, "gemm_flops_per_s", functools.partial(monitor.gemm_flops_per_s, size=32, seconds=0.001))
         yield
 
 
@@ -279,10 +279,10 @@ def test_without_a_remedy_it_is_told_and_does_not_recover(runs: Callable[[str], 
     found = max_vio(folder)
     assert max(found[s] for s in range(START, FAULT + 1)) < 1.5
     assert min(found[s] for s in range(FAULT + 2, END + 1)) > 2.5
-    first = trainer.alarms[0]
+    first = trainer.progress.alarms[0]
     assert (first["reason"], first["experts"], first["action"]) == ("rise", (0, 1), "none")
     assert FAULT + 1 < first["step"] <= FAULT + 4
-    assert {alarm["layer"] for alarm in trainer.alarms[:2]} == {"model.layers.1.mlp", "model.layers.2.mlp"}
+    assert {alarm["layer"] for alarm in trainer.progress.alarms[:2]} == {"model.layers.1.mlp", "model.layers.2.mlp"}
     told = [row for row in read_metrics(folder / "metrics.jsonl") if "moe/alarm" in row]
     assert (told[0]["step"], told[0]["moe/alarm"]) == (first["step"] + 1, [1, 2])
     assert dcp.check(folder / "truebase")["alarms"][0]["reason"] == "rise"
@@ -293,18 +293,18 @@ def test_each_remedy_cures_it(runs: Callable[[str], tuple[Path, Trainer]], actio
     folder, trainer = runs(action)
     found = max_vio(folder)
     assert max(found[s] for s in range(END - 10, END + 1)) < 2
-    assert not trainer.alarms or {alarm["action"] for alarm in trainer.alarms} == {action}
+    assert not trainer.progress.alarms or {alarm["action"] for alarm in trainer.progress.alarms} == {action}
 
 
 def test_a_raised_step_is_a_multiple_of_the_rule_and_ends(runs: Callable[[str], tuple[Path, Trainer]]) -> None:
     folder, trainer = runs("raise_rate")
     name = "model.layers.1.mlp"
-    layer = trainer.moe_layers[name]
+    layer = trainer.state.moe_layers[name]
     moved = []
-    for step in (int(trainer.detector.raised_until[0]) - 1, int(trainer.detector.raised_until[0])):
-        trainer.step = step
+    for step in (int(trainer.guards.collapse.raised_until[0]) - 1, int(trainer.guards.collapse.raised_until[0])):
+        trainer.progress.step = step
         before, momentum = layer.expert_bias.clone(), trainer.balance.state_dict()[name].clone()
-        trainer._balance(name, layer)
+        trainer.update.move_bias(step, name, layer)
         moved.append(layer.expert_bias - before)
         layer.expert_bias.copy_(before)
         trainer.balance.load_state_dict({name: momentum})
@@ -317,10 +317,13 @@ def test_reinitialising_draws_routing_anew_and_forgets_its_past(tmp_path: Path) 
     for step in range(3):
         trainer.train_step(trainer.job.order.batch(step))
     name = "model.layers.1.mlp"
-    trainer.moe_layers[name].expert_bias[5] = 3
-    before = {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in trainer.state().items()}
-    trainer.handle_alarms([Alarm(name, "rise", 2, 1, (5,), 1.5), Alarm("model.layers.2.mlp", "dead", 2, 0, (3,), 0.0)])
-    after = trainer.state()
+    trainer.state.moe_layers[name].expert_bias[5] = 3
+    before = {
+        part: {k: v.clone() for k, v in tensors.items()} for part, tensors in trainer.checkpoints.tensors().items()
+    }
+    alarms = [Alarm(name, "rise", 2, 1, (5,), 1.5), Alarm("model.layers.2.mlp", "dead", 2, 0, (3,), 0.0)]
+    trainer.act(trainer.guards.on_alarms(alarms, trainer.step))
+    after = trainer.checkpoints.tensors()
     changed = {
         (part, key): sorted({int(i) for i in (tensor != before[part][key]).nonzero()[:, 0]})
         for part in ("model", "optimizer", "balance")
@@ -345,21 +348,21 @@ def test_reinitialising_draws_routing_anew_and_forgets_its_past(tmp_path: Path) 
     assert all(
         float(after["balance"][key][rows].abs().max()) == 0 for (p, key), rows in changed.items() if p == "balance"
     )
-    for key, parameter in trainer.parameters.items():
-        assert torch.equal(parameter, trainer.masters[key]), key
+    for key, parameter in trainer.state.parameters.items():
+        assert torch.equal(parameter, trainer.state.masters[key]), key
 
 
 def test_roll_back_leaves_out_the_batches_and_names_them(
     runs: Callable[[str], tuple[Path, Trainer]], start: Path, tmp_path: Path
 ) -> None:
     folder, trainer = runs("roll_back")
-    (decision,) = json.loads((folder / loop.ROLLBACKS).read_text())["rollbacks"]
+    (decision,) = json.loads((folder / ROLLBACKS).read_text())["rollbacks"]
     left_out = list(range(decision["first_step"], decision["end_step"]))
     assert FAULT in left_out
     assert len(left_out) <= 12
     assert decision["layers"] == [1, 2]
     facts = dcp.check(folder / "checkpoints" / f"step_{END:08d}")
-    assert facts["skipped_steps"] == trainer.skipped == left_out
+    assert facts["skipped_steps"] == trainer.progress.skipped == left_out
     assert facts["rollbacks"] == [decision]
     assert facts["tokens"] == END * 128
     rows = read_metrics(folder / "metrics.jsonl")
@@ -372,7 +375,7 @@ def test_roll_back_leaves_out_the_batches_and_names_them(
             assert f"{piece.source}:{piece.document_id}" in said
     # What is left is what a run would be that had known before which steps to leave out.
     knowing = shutil.copytree(start, tmp_path / "run")
-    write_json(knowing / loop.ROLLBACKS, {"rollbacks": [decision]})
+    write_json(knowing / ROLLBACKS, {"rollbacks": [decision]})
     make(knowing, "roll_back").run()
     assert content(knowing) == content(folder)
 
@@ -387,7 +390,7 @@ def test_killed_around_a_roll_back_it_ends_with_the_same_bits(
 ) -> None:
     straight, _ = runs("roll_back")
     folder = shutil.copytree(start, tmp_path / "run")
-    decided = folder / loop.ROLLBACKS
+    decided = folder / ROLLBACKS
 
     def dying(function: Callable[..., Any], when: Callable[[Any], bool]) -> Callable[..., Any]:
         def die(*args: Any, **settings: Any) -> Any:
@@ -424,18 +427,19 @@ def test_killed_after_a_remedy_it_ends_with_the_same_bits(
         trainer.run()
     again = make(folder, action)
     again.run()
-    assert again.alarms[0]["step"] < 40  # the remedy itself is in the checkpoint it goes on from
+    assert again.progress.alarms[0]["step"] < 40  # the remedy itself is in the checkpoint it goes on from
     assert content(folder) == content(straight)
 
 
-def test_gives_up_when_rolling_back_does_not_help(start: Path, tmp_path: Path) -> None:
+def test_gives_up_when_rolling_back_does_not_help(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(start, tmp_path / "run")
-    trainer = make(folder, "roll_back", max_rollbacks=2)
+    monkeypatch.setattr(guards, "MAX_ROLLBACKS", 2)
+    trainer = make(folder, "roll_back")
     trainer.faults = lambda step: step >= FAULT
     with pytest.raises(TrainingError, match="collapsed again after 2 roll-backs"):
         trainer.run()
-    assert len(json.loads((folder / loop.ROLLBACKS).read_text())["rollbacks"]) == 2
-    again = make(folder, "roll_back", max_rollbacks=2)
+    assert len(json.loads((folder / ROLLBACKS).read_text())["rollbacks"]) == 2
+    again = make(folder, "roll_back")
     again.faults = trainer.faults
     with pytest.raises(TrainingError, match="collapsed again after 2 roll-backs"):
         again.run()
@@ -447,22 +451,17 @@ def test_without_a_good_checkpoint_it_says_so_and_can_start_anew(start: Path, tm
     assert trainer.restore()
     for path in (folder / "checkpoints").glob("step_*/trainer.json"):
         path.write_text("{")
-    trainer.step = 31
+    trainer.progress.step = 31
     with pytest.raises(TrainingError, match="no checkpoint from before the collapse is left"):
-        trainer.handle_alarms([Alarm("model.layers.1.mlp", "rise", 30, 28, (0, 1), 1.5)])
+        trainer.act(RollBack(28, "routing collapsed", limit=3, layers=(1,)))
     again = make(folder, "roll_back")
     assert not again.restore()
-    assert (again.step, again.rollbacks) == (0, [{"first_step": 28, "end_step": 31, "layers": [1]}])
-
-
-def test_raising_a_step_that_is_not_taken_is_refused(tmp_path: Path) -> None:
-    job = dataclasses.replace(make(tmp_path, "raise_rate").job, balance=NoBalanceConfig())
-    with pytest.raises(ConfigError, match="no balance step to raise"):
-        Trainer(job, Log(quiet=True), seed=0)
+    assert (again.step, again.progress.rollbacks) == (0, [{"first_step": 28, "end_step": 31, "layers": [1]}])
 
 
 def test_dead_experts_are_no_reason_to_roll_back(tmp_path: Path) -> None:
     trainer = make(tmp_path, "roll_back", kind=Trainer)
-    assert not trainer.handle_alarms([Alarm("model.layers.1.mlp", "dead", 90, 55, (3,), 0.0)])
-    assert [alarm["action"] for alarm in trainer.alarms] == ["none"]
-    assert not (tmp_path / loop.ROLLBACKS).exists()
+    alarm = Alarm("model.layers.1.mlp", "dead", 90, 55, (3,), 0.0)
+    assert not trainer.act(trainer.guards.on_alarms([alarm], 91))
+    assert [alarm["action"] for alarm in trainer.progress.alarms] == ["none"]
+    assert not (tmp_path / ROLLBACKS).exists()

@@ -17,8 +17,11 @@ from freehold.kernels import cpu as kernels
 from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
+from freehold.trainer import guards
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loop import Interrupted, Job, Trainer, TrainingError
+from freehold.trainer.errors import Interrupted, TrainingError
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 from freehold.trainer.monitor import gemm_flops_per_s
 from freehold.trainer.validate import bits_per_byte, held_out
 
@@ -118,7 +121,7 @@ def test_a_run_goes_on_with_the_same_data_only(tmp_path, changed, says):
     facts = {"tokenizer_sha256": "x", "seed": 0, "order": {"kind": "stream"}, "data": {"a": "1", "b": "2"}}
     trainer = make(tmp_path, facts=facts)
     trainer.train_step(trainer.job.order.batch(0))
-    trainer._checkpoint(None)
+    trainer.checkpoints.save_step()
     assert make(tmp_path, facts={**facts, "more": 1}).restore()
     with pytest.raises(CheckpointError, match=says):
         make(tmp_path, facts={**facts, **changed}).restore()
@@ -127,10 +130,10 @@ def test_a_run_goes_on_with_the_same_data_only(tmp_path, changed, says):
 def test_going_on_with_other_operators_is_told(tmp_path, capsys, monkeypatch):
     trainer = make(tmp_path)
     trainer.train_step(trainer.job.order.batch(0))
-    trainer._checkpoint(None)
+    trainer.checkpoints.save_step()
     monkeypatch.setattr(kernels, "operators", lambda dtype: "others")
     assert make(tmp_path, quiet=False).restore()
-    assert f"ran on {trainer.operators}, the rest will on others" in capsys.readouterr().err
+    assert f"ran on {trainer.checkpoints.settings['operators']}, the rest will on others" in capsys.readouterr().err
 
 
 def test_interrupt_saves_and_leaves_the_same_bits(straight, tmp_path):
@@ -171,8 +174,8 @@ def test_micro_batches_equal_one_batch(tmp_path):
     batch = whole.job.order.batch(0)
     one, two = whole.train_step(batch), parts.train_step(batch)
     assert one["loss/mean"] == pytest.approx(two["loss/mean"], rel=1e-6)
-    for name, master in whole.masters.items():
-        assert torch.allclose(master, parts.masters[name], atol=2e-3), name
+    for name, master in whole.state.masters.items():
+        assert torch.allclose(master, parts.state.masters[name], atol=2e-3), name
     for name, layer in whole.model.moe_layers().items():
         assert torch.equal(layer.load_counts, parts.model.moe_layers()[name].load_counts)
         assert torch.equal(layer.expert_bias, parts.model.moe_layers()[name].expert_bias)
@@ -180,11 +183,11 @@ def test_micro_batches_equal_one_batch(tmp_path):
 
 def test_not_finite_step_changes_nothing_and_names_its_documents(tmp_path, capsys):
     trainer = make(tmp_path, quiet=False)
-    trainer.parameters["lm_head.weight"].data[3] = float("nan")
-    before = {n: m.detach().clone() for n, m in trainer.masters.items()}
+    trainer.state.parameters["lm_head.weight"].data[3] = float("nan")
+    before = {n: m.detach().clone() for n, m in trainer.state.masters.items()}
     trainer.train_step(trainer.job.order.batch(0))
-    assert trainer.skipped == [0]
-    assert all(torch.equal(before[n].nan_to_num(), m.nan_to_num()) for n, m in trainer.masters.items())
+    assert trainer.progress.skipped == [0]
+    assert all(torch.equal(before[n].nan_to_num(), m.nan_to_num()) for n, m in trainer.state.masters.items())
     assert trainer.job.order.documents(0)[0].document_id in capsys.readouterr().err
     assert all(float(layer.expert_bias.abs().max()) == 0 for layer in trainer.model.moe_layers().values())
 
@@ -202,27 +205,34 @@ def test_one_poisoned_micro_batch_leaves_no_trace(tmp_path, capsys, place, poiso
     if place == "activations":  # so the router sees it too, and what it then counts must not count
         hook = poisoned.model.model.embed_tokens.register_forward_hook(lambda _, __, output: third_is_bad(output))
     else:
-        hook = poisoned.parameters["lm_head.weight"].register_hook(third_is_bad)
+        hook = poisoned.state.parameters["lm_head.weight"].register_hook(third_is_bad)
     poisoned.train_step(poisoned.job.order.batch(0))
     hook.remove()
     assert len(calls) == 4
-    assert poisoned.skipped == [0]
+    assert poisoned.progress.skipped == [0]
     told = capsys.readouterr().err
     assert all(f"{p.source}:{p.document_id}" in told for p in poisoned.job.order.documents(0))
     assert poisoned.monitor.take() == {}
     spared.skip_step(spared.job.order.batch(0))
     for trainer in (poisoned, spared):
         trainer.train_step(trainer.job.order.batch(1))
-    for part, tensors in poisoned.state().items():
+    for part, tensors in poisoned.checkpoints.tensors().items():
         for name, tensor in tensors.items():
-            assert torch.equal(tensor.nan_to_num(), spared.state()[part][name].nan_to_num()), f"{part}/{name}"
+            assert torch.equal(tensor.nan_to_num(), spared.checkpoints.tensors()[part][name].nan_to_num()), (
+                f"{part}/{name}"
+            )
     assert poisoned.monitor.take() == spared.monitor.take()
-    assert (poisoned.step, poisoned.tokens, poisoned.skipped) == (spared.step, spared.tokens, spared.skipped)
+    assert (poisoned.step, poisoned.progress.tokens, poisoned.progress.skipped) == (
+        spared.step,
+        spared.progress.tokens,
+        spared.progress.skipped,
+    )
 
 
-def test_gives_up_after_steps_without_finite_loss(tmp_path):
-    trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1, max_skipped_steps=3))
-    trainer.parameters["lm_head.weight"].data[3] = float("nan")
+def test_gives_up_after_steps_without_finite_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "MAX_SKIPPED_STEPS", 3)
+    trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1))
+    trainer.state.parameters["lm_head.weight"].data[3] = float("nan")
     with pytest.raises(TrainingError, match="3 steps in a row"):
         trainer.run()
     assert trainer.step == 2
@@ -234,7 +244,7 @@ def test_broken_weights_take_no_good_checkpoints_place(tmp_path, capsys):
 
     def breaks_at_the_third(batch):
         if trainer.step == 2:
-            trainer.masters["lm_head.weight"].data[3] = float("inf")
+            trainer.state.masters["lm_head.weight"].data[3] = float("inf")
         return good(batch)
 
     trainer.train_step = breaks_at_the_third
@@ -245,12 +255,13 @@ def test_broken_weights_take_no_good_checkpoints_place(tmp_path, capsys):
     assert not (tmp_path / "truebase").exists()
 
 
-def test_steps_left_out_by_a_roll_back_are_not_taken_for_steps_without_finite_loss(tmp_path):
-    trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1, max_skipped_steps=3))
-    trainer.rollbacks = [{"first_step": 0, "end_step": 2, "layers": [1]}]
+def test_rolled_back_steps_are_not_counted_as_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "MAX_SKIPPED_STEPS", 3)
+    trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1))
+    trainer.progress.rollbacks = [{"first_step": 0, "end_step": 2, "layers": [1]}]
     for step in range(2):
         trainer.skip_step(trainer.job.order.batch(step))
-    trainer.parameters["lm_head.weight"].data[3] = float("nan")
+    trainer.state.parameters["lm_head.weight"].data[3] = float("nan")
     for step in range(2, 4):
         trainer.train_step(trainer.job.order.batch(step))
     with pytest.raises(TrainingError, match="3 steps in a row"):
@@ -346,15 +357,17 @@ def test_held_out_reads_every_token_once(tmp_path):
 
 def test_going_back_to_the_start_leaves_nothing_behind(tmp_path):
     trainer = make(tmp_path)
-    trainer.save(dcp.step_folder(tmp_path / "checkpoints", 0))
+    trainer.checkpoints.save(dcp.step_folder(tmp_path / "checkpoints", 0))
     batches = [trainer.job.order.batch(step) for step in range(2)]
     first = [trainer.train_step(batch) for batch in batches]
-    state = {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in trainer.state().items()}
+    state = {
+        part: {k: v.clone() for k, v in tensors.items()} for part, tensors in trainer.checkpoints.tensors().items()
+    }
     assert trainer.restore()
     assert trainer.step == 0
-    assert not trainer.optimizers.state_dict()
+    assert not trainer.state.optimizers.state_dict()
     assert [trainer.train_step(batch) for batch in batches] == first
-    for part, tensors in trainer.state().items():
+    for part, tensors in trainer.checkpoints.tensors().items():
         assert tensors.keys() == state[part].keys()
         assert all(torch.equal(t.nan_to_num(), state[part][k].nan_to_num()) for k, t in tensors.items()), part
 

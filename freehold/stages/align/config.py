@@ -8,7 +8,7 @@ from freehold.core.config import Config
 from freehold.data.config import BatchConfig
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig, check_names
 from freehold.parallel.config import ParallelConfig, check_divisible
-from freehold.trainer.config import TrainerConfig
+from freehold.trainer.config import TrainerConfig, check_guards
 
 
 class AlignConfig(Config):
@@ -43,6 +43,7 @@ class AlignConfig(Config):
     def _fits(self) -> AlignConfig:  # the model is that of the checkpoint: `run` looks at the rest
         batch = self.batch
         check_divisible(self.parallel, sequences=batch.sequences, micro_sequences=batch.micro_sequences, stage="align")
+        check_guards(self.trainer.collapse, self.balance, self.parallel, "align")
         return self
 
 

@@ -9,7 +9,7 @@ from freehold.data.config import TextBatchConfig
 from freehold.model.config import ModelConfig, flops_per_token, parameter_counts
 from freehold.optim.config import BalanceConfig, OptimConfig, PhaseConfig, SmebuConfig, check_names
 from freehold.parallel.config import ParallelConfig, validate_layout
-from freehold.trainer.config import TrainerConfig
+from freehold.trainer.config import TrainerConfig, check_guards
 
 
 class PretrainConfig(Config):
@@ -63,6 +63,7 @@ class PretrainConfig(Config):
             micro_sequences=self.batch.micro_sequences,
             stage="pretrain",
         )
+        check_guards(self.trainer.collapse, self.balance, self.parallel, "pretrain")
         return self
 
 
