@@ -8,38 +8,24 @@ import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interrupts_are_heard():
-    """Hear Ctrl-C here and in what tests start, also in a suite that a shell has put into the background."""
+def interrupts_arrive():
+    """Handle Ctrl-C here and in what tests start, also in a suite that a shell has put into the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """A random fp32 model: window 8, a global layer every 4th, 4 experts top-2, vocabulary 512; in eval mode."""
+    """A random fp32 model: `tiny.config` with a vocabulary of 512 and a context of 1,024; in eval mode."""
+    import tiny
     import torch
 
     from freehold.model.afmoe import Afmoe
-    from freehold.model.config import ModelConfig
 
-    config = ModelConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=4,
-        num_dense_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        sliding_window=8,
-        max_position_embeddings=1024,
-    )
+    config = tiny.config(vocab_size=512, max_position_embeddings=1024)
     model = Afmoe(config)
     model.init_weights(torch.Generator().manual_seed(1))
     with torch.no_grad():
-        # Random heads are nearly flat: sharper ones make greedy choices and log-probabilities tell more.
+        # Random heads are nearly flat: sharper ones make greedy choices and log-probabilities differ more.
         model.lm_head.weight *= 8
     return model.eval()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
+import tiny
 import torch
 from torch import Tensor
-from toy import unsettle
 
 from freehold.data.packing import IGNORE, PADDING
 from freehold.losses.cross_entropy import chunked_loss
@@ -21,22 +21,13 @@ BALANCE = SmebuConfig(sequence_loss=0.1, router_z_loss=0.01)
 
 
 def config(**changes: Any) -> ModelConfig:
-    """Irregular layer types, query width 96 over d 32, route_scale far from 1, two shared experts, a window of 5."""
-    kinds = ("sliding", "full", "sliding", "sliding", "full", "sliding")
-    shape: dict[str, Any] = {
-        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24,
-        "num_hidden_layers": 6, "num_dense_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 2,
-        "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "num_shared_experts": 2, "route_scale": 2.3,
-        "sliding_window": 5, "max_position_embeddings": 64, "layer_types": tuple(f"{kind}_attention" for kind in kinds),
-    }  # fmt: skip
-    return ModelConfig(**shape | changes)
+    """Return the hard shape with six layers; chunks of 6 tokens are just wider than its window of 5."""
+    return tiny.hard("sliding full sliding sliding full sliding", **changes)
 
 
 def build(shape: ModelConfig) -> Afmoe:
     """A model with attention and routing far from uniform, in training mode; the same in every process."""
-    model = Afmoe(shape).double()
-    unsettle(model, seed=0)
-    return model.train()
+    return tiny.disturb(Afmoe(shape).double()).train()
 
 
 class Rows(NamedTuple):

@@ -1,50 +1,29 @@
 """One run on four processes, then two, then three: the same rows in the same order, the same state at each change."""
 
-import numpy as np
 import pytest
+import tiny
 import torch
 
 from freehold.checkpoint import dcp
 from freehold.core.errors import CheckpointError
 from freehold.core.log import Log
-from freehold.data.loader import PhaseRows, Source, TextOrder
-from freehold.model.config import ModelConfig
-from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
-from freehold.optim.schedule import Schedule
 from freehold.parallel.config import ParallelConfig
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.job import Job
 from freehold.trainer.loop import Trainer
 
 STEPS = 6
-MODEL = ModelConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-    num_dense_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4,
-    num_experts_per_tok=2, sliding_window=8, max_position_embeddings=64,
-)  # fmt: skip
 
 
-def make(folder, parallel, hidden=32):
-    g = np.random.default_rng(0)
-    lengths = g.integers(5, 40, 60)
-    tokens = np.concatenate([np.append(g.integers(32, 64, n - 1), 1) for n in lengths]).astype(np.uint16)
-    source = Source("a", tokens, np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths, [f"a{i}" for i in range(60)])
-    phases = {"stable": PhaseConfig(steps=STEPS, warmup_steps=2)}
-    job = Job(
-        folder=folder,
-        model=MODEL.model_copy(update={"hidden_size": hidden}),
-        trainer=TrainerConfig(dtype="float32", threads=1, checkpoint_every_steps=100),
-        optim=OptimConfig(muon_lr=0.02, lr=1e-2),
-        balance=SmebuConfig(),
-        schedule=Schedule(phases),
-        order=TextOrder(
-            {"a": source}, [PhaseRows("stable", STEPS, {})], context_tokens=16, sequences=12, seed=0, separator=1
-        ),
-        micro_sequences=12 // ParallelConfig(**parallel).data,
-        stage="pretrain",
-        parent="",
-        parallel=ParallelConfig(**parallel),
-        facts={"tokenizer_sha256": "x"},
+def make(folder, parallel, hidden=16):
+    degrees, plan = ParallelConfig(**parallel), tiny.phases(stable=STEPS)
+    job = tiny.job(
+        folder,
+        plan,
+        model=tiny.config(num_hidden_layers=2, hidden_size=hidden),
+        trainer=TrainerConfig(**tiny.TRAINER, checkpoint_every_steps=100),
+        order=tiny.order(plan, sequences=12),
+        micro_sequences=12 // degrees.data,
+        parallel=degrees,
     )
     return Trainer(job, Log(quiet=True), seed=0)
 

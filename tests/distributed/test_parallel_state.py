@@ -9,7 +9,6 @@ import toy
 from freehold.core.artifact import write_json
 from freehold.data.packing import IGNORE
 from freehold.model.afmoe import Afmoe
-from freehold.model.config import ModelConfig
 from freehold.trainer.collapse import Alarm
 from freehold.trainer.loop import Trainer
 from freehold.trainer.validate import HeldOut, bits_per_byte
@@ -24,7 +23,7 @@ def first_values(parallel):
 
 
 def test_first_values_are_those_of_one_process(ranks):
-    model = Afmoe(ModelConfig.model_validate(toy.SHAPE))
+    model = Afmoe(toy.shape())
     model.init_weights(torch.Generator().manual_seed(7))
     for degrees in (DEGREES, UNEVEN):
         for found in ranks(4).run(first_values, degrees):
