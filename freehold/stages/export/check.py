@@ -7,7 +7,7 @@ answers wrongly. (Tied embeddings, other routing scores and expert groups are al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from freehold.model.config import ModelConfig
@@ -16,13 +16,11 @@ PRE_TOKENIZER = "afmoe"
 """llama.cpp's name for the split of `freehold.tokenizer.bpe.CHAIN`."""
 GLOBAL_EVERY = 4
 MAX_EXPERTS = 512
-BLOCKS = {"F32": 1, "BF16": 1, "Q8_0": 32, "K-quants": 256}
-"""Values that share one scale: a row must be a whole number of them. K-quants are llama.cpp's to make."""
 
 
-def check(config: ModelConfig, types: Iterable[str] = ("F32", "BF16", "Q8_0")) -> list[str]:
-    """Return the reasons why a model of this config cannot be exported as `types`; none means that it can."""
-    return [*_architecture(config), *_widths(config, types)]
+def check(config: ModelConfig) -> list[str]:
+    """Return the reasons why a model of this config cannot be exported; none means that it can."""
+    return list(_architecture(config))
 
 
 def _architecture(config: ModelConfig) -> Iterator[str]:
@@ -42,27 +40,6 @@ def _architecture(config: ModelConfig) -> Iterator[str]:
         yield f"num_dense_layers is {config.num_dense_layers} of {layers}: llama.cpp's AFMoE needs a layer with experts"
     if config.num_experts > MAX_EXPERTS:
         yield f"num_experts is {config.num_experts}, llama.cpp holds at most {MAX_EXPERTS}"
-
-
-def row_widths(config: ModelConfig) -> dict[str, int]:
-    """Return the row width (input features) of each kind of matrix that a quantized file quantizes."""
-    widths = {
-        "model.embed_tokens": config.hidden_size,
-        "self_attn.q_proj": config.hidden_size,
-        "self_attn.o_proj": config.num_attention_heads * config.head_dim,
-    }
-    if config.num_dense_layers:
-        widths["mlp.down_proj"] = config.intermediate_size
-    widths["mlp.experts.down_proj"] = config.moe_intermediate_size
-    widths["mlp.shared_experts.down_proj"] = config.moe_intermediate_size * config.num_shared_experts
-    return widths
-
-
-def _widths(config: ModelConfig, types: Iterable[str]) -> Iterator[str]:
-    for kind in types:
-        for tensor, width in row_widths(config).items():
-            if width % BLOCKS[kind]:
-                yield f"{kind} needs rows of whole {BLOCKS[kind]}s, but those of {tensor} are {width} wide"
 
 
 def check_tokenizer(tokenizer: dict[str, Any], config: ModelConfig) -> list[str]:

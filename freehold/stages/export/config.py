@@ -9,7 +9,7 @@ from pydantic import Field
 from freehold.core.config import Config
 from freehold.ledger.policy import Use
 
-FileType = Literal["F32", "BF16", "Q8_0"]
+FileType = Literal["F32", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M"]
 
 
 class Generation(Config):
@@ -33,6 +33,11 @@ class Proof(Config):
         default=0.05, gt=0, description="Mean KL allowed to the BF16 file (activations in bf16)."
     )
     max_kl_q8_0: float = Field(default=0.05, gt=0, description="Mean KL allowed to the Q8_0 file.")
+    max_kl_q6_k: float = Field(default=0.1, gt=0, description="Mean KL allowed to the Q6_K file.")
+    max_kl_q5_k_m: float = Field(default=0.1, gt=0, description="Mean KL allowed to the Q5_K_M file.")
+    max_kl_q4_k_m: float = Field(default=0.2, gt=0, description="Mean KL allowed to the Q4_K_M file.")
+    max_kl_q4_0: float = Field(default=0.3, gt=0, description="Mean KL allowed to the Q4_0 file.")
+    max_kl_q3_k_m: float = Field(default=0.5, gt=0, description="Mean KL allowed to the Q3_K_M file.")
     gguf_positions: int = Field(
         default=48, ge=8, description="Next-token distributions asked of llama.cpp for each file."
     )

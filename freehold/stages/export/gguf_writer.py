@@ -1,13 +1,15 @@
-"""Writes GGUF files that llama.cpp's AFMoE loader reads: names, types, metadata and weights, a matrix at a time.
+"""What is in a GGUF file that llama.cpp's AFMoE loader reads: names, shapes, metadata; and the check of a written one.
 
-The source is an exported Hugging Face folder, so every format holds the same weights. Tensor names and their
-order come from `gguf`'s own AFMOE table; which ones stay in fp32 follows llama.cpp's converter and quantizer.
+The source is a Hugging Face folder, so every format holds the same weights. Tensor names come from `gguf`'s own AFMOE
+table, their types from mix.py; stream.py writes the data.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,14 @@ import gguf
 import numpy as np
 from gguf import MODEL_TENSOR as T
 from gguf import GGMLQuantizationType, LlamaFileType
-from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
+from gguf.gguf_writer import WriterState
+from gguf.quants import dequantize, quant_shape_to_byte_shape
 
 from freehold.core.errors import ExportError
 from freehold.model.config import ModelConfig
 from freehold.stages.export.check import PRE_TOKENIZER
-
-FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "BF16": LlamaFileType.MOSTLY_BF16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
+from freehold.stages.export.mix import MIXES, Choice, choose_types
+from freehold.stages.export.shards import Shards
 
 # Our names below a layer -> llama.cpp's tensor. `{e}` stands for each routed expert in turn: one file entry
 # per expert here, one stacked tensor there.
@@ -62,7 +65,6 @@ class Planned:
 
     name: str
     sources: tuple[str, ...]
-    always_f32: bool
 
     @property
     def stacked(self) -> bool:
@@ -71,7 +73,7 @@ class Planned:
 
 
 def plan_tensors(config: ModelConfig) -> list[Planned]:
-    """Return every tensor llama.cpp's loader asks for, in file order."""
+    """Return every tensor llama.cpp's loader asks for."""
     planned = [_planned(T.TOKEN_EMBD, "model.embed_tokens.weight")]
     for layer in range(config.num_hidden_layers):
         table = dict(ATTENTION)
@@ -89,9 +91,7 @@ def plan_tensors(config: ModelConfig) -> list[Planned]:
 def _planned(tensor: T, source: str, layer: int | None = None, experts: int = 0) -> Planned:
     name = gguf.TENSOR_NAMES[tensor].format(bid=layer) + (".bias" if tensor == T.FFN_EXP_PROBS_B else ".weight")
     sources = tuple(source.replace("{e}", str(e)) for e in range(experts)) if "{e}" in source else (source,)
-    # Gains and the selection bias are vectors; llama.cpp computes the router in fp32 and never quantizes it.
-    always_f32 = name.endswith(("_norm.weight", ".bias")) or tensor == T.FFN_GATE_INP
-    return Planned(name, sources, always_f32)
+    return Planned(name, sources)
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -121,91 +121,45 @@ def source_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
     return next((shape for end, shape in shapes.items() if name.endswith(end)), (d,))
 
 
-class HfWeights:
-    """The tensors of a Hugging Face folder by name, read from disk one at a time."""
+def header(
+    hf_folder: Path,
+    config: ModelConfig,
+    choices: Mapping[str, Choice],
+    *,
+    name: str,
+    file_type: str,
+    extra: Mapping[str, str | int] | None = None,
+) -> bytes:
+    """Return everything of a GGUF file before its data: metadata, tokenizer, and the tensors in the order of `choices`.
 
-    def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
-        self.folder = folder
-        self.files = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
-            self.files.update(dict.fromkeys(file.keys(), file))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of one tensor without reading it."""
-        return tuple(self.files[name].get_slice(name).get_shape())
-
-    def read(self, name: str) -> np.ndarray:
-        """Return one tensor in fp32: exact for the fp32, bf16 and fp16 we write."""
-        return self.files[name].get_tensor(name).float().numpy()
-
-    def account(self, planned: list[Planned]) -> None:
-        """Raise ExportError naming a tensor that one side has and the other has not."""
-        wanted = [source for tensor in planned for source in tensor.sources]
-        missing, unused = sorted(set(wanted) - set(self.files)), sorted(set(self.files) - set(wanted))
-        if missing:
-            raise ExportError(
-                "the GGUF file needs a tensor the weights do not have",
-                where=self.folder,
-                found=f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""),
-                todo="the checkpoint and its config disagree: make the checkpoint again",
-            )
-        if unused:
-            raise ExportError(
-                "the weights have a tensor that no GGUF tensor is made of",
-                where=self.folder,
-                found=unused[0] + (f", and {len(unused) - 1} more" if unused[1:] else ""),
-                expected="every tensor used exactly once",
-            )
-
-
-def tensor_type(tensor: Planned, file_type: str) -> GGMLQuantizationType:
-    """Return the type a tensor is stored in, in a file of the given type."""
-    return GGMLQuantizationType.F32 if tensor.always_f32 else GGMLQuantizationType[file_type]
-
-
-def write_gguf(path: Path, hf_folder: Path, config: ModelConfig, *, name: str, file_type: str) -> int:
-    """Write one GGUF file from an exported Hugging Face folder and return its tensor count.
-
-    Peak memory is one matrix in fp32 (one expert of a stack). ExportError when tensors do not add up.
+    `extra` are further keys: text, or unsigned 32-bit numbers.
     """
-    weights, planned = HfWeights(hf_folder), plan_tensors(config)
-    weights.account(planned)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.AFMOE])
-    try:
-        _add_model(writer, config, name, file_type)
-        _add_tokenizer(writer, hf_folder, config)
-        for tensor in planned:
-            shape = weights.shape(tensor.sources[0])
-            if tensor.stacked:
-                shape = (len(tensor.sources), *shape)
-            kind = tensor_type(tensor, file_type)
-            stored = shape if kind == GGMLQuantizationType.F32 else quant_shape_to_byte_shape(shape, kind)
-            item = np.dtype(np.float32 if kind == GGMLQuantizationType.F32 else np.uint8)
-            writer.add_tensor_info(tensor.name, stored, item, int(np.prod(stored)) * item.itemsize, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        assert writer.fout is not None
-        file = writer.fout[0]
-        writer.write_padding(file, file.tell())
-        for tensor in planned:
-            for source in tensor.sources:
-                file.write(quantize(weights.read(source), tensor_type(tensor, file_type)).tobytes())
-            writer.write_padding(file, file.tell())
-    finally:
-        writer.close()
-    return len(planned)
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.AFMOE])
+    _add_model(writer, config, name, file_type)
+    _add_tokenizer(writer, hf_folder, config)
+    for key, value in (extra or {}).items():
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+    shapes = tensor_shapes(config)
+    for tensor, choice in choices.items():
+        kind = GGMLQuantizationType[choice.type]
+        stored = shapes[tensor] if kind == GGMLQuantizationType.F32 else quant_shape_to_byte_shape(shapes[tensor], kind)
+        item = np.dtype(np.float32 if kind == GGMLQuantizationType.F32 else np.uint8)
+        writer.add_tensor_info(tensor, stored, item, math.prod(stored) * item.itemsize, raw_dtype=kind)
+    # The writer only knows files; given an open one it writes there.
+    file = io.BytesIO()
+    writer.fout, writer.state = [file], WriterState.EMPTY  # type: ignore[list-item]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.write_padding(file, file.tell())
+    return file.getvalue()
 
 
 def _add_model(writer: gguf.GGUFWriter, config: ModelConfig, name: str, file_type: str) -> None:
     """Everything llama.cpp's AFMoE loader reads about the model; what it hard-codes was checked before."""
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_file_type(FILE_TYPES[file_type])
+    writer.add_file_type(LlamaFileType(MIXES[file_type][1]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -240,13 +194,28 @@ def _add_tokenizer(writer: gguf.GGUFWriter, hf_folder: Path, config: ModelConfig
     writer.add_token_types(types)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]])
     ids = {text: index for index, text in enumerate(tokens)}
-    writer.add_bos_token_id(ids[settings["bos_token"]])
-    writer.add_eos_token_id(ids[settings["eos_token"]])
-    writer.add_eot_token_id(ids[settings["eos_token"]])
-    writer.add_pad_token_id(ids[settings["pad_token"]])
+    special = {key: _token_text(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
+    for key in special:
+        if special[key] not in ids:
+            raise ExportError(
+                "the tokenizer does not name a special token", where=hf_folder / "tokenizer_config.json",
+                found=f"{key}: {special[key]}", expected="a token of tokenizer.json", todo="name it there",
+            )  # fmt: skip
+    writer.add_bos_token_id(ids[special["bos_token"]])
+    writer.add_eos_token_id(ids[special["eos_token"]])
+    writer.add_eot_token_id(ids[special["eos_token"]])
+    writer.add_pad_token_id(ids[special["pad_token"]])
     # As in the HF form: plain text gets a BOS; llama.cpp takes it off a chat template that writes its own.
-    writer.add_add_bos_token(tokenizer["post_processor"] is not None)
-    writer.add_chat_template(settings["chat_template"])
+    writer.add_add_bos_token(tokenizer.get("post_processor") is not None)
+    template = hf_folder / "chat_template.jinja"
+    writer.add_chat_template(
+        template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template") or ""
+    )
+
+
+def _token_text(entry: Any) -> str:
+    """Return a special token of tokenizer_config.json, which may be text or an object."""
+    return str(entry.get("content") if isinstance(entry, dict) else entry)
 
 
 def vocabulary(tokenizer: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
@@ -270,32 +239,60 @@ def vocabulary(tokenizer: dict[str, Any], rows: int) -> tuple[list[str], list[in
 def differing_tensors(path: Path, hf_folder: Path, config: ModelConfig, file_type: str) -> Iterator[str]:
     """Yield, for each tensor of a written file that does not hold its source weights, a line saying so.
 
-    Every tensor is read back. F32 must be equal bit by bit, BF16 within half of its last place, Q8_0 within
-    half a step (a step is the largest value of a block of 32 over 127).
+    Every tensor is read back with gguf's own decoder. F32 must be equal bit by bit, BF16 within half of its last place,
+    Q8_0 within half a step of each block, other types within the usual error of the type over a whole matrix.
     """
-    weights = HfWeights(hf_folder)
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    shards = Shards(hf_folder)
+    reader = gguf.GGUFReader(path)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
     planned = plan_tensors(config)
+    choices = choose_types(
+        tensor_shapes(config), file_type, layers=config.num_hidden_layers, experts=config.num_experts,
+        importance=reader.get_field("quantize.imatrix.file") is not None,
+    )  # fmt: skip
     yield from (f"{tensor.name} is missing" for tensor in planned if tensor.name not in stored)
     yield from (f"{name} does not belong there" for name in sorted(stored.keys() - {t.name for t in planned}))
     for tensor in planned:
         if tensor.name not in stored:
             continue
-        kind, found_kind = tensor_type(tensor, file_type), stored[tensor.name].tensor_type
+        kind, found_kind = GGMLQuantizationType[choices[tensor.name].type], stored[tensor.name].tensor_type
         if found_kind != kind:
             yield f"{tensor.name} is stored as {found_kind.name}, not {kind.name}"
             continue
         parts = stored[tensor.name].data if tensor.stacked else [stored[tensor.name].data]
         for source, part in zip(tensor.sources, parts, strict=True):
-            wanted, found = weights.read(source), dequantize(np.asarray(part), kind)
-            if wanted.shape != found.shape or (np.abs(found - wanted) > _room(wanted, kind)).any():
+            if not _same(shards.read(source), dequantize(np.asarray(part), kind), kind):
                 yield f"{tensor.name} differs from {source}"
+    shards.close()
+
+
+LARGEST_ERROR = {
+    "Q6_K": 0.05,
+    "Q5_K": 0.09,
+    "Q5_1": 0.09,
+    "Q5_0": 0.1,
+    "Q4_K": 0.16,
+    "Q4_1": 0.16,
+    "Q4_0": 0.2,
+    "Q3_K": 0.3,
+}
+"""Root mean square error over that of the weights: about twice what bell-shaped weights have. Other weights: above 1."""
+
+
+def _same(wanted: np.ndarray, found: np.ndarray, kind: GGMLQuantizationType) -> bool:
+    if wanted.shape != found.shape:
+        return False
+    if kind.name in LARGEST_ERROR:
+        off = np.square(found - wanted, dtype=np.float64).mean()
+        return bool(off <= LARGEST_ERROR[kind.name] ** 2 * np.square(wanted, dtype=np.float64).mean())
+    return not (np.abs(found - wanted) > _room(wanted, kind)).any()
 
 
 def _room(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """Return how far from `values` a stored type may lie, element by element."""
+    """Return how far from `values` a stored type may be, element by element."""
     if kind == GGMLQuantizationType.Q8_0:
         largest = np.abs(values).reshape(-1, 32).max(axis=1, keepdims=True)
         # Half a step, and what keeping the step as fp16 adds at full range (2**-25: fp16 subnormals).
         return np.broadcast_to(largest * (0.5 / 127 + 2**-11) + 127 * 2**-25, (largest.size, 32)).reshape(values.shape)
-    return np.abs(values) * (2**-8 if kind == GGMLQuantizationType.BF16 else 0.0)
+    rounding = {GGMLQuantizationType.BF16: 2**-8, GGMLQuantizationType.F16: 2**-10}.get(kind, 0.0)
+    return np.abs(values) * rounding + (2**-24 if kind == GGMLQuantizationType.F16 else 0)

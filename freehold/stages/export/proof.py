@@ -98,7 +98,7 @@ def prove_gguf(
         failures += _compare_conversations(
             tokenizer, lambda m, tools: llama.tokenize(llama.render(m, tools), specials=True)
         )
-    limit = {"F32": limits.max_kl_exact, "BF16": limits.max_kl_bf16, "Q8_0": limits.max_kl_q8_0}[file_type]
+    limit: float = getattr(limits, "max_kl_exact" if file_type == "F32" else f"max_kl_{file_type.lower()}")
     failures += _gate(agreement, limit, exact=file_type == "F32")
     return {
         "runtime": f"llama.cpp in xllamacpp {package_versions()['xllamacpp']}, fp32 cache, no flash attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.stages.export.check import check, check_tokenizer
 from freehold.stages.export.config import ExportConfig
-from freehold.stages.export.gguf_writer import write_gguf
+from freehold.stages.export.files import write_files
 from freehold.stages.export.proof import Record, experts_heard, prove_gguf, prove_hf
 from freehold.stages.export.reference import passages, settled
 from freehold.tokenizer.bpe import Tokenizer
@@ -41,7 +42,7 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
         )
     checkpoint = work.input(stage) / name
     model_config, state = read_model(checkpoint)
-    reasons = check(model_config, config.types)
+    reasons = check(model_config)
     reasons += check_tokenizer(read_json(checkpoint / TOKENIZER_FILES[0]), model_config)
     if reasons:
         raise ExportError("this model cannot be exported", where=checkpoint, found="\n            ".join(reasons))
@@ -54,8 +55,11 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
     write_json(hf / "generation_config.json", _generation(config, tokenizer))
     work.log.say(f"hf/: {_megabytes(hf)}")
     files: dict[str, Path] = {kind: work.folder / "gguf" / f"{config.name}-{kind}.gguf" for kind in config.types}
-    for kind, path in files.items():
-        write_gguf(path, hf, model_config, name=config.name, file_type=kind)
+    for path in files.values():  # a stage that starts again starts from the beginning
+        path.unlink(missing_ok=True)
+    if files:
+        write_files(hf, model_config, files, name=config.name, say=work.log.say)
+    for path in files.values():
         work.log.say(f"gguf/{path.name}: {_megabytes(path)}")
 
     rounded = {name: _rounded(tensor, dtype) for name, tensor in state.items()}
@@ -64,7 +68,7 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
     write_json(work.folder / "parity.json", parity)
     failures = [f"{name}: {line}" for name, record in parity["exports"].items() for line in record["failures"]]
     if failures:
-        lossy = all(line.startswith(("BF16: mean KL", "Q8_0: mean KL")) for line in failures)
+        lossy = all(re.match(r"(BF16|Q\w+): mean KL", line) for line in failures)
         raise ExportError(
             "an export is not the model it was made from",
             where=work.folder / "parity.json",
