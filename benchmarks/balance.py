@@ -35,13 +35,13 @@ import torch
 
 from freehold.core.artifact import package_versions
 from freehold.core.log import Log
+from freehold.core.machine import cpu_name
 from freehold.data.loader import PhaseRows, TextOrder
 from freehold.data.shards import ShardSet
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig, SignConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
-from freehold.run.walk import cpu_name
 from freehold.tokenizer.bpe import END_OF_TEXT
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.job import Job

@@ -29,12 +29,12 @@ import torch
 
 from freehold.core.artifact import package_versions, write_atomic
 from freehold.core.log import Log, read_metrics
+from freehold.core.machine import cpu_name
 from freehold.data.loader import PhaseRows, Source, TextOrder
 from freehold.data.packing import Batch
 from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
-from freehold.run import walk
 from freehold.trainer.config import CollapseConfig, TrainerConfig
 from freehold.trainer.job import Job
 from freehold.trainer.loop import Trainer
@@ -229,7 +229,7 @@ def main() -> int:
         "fault": {"first_step": FAULT, "experts": PUSHED, "logit": PUSH},
         "seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(time.process_time(), 1),
-        "cpu": walk.cpu_name(),
+        "cpu": cpu_name(),
         "versions": package_versions(),
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
     }

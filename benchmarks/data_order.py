@@ -50,6 +50,7 @@ from freehold.checkpoint import dcp
 from freehold.core.artifact import package_versions
 from freehold.core.config import fill, load_yaml
 from freehold.core.log import Log
+from freehold.core.machine import cpu_name
 from freehold.data.buffer import BufferOrder, DocumentBuffer
 from freehold.data.loader import PhaseRows, Source, TextOrder, generator
 from freehold.data.shards import ShardSet
@@ -57,7 +58,6 @@ from freehold.losses.cross_entropy import summed_nll
 from freehold.model.afmoe import Afmoe
 from freehold.optim.config import PhaseConfig
 from freehold.optim.schedule import Schedule
-from freehold.run import walk
 from freehold.run.figure import BLUE, GREEN, MUTED, ORANGE, STYLE
 from freehold.stages.pretrain.config import PretrainConfig
 from freehold.tokenizer.bpe import END_OF_TEXT
@@ -373,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "seconds": round(time.monotonic() - started, 1),
             "load_before_after": [load_before, os.getloadavg()],
             "threads": args.threads,
-            "cpu": walk.cpu_name(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "memory_bytes": psutil.virtual_memory().total,
             "versions": package_versions(),

@@ -190,7 +190,9 @@ def poison(inputs: Path, undisturbed: Path) -> None:
                     data = data[:at] + noise + data[at + len(noise) :]
         path.write_bytes(data)
     manifest = read_manifest(inputs / "tokenize")
-    record = {k: manifest[k] for k in ("config", "config_sha256", "code_sha256", "inputs", "seed", "run", "seconds")}
+    record = {
+        k: manifest[k] for k in ("config", "config_sha256", "contract", "code", "inputs", "seed", "run", "seconds")
+    }
     write_manifest(inputs / "tokenize", kind="tokenize", counts=manifest["counts"], **record)
 
 

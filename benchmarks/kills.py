@@ -24,8 +24,9 @@ from typing import Any
 
 import psutil
 
-from freehold.core.artifact import package_versions
-from freehold.run import walk
+from freehold.core.artifact import KEY, package_versions
+from freehold.core.machine import cpu_name
+from freehold.run.layout import WALK
 
 
 def command(recipe: Path, runs: Path, name: str) -> list[str]:
@@ -34,11 +35,11 @@ def command(recipe: Path, runs: Path, name: str) -> list[str]:
 
 def hashes(run: Path) -> dict[str, str]:
     """Return the content hash of each stage."""
-    return {s: json.loads((run / s / "manifest.json").read_text())["content_sha256"] for s in walk.WALK}
+    return {s: json.loads((run / s / "manifest.json").read_text())["content_sha256"] for s in WALK}
 
 
 def begun(run: Path, stage: str) -> bool:
-    return (run / stage / walk.KEY).exists()
+    return (run / stage / KEY).exists()
 
 
 def finished(run: Path, stage: str) -> bool:
@@ -76,9 +77,9 @@ def main() -> int:
     subprocess.run(command(args.recipe, work, "whole"), check=True)
     whole_s = time.monotonic() - started
     expected = hashes(work / "whole")
-    seconds = {s: json.loads((work / "whole" / s / "manifest.json").read_text())["seconds"] for s in walk.WALK}
+    seconds = {s: json.loads((work / "whole" / s / "manifest.json").read_text())["seconds"] for s in WALK}
     print(f"undisturbed: {whole_s:.0f} s, {seconds}", flush=True)
-    stages = list(walk.WALK)
+    stages = list(WALK)
     plan = [stages[i % len(stages)] for i in range(args.kills)]
     kills: list[dict[str, Any]] = []
     differing: list[str] = []
@@ -104,7 +105,7 @@ def main() -> int:
         "runs": args.runs,
         "differing": differing,
         "undisturbed_s": round(whole_s, 1),
-        "cpu": walk.cpu_name(),
+        "cpu": cpu_name(),
         "versions": package_versions(),
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
     }

@@ -243,6 +243,9 @@ def _walk_flags(parser: argparse.ArgumentParser) -> None:
         help="make again what is damaged or was made by another recipe or code; a single stage: always",
     )
     parser.add_argument("--fork", default="", metavar="NAME", help="keep this run; make the changed one as runs/NAME")
+    parser.add_argument(
+        "--strict-code", action="store_true", help="refuse stages that other code made, instead of warning"
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
     parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
@@ -250,7 +253,8 @@ def _walk_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from freehold.parallel import launch
-    from freehold.run import walk
+    from freehold.run import processes, walk
+    from freehold.run.recipe import resolve
 
     if launch.place() is not None:
         raise ConfigError(
@@ -260,11 +264,13 @@ def _run(args: argparse.Namespace) -> int:
             todo="run the other stages without the launcher: `freehold run RECIPE until=tokenize`",
         )
 
-    recipe = walk.resolve(args.recipe, args.overrides, fork=args.fork)
+    recipe = resolve(args.recipe, args.overrides, fork=args.fork)
     if args.dry_run:
-        return _show_plan(recipe, list(walk.WALK), args.json)
-    options = walk.Options(clean=args.clean, fork=args.fork, quiet=args.quiet or args.json)
-    with walk.locked(recipe.run_folder) as lock:
+        return _show_plan(recipe, list(recipe.stages), args.json, args.strict_code)
+    options = processes.Options(
+        clean=args.clean, fork=args.fork, strict_code=args.strict_code, quiet=args.quiet or args.json
+    )
+    with processes.locked(recipe.run) as lock:
         done = walk.run_walk(recipe, options, lock)
         from freehold.run import report
 
@@ -282,43 +288,43 @@ def _run(args: argparse.Namespace) -> int:
 
 def _stage(args: argparse.Namespace) -> int:
     from freehold.parallel import launch
-    from freehold.run import walk
+    from freehold.run import processes, walk
+    from freehold.run.recipe import resolve
 
-    recipe = walk.resolve(args.recipe, args.overrides, stage=args.stage, fork=args.fork)
+    recipe = resolve(args.recipe, args.overrides, stage=args.stage, fork=args.fork)
     if args.dry_run:
-        return _show_plan(recipe, [args.stage], args.json)
+        return _show_plan(recipe, [args.stage], args.json, args.strict_code)
     quiet = args.quiet or (args.json and not args.parent)
-    options = walk.Options(clean=args.clean, fork=args.fork, quiet=quiet)
+    options = processes.Options(clean=args.clean, fork=args.fork, strict_code=args.strict_code, quiet=quiet)
     if args.parent:
-        walk.die_with(args.parent)
+        processes.die_with(args.parent)
         manifest = walk.run_stage(recipe, args.stage, options)
     elif not launch.leads():  # the first rank holds the folder
         manifest = walk.run_stage(recipe, args.stage, options)
     else:
-        with walk.locked(recipe.run_folder):
+        with processes.locked(recipe.run):
             if args.fork:
-                walk.take_over_before(recipe, args.stage)
+                walk.reuse_before(recipe, args.stage, options)
             manifest = walk.run_stage(recipe, args.stage, options)
     if args.json:
         print(json.dumps({"folder": str(recipe.run_folder / args.stage), "counts": manifest["counts"]}))
     return 0
 
 
-def _show_plan(recipe: Any, stages: list[str], as_json: bool) -> int:
-    import importlib
-
+def _show_plan(recipe: Any, stages: list[str], as_json: bool, strict_code: bool = False) -> int:
     from freehold.core.config import to_yaml
     from freehold.core.errors import ArtifactError
     from freehold.run import walk
 
     plans = {}
     for stage in stages:
-        config = recipe.stages[stage]
+        each = recipe.stages[stage]
+        config, lines = each.config, each.stage.plan(each.config)
         try:
-            state, changes = walk.state_of(recipe, stage)
+            found = walk.state_of(each, strict_code=strict_code)
+            state, changes = str(found.what), list(found.changes)
         except ArtifactError:
             state, changes = "waits for its inputs", []
-        lines = importlib.import_module(f"freehold.stages.{stage}.config").plan(config)
         plans[stage] = {"state": state, "changes": changes, "plan": lines, "config": config.model_dump(mode="json")}
     if as_json:
         print(json.dumps({"run": str(recipe.run_folder), "stages": plans}))
@@ -342,9 +348,9 @@ def _serve(args: argparse.Namespace) -> int:
     data |= {key: getattr(args, key) for key in ("host", "port") if getattr(args, key) is not None}
     config = fill(ServeConfig, data, "serve")
     if args.parent:
-        from freehold.run import walk
+        from freehold.run import processes
 
-        walk.die_with(args.parent)
+        processes.die_with(args.parent)
     from freehold.stages.serve.run import serve
 
     serve(config)
@@ -476,10 +482,10 @@ def _plan(args: argparse.Namespace) -> int:
     from freehold.planner.published import PRESETS
 
     if args.recipe.endswith((".yaml", ".yml")):
-        from freehold.run import walk
+        from freehold.run.recipe import resolve
 
-        recipe = walk.resolve(Path(args.recipe))
-        data = plan_of_recipe(recipe.head.name, recipe.stages["pretrain"].model_dump(mode="json"))
+        recipe = resolve(Path(args.recipe))
+        data = plan_of_recipe(recipe.head.name, recipe.stages["pretrain"].config.model_dump(mode="json"))
     elif args.recipe in PRESETS:
         data = {"name": args.recipe, **PRESETS[args.recipe]}
     else:
@@ -521,9 +527,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _schema(args: argparse.Namespace) -> int:
-    from freehold.run import walk
+    from freehold.run.layout import TALK, WALK
 
-    print(json.dumps(walk.stage_config_class(args.stage).model_json_schema(), indent=1))
+    stage = {**WALK, TALK.name: TALK}[args.stage]
+    print(json.dumps(stage.config_class().model_json_schema(), indent=1))
     return 0
 
 

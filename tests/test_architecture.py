@@ -151,11 +151,11 @@ def test_third_party_package_belongs_to_one_room():
     "code",
     [
         "import freehold",
-        "import freehold.cli, freehold.run.walk, freehold.run.report, freehold.run.verify",
+        "import freehold.cli, freehold.run.processes, freehold.run.walk, freehold.run.report, freehold.run.verify",
         "import freehold.planner.show",
         "import freehold.parallel.supervise",
         "import freehold.core.document, freehold.run.trace, freehold.run.lineage, freehold.ledger.policy",
-        "from freehold.run import walk; [walk.stage_config_class(s) for s in [*walk.WALK, 'chat']]",
+        "from freehold.run.layout import TALK, WALK; [s.config_class() for s in [*WALK.values(), TALK]]",
     ],
 )
 def test_starts_without_torch(code):

@@ -15,7 +15,9 @@ import pytest
 
 from freehold import cli
 from freehold.core.errors import ConfigError
-from freehold.run import walk
+from freehold.run.layout import RunFolder
+from freehold.run.processes import Ended, StageFailed, locked, run_process
+from freehold.run.recipe import resolve
 
 RECIPE = "recipes/tiny.yaml"
 
@@ -80,17 +82,17 @@ def test_a_stage_hands_its_error_to_the_walk(tmp_path, capfd):
 
 @pytest.mark.parametrize("name", ["1e5", "007", "2024", "2024_01_15", "2024-01-15", "on", "1.50"])
 def test_a_run_is_called_what_is_written(name, tmp_path):
-    assert walk.resolve(Path(RECIPE), fork=name).head.name == name
-    assert walk.resolve(Path(RECIPE), [f"name={name}"]).head.name == name
-    assert walk.resolve(Path(RECIPE), [f'name="{name}"']).head.name == name
+    assert resolve(Path(RECIPE), fork=name).head.name == name
+    assert resolve(Path(RECIPE), [f"name={name}"]).head.name == name
+    assert resolve(Path(RECIPE), [f'name="{name}"']).head.name == name
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"base: {Path(RECIPE).resolve()}\nname: {name}\n")
-    assert walk.resolve(recipe).head.name == name
+    assert resolve(recipe).head.name == name
 
 
 def test_a_name_that_is_no_text():
     with pytest.raises(ConfigError, match="name"):
-        walk.resolve(Path(RECIPE), ["name=null"])
+        resolve(Path(RECIPE), ["name=null"])
 
 
 CHILD = """
@@ -120,17 +122,19 @@ def test_a_signal_for_the_walk_reaches_the_stage_once_and_is_waited_for(number, 
     handler = signal.getsignal(number)
     presser = threading.Thread(target=press)
     presser.start()
-    with walk.locked(tmp_path) as lock:
-        found = walk.in_own_process([sys.executable, "-c", CHILD, str(ready)], lock)
+    with locked(RunFolder(tmp_path)) as lock:
+        found = run_process([sys.executable, "-c", CHILD, str(ready)], lock)
     presser.join()
-    assert found == (0, {"signals": [number]}, True)
+    assert found == Ended(0, {"signals": [number]}, asked=True)
     assert signal.getsignal(number) == handler
     assert capsys.readouterr().err == "a library chats\n"
 
 
 def test_a_suspended_walk_suspends_its_stage(tmp_path):
     """Ctrl-Z stops both, and `fg` lets both go on."""
-    code = "import sys; from freehold.run import walk; print(walk.in_own_process([sys.executable, *sys.argv[1:]], 2))"
+    code = (
+        "import sys; from freehold.run import processes as p; print(p.run_process([sys.executable, *sys.argv[1:]], 2))"
+    )
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(0.5); print(1)"
     process = subprocess.Popen([sys.executable, "-c", code, "-c", child], stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "pid").exists() or not (pid := (tmp_path / "pid").read_text()):
@@ -144,7 +148,7 @@ def test_a_suspended_walk_suspends_its_stage(tmp_path):
     process.send_signal(signal.SIGCONT)
     out, _ = process.communicate()
     assert process.returncode == 0
-    assert out == "(0, {}, False)\n"
+    assert out == "Ended(code=0, answer={}, asked=False)\n"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +163,7 @@ def test_a_suspended_walk_suspends_its_stage(tmp_path):
     ],
 )
 def test_how_a_stage_ended(code, exit_code, says):
-    error = walk.StageFailed("pretrain", code)
+    error = StageFailed("pretrain", code)
     assert error.code == exit_code
     assert says in error.what
     assert error.todo

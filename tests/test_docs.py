@@ -13,7 +13,8 @@ import pytest
 
 from freehold import cli
 from freehold.core.document import Conversation, Document
-from freehold.run import walk
+from freehold.run.layout import WALK
+from freehold.run.recipe import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -79,19 +80,19 @@ def test_commands_exist(path):
 def test_overrides_are_accepted(path):
     """Each `key=value` shown for the laptop recipe (or RECIPE) fills a real key with a valid value."""
     for verb, rest in commands(path):
-        if verb not in walk.WALK and verb != "run":
+        if verb not in WALK and verb != "run":
             continue
         words = shlex.split(rest)
         if not words or words[0] not in {"RECIPE", "recipes/laptop.yaml"}:
             continue
         overrides = [word for word in words[1:] if "=" in word and not word.startswith("--")]
-        walk.resolve(ROOT / "recipes/laptop.yaml", overrides, stage="" if verb == "run" else verb)
+        resolve(ROOT / "recipes/laptop.yaml", overrides, stage="" if verb == "run" else verb)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=page_id)
 def test_recipes_resolve(path):
-    recipe = walk.resolve(path)
-    assert set(recipe.stages) == set(walk.WALK)
+    recipe = resolve(path)
+    assert set(recipe.stages) == set(WALK)
 
 
 def test_recipes_in_documents_resolve(tmp_path):
@@ -103,7 +104,7 @@ def test_recipes_in_documents_resolve(tmp_path):
     assert whole, "docs/own-data.md shows at least one"
     for page, block in whole:
         (tmp_path / "shown.yaml").write_text(block, encoding="utf-8")
-        assert walk.resolve(tmp_path / "shown.yaml").head.name, page_id(page)
+        assert resolve(tmp_path / "shown.yaml").head.name, page_id(page)
 
 
 def test_formats_name_every_column_and_metric():
@@ -117,14 +118,14 @@ def test_formats_name_every_column_and_metric():
 
 def test_every_stage_has_its_page():
     pages = {path.stem for path in (ROOT / "docs/stages").glob("*.md")}
-    assert pages == set(walk.WALK), "docs/stages/"
+    assert pages == set(WALK), "docs/stages/"
     for path in (ROOT / "docs/stages").glob("*.md"):
         assert len(text_of(path).splitlines()) <= 60, f"{page_id(path)} is longer than a page"
 
 
 def corpus_pins_beside_text() -> list[str]:
     """Return the lines of recipes/corpus.txt whose package is no source of the laptop recipe."""
-    sources = walk.resolve(ROOT / "recipes/laptop.yaml").stages["gather"].sources.values()
+    sources = resolve(ROOT / "recipes/laptop.yaml").stages["gather"].config.sources.values()
     text = {getattr(source, "distribution", "") for source in sources}
     pins = re.findall(r"^([\w-]+==\S+)", text_of(ROOT / "recipes/corpus.txt"), re.M)
     return [pin for pin in pins if pin.partition("==")[0] not in text]

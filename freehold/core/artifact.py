@@ -24,10 +24,12 @@ from freehold.core.machine import machine_limits
 from freehold.core.version import VERSION
 
 MANIFEST = "manifest.json"
+KEY = "key.json"
+"""What a stage was started with."""
 PREVIEW = "log/trace.parquet"
 """Where a training stage writes, before its first step, which documents each step will see."""
 # What a stage writes for people, or about time: never part of what it made.
-NOT_CONTENT = {MANIFEST, "metrics.jsonl", "resolved.yaml", "timing.json", "key.json", "answers.jsonl"}
+NOT_CONTENT = {MANIFEST, "metrics.jsonl", "resolved.yaml", "timing.json", KEY, "answers.jsonl"}
 # The packages whose version can change bytes; those not installed are left out of the record.
 VERSIONED = [
     "torch",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 from functools import cache
 from pathlib import Path
 
@@ -62,3 +63,23 @@ def code_sha256(module: str) -> str:
     for path in reachable(module):
         digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+@cache
+def _contract(path: Path) -> int | None:
+    found = re.search(r"^CONTRACT = (\d+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def contract_versions(module: str) -> dict[str, int]:
+    """Return the contract version of everything `module` can run that declares one, by module: `{"data": 1}`.
+
+    A module declares `CONTRACT = N` and raises it when the bytes made from the same inputs change by intent: another
+    format, order of the data, use of the seed, or template. A module without one has version 1.
+    """
+    found = {}
+    for path in reachable(module):
+        if path.suffix == ".py" and (version := _contract(path)) is not None:
+            name = path.relative_to(PACKAGE).with_suffix("").as_posix().removesuffix("/__init__")
+            found[name.replace("/", ".")] = version
+    return found

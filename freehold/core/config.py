@@ -176,6 +176,46 @@ def fill(cls: type[C], data: dict[str, Any], where: str) -> C:
         raise _explain(cls, problem, where) from None
 
 
+def refill(cls: type[Config], recorded: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a recorded declaration as today's class fills it: removed settings go, new ones get their default.
+
+    Returned unchanged when today's class refuses it, or when a removed setting was not what its constant is now.
+    """
+    data = json.loads(json.dumps(recorded))
+    while True:
+        try:
+            return cls.model_validate(data).model_dump(mode="json")
+        except pydantic.ValidationError as error:
+            unknown = [p["loc"] for p in error.errors() if p["type"] == "extra_forbidden"]
+            if not unknown or not all(_remove(data, loc, where) for loc in unknown):
+                return recorded
+
+
+def _remove(data: Any, location: tuple[Any, ...], where: str) -> bool:
+    """Remove a setting that is a constant now from recorded data; return whether its value was the constant's."""
+    constant = _removed(".".join([where, *map(str, location)]))
+    for part in location[:-1]:
+        if isinstance(data, list) or part in data:  # else: the tag of a union
+            data = data[part]
+    if constant is None or location[-1] not in data:
+        return False
+    value = data.pop(location[-1])
+    stated = _parse(constant.partition(" = ")[2].partition(",")[0])
+    return value is True if isinstance(value, bool) and not isinstance(stated, bool) else _number(stated) == value
+
+
+def _number(value: Any) -> Any:
+    """Return a number that YAML left as text (`1e-8`) as a number."""
+    with contextlib.suppress(TypeError, ValueError):
+        return float(value)
+    return value
+
+
+def _removed(key: str) -> str | None:
+    """Return the constant that a removed setting became."""
+    return next((constant for pattern, constant in REMOVED.items() if fnmatch.fnmatchcase(key, pattern)), None)
+
+
 def to_yaml(config: pydantic.BaseModel | dict[str, Any]) -> str:
     """Return a filled config as YAML text: the form kept with the result."""
     data = config if isinstance(config, dict) else config.model_dump(mode="json")
@@ -196,10 +236,9 @@ def unknown_key(where: object, name: str, known: typing.Sequence[str]) -> Config
     """Return the error for a key that is none of `known`; it names the successor, the nearest, or all of them."""
     if name in RENAMED:
         return ConfigError("this key was renamed", where=where, expected=RENAMED[name])
-    for pattern, constant in REMOVED.items():
-        if fnmatch.fnmatchcase(str(where), pattern):
-            todo = f"take the key out of the recipe; its value is now the constant in freehold/{constant}"
-            return ConfigError("this setting was removed: it is a constant now", where=where, found=name, todo=todo)
+    if constant := _removed(str(where)):
+        todo = f"take the key out of the recipe; its value is now the constant in freehold/{constant}"
+        return ConfigError("this setting was removed: it is a constant now", where=where, found=name, todo=todo)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     todo = f"did you mean `{near[0]}`?" if near else f"known keys here: {', '.join(known)}"
     return ConfigError("unknown key", where=where, found=name, todo=todo)

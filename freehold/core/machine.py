@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,3 +74,22 @@ def check_memory_fits(needed_bytes: int, what: str, where: str, todo: str | None
             expected=f"less than {has_bytes / 1e9:,.0f} GB",
             todo=todo,
         )
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the system reports it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def program() -> str:
+    """Return how a user types `freehold` here: its path when the shell would not find it."""
+    if shutil.which("freehold"):
+        return "freehold"
+    path = Path(sys.executable).parent / "freehold"
+    if not path.exists():
+        return f"{sys.executable} -m freehold.cli"
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

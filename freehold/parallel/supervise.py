@@ -30,6 +30,7 @@ import psutil
 from freehold.core.artifact import write_json
 from freehold.core.errors import ArtifactError, FreeholdError
 from freehold.core.machine import FULL, disk_error
+from freehold.core.process import forward_signals, split_answer
 from freehold.parallel import launch
 from freehold.parallel.config import SuperviseConfig
 from freehold.parallel.heartbeat import DUMP, read_beat
@@ -90,11 +91,9 @@ class _Watched:
         return self.rank.process.returncode
 
     def told(self) -> dict[str, Any] | None:
-        """Return the error the rank told as JSON, as `--json` makes it."""
-        for line in reversed(self.rank.out.read_text(encoding="utf-8", errors="replace").splitlines()):
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                return dict(json.loads(line)["error"])
-        return None
+        """Return the error the rank reported as JSON, as `--json` makes it."""
+        error = split_answer(self.rank.out.read_text(encoding="utf-8", errors="replace"))[0].get("error")
+        return error if isinstance(error, dict) else None
 
     def record(self, now: float, by_us: bool) -> dict[str, Any]:
         code = self.code
@@ -160,7 +159,7 @@ class Supervisor:
         KeyboardInterrupt when the user asked to stop and the ranks have.
         """
         futile, full_times, full_since, before = 0, 0, 0.0, self.newest_step()
-        with self._signals():
+        with forward_signals(self._pass_on, self.asked, self._note_resume):
             while True:
                 self.number += 1
                 end = self._one_world()
@@ -375,32 +374,14 @@ class Supervisor:
             self.echo(line)
         return said + len(whole)
 
-    def _pass_on(self, number: int, _: object = None) -> None:
+    def _pass_on(self, number: int) -> None:
         for rank in self.ranks:
             rank.send(number)
 
-    def _ask(self, number: int, _: object) -> None:
-        self.asked.append(number)
-        self._pass_on(number)
-
-    def _suspend(self, *_: object) -> None:
-        self._pass_on(signal.SIGSTOP)
-        signal.raise_signal(signal.SIGSTOP)  # and here it goes on, some day
-        self._pass_on(signal.SIGCONT)
+    def _note_resume(self) -> None:
         self.resumed = time.monotonic()
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self.asked:
             time.sleep(POLL_S)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """While open, pass SIGINT and SIGTERM on to the ranks, which finish their step and save; suspend with them."""
-        handlers: dict[int, Any] = {signal.SIGINT: self._ask, signal.SIGTERM: self._ask, signal.SIGTSTP: self._suspend}
-        before = {n: signal.signal(n, handlers[n]) for n in handlers if signal.getsignal(n) != signal.SIG_IGN}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

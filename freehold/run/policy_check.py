@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from freehold.core.artifact import MANIFEST
 from freehold.ledger.policy import SEVERITY, Claim, Decision, Policy, Verdict, judge_row, refusal
+from freehold.run.layout import CURATE, WALK, RunFolder
 from freehold.run.trace import Tables, learned_from, listed, read_checkpoints, readable
 
 RIGHTS = "source, source_version, kind, wrapper_licence, licence, licence_evidence, licence_confidence, teacher"
@@ -78,16 +78,17 @@ def before_stage(
     `config` is the stage's own, `rewritten` the policy for what a teacher wrote. An export is judged for the uses it
     names (`uses`) besides those of the policy.
     """
-    if not (run_folder / "curate" / MANIFEST).exists():
-        return  # the parent of a branch lies elsewhere, and was judged there
-    if stage == "pretrain":
+    gate = WALK[stage].gate
+    if not gate or not RunFolder(run_folder).finished(CURATE):
+        return  # the parent of a branch is in another run, and was judged there
+    if gate == "mixture":
         weights = [phase.get("mixture") or {} for phase in config.get("phases", {}).values()]
         # A phase without a mixture reads every source.
         named = {source for phase in weights for source, weight in phase.items() if weight} if all(weights) else ()
         hold("the mixture", corpus(run_folder, policy, rewritten, sources=tuple(named), kind="document"))
-    elif stage == "align":
+    elif gate == "alignment set":
         hold("the alignment set", corpus(run_folder, policy, kind="conversation"))
-    elif stage == "export":
+    elif gate == "export":
         wanted, of_rewritten = (
             one.model_copy(update={"uses": tuple(dict.fromkeys([*one.uses, *config.get("uses", ())]))})
             for one in (policy, rewritten or policy)

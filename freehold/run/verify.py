@@ -24,9 +24,10 @@ from freehold.core.artifact import MANIFEST
 from freehold.core.errors import ConfigError, FreeholdError
 from freehold.core.table import Table
 from freehold.parallel.config import ParallelConfig
-from freehold.run import walk
+from freehold.run.layout import PRETRAIN as STAGE
+from freehold.run.layout import before, newest_step
+from freehold.run.recipe import Plan, resolve
 
-STAGE = "pretrain"
 SAME = ("step", "tokens", "phase", "skipped_steps", "data_sum")
 """What a checkpoint tells of its run that has to be the same however it was spread."""
 
@@ -49,14 +50,14 @@ def verify_resume(
         raise ConfigError("too few steps to kill a run between", where="--first, --more", expected="at least 1 and 2")
     if min(worlds, default=1) < 1:
         raise ConfigError("no such number of processes", where="--world", found=min(worlds), expected="at least 1")
-    recipe = walk.resolve(path, overrides, stage=STAGE)
-    own = recipe.stages[STAGE].parallel
+    recipe = resolve(path, overrides, stage=STAGE)
+    own = recipe.stages[STAGE].config.parallel
     settings = [*recipe.overrides, *_shortened(recipe, first, more)]
     variants = {n: _degrees(own, n) for n in [own.devices, *(w for w in worlds if w != own.devices)]}
     for degrees in variants.values():
-        walk.resolve(path, [*settings, *degrees])  # refused here, before anything starts
-    _freehold("run", str(path), *recipe.overrides, f"name={json.dumps(recipe.head.name)}", "until=tokenize")
-    scratch = recipe.run_folder / "verify-resume"
+        resolve(path, [*settings, *degrees])  # refused here, before anything starts
+    _freehold("run", str(path), *recipe.overrides, f"name={json.dumps(recipe.head.name)}", f"until={before(STAGE)[-1]}")
+    scratch = recipe.run.resume_check
     shutil.rmtree(scratch, ignore_errors=True)
 
     def command(name: str, processes: int) -> list[str]:
@@ -64,7 +65,7 @@ def verify_resume(
         return [STAGE, str(path), *settings, *variants[processes], *place, "--quiet"]
 
     def prepare(name: str) -> Path:
-        for stage in ("gather", "curate", "tokenize"):
+        for stage in before(STAGE):
             shutil.copytree(recipe.run_folder / stage, scratch / name / stage, copy_function=os.link)
         return scratch / name / STAGE
 
@@ -72,7 +73,7 @@ def verify_resume(
     _freehold(*command("straight", own.devices))
     killed = prepare("killed")
     _kill_after(command("killed", own.devices), killed, first)
-    left_at = _newest(killed)
+    left_at = newest_step(killed)
     results = []
     for processes in variants:
         folder = prepare(f"on_{processes}")
@@ -192,9 +193,9 @@ def _loss_difference(one: Path, other: Path, first: int) -> float:
     return max((abs(losses[0][step] - losses[1][step]) for step in both), default=0.0)
 
 
-def _shortened(recipe: walk.Recipe, first: int, more: int) -> list[str]:
+def _shortened(recipe: Plan, first: int, more: int) -> list[str]:
     """Return overrides that shorten the phases to `first + more` steps in proportion, each to one step at least."""
-    phases, total = recipe.stages[STAGE].phases, first + more
+    phases, total = recipe.stages[STAGE].config.phases, first + more
     if len(phases) > total:
         raise ConfigError("fewer steps than phases", where="--first, --more", found=total, expected=len(phases))
     whole = sum(phase.steps for phase in phases.values())
@@ -265,8 +266,3 @@ def _kill_after(arguments: Sequence[str], stage: Path, step: int) -> None:
             found="\n".join((stage.parent / "killed.txt").read_text(errors="replace").splitlines()[-5:]) or None,
             todo="raise --more",
         )
-
-
-def _newest(stage: Path) -> int:
-    """Return the step of the newest finished checkpoint."""
-    return max(int(path.parent.name[5:]) for path in stage.glob(f"checkpoints/step_*/{MANIFEST}"))

@@ -1,452 +1,289 @@
-"""The walk: which stage reads which, what is finished, what must be made, and in which order.
+"""The walk: which stages are finished, which must be made, and in which order.
 
-A stage is finished when its folder has a manifest whose key is today's: the same filled config, seed, inputs and code.
-Each stage that must be made runs in a process of its own, so that its bits do not depend on what ran before it.
+A stage is finished when its folder has a manifest whose key is today's: the same config, seed, contract versions and
+inputs. Each stage that must be made runs in its own process, so that its bits do not depend on what ran before it.
 Imports no torch: an up-to-date run answers in a second.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import fcntl
 import functools
 import importlib
-import json
 import os
 import platform
 import resource
 import shutil
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from pydantic import ConfigDict, Field
+from typing import Any, Literal
 
 from freehold.core import artifact
-from freehold.core.artifact import MANIFEST, Workspace, read_json, read_manifest, write_json, write_manifest
-from freehold.core.code import code_sha256
-from freehold.core.config import Config, difference, fill, load_recipe, merge, override, to_yaml, unknown_key
-from freehold.core.errors import ArtifactError, ConfigError, FreeholdError
+from freehold.core.artifact import Workspace, read_json, read_manifest, write_json, write_manifest
+from freehold.core.config import difference, refill, to_yaml
+from freehold.core.errors import ArtifactError
 from freehold.core.log import Log
-from freehold.core.machine import disk_error, machine_limits
+from freehold.core.machine import cpu_name, machine_limits
 from freehold.parallel import launch
-from freehold.parallel.supervise import Supervisor
 from freehold.run import policy_check
+from freehold.run.code_spans import add_span, other_code, other_contract, read_spans
+from freehold.run.layout import GATHER, KEPT_WHEN_MADE_AGAIN, REPHRASE, before, finished_parts, until
+from freehold.run.processes import Options, StageFailed, run_process, stage_command, supervise
+from freehold.run.recipe import Plan, StagePlan, resolve
 from freehold.run.step_documents import documents_of_step
 
-WALK: dict[str, tuple[str, ...]] = {
-    "gather": (),
-    "curate": ("gather",),
-    "rephrase": ("curate",),
-    "tokenize": ("curate", "rephrase"),
-    "pretrain": ("tokenize",),
-    "align": ("pretrain", "tokenize", "curate"),
-    "evaluate": ("pretrain", "align", "tokenize", "curate"),
-    "export": ("align",),
-    "serve": ("align",),
-}
-"""Each stage of the walk in order, and the stages it reads."""
-
-RESUMABLE = {"curate", "pretrain", "align"}
-"""Stages that go on from their own checkpoints (curate: from its shards); the others start again, each takes under a
-minute."""
-
-KEY = "key.json"
-
-
-class Head(Config):
-    """The part of a recipe that is about the whole run."""
-
-    model_config = ConfigDict(coerce_numbers_to_str=True)  # a run may be called 2024
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run folder below runs_dir")
-    seed: int = Field(0, ge=0, lt=2**63, description="the one seed every random choice follows from")
-    runs_dir: Path = Field(Path("runs"), description="where run folders lie")
-    until: str = Field("serve", description="last stage of the walk to run")
+MOST_CHANGES = 12
+"""Differences shown of a stage that was made by another recipe; the rest is counted."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A filled recipe: the head and each stage's declaration."""
+class State:
+    """A stage's folder compared with its plan."""
 
-    head: Head
-    stages: dict[str, Any]
-    path: Path
-    overrides: tuple[str, ...]
-
-    @property
-    def run_folder(self) -> Path:
-        """Return the folder of the run."""
-        return self.head.runs_dir / self.head.name
+    what: Literal["done", "stale", "started", "absent"]
+    changes: tuple[str, ...] = ()
+    other_code: str = ""
+    """What made it, when that is not this program's code: `theirs -> ours`."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line adds to a recipe."""
+def state_of(stage: StagePlan, *, verify: bool = False, strict_code: bool = False) -> State:
+    """Compare a stage's folder with its plan: files by size, with `verify` also by hash.
 
-    clean: bool = False
-    fork: str = ""
-    parent: int = 0
-    quiet: bool = False
-
-
-def stage_config_class(stage: str) -> type[Config]:
-    """Return the declaration of a stage, without importing torch."""
-    module = importlib.import_module(f"freehold.stages.{stage}.config")
-    return getattr(module, f"{stage.capitalize()}Config")  # type: ignore[no-any-return]
-
-
-def resolve(path: Path, overrides: Sequence[str] = (), stage: str = "", fork: str = "") -> Recipe:
-    """Fill a recipe: its base, itself, then dotted overrides (relative to `stage` when one is given).
-
-    Raises ConfigError naming the key, its neighbour, what was found and what was expected.
+    Other code is a change only with `strict_code`. Raises ArtifactError when an input is not finished.
     """
-    data = load_recipe(path)
-    full = []
-    for item in overrides:
-        first = item.removeprefix("--").partition("=")[0].partition(".")[0]
-        whole = first in WALK or first in Head.model_fields
-        full.append(item if whole or not stage else f"{stage}.{item.removeprefix('--')}")
-    data = override(data, full)
-    if fork:
-        data = merge(data, {"name": fork})
-    known = [*Head.model_fields, *WALK]
-    for key in data:
-        if key not in known:
-            raise unknown_key(path, str(key), known)
-    head = {key: value for key, value in data.items() if key not in WALK}
-    filled = fill(Head, head, "")
-    if filled.until not in WALK:
-        raise ConfigError("no such stage", where="until", found=filled.until, expected=", ".join(WALK))
-    stages = {}
-    for name in WALK:
-        section = data.get(name) or {}
-        if not isinstance(section, dict):
-            raise ConfigError("a stage's section is not a mapping", where=name, found=type(section).__name__)
-        stages[name] = fill(stage_config_class(name), section, name)
-    return Recipe(filled, stages, path, tuple(full))
-
-
-def key_of(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """Return all that decides a stage's bytes: config, seed, code, and the content of its inputs.
-
-    How the work is spread over processes is not among it, so that a run can go on with more or fewer of them: it
-    changes the order of sums, nothing else, and each checkpoint says what it was.
-    Raises ArtifactError when an input is not finished.
-    """
-    folder = recipe.run_folder
-    return {
-        "config": {k: v for k, v in recipe.stages[stage].model_dump(mode="json").items() if k != "parallel"},
-        "seed": recipe.head.seed,
-        "code_sha256": code_sha256(f"freehold.stages.{stage}.run"),
-        "inputs": {name: read_manifest(folder / name, kind=name)["content_sha256"] for name in WALK[stage]},
-    }
-
-
-def state_of(recipe: Recipe, stage: str, *, verify: bool = False) -> tuple[str, list[str]]:
-    """Return (done | stale | started | absent, differences) of a stage's folder against the recipe.
-
-    Files are compared by size, with `verify` also by hash.
-    """
-    folder = recipe.run_folder / stage
-    finished = (folder / MANIFEST).exists()
-    key = key_of(recipe, stage)
-    if not finished and not (folder / KEY).exists():
-        return "absent", []
+    finished, key_file = stage.run.finished(stage.name), stage.run.key(stage.name)
+    key = stage.key()
+    if not finished and not key_file.exists():
+        return State("absent")
     try:
-        old = read_manifest(folder, kind=stage) if finished else read_json(folder / KEY)
+        old = read_manifest(stage.folder, kind=stage.name) if finished else read_json(key_file)
     except ArtifactError as error:
-        return "stale", [f"{folder}: {str(error).splitlines()[0]}"]
-    changes = difference({name: old.get(name) for name in key}, key)
+        return State("stale", (f"{stage.folder}: {str(error).splitlines()[0]}",))
+    changes = key_changes(stage, old, key)
+    code = other_code(old, stage.code_sha256())
+    if code and strict_code:
+        changes.append(f"code: {code}")
     if finished:
-        for name, record in old["files"].items():
-            path = folder / name
-            if not path.exists() or path.stat().st_size != record["bytes"]:
-                changes.append(f"{path}: missing or of another size")
-            elif verify and artifact.sha256_file(path) != record["sha256"]:
-                changes.append(f"{path}: its hash differs")
+        changes += _file_changes(stage.folder, old["files"], verify)
     if changes:
-        return "stale", changes
-    return ("done" if finished else "started"), []
+        return State("stale", tuple(changes), code)
+    return State("done" if finished else "started", (), code)
 
 
-def check_stage(recipe: Recipe, stage: str, options: Options) -> str:
-    """Return `done`, `resume` or `make`; wipe what must be made again.
+def key_changes(stage: StagePlan, old: dict[str, Any], key: dict[str, Any]) -> list[str]:
+    """Return what of a recorded key differs from today's; settings that came or went with an update do not count."""
+    changes = difference(old.get("config"), key["config"], "config")
+    if changes:
+        refilled = refill(stage.stage.config_class(), old.get("config") or {}, stage.name)
+        changes = difference({k: v for k, v in refilled.items() if k != "parallel"}, key["config"], "config")
+    changes += difference(old.get("seed"), key["seed"], "seed")
+    changes += difference(old.get("inputs"), key["inputs"], "inputs")
+    return changes + other_contract(old.get("contract", {}), key["contract"])
 
-    Raises ArtifactError, showing the differences, when finished or resumable work was made by another recipe or
-    other code and `--clean` was not given.
+
+def _file_changes(folder: Path, files: dict[str, Any], verify: bool) -> list[str]:
+    changes = []
+    for name, record in files.items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != record["bytes"]:
+            changes.append(f"{path}: missing or of another size")
+        elif verify and artifact.sha256_file(path) != record["sha256"]:
+            changes.append(f"{path}: its hash differs")
+    return changes
+
+
+def check_stage(stage: StagePlan, options: Options) -> Literal["done", "resume", "make"]:
+    """Return what to do for a stage; remove what must be made again.
+
+    Raises ArtifactError, showing the differences, when finished or resumable work was made by another recipe (with
+    `strict_code`: or other code) and `--clean` was not given.
     """
-    folder = recipe.run_folder / stage
-    state, changes = state_of(recipe, stage, verify=options.clean)
-    if state == "done" and not (options.clean and not options.parent):
+    state = state_of(stage, verify=options.clean, strict_code=options.strict_code)
+    if state.what == "done" and not (options.clean and not options.parent):
         return "done"
-    if state == "started" and stage in RESUMABLE:
-        for leftover in folder.glob("*.tmp"):
+    if state.what == "started" and stage.stage.resumes:
+        for leftover in stage.folder.glob("*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return "resume"
-    worth_keeping = (folder / MANIFEST).exists() or (stage in RESUMABLE and any(folder.glob("checkpoints/step_*")))
-    if state != "done" and worth_keeping and not options.clean:
-        changes = changes or [f"{folder / KEY}: missing"]
-        shown = changes[:12] + ([f"... and {len(changes) - 12} more"] if len(changes) > 12 else [])
-        raise ArtifactError(
-            f"{stage} was made by another recipe, other inputs or other code",
-            where=folder,
-            found="\n            ".join(shown),
-            todo="--clean makes it again here, --fork NAME keeps this run and makes another beside it, "
-            "or take the change back",
-        )
-    if folder.exists():
-        for path in folder.iterdir():
-            if path.name not in {"log", "answers.jsonl"}:  # what a teacher answered is kept, by its request
+    worth_keeping = stage.run.finished(stage.name) or (stage.stage.resumes and finished_parts(stage.folder) > 0)
+    if state.what != "done" and worth_keeping and not options.clean:
+        raise _made_otherwise(stage, state)
+    if stage.folder.exists():
+        for path in stage.folder.iterdir():
+            if path.name not in KEPT_WHEN_MADE_AGAIN:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     return "make"
 
 
-def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
-    """Make one stage here and now, in this process; return its manifest. Does nothing when it is done."""
-    folder = recipe.run_folder / stage
-    if not launch.leads():
-        return _follow(recipe, stage, options)
-    what = check_stage(recipe, stage, options)
-    if what == "done":
-        return read_manifest(folder)
-    parallel = getattr(recipe.stages[stage], "parallel", None)
-    if launch.place() is None and parallel is not None and parallel.nproc:
-        return _supervise(recipe, stage, options)
-    key = key_of(recipe, stage)
-    for name in WALK[stage]:
-        artifact.verify_files(recipe.run_folder / name, read_manifest(recipe.run_folder / name))
-    settings = recipe.stages[stage].model_dump(mode="json")
-    policies = [recipe.stages[name].policy for name in ("gather", "rephrase")]
-    policy_check.before_stage(recipe.run_folder, stage, policies[0], settings, policies[1])
-    log = Log(folder, quiet=options.quiet)
-    log.say(f"== {stage}" + (" (going on)" if what == "resume" else ""))
-    artifact.write_atomic(folder / "resolved.yaml", to_yaml(recipe.stages[stage]))
-    write_json(folder / KEY, key)
-    work = Workspace(
-        folder=folder,
-        stage=stage,
-        run_name=recipe.head.name,
-        seed=recipe.head.seed,
-        log=log,
-        inputs={name: recipe.run_folder / name for name in WALK[stage]},
-        documents_of_step=functools.partial(documents_of_step, folder),
+def _made_otherwise(stage: StagePlan, state: State) -> ArtifactError:
+    changes = list(state.changes) or [f"{stage.run.key(stage.name)}: missing"]
+    more = len(changes) - MOST_CHANGES
+    shown = changes[:MOST_CHANGES] + ([f"... and {more} more"] if more > 0 else [])
+    return ArtifactError(
+        f"{stage.name} was made by another recipe, other inputs or other code",
+        where=stage.folder,
+        found="\n            ".join(shown),
+        todo="--clean makes it again here, --fork NAME keeps this run and makes another next to it, or undo the change",
     )
+
+
+def run_stage(plan: Plan, name: str, options: Options) -> dict[str, Any]:
+    """Make one stage in this process, or as ranks started here; return its manifest. Does nothing when it is done."""
+    stage = plan.stages[name]
+    if not launch.leads():
+        return _follow(stage, options)
+    what = check_stage(stage, options)
+    if what == "done":
+        return read_manifest(stage.folder)
+    if launch.place() is None and stage.parallel is not None and stage.parallel.nproc:
+        supervise(stage, plan, options)
+        return read_manifest(stage.folder)
+    key = stage.key()
+    for folder in stage.inputs.values():
+        artifact.verify_files(folder, read_manifest(folder))
+    policies = [plan.stages[source].config.policy for source in (GATHER, REPHRASE)]
+    policy_check.before_stage(plan.run_folder, name, policies[0], key["config"], policies[1])
+    log = Log(stage.folder, quiet=options.quiet)
+    log.say(f"== {name}" + (" (resuming)" if what == "resume" else ""))
+    artifact.write_atomic(stage.run.resolved(name), to_yaml(stage.config))
+    spans = _record_start(stage, key, log)
     started = time.monotonic()
     try:
-        with machine_limits(folder):
-            counts = _work(recipe, stage, work, key)
+        with machine_limits(stage.folder):
+            counts = _work(stage, _workspace(stage, log), key)
     finally:
-        log.live("")  # what is said next has a line of its own
-    seconds = time.monotonic() - started
+        log.live("")  # the next message begins on a new line
+    return _finish(stage, key, spans, counts, time.monotonic() - started, log)
+
+
+def _record_start(stage: StagePlan, key: dict[str, Any], log: Log) -> list[dict[str, Any]]:
+    """Write the key file, with a new code span when other code began the stage; return the spans."""
+    key_file = stage.run.key(stage.name)
+    old = read_spans(read_json(key_file)) if key_file.exists() else ()
+    first = finished_parts(stage.folder)
+    spans = add_span(old, first, stage.code_sha256())
+    if spans[:-1]:
+        earlier = ", ".join(map(str, spans[:-1]))
+        log.warn(f"{stage.name} was begun by other code: {earlier}; from {first} on it is {spans[-1]}")
+    record = [span.to_dict() for span in spans]
+    write_json(key_file, {**key, "code": record})
+    return record
+
+
+def _finish(
+    stage: StagePlan, key: dict[str, Any], spans: list[dict[str, Any]], counts: dict[str, Any], seconds: float, log: Log
+) -> dict[str, Any]:
+    """Write timing and manifest of a stage whose work is done."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    timing = folder / "timing.json"
-    before = read_json(timing) if timing.exists() else {}
-    write_json(timing, {**before, "total_s": round(seconds, 1), "peak_memory_bytes": peak})
+    timing = stage.folder / "timing.json"
+    earlier = read_json(timing) if timing.exists() else {}
+    write_json(timing, {**earlier, "total_s": round(seconds, 1), "peak_memory_bytes": peak})
     manifest = write_manifest(
-        folder,
-        kind=stage,
+        stage.folder,
+        kind=stage.name,
         counts=counts,
-        config=key["config"],
         config_sha256=artifact.sha256_json(key["config"]),
-        code_sha256=key["code_sha256"],
-        inputs=key["inputs"],
-        seed=recipe.head.seed,
-        run=recipe.head.name,
+        **key,
+        code=spans,
+        run=stage.head.name,
         seconds=round(seconds, 1),
         peak_memory_bytes=peak,
         machine={"system": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count()},
     )
-    log.say(f"   {stage} done in {seconds:.0f} s, {peak / 1e9:.1f} GB at most")
+    log.say(f"   {stage.name} done in {seconds:.0f} s, {peak / 1e9:.1f} GB at most")
     log.close()
     return manifest
 
 
-def _follow(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
-    """Take part in a stage as a rank that leads nothing: it writes what is its own, and says nothing but errors."""
-    folder = recipe.run_folder / stage
-    if not options.clean and state_of(recipe, stage)[0] == "done":
-        return read_manifest(folder)
-    work = Workspace(
-        folder=folder,
-        stage=stage,
-        run_name=recipe.head.name,
-        seed=recipe.head.seed,
-        log=Log(quiet=True),
-        inputs={name: recipe.run_folder / name for name in WALK[stage]},
-        documents_of_step=functools.partial(documents_of_step, folder),
-        leads=False,
+def _workspace(stage: StagePlan, log: Log, leads: bool = True) -> Workspace:
+    return Workspace(
+        folder=stage.folder,
+        stage=stage.name,
+        run_name=stage.head.name,
+        seed=stage.head.seed,
+        log=log,
+        inputs=stage.inputs,
+        leads=leads,
+        documents_of_step=functools.partial(documents_of_step, stage.folder),
     )
-    if not hasattr(recipe.stages[stage], "parallel"):  # one process does it all
+
+
+def _follow(stage: StagePlan, options: Options) -> dict[str, Any]:
+    """Take part in a stage as a rank other than the first: it writes its own files and prints only errors."""
+    if not options.clean and state_of(stage, strict_code=options.strict_code).what == "done":
+        return read_manifest(stage.folder)
+    if stage.parallel is None:  # one process does it all
         return {"counts": {}}
-    with machine_limits(folder):
-        return {"counts": _work(recipe, stage, work, key_of(recipe, stage))}
+    with machine_limits(stage.folder):
+        return {"counts": _work(stage, _workspace(stage, Log(quiet=True), leads=False), stage.key())}
 
 
-def _work(recipe: Recipe, stage: str, work: Workspace, key: dict[str, Any]) -> dict[str, Any]:
+def _work(stage: StagePlan, work: Workspace, key: dict[str, Any]) -> dict[str, Any]:
     """Do a stage's work in this process: alone, or with the other ranks once all agree on what it is."""
-    config = recipe.stages[stage]
-    spread = hasattr(config, "parallel") and launch.place() is not None
-    if spread:
+    config = stage.config
+    is_rank = stage.parallel is not None and launch.place() is not None
+    if is_rank:
         from freehold.parallel import join
 
         config_sha256 = artifact.sha256_json(config.model_dump(mode="json"))
-        recipe_sha256 = artifact.sha256_json([config_sha256, recipe.head.seed, recipe.head.name])
+        recipe_sha256 = artifact.sha256_json([config_sha256, stage.head.seed, stage.head.name])
         inputs_sha256 = artifact.sha256_json(key["inputs"])
-        join.join(config.parallel, {"recipe": recipe_sha256, "code": key["code_sha256"], "input": inputs_sha256})
-    counts: dict[str, Any] = importlib.import_module(f"freehold.stages.{stage}.run").run(config, work)
-    if spread:
+        join.join(config.parallel, {"recipe": recipe_sha256, "code": stage.code_sha256(), "input": inputs_sha256})
+    counts: dict[str, Any] = importlib.import_module(stage.entry).run(config, work)
+    if is_rank:
         join.leave()
     return counts
 
 
-def _supervise(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
-    """Make one stage as `parallel.nproc` ranks that are started here, watched, and started again when they fail."""
-    folder, parallel = recipe.run_folder / stage, recipe.stages[stage].parallel
-    launch.check_fits_machine(parallel, stage)
-    command = [*_command(recipe, stage), "--parent", str(os.getpid()), "--json"]
-    log = Log(quiet=options.quiet)
-    supervisor = Supervisor(
-        command + (["--quiet"] if options.quiet else []),
-        parallel.nproc,
-        folder / "log",
-        parallel.supervise,
-        newest_step=lambda: max(
-            (int(p.parent.name[5:]) for p in folder.glob(f"checkpoints/step_*/{MANIFEST}")), default=-1
-        ),
-        documents_of=lambda step: documents_of_step(folder, step),
-        say=log.warn,
-        echo=None if options.quiet else log.say,
-    )
-    supervisor.run()
-    return read_manifest(folder)
+def run_walk(plan: Plan, options: Options, lock: int) -> dict[str, str]:
+    """Run every stage that is not done, in order, each in its own process; return what was done with each.
 
-
-def _command(recipe: Recipe, stage: str) -> list[str]:
-    """Return the command that makes one stage of a filled recipe, whatever its run is called."""
-    name = f"name={json.dumps(recipe.head.name)}"
-    return [sys.executable, "-m", "freehold.cli", stage, str(recipe.path), *recipe.overrides, name]
-
-
-def run_walk(recipe: Recipe, options: Options, lock: int) -> dict[str, str]:
-    """Run every stage that is not done, in order, each in a process of its own; return what was done with each.
-
-    `lock` is the descriptor that `locked` gave: each stage's process holds it too, so that a killed walk's last
-    stage is gone before another walk starts.
+    `lock` is the descriptor that `processes.locked` gave: each stage's process holds it too, so that a killed walk's
+    last stage has gone before another walk starts.
     """
-    result = {}
-    names = list(WALK)
-    for stage in names[: names.index(recipe.head.until) + 1]:
+    result: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for name in until(plan.head.until):
+        stage = plan.stages[name]
         with contextlib.suppress(ArtifactError):
-            if state_of(recipe, stage, verify=options.clean)[0] == "done":
-                result[stage] = "up to date"
+            state = state_of(stage, verify=options.clean, strict_code=options.strict_code)
+            if state.what == "done":
+                result[name] = "up to date"
+                if state.other_code:
+                    others.setdefault(state.other_code, "")
+                    others[state.other_code] += f"{', ' * bool(others[state.other_code])}{name}"
                 continue
-        if options.fork and _take_over(recipe, stage):
-            result[stage] = "taken over"
+        if options.fork and reuse_stage(plan, name, options):
+            result[name] = "reused"
             continue
-        command = [*_command(recipe, stage), "--parent", str(os.getpid()), "--json"]
-        if options.clean:
-            command.append("--clean")
-        if options.quiet:
-            command.append("--quiet")
-        code, answer, asked = in_own_process(command, lock)
-        if code:
-            raise StageFailed(stage, 130 if asked and not answer else code, answer.get("error"))
-        result[stage] = "made"
-        if asked and stage != recipe.head.until:
+        ended = run_process(stage_command(plan, name, options), lock)
+        if ended.code:
+            raise StageFailed(name, 130 if ended.asked and not ended.answer else ended.code, ended.answer.get("error"))
+        result[name] = "made"
+        if ended.asked and name != plan.head.until:
             raise KeyboardInterrupt
+    for code, names in others.items():
+        Log(quiet=options.quiet).warn(f"{names}: made by other code, {code}; --strict-code refuses that")
     return result
 
 
-def in_own_process(command: Sequence[str], lock: int) -> tuple[int, dict[str, Any], bool]:
-    """Run a stage's command; return its exit code, its answer in JSON, and whether it was asked to stop.
-
-    It has a process group of its own, so that a signal for the walk reaches it once, from here, wherever that came
-    from: SIGINT and SIGTERM are passed on and the stage is waited for, as it may have work to save.
-    """
-    asked: list[int] = []
-    child: subprocess.Popen[bytes] | None = None
-
-    def pass_on(number: int, _: object) -> None:
-        asked.append(number)
-        if child is not None:
-            child.send_signal(number)
-
-    def suspend(number: int, _: object) -> None:
-        if child is not None:
-            child.send_signal(signal.SIGSTOP)
-        os.kill(os.getpid(), signal.SIGSTOP)  # and here it goes on, some day
-        if child is not None:
-            child.send_signal(signal.SIGCONT)
-
-    handlers = {signal.SIGINT: pass_on, signal.SIGTERM: pass_on, signal.SIGTSTP: suspend}
-    before = {n: signal.signal(n, handlers[n]) for n in handlers if signal.getsignal(n) != signal.SIG_IGN}
-    try:
-        child = subprocess.Popen(command, pass_fds=(lock,), stdout=subprocess.PIPE, process_group=0)
-        for number in asked:  # came before there was anyone to pass it on to
-            child.send_signal(number)
-        output = None
-        while output is None:  # by the second: a signal that comes just before a system call is handled only after it
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                output = child.communicate(timeout=1)[0]
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
-    *other, last = output.decode(errors="replace").splitlines() or [""]
-    try:
-        answer = dict(json.loads(last))
-    except (ValueError, TypeError):  # it ended without an answer: what it printed may say why
-        other, answer = [*other, last], {}
-    for line in filter(None, other):
-        print(line, file=sys.stderr)
-    return child.returncode, answer, bool(asked)
-
-
-class StageFailed(FreeholdError):
-    """A stage's process ended before its work did: its own error (`told`), or what its exit code says."""
-
-    def __init__(self, stage: str, code: int, told: dict[str, Any] | None = None) -> None:
-        self.code = code if code > 0 else 128 - code
-        again = "run the same command again: it goes on where it was"
-        if self.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            super().__init__(f"{stage} was stopped", todo=again)
-        elif self.code == 128 + signal.SIGKILL:
-            memory = "lower batch.sequences or micro_sequences, batch.context_tokens or the model"
-            super().__init__(
-                f"{stage} was killed, perhaps by the system for lack of memory",
-                todo=f"if it was memory: {memory}; else {again}",
-            )
-        elif told:
-            what = told["what"] if told["what"].startswith(stage) else f"{stage}: {told['what']}"
-            super().__init__(**{**told, "what": what})
-        else:
-            super().__init__(
-                f"{stage} did not finish (exit code {code})", todo="see the message above; it is a mistake of ours"
-            )
-
-
-def take_over_before(recipe: Recipe, stage: str) -> None:
-    """With --fork, bring the stages before `stage` into the new run, as far as they are the same."""
-    for earlier in list(WALK)[: list(WALK).index(stage)]:
-        if not (recipe.run_folder / earlier).exists() and not _take_over(recipe, earlier):
+def reuse_before(plan: Plan, name: str, options: Options) -> None:
+    """With --fork, link the stages before `name` into the new run, as far as they are the same."""
+    for earlier in before(name):
+        if not plan.stages[earlier].folder.exists() and not reuse_stage(plan, earlier, options):
             return
 
 
-def _take_over(recipe: Recipe, stage: str) -> bool:
-    """With --fork, hard-link a stage from the run the recipe names if it is the same; tell whether it was."""
-    original = resolve(recipe.path, [o for o in recipe.overrides if not o.startswith("name=")])
-    source, target = original.run_folder / stage, recipe.run_folder / stage
-    if target.exists() or not (source / MANIFEST).exists():
+def reuse_stage(plan: Plan, name: str, options: Options) -> bool:
+    """With --fork, hard-link a stage from the run that the recipe names; return whether it is the same one."""
+    original = resolve(plan.path, [o for o in plan.overrides if not o.startswith("name=")])
+    source, target = original.run.stage(name), plan.run.stage(name)
+    if target.exists() or not original.run.finished(name):
         return False
-    key, old = key_of(recipe, stage), read_manifest(source, kind=stage)
-    if difference({name: old.get(name) for name in key}, key):
+    stage, old = plan.stages[name], read_manifest(source, kind=name)
+    if key_changes(stage, old, stage.key()) or (options.strict_code and other_code(old, stage.code_sha256())):
         return False
     artifact.verify_files(source, old)
     temporary = target.with_name(target.name + ".tmp")
@@ -454,57 +291,3 @@ def _take_over(recipe: Recipe, stage: str) -> bool:
     shutil.copytree(source, temporary, copy_function=os.link)
     temporary.rename(target)
     return True
-
-
-@contextlib.contextmanager
-def locked(run_folder: Path, patience_s: float = 10.0) -> Iterator[int]:
-    """Hold the run folder for this process and those it hands the yielded descriptor to; the kernel lets go when
-    the last of them dies.
-
-    Waits a little for a killed run's last process to go. Raises ArtifactError when somebody else stays.
-    """
-    try:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        lock = (run_folder / ".lock").open("w")
-    except OSError as error:
-        raise disk_error(error, run_folder) from error
-    with lock as file:
-        deadline = time.monotonic() + patience_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ArtifactError(
-                        "another freehold is at work in this run folder",
-                        where=run_folder,
-                        todo="wait for it, stop it, or give this run another name",
-                    ) from None
-                time.sleep(0.1)
-        yield file.fileno()
-
-
-def die_with(parent: int) -> None:
-    """End this process soon after `parent` has gone: a killed walk must not leave a stage writing."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(137)
-
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # Linux: the kernel does it at once, and to a stopped process too
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    threading.Thread(target=watch, daemon=True).start()
-    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it may write to the terminal of a walk it is not in the group of
-
-
-def cpu_name() -> str:
-    """Return the processor's name, as the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

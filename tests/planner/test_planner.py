@@ -21,7 +21,7 @@ from freehold.planner import estimate, memory, show
 from freehold.planner.config import PlanConfig, plan_of_recipe
 from freehold.planner.hardware import DEVICES, INTERRUPTIONS_PER_DEVICE_HOUR
 from freehold.planner.published import PRESETS, PUBLISHED
-from freehold.run import walk
+from freehold.run.recipe import resolve
 
 GIB = 2**30
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -408,7 +408,7 @@ def test_command_on_a_recipe(capsys):
     text = capsys.readouterr().out
     assert "The run" in text
     assert "Degrees that fit" in text
-    pretrain = walk.resolve(RECIPES / "laptop.yaml").stages["pretrain"]
+    pretrain = resolve(RECIPES / "laptop.yaml").stages["pretrain"].config
     config = fill(PlanConfig, plan_of_recipe("laptop", pretrain.model_dump(mode="json")), "plan")
     assert config.model == pretrain.model
     assert config.tokens == sum(phase.steps for phase in pretrain.phases.values()) * pretrain.batch.step_tokens

@@ -24,7 +24,7 @@ from freehold.data.loader import PhaseRows, Source, TextOrder, consumed_by
 from freehold.data.packing import IGNORE
 from freehold.optim.config import PhaseConfig
 from freehold.optim.schedule import Schedule
-from freehold.run import walk
+from freehold.run.recipe import resolve
 from freehold.run.takedown import step_seconds, takedown, write_recipe
 from freehold.run.trace_text import render_takedown
 from freehold.stages.curate.config import CurateConfig, Exclusion, NearDuplicates
@@ -173,10 +173,10 @@ def test_recipe_goes_on_where_it_is_clean(real: tuple[Path, dict[str, set[int]]]
     applied = write_recipe(run, answer, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     assert applied["command"] == f"freehold run {applied['recipe']} --fork real-without-{identity}"
-    recipe = walk.resolve(Path(applied["recipe"]), fork=f"real-without-{identity}")
-    assert recipe.stages["curate"].exclude.documents == (identity,)
-    assert recipe.stages["tokenize"].tokenizer == run / "tokenize/tokenizer"
-    pretrain = recipe.stages["pretrain"]
+    recipe = resolve(Path(applied["recipe"]), fork=f"real-without-{identity}")
+    assert recipe.stages["curate"].config.exclude.documents == (identity,)
+    assert recipe.stages["tokenize"].config.tokenizer == run / "tokenize/tokenizer"
+    pretrain = recipe.stages["pretrain"].config
     assert pretrain.parent.endswith(f"step_{first:08d}")
     assert {name: phase.steps for name, phase in pretrain.phases.items()} == {"anneal": 24 - first}
     assert recipe.head.until == "pretrain"
@@ -188,10 +188,10 @@ def test_recipe_goes_on_where_it_is_clean(real: tuple[Path, dict[str, set[int]]]
 
 def test_recipe_without_a_whole_source(real: tuple[Path, dict[str, set[int]]], tmp_path: Path) -> None:
     applied = write_recipe(real[0], takedown(real[0], "big"), tmp_path)
-    recipe = walk.resolve(Path(applied["recipe"]))
-    assert recipe.stages["curate"].exclude.sources == ("big",)
-    assert recipe.stages["pretrain"].parent == ""  # its first step read it already
-    assert recipe.stages["tokenize"].tokenizer is None
+    recipe = resolve(Path(applied["recipe"]))
+    assert recipe.stages["curate"].config.exclude.sources == ("big",)
+    assert recipe.stages["pretrain"].config.parent == ""  # its first step read it already
+    assert recipe.stages["tokenize"].config.tokenizer is None
 
 
 def test_many_ids_go_into_a_file(
@@ -199,8 +199,8 @@ def test_many_ids_go_into_a_file(
 ) -> None:
     monkeypatch.setattr("freehold.run.takedown.MOST_IDS_IN_RECIPE", 1)
     answer = takedown(real[0], "1.txt")  # a part of the path: 1.txt, 11.txt, ...
-    recipe = walk.resolve(Path(write_recipe(real[0], answer, tmp_path)["recipe"]))
-    exclude = recipe.stages["curate"].exclude
+    recipe = resolve(Path(write_recipe(real[0], answer, tmp_path)["recipe"]))
+    exclude = recipe.stages["curate"].config.exclude
     assert exclude.documents == ()
     assert exclude.file is not None
     assert set(exclude.file.read_text().split()) == set(answer["excluded"]["documents"])

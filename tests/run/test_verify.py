@@ -10,7 +10,8 @@ from freehold.checkpoint import dcp
 from freehold.core.errors import ConfigError
 from freehold.model.config import ModelConfig
 from freehold.parallel.config import ParallelConfig
-from freehold.run import verify, walk
+from freehold.run import verify
+from freehold.run.recipe import resolve
 
 MODEL = ModelConfig.model_validate({"preset": "laptop"})
 FACTS = {"step": 4, "tokens": 64, "phase": "stable", "skipped_steps": [], "data_sum": "0123456789abcdef"}
@@ -72,11 +73,11 @@ def test_other_rows_are_found(against):
 
 
 def test_phases_are_shortened_in_proportion_and_none_vanishes():
-    recipe = walk.resolve(Path("recipes/tiny.yaml"))
-    assert recipe.stages["pretrain"].phases["stable"].steps == 24
+    recipe = resolve(Path("recipes/tiny.yaml"))
+    assert recipe.stages["pretrain"].config.phases["stable"].steps == 24
     settings = verify._shortened(recipe, 6, 6)
     assert {"pretrain.phases.stable.steps=8", "pretrain.phases.anneal.steps=4"} <= set(settings)
-    short = walk.resolve(Path("recipes/tiny.yaml"), verify._shortened(recipe, 1, 1)).stages["pretrain"].phases
+    short = resolve(Path("recipes/tiny.yaml"), verify._shortened(recipe, 1, 1)).stages["pretrain"].config.phases
     assert [phase.steps for phase in short.values()] == [1, 1]
 
 

@@ -22,6 +22,8 @@ from freehold.core.document import Document, document_id, read_rows, write_rows
 from freehold.core.errors import ArtifactError, ConfigError, DataError, LicenceError
 from freehold.core.log import Log
 from freehold.run import walk
+from freehold.run.processes import Options
+from freehold.run.recipe import resolve
 from freehold.stages.rephrase.checks import HeldOut, judge, measure, names, numbers
 from freehold.stages.rephrase.config import Limits, RephraseConfig, plan
 from freehold.stages.rephrase.prompts import PROMPTS, clean
@@ -455,18 +457,18 @@ def test_in_a_walk_clean_makes_it_again_without_asking_again(tmp_path: Path, ser
     config = settings(server.url).model_dump(mode="json")
     data = {"name": "run", "runs_dir": str(tmp_path), "gather": {"sources": {"seeds": source}}, "rephrase": config}
     (tmp_path / "recipe.yaml").write_text(json.dumps(data))
-    recipe = walk.resolve(tmp_path / "recipe.yaml")
+    recipe = resolve(tmp_path / "recipe.yaml")
     write_manifest(curated(tmp_path / "run/curate"), kind="curate")
-    first = walk.run_stage(recipe, "rephrase", walk.Options(quiet=True))
+    first = walk.run_stage(recipe, "rephrase", Options(quiet=True))
     assert first["counts"]["documents"] == len(server.bodies) == 12
-    assert walk.run_stage(recipe, "rephrase", walk.Options(quiet=True)) == first
-    again = walk.run_stage(recipe, "rephrase", walk.Options(quiet=True, clean=True))
+    assert walk.run_stage(recipe, "rephrase", Options(quiet=True)) == first
+    again = walk.run_stage(recipe, "rephrase", Options(quiet=True, clean=True))
     assert again["content_sha256"] == first["content_sha256"]
     assert again["created"] >= first["created"]
-    fewer = walk.resolve(tmp_path / "recipe.yaml", ["rephrase.strategies.condensed.passages=5"])
+    fewer = resolve(tmp_path / "recipe.yaml", ["rephrase.strategies.condensed.passages=5"])
     with pytest.raises(ArtifactError, match="passages: 1000 -> 5"):
-        walk.run_stage(fewer, "rephrase", walk.Options(quiet=True))
-    assert walk.run_stage(fewer, "rephrase", walk.Options(quiet=True, clean=True))["counts"]["documents"] == 5
+        walk.run_stage(fewer, "rephrase", Options(quiet=True))
+    assert walk.run_stage(fewer, "rephrase", Options(quiet=True, clean=True))["counts"]["documents"] == 5
     assert len(server.bodies) == 12
 
 

@@ -13,7 +13,10 @@ import psutil
 import pytest
 
 from freehold.core.errors import ArtifactError, ConfigError
-from freehold.run import walk
+from freehold.core.version import VERSION
+from freehold.run.layout import WALK, RunFolder
+from freehold.run.processes import locked
+from freehold.run.recipe import resolve
 
 RECIPE = "recipes/tiny.yaml"
 
@@ -26,7 +29,7 @@ def freehold(*args: str, check: bool = True) -> subprocess.CompletedProcess:
 
 
 def hashes(run: Path) -> dict[str, str]:
-    found = {s: run / s / "manifest.json" for s in walk.WALK}
+    found = {s: run / s / "manifest.json" for s in WALK}
     return {s: json.loads(p.read_text())["content_sha256"] for s, p in found.items() if p.exists()}
 
 
@@ -40,7 +43,7 @@ def runs(tmp_path_factory) -> Path:
 
 def test_walk_ends_with_an_answer_and_a_summary(runs):
     run = runs / "tiny"
-    assert set(hashes(run)) == set(walk.WALK)
+    assert set(hashes(run)) == set(WALK)
     answer = json.loads((run / "serve" / "answer.json").read_text())
     assert answer["question"]
     assert isinstance(answer["answer"], str)
@@ -51,19 +54,21 @@ def test_walk_ends_with_an_answer_and_a_summary(runs):
     assert (run / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_each_manifest_names_inputs_hashes_versions_and_code(runs):
-    for stage, inputs in walk.WALK.items():
+def test_manifest_names_inputs_versions_contract_and_code(runs):
+    for stage, entry in WALK.items():
         manifest = json.loads((runs / "tiny" / stage / "manifest.json").read_text())
         assert manifest["kind"] == stage
-        assert set(manifest["inputs"]) == set(inputs)
+        assert set(manifest["inputs"]) == set(entry.inputs)
         for name, digest in manifest["inputs"].items():
             assert digest == hashes(runs / "tiny")[name]
         assert manifest["versions"]["torch"]
-        assert len(manifest["code_sha256"]) == 64
+        (span,) = manifest["code"]
+        assert (span["first"], len(span["sha256"]), span["version"]) == (0, 64, VERSION)
+        assert set(manifest["contract"].values()) == {1}
         assert manifest["seconds"] >= 0
 
 
-def test_killed_and_gone_on_training_has_the_same_bits(runs):
+def test_verify_resume_finds_the_same_bits(runs):
     result = freehold("verify-resume", RECIPE, f"runs_dir={runs}", "--first", "3", "--more", "4", "--json")
     answer = json.loads(result.stdout)
     (world,) = answer["worlds"]
@@ -74,7 +79,7 @@ def test_killed_and_gone_on_training_has_the_same_bits(runs):
     assert not (runs / "tiny" / "verify-resume").exists()
 
 
-def test_again_does_nothing_and_quickly(runs):
+def test_up_to_date_run_does_nothing_quickly(runs):
     before = {p: p.stat().st_mtime_ns for p in (runs / "tiny").rglob("manifest.json")}
     started = time.monotonic()
     result = freehold("run", RECIPE, f"runs_dir={runs}", "--json")
@@ -92,12 +97,12 @@ def test_changed_recipe_is_refused_and_shown(runs):
     assert hashes(runs / "tiny") == before
 
 
-def test_fork_keeps_the_old_run_and_takes_over_what_is_the_same(runs):
+def test_fork_reuses_the_stages_that_are_the_same(runs):
     result = freehold(
         "run", RECIPE, f"runs_dir={runs}", "align.optim.lr=1e-4", "until=align", "--fork", "other", "--json"
     )
     states = {s: told["state"] for s, told in json.loads(result.stdout)["stages"].items()}
-    assert states == dict.fromkeys(("gather", "curate", "rephrase", "tokenize", "pretrain"), "taken over") | {
+    assert states == dict.fromkeys(("gather", "curate", "rephrase", "tokenize", "pretrain"), "reused") | {
         "align": "made"
     }
     old, new = hashes(runs / "tiny"), hashes(runs / "other")
@@ -106,7 +111,7 @@ def test_fork_keeps_the_old_run_and_takes_over_what_is_the_same(runs):
 
 
 @pytest.mark.parametrize("victim", ["walk", "stage"])
-def test_killed_and_run_again_ends_with_the_same_bits(runs, tmp_path, victim):
+def test_killed_run_resumes_to_the_same_bits(runs, tmp_path, victim):
     run = tmp_path / "tiny"
     for stage in ("gather", "curate", "rephrase", "tokenize"):
         shutil.copytree(runs / "tiny" / stage, run / stage)
@@ -133,7 +138,7 @@ def test_killed_and_run_again_ends_with_the_same_bits(runs, tmp_path, victim):
     assert "resumed from step_" in (run / "pretrain" / "log" / "attempt_2.txt").read_text()
 
 
-def test_buffer_order_killed_and_run_again_ends_with_the_same_bits(runs, tmp_path):
+def test_buffer_order_resumes_to_the_same_bits(runs, tmp_path):
     said = ["pretrain.batch.order={kind: buffer, documents: 4, workers: 2}", "pretrain.phases.stable.steps=12"]
     said.append("pretrain.phases.anneal.steps=4")
     for name in ("whole", "killed"):
@@ -184,7 +189,7 @@ def test_bit_flipped_shard_stops_training_and_is_named(runs, tmp_path):
         (lambda run: (run / "tokenize" / "tokenizer" / "tokenizer.json").unlink(), "missing or of another size"),
     ],
 )
-def test_damaged_stage_is_kept_until_clean_makes_it_again(runs, tmp_path, damage, says):
+def test_damaged_stage_is_refused_and_clean_rebuilds_it(runs, tmp_path, damage, says):
     run = tmp_path / "tiny"
     for stage in ("gather", "curate", "rephrase", "tokenize"):
         shutil.copytree(runs / "tiny" / stage, run / stage)
@@ -210,9 +215,10 @@ def test_damaged_input_is_found_before_it_is_used(runs, tmp_path):
     assert "hash differs" in result.stderr
 
 
-def test_two_runs_on_one_folder(tmp_path):
-    with walk.locked(tmp_path), pytest.raises(ArtifactError, match="another freehold"), walk.locked(tmp_path, 0.2):
-        raise AssertionError("the lock was given twice")
+def test_second_process_cannot_lock_the_run_folder(tmp_path):
+    run = RunFolder(tmp_path)
+    with locked(run), pytest.raises(ArtifactError, match="another freehold"), locked(run, 0.2):
+        raise AssertionError("two processes hold the lock")
 
 
 def test_trace_and_lineage_answer_both_ways(runs):
@@ -254,14 +260,14 @@ def test_dry_run_and_json(runs):
         (["run", RECIPE, "--nonsense"], "unrecognized argument: --nonsense"),
     ],
 )
-def test_mistakes_are_told(args, says):
+def test_mistake_names_its_cure(args, says):
     result = freehold(*args, check=False)
     assert result.returncode == 2
     assert says in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_unwritable_folder_is_an_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     result = freehold("run", RECIPE, f"runs_dir={tmp_path / 'file'}", check=False)
     assert result.returncode == 2
@@ -269,7 +275,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_trace_and_lineage_of_a_damaged_run(runs, tmp_path):
+def test_trace_and_lineage_name_damaged_files(runs, tmp_path):
     run = tmp_path / "tiny"
     shutil.copytree(runs / "tiny", run)
     (run / "pretrain" / "trace.parquet").write_bytes(b"PAR1 nonsense")
@@ -282,11 +288,11 @@ def test_trace_and_lineage_of_a_damaged_run(runs, tmp_path):
     assert "trainer.json" in result.stderr
 
 
-def test_section_that_is_no_mapping(tmp_path):
+def test_section_must_be_a_mapping(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("name: r\ngather: 3\n")
     with pytest.raises(ConfigError, match="not a mapping"):
-        walk.resolve(recipe)
+        resolve(recipe)
 
 
 def test_stage_without_its_input(tmp_path):
