@@ -21,7 +21,7 @@ from tokenizers import models, trainers
 from freehold.core.artifact import write_atomic, write_json
 from freehold.core.errors import ArtifactError, DataError
 from freehold.core.log import Log
-from freehold.tokenizer import chat
+from freehold.tokenizer.template import JINJA
 
 if TYPE_CHECKING:
     import numpy as np
@@ -285,7 +285,7 @@ class Tokenizer:
                 "eos_token": SPECIALS[IM_END],
                 "pad_token": SPECIALS[PAD],
                 "clean_up_tokenization_spaces": False,
-                "chat_template": chat.JINJA,
+                "chat_template": JINJA,
             },
         )
 

@@ -18,62 +18,6 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "user", "assistant", "tool")
 
-# The same rules as `_pieces`, for runtimes that render by themselves; a test holds them to the same text.
-JINJA = r"""
-{{- '<|begin_of_text|>' -}}
-{%- if tools -%}
-    {{- '<|im_start|>system\n' -}}
-    {%- if messages[0].role == 'system' and messages[0].content -%}
-        {{- messages[0].content + '\n\n' -}}
-    {%- endif -%}
-    {{- 'You can call these tools:\n<tools>\n' -}}
-    {%- for tool in tools -%}
-        {{- tool | tojson + '\n' -}}
-    {%- endfor -%}
-    {{- '</tools><|im_end|>\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {%- if message.role == 'assistant' -%}
-        {{- '<|im_start|>assistant\n' -}}
-        {%- if message.reasoning_content -%}
-            {{- '<think>\n' + message.reasoning_content + '\n</think>\n\n' -}}
-        {%- endif -%}
-        {%- if message.content -%}
-            {{- message.content -}}
-        {%- endif -%}
-        {%- if message.tool_calls -%}
-            {%- for call in message.tool_calls -%}
-                {%- if message.content or not loop.first -%}
-                    {{- '\n' -}}
-                {%- endif -%}
-                {{- '<tool_call>\n{"name": ' + call.function.name | tojson + ', "arguments": ' -}}
-                {%- if call.function.arguments is string -%}
-                    {{- call.function.arguments -}}
-                {%- else -%}
-                    {{- call.function.arguments | tojson -}}
-                {%- endif -%}
-                {{- '}\n</tool_call>' -}}
-            {%- endfor -%}
-        {%- endif -%}
-        {{- '<|im_end|>\n' -}}
-    {%- elif message.role == 'tool' -%}
-        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' -%}
-            {{- '<|im_start|>user\n' -}}
-        {%- endif -%}
-        {{- '<tool_response>\n' + message.content + '\n</tool_response>' -}}
-        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}
-            {{- '<|im_end|>' -}}
-        {%- endif -%}
-        {{- '\n' -}}
-    {%- elif not (tools and loop.first and message.role == 'system') -%}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\n' -}}
-{%- endif -%}
-""".strip()
-
 
 class Piece(NamedTuple):
     """A stretch of a rendered conversation: ordinary text or one special token, and whether it is learned."""
