@@ -25,9 +25,9 @@ from freehold.core.errors import ArtifactError, ConfigError, DataError
 from freehold.stages.curate import bias
 from freehold.stages.curate.classifier import train
 from freehold.stages.curate.config import Classifier, CurateConfig, Overlap, RepeatedLines
-from freehold.text.held_out import Questions, read_questions
 from freehold.stages.curate.dedup import cut_lines, cut_words, find_overlaps, repeated, winnow
 from freehold.stages.curate.toxicity import scorer
+from freehold.text.held_out import Questions, read_questions
 from freehold.text.words import WORD, read_batch, read_words
 
 ROOT = Path(__file__).resolve().parents[2]

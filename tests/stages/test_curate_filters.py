@@ -23,8 +23,6 @@ from freehold.stages.curate.config import (
     ProseRules,
     Split,
 )
-from freehold.text.language import lower_capitals
-from freehold.text.held_out import Questions, plain
 from freehold.stages.curate.dedup import exact_duplicates, jaccard, near_duplicates, sketches, winnow, words_key
 from freehold.stages.curate.filters import (
     _COMPOSED,
@@ -42,6 +40,8 @@ from freehold.stages.curate.filters import (
 from freehold.stages.curate.privacy import TRIGGER, check_density, luhn, redact, triggers
 from freehold.stages.curate.split import is_validation, place, validation_documents
 from freehold.stages.curate.steps import excerpts
+from freehold.text.held_out import Questions, plain
+from freehold.text.language import lower_capitals
 from freehold.text.words import (
     STOP_WORDS,
     WORD,

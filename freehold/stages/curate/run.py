@@ -20,7 +20,6 @@ from freehold.core.errors import DataError
 from freehold.core.machine import machine_limits
 from freehold.stages.curate import bias, classifier
 from freehold.stages.curate.config import CurateConfig, Exclusion
-from freehold.text.held_out import Questions, read_questions
 from freehold.stages.curate.dedup import (
     Span,
     cut_lines,
@@ -36,6 +35,7 @@ from freehold.stages.curate.privacy import check_density, redact
 from freehold.stages.curate.report import ALL, Report
 from freehold.stages.curate.shards import Corpus, Job, Shard, read_plan
 from freehold.stages.curate.split import is_validation, validation_documents
+from freehold.text.held_out import Questions, read_questions
 from freehold.text.words import text_hash
 
 

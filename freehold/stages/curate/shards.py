@@ -26,9 +26,9 @@ from freehold.core.machine import machine_limits
 from freehold.stages.curate import bias
 from freehold.stages.curate.classifier import Model
 from freehold.stages.curate.config import CurateConfig
-from freehold.text.held_out import Questions, read_questions
 from freehold.stages.curate.dedup import line_hashes, sketches, winnow, words_key
 from freehold.stages.curate.steps import BATCH_CHARS, Draft, Tally, Tools, read, take
+from freehold.text.held_out import Questions, read_questions
 from freehold.text.words import Words
 
 
