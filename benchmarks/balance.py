@@ -44,7 +44,8 @@ from freehold.optim.schedule import Schedule
 from freehold.run.walk import cpu_name
 from freehold.tokenizer.bpe import END_OF_TEXT
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 from freehold.trainer.validate import bits_per_byte, held_out
 
 CONTEXT_TOKENS, SEQUENCES, TOP_K = 64, 32, 4

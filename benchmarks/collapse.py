@@ -36,7 +36,8 @@ from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.run import walk
 from freehold.trainer.config import CollapseConfig, TrainerConfig
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 
 MODEL = ModelConfig(
     vocab_size=288, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=4,
@@ -102,9 +103,9 @@ class Faulty(Trainer):
         values = super().train_step(batch)
         if FAULT <= step < FAULT + self.fault_steps:
             for name, direction in self.average_inputs(batch).items():
-                rows = self.masters[f"{name}.router.gate.weight"].data
+                rows = self.state.masters[f"{name}.router.gate.weight"].data
                 rows[PUSHED] += PUSH / self.fault_steps * direction / direction.square().sum()
-            self._publish()
+            self.state.publish()
         return values
 
     @torch.no_grad()
@@ -113,7 +114,7 @@ class Faulty(Trainer):
         means: dict[str, torch.Tensor] = {}
         hooks = [
             layer.router.register_forward_hook(lambda _, inputs, __, name=name: means.update({name: inputs[0].mean(0)}))
-            for name, layer in self.moe_layers.items()
+            for name, layer in self.state.moe_layers.items()
         ]
         self.model.eval()
         self.model.hidden(torch.from_numpy(batch.input_ids))

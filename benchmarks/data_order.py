@@ -53,6 +53,7 @@ from freehold.core.log import Log
 from freehold.data.buffer import BufferOrder, DocumentBuffer
 from freehold.data.loader import PhaseRows, Source, TextOrder, generator
 from freehold.data.shards import ShardSet
+from freehold.losses.cross_entropy import summed_nll
 from freehold.model.afmoe import Afmoe
 from freehold.optim.config import PhaseConfig
 from freehold.optim.schedule import Schedule
@@ -60,8 +61,8 @@ from freehold.run import walk
 from freehold.run.figure import BLUE, GREEN, MUTED, ORANGE, STYLE
 from freehold.stages.pretrain.config import PretrainConfig
 from freehold.tokenizer.bpe import END_OF_TEXT
-from freehold.trainer.loop import Job, Trainer
-from freehold.trainer.loss import summed_nll
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 from freehold.trainer.validate import bits_per_byte, held_out
 
 WORKERS = 8
@@ -237,7 +238,7 @@ def train(order: TextOrder, run: Path, validation: dict[str, Any], steps: int) -
             parent="",
         )
         trainer = Trainer(job, Log(None, quiet=True), seed=0)
-        trainer.adopt(dcp.load(parent, verify=False), parent)
+        trainer.checkpoints.adopt(dcp.load(parent, verify=False), parent)
         told = [trainer.train_step(order.batch(step)) for step in range(steps)]
         bits = bits_per_byte(trainer.model, validation)["val/bpb"]
     loss, norm = (np.array([values[key] for values in told]) for key in ("loss/mean", "optim/grad_norm"))

@@ -29,12 +29,13 @@ from train_step import SHAPES
 from freehold.core.log import Log
 from freehold.data.packing import Batch, text_batch
 from freehold.kernels import cpu
+from freehold.losses.cross_entropy import chunked_loss
 from freehold.model.config import ModelConfig, flops_per_token, parameter_counts
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loop import Job, Trainer
-from freehold.trainer.loss import chunked_loss
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 
 EXPERTS = (8, 16, 32, 64, 128, 256)
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
@@ -71,7 +72,7 @@ def model_alone(trainer: Trainer, batch: Batch) -> Callable[[], None]:
         trainer.model.train()
         hidden = trainer.model.hidden(ids, document_ids=documents)
         chunked_loss(hidden, trainer.model.lm_head.weight, targets, scale=1 / ids.numel()).total.backward()
-        for parameter in trainer.parameters.values():
+        for parameter in trainer.state.parameters.values():
             parameter.grad = None
 
     return run

@@ -44,7 +44,8 @@ from freehold.optim.schedule import Schedule
 from freehold.planner.config import PlanConfig
 from freehold.planner.estimate import estimate
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 
 BASE = {"preset": "laptop", "vocab_size": 4096, "max_position_embeddings": 4096}
 CONFIGS: dict[str, dict[str, Any]] = {

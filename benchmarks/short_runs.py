@@ -27,7 +27,8 @@ from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.tokenizer.bpe import END_OF_TEXT
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 from freehold.trainer.validate import bits_per_byte, held_out
 
 CONTEXT_TOKENS, MICRO_SEQUENCES, VALIDATION_TOKENS, POINTS = 256, 32, 2048, 4

@@ -28,6 +28,7 @@ from common import environment
 
 from freehold.core.document import Document, read_rows
 from freehold.core.log import Log
+from freehold.corpora import stories, worked
 from freehold.data.config import EpochLimit
 from freehold.data.loader import PhaseRows, Source, TextOrder
 from freehold.data.packing import IGNORE, Example, conversation_batch
@@ -35,10 +36,10 @@ from freehold.data.shards import ShardSet
 from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
-from freehold.stages.gather import stories, worked
 from freehold.tokenizer.bpe import END_OF_TEXT, Tokenizer
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 from freehold.trainer.validate import bits_per_byte, held_out
 
 SHARE = 0.1

@@ -52,7 +52,8 @@ from freehold.optim.config import NoBalanceConfig, OptimConfig, PhaseConfig, Sig
 from freehold.optim.schedule import Schedule
 from freehold.tokenizer.bpe import END_OF_TEXT
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 from freehold.trainer.validate import bits_per_byte, held_out
 
 CONTEXT_TOKENS, SEQUENCES, STEPS, WARMUP_STEPS, VALIDATE_EVERY = 512, 8, 4000, 20, 20

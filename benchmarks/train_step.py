@@ -34,7 +34,8 @@ from freehold.model.config import ModelConfig, flops_per_token, to_hf_dict
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 from freehold.trainer.monitor import gemm_flops_per_s
 
 SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -126,7 +127,7 @@ def main() -> int:
     batch = text_batch(rng.integers(2, config.vocab_size, (sequences, tokens + 1)).astype(np.uint16), 0)
     trainer = ours(config, args.dtype, sequences, Path(os.environ.get("TMPDIR", "/tmp")) / "freehold-train-step")
     # Parameters have transformers' names in memory.
-    weights = {name: tensor.detach().float() for name, tensor in trainer.state()["model"].items()}
+    weights = {name: tensor.detach().float() for name, tensor in trainer.checkpoints.tensors()["model"].items()}
     peak = gemm_flops_per_s(getattr(torch, args.dtype), seconds=2)
 
     trainer.model.eval()

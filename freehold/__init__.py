@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from freehold.core.version import VERSION
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from freehold.api import Loaded
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def load(path: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32") -> Loaded:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from freehold import __version__
 from freehold.core.errors import ConfigError, FreeholdError
+from freehold.core.version import VERSION
 
 STAGES = {
     "gather": "sources -> documents with licence evidence; the policy gate refuses what may not be used",
@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"freehold {__version__}")
+    parser.add_argument("--version", action="version", version=f"freehold {VERSION}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
     walk = _verb(verbs, "run", "run a recipe's whole walk, redoing only what is missing or changed", _run)
     _recipe_arguments(walk)

@@ -130,11 +130,9 @@ def test_a_signal_for_the_walk_reaches_the_stage_once_and_is_waited_for(number, 
 
 def test_a_suspended_walk_suspends_its_stage(tmp_path):
     """Ctrl-Z stops both, and `fg` lets both go on."""
-    code = (
-        "import sys; from freehold.run import walk; print(walk.in_own_process([sys.executable, '-c', sys.argv[1]], 2))"
-    )
+    code = "import sys; from freehold.run import walk; print(walk.in_own_process([sys.executable, *sys.argv[1:]], 2))"
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(0.5); print(1)"
-    process = subprocess.Popen([sys.executable, "-c", code, child], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code, "-c", child], stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "pid").exists() or not (pid := (tmp_path / "pid").read_text()):
         time.sleep(0.01)
     states = [Path(f"/proc/{n}/stat") for n in (process.pid, pid)]

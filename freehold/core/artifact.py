@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from freehold import __version__
 from freehold.core.errors import ArtifactError, FreeholdError
 from freehold.core.log import Log
 from freehold.core.machine import machine_limits
+from freehold.core.version import VERSION
 
 MANIFEST = "manifest.json"
+PREVIEW = "log/trace.parquet"
+"""Where a training stage writes, before its first step, which documents each step will see."""
 # What a stage writes for people, or about time: never part of what it made.
 NOT_CONTENT = {MANIFEST, "metrics.jsonl", "resolved.yaml", "timing.json", "key.json", "answers.jsonl"}
 # The packages whose version can change bytes; those not installed are left out of the record.
@@ -157,7 +159,7 @@ def write_manifest(
         "kind": kind,
         "format_version": version,
         "content_sha256": sha256_json({"kind": kind, "files": {k: v["sha256"] for k, v in files.items()}}),
-        "freehold_version": __version__,
+        "freehold_version": VERSION,
         "versions": package_versions(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "counts": counts or {},
@@ -250,6 +252,8 @@ class Workspace:
     inputs: dict[str, Path] = field(default_factory=dict)
     leads: bool = True
     """Whether this process writes what a stage writes once; of several ranks only the first does."""
+    documents_of_step: Callable[[int], list[dict[str, Any]]] = lambda _: []
+    """Returns name, source and licence of the documents of one training step, for reports of what went wrong."""
 
     def input(self, stage: str) -> Path:
         """Return the folder of an input stage; its manifest has been checked by the walk."""

@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
+# What is found by entry point is imported nowhere: a module that imports the finder can run these rooms.
+FINDER, FOUND_ROOMS = "freehold.core.extensions", ("corpora",)
 
 
 def module_path(module: str) -> Path | None:
@@ -35,7 +37,7 @@ def imports(path: Path) -> frozenset[str]:
 
 @cache
 def reachable(module: str) -> tuple[Path, ...]:
-    """Return the files of `module` and of everything of ours it can import or build, in path order."""
+    """Return the files of `module` and of everything of ours it can import, find or build, in path order."""
     seen: dict[Path, None] = {}
     todo = [module]
     while todo:
@@ -44,6 +46,10 @@ def reachable(module: str) -> tuple[Path, ...]:
         if path is not None and path not in seen:
             seen[path] = None
             todo += imports(path)
+            if FINDER in imports(path):
+                todo += [
+                    f"{PACKAGE.name}.{room}.{p.stem}" for room in FOUND_ROOMS for p in (PACKAGE / room).glob("*.py")
+                ]
             if "." in name:
                 todo.append(name.rpartition(".")[0])
     built = [path.with_suffix(".cpp") for path in seen]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fnmatch
 import json
 import types
 import typing
@@ -17,8 +18,26 @@ from freehold.core.errors import ConfigError
 
 C = TypeVar("C", bound="Config")
 
-# Keys that had another name once: the error names the successor.
+# Keys that have another name now: the error names the successor.
 RENAMED: dict[str, str] = {}
+# Settings that became constants, by full dotted key (`*` stands for any parts, as a source's name): the error names the
+# constant, e.g. "trainer/guards.py: SPIKE_WINDOW = 128".
+REMOVED: dict[str, str] = {
+    "*.trainer.collapse.rate_factor": "trainer/collapse.py: RATE_FACTOR = 10",
+    "*.trainer.collapse.raise_steps": "trainer/collapse.py: RAISE_STEPS = 100",
+    "*.trainer.collapse.max_rollbacks": "trainer/guards.py: MAX_ROLLBACKS = 3",
+    "*.trainer.spike.max_rollbacks": "trainer/guards.py: MAX_ROLLBACKS = 3",
+    "*.trainer.spike.patience_steps": "trainer/spike.py: PATIENCE_STEPS = 4",
+    "*.trainer.spike.blame_steps": "trainer/spike.py: BLAME_STEPS = 8",
+    "*.trainer.max_skipped_steps": "trainer/guards.py: MAX_SKIPPED_STEPS = 10",
+    "*.optim.muon_momentum": "optim/muon.py: MOMENTUM = 0.95",
+    "*.optim.nesterov": "optim/muon.py: MOMENTUM = 0.95, always with Nesterov's look-ahead",
+    "*.optim.eps": "optim/adamw.py: EPS = 1e-8",
+    "gather.sources.*.licence_key": 'stages/gather/config.py: LICENCE_KEY = "licence"',
+    "gather.sources.*.evidence_key": 'stages/gather/config.py: EVIDENCE_KEY = "licence_evidence"',
+    "gather.sources.*.held_out_share": "corpora/generate.py: HELD_OUT_SHARE = 0.2",
+    "*.balance.smebu.kappa": "optim/balance.py: KAPPA = 2",
+}
 
 
 class Config(pydantic.BaseModel):
@@ -177,6 +196,10 @@ def unknown_key(where: object, name: str, known: typing.Sequence[str]) -> Config
     """Return the error for a key that is none of `known`; it names the successor, the nearest, or all of them."""
     if name in RENAMED:
         return ConfigError("this key was renamed", where=where, expected=RENAMED[name])
+    for pattern, constant in REMOVED.items():
+        if fnmatch.fnmatchcase(str(where), pattern):
+            todo = f"take the key out of the recipe; its value is now the constant in freehold/{constant}"
+            return ConfigError("this setting was removed: it is a constant now", where=where, found=name, todo=todo)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     todo = f"did you mean `{near[0]}`?" if near else f"known keys here: {', '.join(known)}"
     return ConfigError("unknown key", where=where, found=name, todo=todo)

@@ -55,3 +55,7 @@ class ExportError(FreeholdError):
 
 class RequestError(FreeholdError):
     """A request to the server or the engine that cannot be answered as asked."""
+
+
+class ProofError(FreeholdError):
+    """A key, signature, log or signed folder that cannot be trusted: verification fails closed."""

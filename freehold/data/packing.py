@@ -10,10 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-IGNORE = -100
-"""Target of a position that carries no loss."""
-PADDING = -1
-"""Document number of a position that is padding."""
+from freehold.core.marks import IGNORE, PADDING
 
 
 @dataclass(frozen=True)

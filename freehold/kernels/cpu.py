@@ -10,46 +10,30 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import importlib.util
 import os
-import platform
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from freehold.kernels import build
+
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 WIDTH_MULTIPLE = 16
-_C_TYPES = {"any": ctypes.c_void_p, "integer": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
-
-
-class _Missing(Exception):
-    """Why there are no kernels."""
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """Return the loaded kernels, or why there are none."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" and os.environ.get("FREEHOLD_NATIVE", "1") != "0":
+        return "this CPU has no AVX-512"
     try:
-        if os.environ.get("FREEHOLD_NATIVE", "1") == "0":
-            raise _Missing("switched off by FREEHOLD_NATIVE=0")
-        if torch.backends.cpu.get_cpu_capability() != "AVX512":
-            raise _Missing("this CPU has no AVX-512")
-        library = ctypes.CDLL(str(_built()))
-    except (_Missing, OSError) as problem:
+        library = build.load(SOURCE, FLAGS, "native")
+    except (build.UnavailableError, OSError) as problem:
         return str(problem)
-    for name, parameters in re.findall(r"EXPORT\((\w+),\s*\(([^)]*)\)", SOURCE.read_text(encoding="utf-8")):
-        function = getattr(library, f"freehold_{name}")
-        function.argtypes = [_C_TYPES[parameter.split()[0]] for parameter in parameters.split(",")]
-        function.restype = None
     entry = getattr(_openmp(), "GOMP_parallel", None)
     library.freehold_threads(ctypes.cast(entry, ctypes.c_void_p) if entry else None)
     return library
@@ -62,45 +46,6 @@ def _openmp() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(bundled[0]) if bundled else "libgomp.so.1")
     except OSError:
         return None
-
-
-def _compiler() -> list[str]:
-    """Return the command that compiles C++, or raise _Missing."""
-    if os.environ.get("CXX"):
-        return os.environ["CXX"].split()
-    for name in ("c++", "g++", "clang++"):
-        if shutil.which(name):
-            return [name]
-    if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "c++"]
-    raise _Missing("no C++ compiler was found (apt install g++, or pip install ziglang)")
-
-
-def _built() -> Path:
-    """Return the shared library for this source, compiler and CPU, building it when it is not in the cache."""
-    command = [*_compiler(), *FLAGS, str(SOURCE)]
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else [platform.processor()]
-    chip = sorted({line for line in lines if line.startswith(("model name", "flags"))})
-    key = hashlib.sha256("\0".join([*command[:-1], *chip, SOURCE.read_text(encoding="utf-8")]).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freehold"
-    library = folder / f"native-{key[:16]}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as room:
-        fresh = Path(room) / library.name
-        print(f"building the CPU kernels with {command[0]} (once; up to a minute)", file=sys.stderr)
-        try:
-            done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, timeout=600)
-        except (OSError, subprocess.TimeoutExpired) as problem:
-            raise _Missing(f"{command[0]} could not be run: {problem}") from problem
-        if done.returncode:
-            log = library.with_suffix(".log")
-            log.write_text(" ".join(command) + "\n" + done.stdout + done.stderr, encoding="utf-8")
-            raise _Missing(f"{command[0]} failed; what it said is in {log}")
-        os.replace(fresh, library)
-    return library
 
 
 def available(x: Tensor, *widths: int) -> bool:

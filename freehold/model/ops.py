@@ -31,13 +31,6 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x [n, d] and weight [m, d] of a linear map, for dy [n, m]."""
-    if _native(x, *weight.shape):
-        return cpu.linear_backward(dy, x, weight)
-    return torch.mm(dy, weight), torch.mm(dy.t(), x)
-
-
 def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Return down(silu(gate(x)) * up(x)): x [..., d], gate and up [f, d], down [d, f] -> [..., d]."""
     if _native(x, *gate.shape):
@@ -328,36 +321,6 @@ class _Combine(torch.autograd.Function):
         dweights = torch.linalg.vecdot(exact, y.to(weights.dtype))
         dy = (exact * weights.flatten()[path.order, None]).to(y.dtype)
         return dy, None, dweights[path.inverse].view(weights.shape), dout
-
-
-# --- cross-entropy ----------------------------------------------------------------------------------------------
-
-# Few enough rows of logits to stay in a CPU's cache over all passes.
-LOGIT_ROWS = 128
-
-
-def cross_entropy_(logits: Tensor, targets: Tensor, scale: float, z_loss: float) -> tuple[Tensor, Tensor]:
-    """Replace logits [n, V] by the gradient of scale * (nll + z_loss * log_partition^2), for targets [n].
-
-    Returns nll = log_partition - logit of the target, and log_partition = log(sum(exp(logits))), both [n], in fp32 or
-    finer.
-    """
-    if cpu.available(logits, logits.shape[-1]):
-        return cpu.cross_entropy_(logits, targets, scale, z_loss)
-    nll, log_partition = [], []
-    for start in range(0, len(logits), LOGIT_ROWS):
-        block, target = logits[start : start + LOGIT_ROWS], targets[start : start + LOGIT_ROWS, None]
-        x = block.to(torch.promote_types(block.dtype, torch.float32), copy=True)
-        chosen, largest = x.gather(1, target), x.amax(1, keepdim=True)
-        x.sub_(largest).exp_()
-        total = x.sum(1, keepdim=True)
-        partition = total.log() + largest
-        x.mul_((1 + 2 * z_loss * partition) * (scale / total))
-        x.scatter_add_(1, target, torch.full_like(chosen, -scale))
-        block.copy_(x)
-        nll.append((partition - chosen).squeeze(1))
-        log_partition.append(partition.squeeze(1))
-    return torch.cat(nll), torch.cat(log_partition)
 
 
 # --- attention --------------------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ from torch.optim.adamw import adamw
 
 from freehold.kernels import cpu
 
+# Added to the root of the second moment: the default of Kingma & Ba 2015 and of PyTorch.
+EPS = 1e-8
+
 
 def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     """Return the norm of all gradients together, summed in float32 or wider whatever their dtype."""
@@ -46,8 +49,14 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: None = None, scale: float = 1.0) -> None:  # type: ignore[override]
-        """Take one step from `scale` times the gradients in `.grad`; parameters without one are left alone."""
+    def step(  # type: ignore[override]
+        self, closure: None = None, scale: float | Tensor = 1.0, keep: Tensor | None = None
+    ) -> None:
+        """Take one step from `scale` times the gradients in `.grad`; parameters without one stay as they are.
+
+        keep: a 0-d bool on the device; where it is False nothing changes (the `found_inf` of the fused kernel).
+        """
+        host = not isinstance(scale, Tensor) and keep is None  # the CPU kernel takes numbers
         for group in self.param_groups:
             settings: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay", "eps")}
             settings["beta1"], settings["beta2"] = group["betas"]
@@ -55,11 +64,13 @@ class AdamW(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
+                # State is made when first needed, as PyTorch does: a checkpoint before step 1 has none.
                 state, copy = self.state[weight], self.copies.get(weight)
                 if not state:
                     state["step"] = torch.zeros((), device=weight.device)  # where the fused step reads it
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-                if weight.dtype == torch.float32 and cpu.available(weight.grad, weight.numel()):
+                if host and weight.dtype == torch.float32 and cpu.available(weight.grad, weight.numel()):
+                    # A tensor, as torch.optim.AdamW keeps it: the fused kernel reads it.
                     state["step"] += 1
                     written = copy if copy is not None and copy.dtype == weight.grad.dtype else None
                     moments = state["exp_avg"], state["exp_avg_sq"]
@@ -68,6 +79,7 @@ class AdamW(torch.optim.Optimizer):
                     if copy is not None and copy is not written:
                         copy.copy_(weight)
                 else:
+                    # All of them go to one fused kernel below.
                     rest.append(weight)
             adamw(
                 rest,
@@ -79,8 +91,10 @@ class AdamW(torch.optim.Optimizer):
                 fused=True,
                 amsgrad=False,
                 maximize=False,
+                found_inf=None if keep is None else (~keep).float(),
                 **settings,
             )
             for weight in rest:
+                # The fused kernel knows nothing of the copy.
                 if weight in self.copies:
                     self.copies[weight].copy_(weight)

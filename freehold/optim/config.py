@@ -1,4 +1,4 @@
-"""What a recipe can say about the optimizer, the schedule and the balancing rule."""
+"""What a recipe can configure of the optimizer, the schedule and the balancing rule."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ class OptimConfig(Config):
 
     matrices: Literal["muon", "adamw"] = Field("muon", description="who steps the hidden matrices")
     muon_lr: float = Field(0.02, gt=0, description="peak Muon learning rate, before sqrt(max(1, fan_out/fan_in))")
-    muon_momentum: float = Field(0.95, ge=0, lt=1, description="mu of the momentum buffer")
-    nesterov: bool = Field(True, description="look ahead by one momentum step")
     newton_schulz_steps: int = Field(5, ge=1, le=5, description="iterations of the orthogonalisation")
     muon_weight_decay: float = Field(0.0, ge=0, description="decoupled decay of the hidden matrices")
     lr: float = Field(3e-3, gt=0, description="peak AdamW learning rate")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's moment decays")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(
         0.0, ge=0, description="AdamW's decay of head, router and, with matrices: adamw, of the hidden matrices"
     )
@@ -58,7 +55,7 @@ def check_names(phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
 
 
 class RouterLossConfig(Config):
-    """Terms of balancing that act through the gradient, beside any rule that moves the bias."""
+    """Terms of balancing that act through the gradient, next to any rule that moves the bias."""
 
     sequence_loss: float = Field(
         0.0, ge=0, description="alpha of the sequence-wise balance loss (Trinity Large: 1e-4); 0: none"
@@ -69,7 +66,7 @@ class RouterLossConfig(Config):
 
     @property
     def has_loss(self) -> bool:
-        """Whether the model must hand out its routings for a loss."""
+        """Whether the model must return its routings for a loss."""
         return self.sequence_loss > 0 or self.router_z_loss > 0
 
 
@@ -79,7 +76,6 @@ class SmebuConfig(RouterLossConfig):
     kind: Literal["smebu"] = "smebu"
     rate: float = Field(5e-4, gt=0, description="lambda: largest step before centring")
     momentum: float = Field(0.5, ge=0, lt=1, description="beta of the momentum")
-    kappa: float = Field(2.0, gt=0, description="steepness of the tanh clamp")
 
 
 class SignConfig(RouterLossConfig):

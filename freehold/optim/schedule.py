@@ -10,7 +10,7 @@ from freehold.optim.config import PhaseConfig
 
 @dataclass(frozen=True)
 class Position:
-    """Where a step lies: its phase, its index within it, and the learning-rate factor."""
+    """Position of a step: its phase, its index within it, and the learning-rate factor."""
 
     phase: str
     index: int
@@ -36,12 +36,13 @@ class Schedule:
 
     def at(self, step: int) -> Position:
         """Return the position of step `step` (0-based, absolute)."""
+        # A branch counts on from its parent, so steps of data and schedule stay the same numbers.
         index = step - self.first_step
         for name, phase in self.phases.items():
             if index < phase.steps:
                 return Position(name, index, _factor(phase, index), index == phase.steps - 1)
             index -= phase.steps
-        raise IndexError(f"step {step} lies past the last phase ({self.total_steps} steps)")
+        raise IndexError(f"step {step} is past the last phase ({self.total_steps} steps)")
 
     def ends(self) -> dict[str, int]:
         """Return each phase's name and the absolute number of steps done when it ends."""
@@ -54,9 +55,11 @@ class Schedule:
 
 def _factor(phase: PhaseConfig, index: int) -> float:
     if index < phase.warmup_steps:
+        # The first step has a rate above 0, else it would be wasted.
         return phase.start * (index + 1) / phase.warmup_steps
     if phase.shape == "constant":
         return phase.start
+    # The last step of a phase reaches its end value: an anneal to 0 ends at 0.
     progress = (index - phase.warmup_steps + 1) / (phase.steps - phase.warmup_steps)
     if phase.shape == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2

@@ -151,14 +151,14 @@ class ShardedTensors:
             for gradient, total in zip(whole, flat.split([g.numel() for g in whole]), strict=True):
                 gradient.copy_(total.view_as(gradient))
 
-    def norm(self, gradients: Mapping[str, Tensor], norm: Callable[[Iterable[Tensor]], Tensor]) -> float:
+    def norm(self, gradients: Mapping[str, Tensor], norm: Callable[[Iterable[Tensor]], Tensor]) -> Tensor:
         """Return the norm of all gradients of all ranks, each counted once; `norm` is that of tensors together."""
         parts = [g for n, g in gradients.items() if isinstance(self.placed[n], DTensor) and g.numel()]
         whole = [g for n, g in gradients.items() if not isinstance(self.placed[n], DTensor)]
         nothing = torch.zeros((), dtype=torch.float64, device=self.world.device)
         square = self.world.sum_parts_(norm(parts).double().square() if parts else nothing.clone())
         square = square + (norm(whole).double().square() if whole else nothing)
-        return float(self.world.sum_stages_(square).sqrt())
+        return self.world.sum_stages_(square).sqrt()
 
     def owners(self) -> OwnerShards:
         """Return who puts together which matrix for Muon."""

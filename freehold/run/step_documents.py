@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from freehold.core.artifact import PREVIEW
 from freehold.run.trace import readable
-
-PREVIEW = "log/trace.parquet"
-"""Where a training stage writes, before its first step, what its steps will see; `trace.parquet` is made at its end."""
 
 
 def documents_of_step(stage_folder: Path, step: int) -> list[dict[str, Any]]:

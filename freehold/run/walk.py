@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import importlib
 import json
 import os
@@ -236,6 +237,7 @@ def run_stage(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
         seed=recipe.head.seed,
         log=log,
         inputs={name: recipe.run_folder / name for name in WALK[stage]},
+        documents_of_step=functools.partial(documents_of_step, folder),
     )
     started = time.monotonic()
     try:
@@ -279,6 +281,7 @@ def _follow(recipe: Recipe, stage: str, options: Options) -> dict[str, Any]:
         seed=recipe.head.seed,
         log=Log(quiet=True),
         inputs={name: recipe.run_folder / name for name in WALK[stage]},
+        documents_of_step=functools.partial(documents_of_step, folder),
         leads=False,
     )
     if not hasattr(recipe.stages[stage], "parallel"):  # one process does it all

@@ -1,4 +1,4 @@
-"""What every reader of text shares: words, language, held-out questions. Never imports torch."""
+"""What every stage that reads text shares: sources and their files, words, languages, held-out questions."""
 
 from __future__ import annotations
 

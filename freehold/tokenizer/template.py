@@ -1,8 +1,6 @@
-"""The chat template as Jinja, for runtimes that render by themselves: it travels inside exports and GGUF files.
+"""The chat template as Jinja text, for runtimes that render by themselves."""
 
-The same rules as `chat.render`; a test holds both to the same text.
-"""
-
+# The same rules as `chat.render`; a test compares their text.
 JINJA = r"""
 {{- '<|begin_of_text|>' -}}
 {%- if tools -%}

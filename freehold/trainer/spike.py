@@ -1,8 +1,8 @@
-"""A loss that jumps: one bad batch is left out before it changes anything; weights that broke are gone back from.
+"""A loss that jumps: one bad batch is skipped before it changes anything; broken weights are rolled back.
 
 The loss of a step is known before its update. So a step whose loss stands out can be skipped, and nothing has happened.
 When the steps after it stand out too, the batch was not to blame: an update before them was, and only a checkpoint from
-before it helps. Everything here follows from losses that are the same on every rank, so all decide alike.
+before it helps. Everything here follows from losses that are the same on every rank, so all ranks decide the same.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from torch import Tensor
 
 from freehold.trainer.config import SpikeConfig
 
+# The median absolute deviation of a normal distribution times this is its standard deviation.
 SIGMA = 1.4826
-"""The median absolute deviation of a normal distribution times this is its standard deviation."""
+
+
+# After this many spikes in a row the weights are to blame, not the batch: one bad document is in one batch.
+PATIENCE_STEPS = 4
+# Steps before the first spike that a roll-back skips too: an update breaks weights before the loss shows it.
+BLAME_STEPS = 8
 
 
 class SpikeDetector:
     """Compares each step's loss with those of the last steps of the same phase; its state belongs into the checkpoint.
 
-    A loss stands out when it is not finite, or lies above the median of the window by `rise_nats` and by `sigmas`
-    times the spread of the window (from the median absolute deviation).
+    A loss stands out when it is not finite, or is above the median of the window by `rise_nats` and by `sigmas`
+    times the standard deviation of the window (from the median absolute deviation).
     """
 
     def __init__(self, config: SpikeConfig, first_step: int) -> None:
@@ -38,21 +44,25 @@ class SpikeDetector:
         if phase_step != self.phase_step:  # other text, other losses
             self.losses[:], self.phase_step = np.nan, phase_step
         limit = math.inf
+        # NaN marks what is not known yet.
         known = self.losses[~np.isnan(self.losses)]
         if step >= self.first_step + self.config.warmup_steps and 2 * len(known) >= len(self.losses):
+            # Median and its deviation: the spikes in the window must not raise the limit.
             middle = float(np.median(known))
-            spread = SIGMA * float(np.median(np.abs(known - middle)))
-            limit = middle + max(self.config.rise_nats, self.config.sigmas * spread)
+            deviation = SIGMA * float(np.median(np.abs(known - middle)))
+            # Both must be exceeded: early losses are noisy, late ones so quiet that any bump is many sigmas.
+            limit = middle + max(self.config.rise_nats, self.config.sigmas * deviation)
         if not loss < min(limit, math.inf):
             self.in_a_row += 1
             return True
         self.in_a_row = 0
+        # A spike never enters the window it is compared with.
         self.losses = np.append(self.losses[1:], loss)
         return False
 
     def blamed_step(self, step: int) -> int:
         """Return the first step whose update may have broken the weights, when `step` is the last that stood out."""
-        return max(self.first_step, step + 1 - self.in_a_row - self.config.blame_steps)
+        return max(self.first_step, step + 1 - self.in_a_row - BLAME_STEPS)
 
     def accept(self) -> None:
         """Take the level the loss has now as the usual one."""

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from freehold.data.loader import Source
 from freehold.data.packing import Batch, Example, conversation_batch, cut, pack
+from freehold.losses.cross_entropy import summed_nll
 from freehold.model.afmoe import Afmoe
 from freehold.parallel.config import ParallelConfig
 from freehold.parallel.mesh import World
-from freehold.trainer.loss import summed_nll
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,18 @@ class HeldOut:
 def held_out(
     source: Source, document_bytes: np.ndarray, context_tokens: int, limit_tokens: int, separator: int
 ) -> HeldOut:
-    """Lay out a source's first validation documents, up to `limit_tokens` (0: all; at least one document).
+    """Arrange a source's first validation documents in rows, up to `limit_tokens` (0: all; at least one document).
 
     A document is coded after a separator (given, not paid for) and up to the one that ends it (paid for). A window that
     is no full row shares a row with others, none of which it sees.
     """
     count = len(source.lengths)
     if limit_tokens:
+        # At least one document: a source of long ones would else have no figure.
         count = max(1, int(np.searchsorted(np.cumsum(source.lengths), limit_tokens, side="right")))
     windows: list[Example] = []
     for start, length in zip(source.starts[:count], source.lengths[:count], strict=True):
+        # The separator is context only: it belongs to no document.
         for ids in cut([separator, *source.tokens[start : start + length].tolist()], context_tokens):
             windows.append(Example("", source.name, ids, [True] * len(ids)))
     rows = pack([len(window.ids) - 1 for window in windows], context_tokens)
@@ -66,6 +68,7 @@ def bits_per_byte(
             bits, number = 0.0, len(held.batch.input_ids)
             for turn in range(0, number, rows * world.parallel.data):
                 start = turn + rows * world.data_rank
+                # Its result is dropped below; the others need its experts to answer.
                 part = held.batch.rows(start, start + rows) if start < number else held.batch.rows(0, rows)
                 part = part.columns(world.columns(part.input_ids.shape[1]))
                 ids, documents, targets = (
@@ -75,6 +78,7 @@ def bits_per_byte(
                 hidden = _hidden(model, world, ids, documents)
                 if hidden is not None and start < number:
                     bits += float(summed_nll(hidden, model.lm_head.weight, targets).sum())
+            # Summed before dividing: bits per byte of the text, not a mean over ranks.
             bits = float(world.sum_all_(torch.tensor(bits, dtype=torch.float64, device=world.device))) / math.log(2)
             values[f"val/bpb/{name}"] = bits / held.text_bytes
             all_bits += bits
@@ -93,6 +97,6 @@ def _hidden(model: Afmoe, world: World, ids: Tensor, documents: Tensor) -> Tenso
     return relay(model, world, ids, documents)
 
 
-def validator(sources: Mapping[str, HeldOut], world: World) -> Callable[[Afmoe], dict[str, float]]:
-    """Return the function the training loop calls."""
-    return lambda model: bits_per_byte(model, sources, world)
+def validator(sources: Mapping[str, HeldOut], world: World) -> Callable[[Afmoe], dict[str, float]] | None:
+    """Return the function the training loop calls; None without sources."""
+    return (lambda model: bits_per_byte(model, sources, world)) if sources else None

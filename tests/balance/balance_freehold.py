@@ -1,4 +1,4 @@
-"""Freehold's adapter to the conformance suite: the real training loop, nothing of it replaced."""
+"""Freehold's adapter to the conformance suite: the real training loop, nothing replaced."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from freehold.optim.balance import NoBalance
 from freehold.optim.config import NoBalanceConfig, OptimConfig, PhaseConfig, SignConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 from freehold.trainer.validate import HeldOut, bits_per_byte
 
 
@@ -62,9 +63,9 @@ class FreeholdAdapter:
             stage="pretrain",
             parent="",
         )
-        with mock.patch("freehold.trainer.loop.Afmoe", without_memory if setup.meta else Afmoe):
+        with mock.patch("freehold.trainer.state.Afmoe", without_memory if setup.meta else Afmoe):
             self.trainer = Trainer(job, Log(quiet=True), seed=setup.seed)
-        self.moe = {int(name.split(".")[2]): layer for name, layer in self.trainer.moe_layers.items()}
+        self.moe = {int(name.split(".")[2]): layer for name, layer in self.trainer.state.moe_layers.items()}
 
     @property
     def moe_layers(self) -> list[int]:
@@ -74,9 +75,10 @@ class FreeholdAdapter:
         self.report(rows)
 
     def report(self, rows: Rows) -> dict[str, Any]:
-        """Run a step and return what the loop writes to metrics.jsonl of it."""
+        """Run a step and return what the loop writes to metrics.jsonl."""
         rows_at_once = len(rows.ids) // self.setup.micro_batches
-        self.trainer.job = dataclasses.replace(self.trainer.job, micro_sequences=rows_at_once)
+        passes = self.trainer.forward_backward
+        passes.job = dataclasses.replace(passes.job, micro_sequences=rows_at_once)
         return self.trainer.train_step(Batch(*(tensor.numpy() for tensor in rows)))
 
     def evaluate(self, rows: Rows) -> None:
@@ -86,26 +88,26 @@ class FreeholdAdapter:
         found: dict[str, Tensor] = {}
 
         def look(factor: float, scale: float) -> None:
-            found.update({n: m.grad * scale for n, m in self.trainer.masters.items() if m.grad is not None})
+            found.update({n: m.grad * scale for n, m in self.trainer.state.masters.items() if m.grad is not None})
 
         with (
-            mock.patch.object(self.trainer.optimizers, "step", look),
-            mock.patch.object(self.trainer, "balance", NoBalance()),
+            mock.patch.object(self.trainer.state.optimizers, "step", look),
+            mock.patch.object(self.trainer.update, "balance", NoBalance()),
         ):
             self.step(rows)
         return self._named(found)
 
     def apply(self, gradients: Mapping[str, Tensor]) -> None:
-        views = self._named({n: torch.zeros_like(m) for n, m in self.trainer.masters.items()}, owners := {})
+        views = self._named({n: torch.zeros_like(m) for n, m in self.trainer.state.masters.items()}, owners := {})
         for name, gradient in gradients.items():
             views[name].copy_(gradient)
         for name in gradients:
             owner, whole = owners[name]
-            self.trainer.masters[owner].grad = whole
-        self.trainer.optimizers.step(1.0)
-        for master in self.trainer.masters.values():
+            self.trainer.state.masters[owner].grad = whole
+        self.trainer.state.optimizers.step(1.0)
+        for master in self.trainer.state.masters.values():
             master.grad = None
-        self.trainer._publish()
+        self.trainer.state.publish()
 
     @torch.no_grad()
     def forward(self, rows: Rows) -> Forward:
@@ -126,7 +128,7 @@ class FreeholdAdapter:
         return Forward(hidden, layers)
 
     def weights(self) -> dict[str, Tensor]:
-        return self._named({n: m.detach().clone() for n, m in self.trainer.masters.items()})
+        return self._named({n: m.detach().clone() for n, m in self.trainer.state.masters.items()})
 
     def counts(self, layer: int) -> Tensor:
         return self.moe[layer].load_counts.clone()

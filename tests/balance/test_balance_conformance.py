@@ -24,7 +24,7 @@ def text(rows: int = 4, tokens: int = 16, seed: int = 0) -> Rows:
 
 
 def padded(rows: Rows, real: list[int], filler: int = 7) -> Rows:
-    """Make all but the first `real[r]` tokens of row r padding, with one id in all of it."""
+    """Make all but the first `real[r]` tokens of row r padding, all of one id."""
     ids, targets, documents = (tensor.clone() for tensor in rows)
     for r, n in enumerate(real):
         ids[r, n:], targets[r, n:], documents[r, n:] = filler, IGNORE, PADDING
@@ -48,7 +48,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def close(a: dict, b: dict, tolerance: float = 1e-5) -> bool:
-    """Tell whether two sets of tensors agree to a fraction of each one's largest element."""
+    """Return whether two sets of tensors agree to a fraction of each one's largest element."""
     return a.keys() == b.keys() and all(
         float((a[key] - b[key]).abs().max()) <= tolerance * (float(b[key].abs().max()) + 1e-6) for key in a
     )
@@ -171,7 +171,7 @@ def test_nothing_but_the_rule_moves_the_bias(build):
     assert same(biases(adapter), start)
 
 
-def test_memory_that_was_not_initialised_does_not_count(build):
+def test_uninitialised_memory_does_not_count(build):
     plain, meta = (build(Setup(rule=build.rules[0], meta=meta)) for meta in (False, True))
     assert all(torch.equal(bias, torch.zeros(8)) for bias in biases(meta).values())
     assert all(int(n.sum()) == 0 for n in counts(meta).values())
@@ -241,7 +241,7 @@ def test_the_sequence_loss_is_the_published_one(build):
         check_router_gradients(build, {"sequence_loss": alpha}, lambda *args, a=alpha: a * loss(*args))
 
 
-def test_the_sequence_loss_is_of_sequences_not_of_the_batch(build):
+def test_sequence_loss_is_of_sequences_not_of_the_batch(build):
     one, two = text(1, seed=1), text(1, seed=2)
     alone = [from_losses(build, rows, sequence_loss=1.0) for rows in (one, two)]
     together, twice = (
@@ -304,7 +304,7 @@ def test_muon_steps_each_matrix_of_each_expert_alone(build):
         assert 0.6 < float(values.min()) <= float(values.max()) < 1.4, f"{key}: {values}"
 
 
-def test_an_experts_muon_step_depends_on_its_own_direction_only(build):
+def test_muon_step_of_an_expert_depends_on_it_alone(build):
     """Not on how many tokens the expert got, nor on what the other experts got."""
     gradients = expert_gradients(build(Setup(dense_layers=3)))
     plain = moved(build(Setup(dense_layers=3)), gradients)

@@ -9,12 +9,13 @@ import test_balance_conformance as conformance
 import torch
 from balance_freehold import FreeholdAdapter
 
+from freehold.losses import cross_entropy
 from freehold.model import afmoe
 from freehold.model.afmoe import Afmoe
 from freehold.model.moe import MoE, Router
 from freehold.optim import balance, build, muon
 from freehold.optim.balance import NoBalance, Sign, Smebu, router_losses
-from freehold.trainer import loop
+from freehold.trainer import loop, step
 
 LEAKS = {}
 
@@ -83,7 +84,7 @@ def router_losses_are_means_of_micro_batches(patch):
     def losses(config, routings, real, scale, **_):
         return router_losses(config, routings, real, scale=0.25 / max(int(real.sum()), 1))
 
-    patch.setattr(loop, "router_losses", losses)
+    patch.setattr(step, "router_losses", losses)
 
 
 @leak("test_micro_batches_add_up")
@@ -92,7 +93,7 @@ def z_loss_is_a_mean_of_the_micro_batch(patch):
         own = 1 / max(int((targets != conformance.IGNORE).sum()), 1)
         return old(hidden, weight, targets, scale=scale, z_loss=z_loss * own / scale, chunk_tokens=chunk_tokens)
 
-    around(patch, loop, "chunked_loss", losses)
+    around(patch, cross_entropy, "chunked_loss", losses)
 
 
 @leak("test_counts_of_ranks_add_up")
@@ -146,12 +147,12 @@ def the_bias_decays_like_a_weight(patch):
     patch.setattr(NoBalance, "update", lambda self, layer, bias, counts: bias.mul_(0.998))
 
 
-@leak("test_memory_that_was_not_initialised_does_not_count")
+@leak("test_uninitialised_memory_does_not_count")
 def initialisation_forgets_the_bias(patch):
     forget(patch, "expert_bias")
 
 
-@leak("test_memory_that_was_not_initialised_does_not_count")
+@leak("test_uninitialised_memory_does_not_count")
 def initialisation_forgets_the_counts(patch):
     forget(patch, "load_counts")
 
@@ -218,12 +219,12 @@ def the_bias_is_ignored(patch):
 # --- losses -------------------------------------------------------------------------------------------------------
 
 
-@leak("test_the_sequence_loss_is_of_sequences_not_of_the_batch")
+@leak("test_sequence_loss_is_of_sequences_not_of_the_batch")
 def the_sequence_loss_is_of_the_batch(patch):
     around(patch, balance, "sequence_loss", lambda old, x, chosen, real, *_: old(x, chosen, real.view(1, -1)))
 
 
-@leak("test_the_sequence_loss_is_of_sequences_not_of_the_batch", "test_micro_batches_add_up")
+@leak("test_sequence_loss_is_of_sequences_not_of_the_batch", "test_micro_batches_add_up")
 def the_sequence_loss_is_divided_by_the_rows_once_more(patch):
     around(patch, balance, "sequence_loss", lambda old, x, chosen, real, *_: old(x, chosen, real) / len(real))
 
@@ -245,7 +246,7 @@ def the_sequence_loss_has_no_gradient(patch):
 def the_sequence_loss_is_of_one_layer_only(patch):
     around(
         patch,
-        loop,
+        step,
         "router_losses",
         lambda old, config, routings, *rest, **scale: old(config, routings[-1:], *rest, **scale),
     )
@@ -260,7 +261,7 @@ def the_sequence_loss_is_a_mean_over_layers(patch):
 def padding_is_in_the_losses(patch):
     around(
         patch,
-        loop,
+        step,
         "router_losses",
         lambda old, config, routings, real, **rest: old(config, routings, real | True, **rest),
     )
@@ -268,7 +269,7 @@ def padding_is_in_the_losses(patch):
 
 @leak("test_z_loss_has_its_gradient_at_its_scale")
 def z_loss_is_switched_off(patch):
-    around(patch, loop, "chunked_loss", lambda old, *args, z_loss, **rest: old(*args, z_loss=0.0, **rest))
+    around(patch, cross_entropy, "chunked_loss", lambda old, *args, z_loss, **rest: old(*args, z_loss=0.0, **rest))
 
 
 @leak("test_z_loss_has_its_gradient_at_its_scale")
@@ -277,7 +278,7 @@ def z_loss_is_a_mean_over_all_tokens(patch):
         share = float((targets != conformance.IGNORE).float().mean())
         return old(hidden, weight, targets, z_loss=z_loss * share, **rest)
 
-    around(patch, loop, "chunked_loss", losses)
+    around(patch, cross_entropy, "chunked_loss", losses)
 
 
 @leak("test_router_z_loss_has_its_gradient_at_its_scale")
@@ -289,7 +290,7 @@ def router_z_loss_is_divided_by_the_experts(patch):
 
 MUON = (
     "test_muon_steps_each_matrix_of_each_expert_alone",
-    "test_an_experts_muon_step_depends_on_its_own_direction_only",
+    "test_muon_step_of_an_expert_depends_on_it_alone",
 )
 
 

@@ -32,7 +32,7 @@ def test_sequence_loss_by_hand():
     assert float(sequence_loss(even.logits, even.chosen, half)) == pytest.approx(2 * (2 / 3 + 2 / 3))
 
 
-def test_losses_are_summed_over_layers_and_only_those_asked_for():
+def test_losses_are_summed_over_layers_and_only_if_configured():
     layers = [routing(0, 1, 2, 3), routing(2, 2, 2, 2)]
     both = router_losses(SmebuConfig(sequence_loss=0.1, router_z_loss=0.2), layers, REAL, scale=0.25)
     z = 2 * 4 * float(torch.logsumexp(layers[0].logits[0], 0)) ** 2
@@ -44,7 +44,7 @@ def test_losses_are_summed_over_layers_and_only_those_asked_for():
     assert float(only.total) == pytest.approx(0.25 * 0.1 * 12, rel=1e-6)
 
 
-def test_the_loop_reports_means_over_tokens_and_layers():
+def test_loop_reports_means_over_tokens_and_layers():
     rows = padded(text(), [16, 16, 9, 0])
     assert not {"loss/sequence", "loss/router_z"} & FreeholdAdapter(Setup()).report(rows).keys()
     setup = Setup(sequence_loss=1e-3, router_z_loss=1e-3, micro_batches=2)

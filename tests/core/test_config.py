@@ -1,6 +1,6 @@
 import pytest
 
-from freehold.core.config import difference, fill, load_recipe, merge, parse_override
+from freehold.core.config import REMOVED, difference, fill, load_recipe, merge, parse_override
 from freehold.core.errors import ConfigError
 from freehold.stages.pretrain.config import PretrainConfig
 
@@ -19,11 +19,12 @@ def test_base_recipe_overrides(tmp_path):
     assert (config.optim.lr, config.batch.sequences, config.trainer.recompute) == (3e-4, 8, True)
 
 
-def test_numbers_however_they_are_written_are_numbers_where_a_number_is_wanted(tmp_path):
-    text = "pretrain:\n  optim: {lr: 3e-4, eps: .5, muon_lr: 0.020}\n  trainer: {keep_last: 007, recompute: yes}\n"
+def test_numbers_in_any_spelling_fill_number_fields(tmp_path):
+    text = "pretrain:\n  optim: {lr: 3e-4, weight_decay: .5, muon_lr: 0.020}\n"
+    text += "  trainer: {keep_last: 007, recompute: yes}\n"
     text += "  phases: {a: {steps: 400_000, mixture: {code: 1e-1}, stage_type: 1e5}}\n"
     config = fill(PretrainConfig, load_recipe(write(tmp_path / "r.yaml", text))["pretrain"], "pretrain")
-    assert (config.optim.lr, config.optim.eps, config.optim.muon_lr) == (3e-4, 0.5, 0.02)
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.muon_lr) == (3e-4, 0.5, 0.02)
     assert (config.trainer.keep_last, config.trainer.recompute) == (7, True)
     assert (config.phases["a"].steps, config.phases["a"].mixture) == (400_000, {"code": 0.1})
     assert config.phases["a"].stage_type == "1e5"
@@ -66,6 +67,15 @@ def test_unknown_key_names_its_neighbour(override, says):
         fill(PretrainConfig, merge(base, data), "pretrain")
     assert says in str(error.value)
     assert "pretrain." in str(error.value)
+
+
+def test_removed_key_names_its_constant(monkeypatch):
+    constant = "stages/curate/filters.py: MIN_WORDS = 5"
+    monkeypatch.setitem(REMOVED, "pretrain.phases.*.min_words", constant)
+    with pytest.raises(ConfigError, match="removed") as error:
+        fill(PretrainConfig, {"phases": {"stable": {"steps": 2, "min_words": 3}}}, "pretrain")
+    assert error.value.where == "pretrain.phases.stable.min_words"
+    assert constant in error.value.todo
 
 
 def test_unknown_key_beside_a_missing_one_is_the_one_that_is_named():

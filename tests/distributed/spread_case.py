@@ -10,11 +10,11 @@ from torch import Tensor
 from toy import unsettle
 
 from freehold.data.packing import IGNORE, PADDING
+from freehold.losses.cross_entropy import chunked_loss
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.optim.balance import router_losses
 from freehold.optim.config import SmebuConfig
-from freehold.trainer.loss import chunked_loss
 
 TOKENS = 24
 BALANCE = SmebuConfig(sequence_loss=0.1, router_z_loss=0.01)

@@ -12,7 +12,9 @@ import toy
 from test_parallel_exactness import alone, assert_one_process
 
 from freehold.core.errors import ConfigError
+from freehold.optim.config import SmebuConfig
 from freehold.parallel.config import ParallelConfig
+from freehold.trainer.config import CollapseConfig, check_guards
 from freehold.trainer.validate import HeldOut, bits_per_byte
 
 DEGREES = {
@@ -27,7 +29,7 @@ def run(parallel, changes, dtype="float64"):
     """Train on a rank; the first of each pipeline stage returns what its layers became."""
     trainer = toy.make(parallel, dtype, **changes)
     report = toy.train(trainer)
-    report["biases"] = {name: layer.expert_bias.numpy() for name, layer in trainer.moe_layers.items()}
+    report["biases"] = {name: layer.expert_bias.numpy() for name, layer in trainer.state.moe_layers.items()}
     report["bits"] = bits_per_byte(trainer.model, held_out(), trainer.world, rows=2)
     if any(trainer.world.place[1:]):
         for name in ("gradients", "model", "optimizer"):
@@ -87,11 +89,11 @@ def go_on(parallel, state, steps):
     """Take over the state of one process after some steps, and take the next."""
     trainer = toy.make(parallel)
     state = {part: {n: torch.from_numpy(t) for n, t in tensors.items()} for part, tensors in state.items()}
-    trainer.adopt(state, Path())
-    trainer.step = steps
+    trainer.checkpoints.adopt(state, Path())
+    trainer.progress.step = steps
     trainer.train_step(toy.part(trainer, toy.batches()[steps]))
-    biases = {name: layer.expert_bias.numpy() for name, layer in trainer.moe_layers.items()}
-    return {n: toy.whole(trainer, n, m) for n, m in trainer.masters.items()}, biases
+    biases = {name: layer.expert_bias.numpy() for name, layer in trainer.state.moe_layers.items()}
+    return {n: toy.whole(trainer, n, m) for n, m in trainer.state.masters.items()}, biases
 
 
 @pytest.mark.parametrize("name", ["pp2-interleaved", "cp2"])
@@ -99,17 +101,19 @@ def test_what_one_process_left_is_gone_on_with(ranks, name):
     trainer = toy.make({})
     for batch in toy.batches()[:2]:
         trainer.train_step(batch)
-    state = {p: {n: t.numpy().copy() for n, t in tensors.items()} for p, tensors in trainer.state().items()}
+    state = {
+        p: {n: t.numpy().copy() for n, t in tensors.items()} for p, tensors in trainer.checkpoints.tensors().items()
+    }
     trainer.train_step(toy.batches()[2])
     found: dict[str, np.ndarray] = {}
     for masters, biases in ranks(2).run(go_on, DEGREES[name], state, 2):
         found |= masters
         for layer, bias in biases.items():
-            assert np.array_equal(bias, trainer.moe_layers[layer].expert_bias.numpy())
-    for parameter, master in trainer.masters.items():
+            assert np.array_equal(bias, trainer.state.moe_layers[layer].expert_bias.numpy())
+    for parameter, master in trainer.state.masters.items():
         np.testing.assert_allclose(found[parameter], master.detach().numpy(), rtol=1e-9, atol=1e-12)
 
 
 def test_what_stages_cannot_do_is_refused_before_anything_starts():
     with pytest.raises(ConfigError, match="another pipeline stage holds"):
-        toy.make({"pipeline": 2}, collapse="reinitialise")
+        check_guards(CollapseConfig(action="reinitialise"), SmebuConfig(), ParallelConfig(pipeline=2), "pretrain")

@@ -13,7 +13,8 @@ from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.parallel.config import ParallelConfig
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 
 STEPS = 6
 MODEL = ModelConfig(
@@ -54,8 +55,8 @@ def go_on(folder, parallel, until):
     trainer.restore()
     losses = []
     while trainer.step < until:
-        losses.append(trainer.train_step(trainer._batch())["loss/mean"])
-    trainer._checkpoint(None)
+        losses.append(trainer.train_step(trainer.next_batch())["loss/mean"])
+    trainer.checkpoints.save_step()
     return losses
 
 
@@ -64,7 +65,7 @@ def write_again(folder, parallel, step):
     trainer = make(folder, parallel)
     assert trainer.restore()
     assert trainer.step == step
-    trainer.save(folder / "again")
+    trainer.checkpoints.save(folder / "again")
 
 
 def equal(a, b, without=()):

@@ -120,7 +120,7 @@ def test_a_spread_model_is_that_of_one_process(ranks, name):
         ("ep2-fsdp2", {"model": {"num_experts": 2, "num_experts_per_tok": 2}}),
         ("ep4", {"model": {"num_dense_layers": 4}}),  # no experts at all
         ("ep2", {"optim": {"matrices": "adamw"}}),
-        ("hsdp2-ep2", {"optim": {"nesterov": False, "muon_weight_decay": 0.1}}),
+        ("hsdp2-ep2", {"optim": {"muon_weight_decay": 0.1}}),
     ],
 )
 def test_other_models_and_optimizers(ranks, name, changes):
@@ -186,7 +186,7 @@ def test_fsdps_own_division_is_wrong_for_experts(ranks):
 
 
 def orthogonalise_parts(trainer):
-    trainer.optimizers.optimizers[0][0].together = None
+    trainer.state.optimizers.optimizers[0][0].sharded = None
 
 
 def test_a_part_orthogonalised_alone_is_another_update(ranks):
@@ -196,7 +196,7 @@ def test_a_part_orthogonalised_alone_is_another_update(ranks):
 
 
 def count_own_tokens_only(trainer):
-    trainer._add_up_routing = lambda logit_max: None
+    trainer.update._add_up_routing = lambda logit_max: None
 
 
 def test_counts_of_one_rank_alone_move_biases_apart(ranks):
@@ -212,14 +212,16 @@ def test_counts_of_one_rank_alone_move_biases_apart(ranks):
 
 def one_rank_has_no_number(poisoned):
     trainer = toy.make({"shard": 2, "expert": 2})
-    before = {n: m.detach().clone() for n, m in trainer.masters.items()}
-    trainer._skip = lambda why: trainer.skipped.append(trainer.step)
+    before = {n: m.detach().clone() for n, m in trainer.state.masters.items()}
+    trainer._skip = lambda step, why: trainer.progress.skipped.append(trainer.step)
     if trainer.world.rank == poisoned:
         with torch.no_grad():
-            trainer.masters["model.embed_tokens.weight"].fill_(float("nan"))
+            trainer.state.masters["model.embed_tokens.weight"].fill_(float("nan"))
             before["model.embed_tokens.weight"].fill_(float("nan"))
     trainer.train_step(toy.part(trainer, toy.batches()[0]))
-    return trainer.skipped, all(torch.equal(m.nan_to_num(), before[n].nan_to_num()) for n, m in trainer.masters.items())
+    return trainer.progress.skipped, all(
+        torch.equal(m.nan_to_num(), before[n].nan_to_num()) for n, m in trainer.state.masters.items()
+    )
 
 
 @pytest.mark.parametrize("poisoned", [0, 1])

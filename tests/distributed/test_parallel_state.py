@@ -20,7 +20,7 @@ UNEVEN = {"shard": 4}
 
 def first_values(parallel):
     trainer = Trainer(toy.make(parallel, "float32").job, toy.Log(quiet=True), seed=7)
-    return {n: toy.whole(trainer, n, m) for n, m in trainer.masters.items()}
+    return {n: toy.whole(trainer, n, m) for n, m in trainer.state.masters.items()}
 
 
 def test_first_values_are_those_of_one_process(ranks):
@@ -37,14 +37,16 @@ def taken_and_given(parallel):
     trainer, other = toy.make(parallel), toy.make(parallel)
     trainer.train_step(toy.part(trainer, toy.batches()[0]))
     other.train_step(toy.part(other, toy.batches()[1]))
-    state = trainer.state()
-    whole = {part: {n: trainer.spread.gathered(t) for n, t in tensors.items()} for part, tensors in state.items()}
-    other.adopt(whole, trainer.job.folder)
+    state = trainer.checkpoints.tensors()
+    whole = {part: {n: trainer.state.gathered(t) for n, t in tensors.items()} for part, tensors in state.items()}
+    other.checkpoints.adopt(whole, trainer.job.folder)
     # What the detectors remember is for `restore` to take over: it belongs to a run, not to weights.
-    mine, theirs = ({p: t for p, t in x.state().items() if p not in ("collapse", "spike")} for x in (trainer, other))
+    mine, theirs = (
+        {p: t for p, t in x.checkpoints.tensors().items() if p not in ("collapse", "spike")} for x in (trainer, other)
+    )
     keys = all(mine[part].keys() == theirs[part].keys() for part in mine)
     pairs = [
-        [trainer.spread.local(tensor).detach().numpy() for tensor in (found, theirs[part][name])]
+        [trainer.state.local(tensor).detach().numpy() for tensor in (found, theirs[part][name])]
         for part, tensors in mine.items()
         for name, found in tensors.items()
     ]
@@ -62,9 +64,9 @@ def known_of_roll_backs(folder):
     mine.mkdir()
     if trainer.world.is_main:
         write_json(mine / "rollbacks.json", {"rollbacks": [{"first_step": 1, "end_step": 2, "layers": []}]})
-    trainer.job = dataclasses.replace(trainer.job, folder=mine)
+    trainer.checkpoints.job = dataclasses.replace(trainer.job, folder=mine)
     trainer.restore()
-    return [trainer._is_left_out(step) for step in range(3)]
+    return [trainer.progress.rolled_back(step) for step in range(3)]
 
 
 def test_ranks_leave_out_the_same_steps_though_one_does_not_see_the_decision_yet(ranks, tmp_path):
@@ -91,12 +93,12 @@ def test_validation_is_shared_out_and_follows_the_weights(ranks):
 def routed_anew(parallel):
     trainer = toy.make(parallel)
     trainer.train_step(toy.part(trainer, toy.batches()[0]))
-    layer = next(iter(trainer.moe_layers))
+    layer = next(iter(trainer.state.moe_layers))
     torch.manual_seed(3)
-    trainer._reinitialise(Alarm(layer, "dead", 1, 0, (1, 6), 0.0))
-    state = trainer.state()
+    trainer.state.reinitialise(Alarm(layer, "dead", 1, 0, (1, 6), 0.0), trainer.balance.state_dict())
+    state = trainer.checkpoints.tensors()
     names = {n: t for part in ("model", "optimizer") for n, t in state[part].items() if n.startswith(layer)}
-    return {n: (trainer.spread.gathered(t) if trainer.spread else t).detach().numpy() for n, t in names.items()}
+    return {n: trainer.state.gathered(t).detach().numpy() for n, t in names.items()}
 
 
 def test_routing_is_drawn_anew_as_in_one_process(ranks):

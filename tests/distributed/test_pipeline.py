@@ -7,9 +7,9 @@ import spread_case as case
 import torch
 import torch.distributed as dist
 
+from freehold.losses.attach import attach_loss
 from freehold.parallel import pipeline
 from freehold.parallel.pipeline import Pipeline, keep_layers, stage_layers
-from freehold.trainer.loss import attach_loss
 
 
 def staged(stages, micro_rows, static=True, steps=2, attach=attach_loss):

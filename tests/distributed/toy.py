@@ -20,7 +20,8 @@ from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
 from freehold.parallel.config import ParallelConfig
 from freehold.trainer.config import CollapseConfig, TrainerConfig
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 
 ROWS, TOKENS, STEPS = 8, 16, 3
 SHAPE = {
@@ -103,29 +104,27 @@ def part(trainer: Trainer, batch: Batch) -> Batch:
 def train(trainer: Trainer) -> dict[str, Any]:
     """Take the steps; return losses, norms, the first step's gradients, and all state after the last, whole."""
     report: dict[str, Any] = {"loss": [], "norm": [], "gradients": {}}
-    step = trainer.optimizers.step
+    step = trainer.state.optimizers.step
 
-    def look(factor: float, scale: float) -> None:
+    def look(factor: float, scale: Any, keep: Any = None) -> None:
         if not report["gradients"]:
-            report["gradients"] = {n: whole(trainer, n, m.grad) for n, m in trainer.masters.items()}
-        step(factor, scale)
+            report["gradients"] = {n: whole(trainer, n, m.grad) for n, m in trainer.state.masters.items()}
+        step(factor, scale, keep)
 
-    trainer.optimizers.step = look
+    trainer.state.optimizers.step = look
     for batch in batches():
         values = trainer.train_step(part(trainer, batch))
         report["loss"].append([values[name] for name in ("loss/mean", "loss/z", "loss/sequence", "loss/router_z")])
         report["norm"].append(values["optim/grad_norm"])
-    state = trainer.state()
+    state = trainer.checkpoints.tensors()
     for name in ("model", "optimizer", "balance"):
-        tensors = {k: trainer.spread.gathered(t) if trainer.spread else t for k, t in state[name].items()}
+        tensors = {k: trainer.state.gathered(t) for k, t in state[name].items()}
         report[name] = {key: tensor.detach().double().numpy().copy() for key, tensor in tensors.items()}
-    report["counts"] = {n: layer.load_counts.numpy() for n, layer in trainer.moe_layers.items()}
-    report["tokens"] = trainer.tokens
+    report["counts"] = {n: layer.load_counts.numpy() for n, layer in trainer.state.moe_layers.items()}
+    report["tokens"] = trainer.progress.tokens
     return report
 
 
 def whole(trainer: Trainer, name: str, tensor: torch.Tensor) -> np.ndarray:
     """Return the whole of which the tensor is this process's part."""
-    if trainer.spread is not None:
-        tensor = trainer.spread.gathered(trainer.spread.whole_form(name, tensor))
-    return tensor.detach().double().numpy().copy()
+    return trainer.state.gathered(trainer.state.to_checkpoint(name, tensor)).detach().double().numpy().copy()

@@ -50,7 +50,7 @@ def test_steps_are_those_of_adamw_in_float64(dtype):
 
 @pytest.mark.usefixtures("_path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_norm_is_of_all_gradients_in_full_precision(dtype):
+def test_norm_is_of_all_gradients_in_full_precision(dtype):
     gradients = draw(9, dtype)
     exact = torch.cat([g.double().flatten() for g in gradients]).norm()
     assert float(gradient_norm(gradients)) == pytest.approx(float(exact), rel=1e-5)

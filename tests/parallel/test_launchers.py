@@ -42,7 +42,7 @@ def test_slurm(machine):
     done = do(["bash", script, RECIPE, *DEGREES], env)
     assert done.returncode == 0, done.stderr
     assert [f"at {n} {n} of 2 by node7:34567" in done.stdout for n in (0, 1)] == [True, True]
-    assert done.stdout.count("spread: replicate 1 x shard 2 x context 1 x pipeline 1 = 2 processes") == 2
+    assert done.stdout.count("sharded: replicate 1 x shard 2 x context 1 x pipeline 1 = 2 processes") == 2
     assert "usage: sbatch" in do(["bash", script], env).stderr
     assert do(["bash", script, RECIPE, "parallel.shards=2"], env).returncode == 2
 

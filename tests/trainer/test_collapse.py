@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -17,17 +16,20 @@ import torch
 
 from freehold.checkpoint import dcp
 from freehold.core.artifact import write_json
-from freehold.core.errors import ConfigError
 from freehold.core.log import Log, read_metrics
 from freehold.data.loader import PhaseRows, Source, TextOrder
 from freehold.data.packing import Batch
 from freehold.model.config import ModelConfig
-from freehold.optim.config import NoBalanceConfig, OptimConfig, PhaseConfig, SmebuConfig
+from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
-from freehold.trainer import loop
+from freehold.trainer import collapse, guards, monitor
+from freehold.trainer.checkpoints import ROLLBACKS
 from freehold.trainer.collapse import Alarm, CollapseDetector
 from freehold.trainer.config import CollapseConfig, TrainerConfig
-from freehold.trainer.loop import Job, Trainer, TrainingError
+from freehold.trainer.errors import TrainingError
+from freehold.trainer.guards import RollBack
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 
 LAYERS = ["model.layers.1.mlp", "model.layers.2.mlp"]
 
@@ -36,11 +38,7 @@ def watch(detector: CollapseDetector, loads: np.ndarray, first: int = 0) -> list
     """Show the detector loads [steps, layers, E]; return every alarm."""
     alarms = []
     for step, load in enumerate(loads, first):
-        counts = {
-            name: torch.from_numpy(np.asarray(row, dtype=np.int64))
-            for name, row in zip(detector.layers, load, strict=True)
-        }
-        alarms += detector.watch(step, counts)
+        alarms += detector.watch(step, np.asarray(load))
     return alarms
 
 
@@ -60,12 +58,12 @@ def loads(busiest: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.array(found)
 
 
-def test_a_healthy_run_of_the_laptop_recipe_raises_no_alarm() -> None:
+def test_healthy_laptop_run_raises_no_alarm() -> None:
     """Loads of the first 400 steps of recipes/laptop.yaml (seed 0, one thread, log_every_steps 1)."""
     real = np.load(Path(__file__).parent / "laptop_loads.npz")["loads"].astype(np.int64)
     layers = [f"model.layers.{n}.mlp" for n in (1, 2, 3)]
     assert not watch(CollapseDetector(CollapseConfig(), layers, 16, 2, 0), real)
-    # The same run starts with loads as uneven as those of a collapse: only the warm-up tells them apart.
+    # The same run starts with loads as uneven as those of a collapse: only the warm-up separates them.
     early = watch(CollapseDetector(CollapseConfig(warmup_steps=0), layers, 16, 2, 0), real)
     assert {alarm.reason for alarm in early} == {"rise"}
     assert max(alarm.step for alarm in early) < 50
@@ -75,7 +73,7 @@ def test_even_loads_raise_no_alarm() -> None:
     assert not watch(detector(), loads(np.ones(600)))
 
 
-def test_a_rise_is_noticed_early_and_its_layer_expert_and_first_step_are_named() -> None:
+def test_rise_names_layer_expert_and_first_step() -> None:
     busiest = np.concatenate([np.full(100, 1.2), np.geomspace(1.2, 7.9, 60), np.full(40, 7.9)])
     first, *later = watch(detector(), loads(busiest))
     assert (first.layer, first.reason, first.experts, first.number) == (LAYERS[1], "rise", (5,), 2)
@@ -86,7 +84,7 @@ def test_a_rise_is_noticed_early_and_its_layer_expert_and_first_step_are_named()
     assert all(alarm.step >= first.step + 32 for alarm in later)
 
 
-def test_a_jump_is_noticed_within_a_few_steps_but_one_odd_batch_is_not() -> None:
+def test_jump_alarms_soon_but_one_odd_batch_does_not() -> None:
     calm = np.full(100, 1.2)
     odd = np.concatenate([calm, np.full(3, 7.5), calm])
     assert not watch(detector(), loads(odd))
@@ -96,7 +94,7 @@ def test_a_jump_is_noticed_within_a_few_steps_but_one_odd_batch_is_not() -> None
     assert jump[0].first_step in range(96, 101)
 
 
-def test_a_slow_drift_is_noticed() -> None:
+def test_slow_drift_alarms() -> None:
     busiest = np.concatenate([np.full(100, 1.2), np.geomspace(1.2, 7.9, 900)])
     alarms = watch(detector(), loads(busiest))
     assert {alarm.reason for alarm in alarms} == {"drift"}
@@ -115,7 +113,7 @@ def test_dead_experts_are_named_after_three_windows() -> None:
     assert watch(detector(), lively[:230]) == []
 
 
-def test_the_limit_follows_from_experts_and_top_k() -> None:
+def test_limit_follows_from_experts_and_top_k() -> None:
     def limit(experts: int, top_k: int, **config: Any) -> float:
         return CollapseDetector(CollapseConfig(**config), LAYERS, experts, top_k, 0).limit
 
@@ -124,7 +122,7 @@ def test_the_limit_follows_from_experts_and_top_k() -> None:
     assert not watch(dense, np.full((200, 2, 4), 7))
 
 
-def test_steps_without_tokens_and_of_the_warm_up_are_not_watched() -> None:
+def test_empty_and_warm_up_steps_are_not_watched() -> None:
     late = CollapseDetector(CollapseConfig(warmup_steps=50), LAYERS, 16, 2, first_step=1000)
     jump = np.concatenate([np.full(20, 1.2), np.full(100, 7.5)])
     assert not watch(late, loads(jump), first=1000)
@@ -133,7 +131,7 @@ def test_steps_without_tokens_and_of_the_warm_up_are_not_watched() -> None:
     assert np.isnan(empty.bits).all()
 
 
-def test_entropy_never_falls_by_more_than_the_busiest_share_rises() -> None:
+def test_entropy_falls_no_more_than_busiest_share_rises() -> None:
     for seed in range(200):
         g = np.random.default_rng(seed)
         share = g.dirichlet(np.full(16, g.uniform(0.01, 3)))
@@ -142,7 +140,7 @@ def test_entropy_never_falls_by_more_than_the_busiest_share_rises() -> None:
 
 
 @pytest.mark.parametrize("cut", [20, 105, 112, 190])
-def test_a_detector_that_was_saved_and_restored_raises_the_same_alarms(cut: int) -> None:
+def test_restored_detector_raises_the_same_alarms(cut: int) -> None:
     busiest = np.concatenate([np.full(100, 1.2), np.full(200, 7.5)])
     data = loads(busiest)
     data[40:, 0, 7] = 0
@@ -153,8 +151,8 @@ def test_a_detector_that_was_saved_and_restored_raises_the_same_alarms(cut: int)
     one.raise_rate(LAYERS[0], 7)
     two.load_state_dict(one.state_dict())
     assert before + watch(two, data[cut:], first=cut) == straight
-    assert two.rate_factor(LAYERS[0], 106) == 10
-    assert two.rate_factor(LAYERS[0], 107) == two.rate_factor(LAYERS[1], 8) == 1
+    assert two.rate_factor(LAYERS[0], 22) == 20
+    assert two.rate_factor(LAYERS[0], 23) == two.rate_factor(LAYERS[1], 8) == 1
 
 
 # -- with a real run --------------------------------------------------------------------------------------------------
@@ -165,7 +163,7 @@ MODEL = ModelConfig(
     num_experts_per_tok=2, sliding_window=8, max_position_embeddings=64,
 )  # fmt: skip
 START, FAULT, END = 20, 29, 54
-WATCH = {"warmup_steps": 4, "window_steps": 12, "rate_factor": 20.0, "raise_steps": 16}
+WATCH = {"warmup_steps": 4, "window_steps": 12}
 
 
 class Killed(Exception):
@@ -184,7 +182,7 @@ class Faulty(Trainer):
             raise Killed
         values = super().train_step(batch)
         if self.faults(step):
-            for layer in self.moe_layers.values():
+            for layer in self.state.moe_layers.values():
                 layer.expert_bias[:2] += 4
         return values
 
@@ -235,7 +233,7 @@ def max_vio(folder: Path) -> dict[int, float]:
 def content(folder: Path) -> dict[str, str]:
     """Return the hash of everything a run leaves that is content."""
     found = {p.parent.name: json.loads(p.read_text())["content_sha256"] for p in folder.rglob("manifest.json")}
-    decided = folder / loop.ROLLBACKS
+    decided = folder / ROLLBACKS
     return found | ({"rollbacks": decided.read_text()} if decided.exists() else {})
 
 
@@ -243,13 +241,15 @@ def content(folder: Path) -> dict[str, str]:
 def short_measurement() -> Iterator[None]:
     """Measure the machine's matrix rate on less than the half second that suits a real run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "gemm_flops_per_s", functools.partial(loop.gemm_flops_per_s, size=32, seconds=0.001))
+        patch.setattr(collapse, "RATE_FACTOR", 20.0)  # so that a cure fits into a short run
+        patch.setattr(collapse, "RAISE_STEPS", 16)
+        patch.setattr(monitor, "gemm_flops_per_s", functools.partial(monitor.gemm_flops_per_s, size=32, seconds=0.001))
         yield
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run that was killed after its checkpoint at START; copy it before going on."""
+    """Return the folder of a run that was killed after its checkpoint at START; copy it before a run continues."""
     folder = tmp_path_factory.mktemp("start") / "run"
     trainer = make(folder, "roll_back")
     trainer.dies = lambda step: step == START
@@ -260,7 +260,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Trainer]]:
-    """Return the finished run of an action: all go on from one start, and each is made once."""
+    """Return the finished run of an action: all continue from one start, and each is made once."""
     folder = tmp_path_factory.mktemp("collapse")
     made: dict[str, tuple[Path, Trainer]] = {}
 
@@ -274,37 +274,37 @@ def runs(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     return run
 
 
-def test_without_a_remedy_it_is_told_and_does_not_recover(runs: Callable[[str], tuple[Path, Trainer]]) -> None:
+def test_collapse_without_remedy_is_reported_and_stays(runs: Callable[[str], tuple[Path, Trainer]]) -> None:
     folder, trainer = runs("none")
     found = max_vio(folder)
     assert max(found[s] for s in range(START, FAULT + 1)) < 1.5
     assert min(found[s] for s in range(FAULT + 2, END + 1)) > 2.5
-    first = trainer.alarms[0]
+    first = trainer.progress.alarms[0]
     assert (first["reason"], first["experts"], first["action"]) == ("rise", (0, 1), "none")
     assert FAULT + 1 < first["step"] <= FAULT + 4
-    assert {alarm["layer"] for alarm in trainer.alarms[:2]} == {"model.layers.1.mlp", "model.layers.2.mlp"}
-    told = [row for row in read_metrics(folder / "metrics.jsonl") if "moe/alarm" in row]
-    assert (told[0]["step"], told[0]["moe/alarm"]) == (first["step"] + 1, [1, 2])
+    assert {alarm["layer"] for alarm in trainer.progress.alarms[:2]} == {"model.layers.1.mlp", "model.layers.2.mlp"}
+    said = [row for row in read_metrics(folder / "metrics.jsonl") if "moe/alarm" in row]
+    assert (said[0]["step"], said[0]["moe/alarm"]) == (first["step"] + 1, [1, 2])
     assert dcp.check(folder / "truebase")["alarms"][0]["reason"] == "rise"
 
 
 @pytest.mark.parametrize("action", ["raise_rate", "reinitialise", "roll_back"])
-def test_each_remedy_cures_it(runs: Callable[[str], tuple[Path, Trainer]], action: str) -> None:
+def test_each_remedy_cures_collapse(runs: Callable[[str], tuple[Path, Trainer]], action: str) -> None:
     folder, trainer = runs(action)
     found = max_vio(folder)
     assert max(found[s] for s in range(END - 10, END + 1)) < 2
-    assert not trainer.alarms or {alarm["action"] for alarm in trainer.alarms} == {action}
+    assert not trainer.progress.alarms or {alarm["action"] for alarm in trainer.progress.alarms} == {action}
 
 
-def test_a_raised_step_is_a_multiple_of_the_rule_and_ends(runs: Callable[[str], tuple[Path, Trainer]]) -> None:
+def test_raised_rate_is_a_multiple_and_ends(runs: Callable[[str], tuple[Path, Trainer]]) -> None:
     folder, trainer = runs("raise_rate")
     name = "model.layers.1.mlp"
-    layer = trainer.moe_layers[name]
+    layer = trainer.state.moe_layers[name]
     moved = []
-    for step in (int(trainer.detector.raised_until[0]) - 1, int(trainer.detector.raised_until[0])):
-        trainer.step = step
+    for step in (int(trainer.guards.collapse.raised_until[0]) - 1, int(trainer.guards.collapse.raised_until[0])):
+        trainer.progress.step = step
         before, momentum = layer.expert_bias.clone(), trainer.balance.state_dict()[name].clone()
-        trainer._balance(name, layer)
+        trainer.update.move_bias(step, name, layer)
         moved.append(layer.expert_bias - before)
         layer.expert_bias.copy_(before)
         trainer.balance.load_state_dict({name: momentum})
@@ -312,15 +312,18 @@ def test_a_raised_step_is_a_multiple_of_the_rule_and_ends(runs: Callable[[str], 
     assert moved[1].abs().max() > 0
 
 
-def test_reinitialising_draws_routing_anew_and_forgets_its_past(tmp_path: Path) -> None:
+def test_reinitialise_redraws_routing_and_forgets_its_past(tmp_path: Path) -> None:
     trainer = make(tmp_path, "reinitialise", kind=Trainer)
     for step in range(3):
         trainer.train_step(trainer.job.order.batch(step))
     name = "model.layers.1.mlp"
-    trainer.moe_layers[name].expert_bias[5] = 3
-    before = {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in trainer.state().items()}
-    trainer.handle_alarms([Alarm(name, "rise", 2, 1, (5,), 1.5), Alarm("model.layers.2.mlp", "dead", 2, 0, (3,), 0.0)])
-    after = trainer.state()
+    trainer.state.moe_layers[name].expert_bias[5] = 3
+    before = {
+        part: {k: v.clone() for k, v in tensors.items()} for part, tensors in trainer.checkpoints.tensors().items()
+    }
+    alarms = [Alarm(name, "rise", 2, 1, (5,), 1.5), Alarm("model.layers.2.mlp", "dead", 2, 0, (3,), 0.0)]
+    trainer.act(trainer.guards.on_alarms(alarms, trainer.step))
+    after = trainer.checkpoints.tensors()
     changed = {
         (part, key): sorted({int(i) for i in (tensor != before[part][key]).nonzero()[:, 0]})
         for part in ("model", "optimizer", "balance")
@@ -345,21 +348,21 @@ def test_reinitialising_draws_routing_anew_and_forgets_its_past(tmp_path: Path) 
     assert all(
         float(after["balance"][key][rows].abs().max()) == 0 for (p, key), rows in changed.items() if p == "balance"
     )
-    for key, parameter in trainer.parameters.items():
-        assert torch.equal(parameter, trainer.masters[key]), key
+    for key, parameter in trainer.state.parameters.items():
+        assert torch.equal(parameter, trainer.state.masters[key]), key
 
 
-def test_roll_back_leaves_out_the_batches_and_names_them(
+def test_roll_back_skips_batches_and_names_them(
     runs: Callable[[str], tuple[Path, Trainer]], start: Path, tmp_path: Path
 ) -> None:
     folder, trainer = runs("roll_back")
-    (decision,) = json.loads((folder / loop.ROLLBACKS).read_text())["rollbacks"]
+    (decision,) = json.loads((folder / ROLLBACKS).read_text())["rollbacks"]
     left_out = list(range(decision["first_step"], decision["end_step"]))
     assert FAULT in left_out
     assert len(left_out) <= 12
     assert decision["layers"] == [1, 2]
     facts = dcp.check(folder / "checkpoints" / f"step_{END:08d}")
-    assert facts["skipped_steps"] == trainer.skipped == left_out
+    assert facts["skipped_steps"] == trainer.progress.skipped == left_out
     assert facts["rollbacks"] == [decision]
     assert facts["tokens"] == END * 128
     rows = read_metrics(folder / "metrics.jsonl")
@@ -370,15 +373,15 @@ def test_roll_back_leaves_out_the_batches_and_names_them(
     for step in left_out:
         for piece in trainer.job.order.documents(step):
             assert f"{piece.source}:{piece.document_id}" in said
-    # What is left is what a run would be that had known before which steps to leave out.
+    # What is left is what a run would be that had known before which steps to skip.
     knowing = shutil.copytree(start, tmp_path / "run")
-    write_json(knowing / loop.ROLLBACKS, {"rollbacks": [decision]})
+    write_json(knowing / ROLLBACKS, {"rollbacks": [decision]})
     make(knowing, "roll_back").run()
     assert content(knowing) == content(folder)
 
 
 @pytest.mark.parametrize("moment", ["decided", "while removing", "in the replay"])
-def test_killed_around_a_roll_back_it_ends_with_the_same_bits(
+def test_kill_around_a_roll_back_ends_with_the_same_bits(
     runs: Callable[[str], tuple[Path, Trainer]],
     start: Path,
     tmp_path: Path,
@@ -387,7 +390,7 @@ def test_killed_around_a_roll_back_it_ends_with_the_same_bits(
 ) -> None:
     straight, _ = runs("roll_back")
     folder = shutil.copytree(start, tmp_path / "run")
-    decided = folder / loop.ROLLBACKS
+    decided = folder / ROLLBACKS
 
     def dying(function: Callable[..., Any], when: Callable[[Any], bool]) -> Callable[..., Any]:
         def die(*args: Any, **settings: Any) -> Any:
@@ -413,7 +416,7 @@ def test_killed_around_a_roll_back_it_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize(("action", "step"), [("raise_rate", 42), ("reinitialise", 42)])
-def test_killed_after_a_remedy_it_ends_with_the_same_bits(
+def test_kill_after_a_remedy_ends_with_the_same_bits(
     runs: Callable[[str], tuple[Path, Trainer]], start: Path, tmp_path: Path, action: str, step: int
 ) -> None:
     straight, _ = runs(action)
@@ -424,45 +427,41 @@ def test_killed_after_a_remedy_it_ends_with_the_same_bits(
         trainer.run()
     again = make(folder, action)
     again.run()
-    assert again.alarms[0]["step"] < 40  # the remedy itself is in the checkpoint it goes on from
+    assert again.progress.alarms[0]["step"] < 40  # the remedy itself is in the checkpoint it continues from
     assert content(folder) == content(straight)
 
 
-def test_gives_up_when_rolling_back_does_not_help(start: Path, tmp_path: Path) -> None:
+def test_gives_up_when_rolling_back_does_not_help(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(start, tmp_path / "run")
-    trainer = make(folder, "roll_back", max_rollbacks=2)
+    monkeypatch.setattr(guards, "MAX_ROLLBACKS", 2)
+    trainer = make(folder, "roll_back")
     trainer.faults = lambda step: step >= FAULT
     with pytest.raises(TrainingError, match="collapsed again after 2 roll-backs"):
         trainer.run()
-    assert len(json.loads((folder / loop.ROLLBACKS).read_text())["rollbacks"]) == 2
-    again = make(folder, "roll_back", max_rollbacks=2)
+    assert len(json.loads((folder / ROLLBACKS).read_text())["rollbacks"]) == 2
+    again = make(folder, "roll_back")
     again.faults = trainer.faults
     with pytest.raises(TrainingError, match="collapsed again after 2 roll-backs"):
         again.run()
 
 
-def test_without_a_good_checkpoint_it_says_so_and_can_start_anew(start: Path, tmp_path: Path) -> None:
+def test_roll_back_without_checkpoint_starts_from_scratch(start: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(start, tmp_path / "run")
     trainer = make(folder, "roll_back")
     assert trainer.restore()
     for path in (folder / "checkpoints").glob("step_*/trainer.json"):
         path.write_text("{")
-    trainer.step = 31
+    trainer.progress.step = 31
     with pytest.raises(TrainingError, match="no checkpoint from before the collapse is left"):
-        trainer.handle_alarms([Alarm("model.layers.1.mlp", "rise", 30, 28, (0, 1), 1.5)])
+        trainer.act(RollBack(28, "routing collapsed", limit=3, layers=(1,)))
     again = make(folder, "roll_back")
     assert not again.restore()
-    assert (again.step, again.rollbacks) == (0, [{"first_step": 28, "end_step": 31, "layers": [1]}])
+    assert (again.step, again.progress.rollbacks) == (0, [{"first_step": 28, "end_step": 31, "layers": [1]}])
 
 
-def test_raising_a_step_that_is_not_taken_is_refused(tmp_path: Path) -> None:
-    job = dataclasses.replace(make(tmp_path, "raise_rate").job, balance=NoBalanceConfig())
-    with pytest.raises(ConfigError, match="no balance step to raise"):
-        Trainer(job, Log(quiet=True), seed=0)
-
-
-def test_dead_experts_are_no_reason_to_roll_back(tmp_path: Path) -> None:
+def test_dead_experts_do_not_roll_back(tmp_path: Path) -> None:
     trainer = make(tmp_path, "roll_back", kind=Trainer)
-    assert not trainer.handle_alarms([Alarm("model.layers.1.mlp", "dead", 90, 55, (3,), 0.0)])
-    assert [alarm["action"] for alarm in trainer.alarms] == ["none"]
-    assert not (tmp_path / loop.ROLLBACKS).exists()
+    alarm = Alarm("model.layers.1.mlp", "dead", 90, 55, (3,), 0.0)
+    assert not trainer.act(trainer.guards.on_alarms([alarm], 91))
+    assert [alarm["action"] for alarm in trainer.progress.alarms] == ["none"]
+    assert not (tmp_path / ROLLBACKS).exists()

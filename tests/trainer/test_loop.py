@@ -17,8 +17,11 @@ from freehold.kernels import cpu as kernels
 from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
+from freehold.trainer import guards
 from freehold.trainer.config import TrainerConfig
-from freehold.trainer.loop import Interrupted, Job, Trainer, TrainingError
+from freehold.trainer.errors import Interrupted, TrainingError
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
 from freehold.trainer.monitor import gemm_flops_per_s
 from freehold.trainer.validate import bits_per_byte, held_out
 
@@ -114,23 +117,23 @@ def test_killed_and_resumed_ends_with_the_same_bits(straight, tmp_path, killed_a
         ({"order": {"kind": "buffer"}}, "other kind"),
     ],
 )
-def test_a_run_goes_on_with_the_same_data_only(tmp_path, changed, says):
+def test_resume_refuses_other_data(tmp_path, changed, says):
     facts = {"tokenizer_sha256": "x", "seed": 0, "order": {"kind": "stream"}, "data": {"a": "1", "b": "2"}}
     trainer = make(tmp_path, facts=facts)
     trainer.train_step(trainer.job.order.batch(0))
-    trainer._checkpoint(None)
+    trainer.checkpoints.save_step()
     assert make(tmp_path, facts={**facts, "more": 1}).restore()
     with pytest.raises(CheckpointError, match=says):
         make(tmp_path, facts={**facts, **changed}).restore()
 
 
-def test_going_on_with_other_operators_is_told(tmp_path, capsys, monkeypatch):
+def test_resume_with_other_operators_warns(tmp_path, capsys, monkeypatch):
     trainer = make(tmp_path)
     trainer.train_step(trainer.job.order.batch(0))
-    trainer._checkpoint(None)
+    trainer.checkpoints.save_step()
     monkeypatch.setattr(kernels, "operators", lambda dtype: "others")
     assert make(tmp_path, quiet=False).restore()
-    assert f"ran on {trainer.operators}, the rest will on others" in capsys.readouterr().err
+    assert f"ran on {trainer.checkpoints.settings['operators']}, the rest will on others" in capsys.readouterr().err
 
 
 def test_interrupt_saves_and_leaves_the_same_bits(straight, tmp_path):
@@ -151,7 +154,7 @@ def test_interrupt_saves_and_leaves_the_same_bits(straight, tmp_path):
     assert hashes(tmp_path) == hashes(straight)
 
 
-def test_damaged_checkpoint_is_named_and_skipped(straight, tmp_path, capsys):
+def test_resume_skips_damaged_checkpoint(straight, tmp_path, capsys):
     shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
     shard = tmp_path / "checkpoints" / "step_00000008" / "state" / "__0_0.distcp"
     data = bytearray(shard.read_bytes())
@@ -161,9 +164,9 @@ def test_damaged_checkpoint_is_named_and_skipped(straight, tmp_path, capsys):
     trainer = make(tmp_path, quiet=False)
     assert trainer.restore()
     assert trainer.step == 6
-    told = capsys.readouterr().err
-    assert "step_00000008/state/__0_0.distcp" in told
-    assert "step_00000009" in told
+    said = capsys.readouterr().err
+    assert "step_00000008/state/__0_0.distcp" in said
+    assert "step_00000009" in said
 
 
 def test_micro_batches_equal_one_batch(tmp_path):
@@ -171,27 +174,27 @@ def test_micro_batches_equal_one_batch(tmp_path):
     batch = whole.job.order.batch(0)
     one, two = whole.train_step(batch), parts.train_step(batch)
     assert one["loss/mean"] == pytest.approx(two["loss/mean"], rel=1e-6)
-    for name, master in whole.masters.items():
-        assert torch.allclose(master, parts.masters[name], atol=2e-3), name
+    for name, master in whole.state.masters.items():
+        assert torch.allclose(master, parts.state.masters[name], atol=2e-3), name
     for name, layer in whole.model.moe_layers().items():
         assert torch.equal(layer.load_counts, parts.model.moe_layers()[name].load_counts)
         assert torch.equal(layer.expert_bias, parts.model.moe_layers()[name].expert_bias)
 
 
-def test_not_finite_step_changes_nothing_and_names_its_documents(tmp_path, capsys):
+def test_not_finite_step_changes_nothing_and_names_documents(tmp_path, capsys):
     trainer = make(tmp_path, quiet=False)
-    trainer.parameters["lm_head.weight"].data[3] = float("nan")
-    before = {n: m.detach().clone() for n, m in trainer.masters.items()}
+    trainer.state.parameters["lm_head.weight"].data[3] = float("nan")
+    before = {n: m.detach().clone() for n, m in trainer.state.masters.items()}
     trainer.train_step(trainer.job.order.batch(0))
-    assert trainer.skipped == [0]
-    assert all(torch.equal(before[n].nan_to_num(), m.nan_to_num()) for n, m in trainer.masters.items())
+    assert trainer.progress.skipped == [0]
+    assert all(torch.equal(before[n].nan_to_num(), m.nan_to_num()) for n, m in trainer.state.masters.items())
     assert trainer.job.order.documents(0)[0].document_id in capsys.readouterr().err
     assert all(float(layer.expert_bias.abs().max()) == 0 for layer in trainer.model.moe_layers().values())
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", ["activations", "gradient"])
-def test_one_poisoned_micro_batch_leaves_no_trace(tmp_path, capsys, place, poison):
+def test_poisoned_micro_batch_leaves_no_trace(tmp_path, capsys, place, poison):
     poisoned, spared = make(tmp_path / "a", micro=1, quiet=False), make(tmp_path / "b", micro=1)
     calls = []
 
@@ -202,39 +205,46 @@ def test_one_poisoned_micro_batch_leaves_no_trace(tmp_path, capsys, place, poiso
     if place == "activations":  # so the router sees it too, and what it then counts must not count
         hook = poisoned.model.model.embed_tokens.register_forward_hook(lambda _, __, output: third_is_bad(output))
     else:
-        hook = poisoned.parameters["lm_head.weight"].register_hook(third_is_bad)
+        hook = poisoned.state.parameters["lm_head.weight"].register_hook(third_is_bad)
     poisoned.train_step(poisoned.job.order.batch(0))
     hook.remove()
     assert len(calls) == 4
-    assert poisoned.skipped == [0]
-    told = capsys.readouterr().err
-    assert all(f"{p.source}:{p.document_id}" in told for p in poisoned.job.order.documents(0))
+    assert poisoned.progress.skipped == [0]
+    said = capsys.readouterr().err
+    assert all(f"{p.source}:{p.document_id}" in said for p in poisoned.job.order.documents(0))
     assert poisoned.monitor.take() == {}
     spared.skip_step(spared.job.order.batch(0))
     for trainer in (poisoned, spared):
         trainer.train_step(trainer.job.order.batch(1))
-    for part, tensors in poisoned.state().items():
+    for part, tensors in poisoned.checkpoints.tensors().items():
         for name, tensor in tensors.items():
-            assert torch.equal(tensor.nan_to_num(), spared.state()[part][name].nan_to_num()), f"{part}/{name}"
+            assert torch.equal(tensor.nan_to_num(), spared.checkpoints.tensors()[part][name].nan_to_num()), (
+                f"{part}/{name}"
+            )
     assert poisoned.monitor.take() == spared.monitor.take()
-    assert (poisoned.step, poisoned.tokens, poisoned.skipped) == (spared.step, spared.tokens, spared.skipped)
+    assert (poisoned.step, poisoned.progress.tokens, poisoned.progress.skipped) == (
+        spared.step,
+        spared.progress.tokens,
+        spared.progress.skipped,
+    )
 
 
-def test_gives_up_after_steps_without_finite_loss(tmp_path):
-    trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1, max_skipped_steps=3))
-    trainer.parameters["lm_head.weight"].data[3] = float("nan")
+def test_gives_up_after_steps_without_finite_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "MAX_SKIPPED_STEPS", 3)
+    trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1))
+    trainer.state.parameters["lm_head.weight"].data[3] = float("nan")
     with pytest.raises(TrainingError, match="3 steps in a row"):
         trainer.run()
     assert trainer.step == 2
 
 
-def test_broken_weights_take_no_good_checkpoints_place(tmp_path, capsys):
+def test_broken_weights_are_not_saved(tmp_path, capsys):
     trainer = make(tmp_path, quiet=False)
     good = trainer.train_step
 
     def breaks_at_the_third(batch):
         if trainer.step == 2:
-            trainer.masters["lm_head.weight"].data[3] = float("inf")
+            trainer.state.masters["lm_head.weight"].data[3] = float("inf")
         return good(batch)
 
     trainer.train_step = breaks_at_the_third
@@ -245,19 +255,20 @@ def test_broken_weights_take_no_good_checkpoints_place(tmp_path, capsys):
     assert not (tmp_path / "truebase").exists()
 
 
-def test_steps_left_out_by_a_roll_back_are_not_taken_for_steps_without_finite_loss(tmp_path):
-    trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1, max_skipped_steps=3))
-    trainer.rollbacks = [{"first_step": 0, "end_step": 2, "layers": [1]}]
+def test_rolled_back_steps_are_not_counted_as_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "MAX_SKIPPED_STEPS", 3)
+    trainer = make(tmp_path, trainer=TrainerConfig(dtype="float32", threads=1))
+    trainer.progress.rollbacks = [{"first_step": 0, "end_step": 2, "layers": [1]}]
     for step in range(2):
         trainer.skip_step(trainer.job.order.batch(step))
-    trainer.parameters["lm_head.weight"].data[3] = float("nan")
+    trainer.state.parameters["lm_head.weight"].data[3] = float("nan")
     for step in range(2, 4):
         trainer.train_step(trainer.job.order.batch(step))
     with pytest.raises(TrainingError, match="3 steps in a row"):
         trainer.train_step(trainer.job.order.batch(4))
 
 
-def test_metrics_tell_the_routers_health_layer_by_layer(tmp_path):
+def test_router_metrics_by_layer(tmp_path):
     trainer = make(tmp_path, micro=1)
     layer = trainer.model.moe_layers()["model.layers.2.mlp"]
     seen = []
@@ -284,7 +295,7 @@ def test_metrics_tell_the_routers_health_layer_by_layer(tmp_path):
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_checkpoint_that_cannot_be_written_costs_no_other(tmp_path, monkeypatch, background):
+def test_failed_save_costs_no_other_checkpoint(tmp_path, monkeypatch, background):
     write = dcp.save
 
     def full_once(folder, *rest):
@@ -299,14 +310,14 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_other(tmp_path, monkeypatc
     assert set(hashes(tmp_path)) == {"truebase", "base", "step_00000002", "step_00000006", "step_00000008"}
 
 
-def test_the_yardstick_of_speed_is_taken_where_the_model_is(monkeypatch):
+def test_matrix_rate_is_measured_on_the_device(monkeypatch):
     product, seen = torch.mm, []
     monkeypatch.setattr(torch, "mm", lambda a, b: (seen.append(a.device.type), product(a, b))[1])
     gemm_flops_per_s(torch.float32, torch.device("meta"), size=8, seconds=1e-4)
     assert set(seen) == {"meta"}
 
 
-def test_a_single_expert_is_even(tmp_path):
+def test_single_expert_is_even(tmp_path):
     trainer = make(tmp_path, model=MODEL.model_copy(update={"num_experts": 1, "num_experts_per_tok": 1}))
     trainer.train_step(trainer.job.order.batch(0))
     values = trainer.monitor.take()
@@ -344,17 +355,19 @@ def test_held_out_reads_every_token_once(tmp_path):
     assert bits["val/bpb"] == bits["val/bpb/a"]
 
 
-def test_going_back_to_the_start_leaves_nothing_behind(tmp_path):
+def test_restore_of_step_zero_leaves_nothing_behind(tmp_path):
     trainer = make(tmp_path)
-    trainer.save(dcp.step_folder(tmp_path / "checkpoints", 0))
+    trainer.checkpoints.save(dcp.step_folder(tmp_path / "checkpoints", 0))
     batches = [trainer.job.order.batch(step) for step in range(2)]
     first = [trainer.train_step(batch) for batch in batches]
-    state = {part: {k: v.clone() for k, v in tensors.items()} for part, tensors in trainer.state().items()}
+    state = {
+        part: {k: v.clone() for k, v in tensors.items()} for part, tensors in trainer.checkpoints.tensors().items()
+    }
     assert trainer.restore()
     assert trainer.step == 0
-    assert not trainer.optimizers.state_dict()
+    assert not trainer.state.optimizers.state_dict()
     assert [trainer.train_step(batch) for batch in batches] == first
-    for part, tensors in trainer.state().items():
+    for part, tensors in trainer.checkpoints.tensors().items():
         assert tensors.keys() == state[part].keys()
         assert all(torch.equal(t.nan_to_num(), state[part][k].nan_to_num()) for k, t in tensors.items()), part
 

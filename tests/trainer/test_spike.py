@@ -1,4 +1,4 @@
-"""A loss that jumps: the batch is named and left out, or broken weights are gone back from; the rest is untouched."""
+"""A loss that jumps: the batch is named and skipped, or broken weights are rolled back; the rest is untouched."""
 
 from __future__ import annotations
 
@@ -15,11 +15,22 @@ from freehold.data.loader import PhaseRows, Source, TextOrder
 from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
+from freehold.trainer import guards, spike
 from freehold.trainer.config import SpikeConfig, TrainerConfig
-from freehold.trainer.loop import QUARANTINE, Job, Trainer, TrainingError
+from freehold.trainer.errors import TrainingError
+from freehold.trainer.job import Job
+from freehold.trainer.loop import Trainer
+from freehold.trainer.quarantine import QUARANTINE
 from freehold.trainer.spike import SpikeDetector
 
 STEPS = 40
+
+
+@pytest.fixture(autouse=True)
+def short_patience(monkeypatch):
+    """Let a roll-back fit into a short run."""
+    monkeypatch.setattr(guards, "PATIENCE_STEPS", 3)
+    monkeypatch.setattr(spike, "BLAME_STEPS", 2)
 
 
 def watch(losses, phases=(0,), **config):
@@ -34,19 +45,19 @@ def noisy(steps, level=5.0, seed=0):
     return list(level + np.random.default_rng(seed).normal(0, 0.02, steps))
 
 
-def test_a_falling_noisy_loss_never_stands_out():
+def test_falling_noisy_loss_is_no_spike():
     losses = np.linspace(9, 3, 400) + np.random.default_rng(0).normal(0, 0.05, 400)
     assert watch(losses) == []
 
 
-def test_a_jump_stands_out_and_a_loss_that_is_not_finite_always_does():
+def test_jump_and_not_finite_loss_are_spikes():
     losses = noisy(60)
     losses[30], losses[45], losses[2] = 7.0, math.inf, math.nan
     assert watch(losses) == [2, 30, 45]
     assert watch(losses, rise_nats=2.5) == [2, 45]
 
 
-def test_the_next_phase_is_not_compared_with_the_last():
+def test_phases_are_not_compared_with_each_other():
     losses = noisy(40) + noisy(40, level=8.0)
     assert watch(losses, phases=(0, 40)) == []
     assert watch(losses)[0] == 40
@@ -64,7 +75,7 @@ class PoisonedOrder(TextOrder):
         return batch
 
 
-def make(folder, action="skip", poisoned=(), **spike):
+def make(folder, action="skip", poisoned=(), **settings):
     g = np.random.default_rng(0)
     lengths = g.integers(5, 40, 30)
     tokens = np.concatenate([np.append(g.integers(60, 64, n - 1), 1) for n in lengths]).astype(np.uint16)
@@ -74,9 +85,7 @@ def make(folder, action="skip", poisoned=(), **spike):
         {"a": source}, [PhaseRows("stable", STEPS, {})], context_tokens=16, sequences=4, seed=0, separator=1
     )
     order.poisoned = poisoned
-    config = SpikeConfig(
-        action=action, warmup_steps=8, window_steps=8, rise_nats=0.7, patience_steps=3, blame_steps=2, **spike
-    )
+    config = SpikeConfig(action=action, warmup_steps=8, window_steps=8, rise_nats=0.7, **settings)
     trainer = TrainerConfig(dtype="float32", threads=1, checkpoint_every_steps=4, log_every_steps=1, spike=config)
     job = Job(
         folder=folder,
@@ -99,28 +108,28 @@ def make(folder, action="skip", poisoned=(), **spike):
     return Trainer(job, Log(folder, quiet=True), seed=0)
 
 
-def test_one_poisoned_batch_changes_nothing_and_is_named_with_its_licence(tmp_path):
+def test_spike_changes_nothing_and_is_named_with_licence(tmp_path):
     trainer = make(tmp_path, poisoned=(20,))
     trainer.run()
-    assert trainer.skipped == [20]
+    assert trainer.progress.skipped == [20]
     rows = [json.loads(line) for line in (tmp_path / QUARANTINE).read_text().splitlines()]
     assert [(r["step"], r["id"], r["source"], r["licence"]) for r in rows] == [(20, "a7", "a", "CC0-1.0")]
-    # The same bits as a run in which somebody decided beforehand to leave that step out.
+    # The same bits as a run in which someone decided beforehand to skip that step.
     other = make(tmp_path / "other", action="none", poisoned=(20,))
-    other.rollbacks = [{"first_step": 20, "end_step": 21, "layers": []}]
+    other.progress.rollbacks = [{"first_step": 20, "end_step": 21, "layers": []}]
     other.restore = lambda: False
     other.run()
-    assert all(torch.equal(m, other.masters[n]) for n, m in trainer.masters.items())
+    assert all(torch.equal(m, other.state.masters[n]) for n, m in trainer.state.masters.items())
 
 
-def test_without_the_action_the_batch_is_learnt_from(tmp_path):
+def test_spike_without_action_is_learnt_from(tmp_path):
     trainer = make(tmp_path, action="none", poisoned=(20,))
     trainer.run()
-    assert trainer.skipped == []
+    assert trainer.progress.skipped == []
 
 
 @pytest.mark.parametrize("killed_at", [None, 24])
-def test_weights_that_broke_are_gone_back_from(tmp_path, killed_at):
+def test_broken_weights_are_rolled_back(tmp_path, killed_at):
     def run(folder, killed_at=None):
         trainer = make(folder, action="roll_back")
         whole = trainer.train_step
@@ -129,10 +138,10 @@ def test_weights_that_broke_are_gone_back_from(tmp_path, killed_at):
             if trainer.step == killed_at:
                 raise KeyboardInterrupt
             values = whole(batch)
-            if trainer.step == 21 and not trainer.rollbacks:  # the update of step 20 breaks the head
+            if trainer.step == 21 and not trainer.progress.rollbacks:  # the update of step 20 breaks the head
                 with torch.no_grad():
-                    trainer.masters["lm_head.weight"].normal_()
-                    trainer._publish()
+                    trainer.state.masters["lm_head.weight"].normal_()
+                    trainer.state.publish()
             return values
 
         trainer.train_step = step
@@ -144,37 +153,38 @@ def test_weights_that_broke_are_gone_back_from(tmp_path, killed_at):
             run(tmp_path / "a", killed_at)
         assert (tmp_path / "a" / "rollbacks.json").exists()
     trainer = run(tmp_path / "a")
-    assert trainer.rollbacks == [{"first_step": 19, "end_step": 24, "layers": []}]
-    assert trainer.skipped == [19, 20, 21, 22, 23]
+    assert trainer.progress.rollbacks == [{"first_step": 19, "end_step": 24, "layers": []}]
+    assert trainer.progress.skipped == [19, 20, 21, 22, 23]
     if killed_at:
         straight = run(tmp_path / "b")
-        assert all(torch.equal(m, straight.masters[n]) for n, m in trainer.masters.items())
+        assert all(torch.equal(m, straight.state.masters[n]) for n, m in trainer.state.masters.items())
 
 
-def test_gives_up_when_going_back_does_not_help(tmp_path):
-    trainer = make(tmp_path, action="roll_back", poisoned=range(20, STEPS), max_rollbacks=1)
+def test_gives_up_when_rolling_back_does_not_help(tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "MAX_ROLLBACKS", 1)
+    trainer = make(tmp_path, action="roll_back", poisoned=range(20, STEPS))
     with pytest.raises(TrainingError, match="the loss has stood out for 3 steps again after 1 roll-backs"):
         trainer.run()
 
 
-def test_a_level_that_stays_is_taken_as_usual(tmp_path):
+def test_lasting_level_becomes_the_usual_one(tmp_path):
     trainer = make(tmp_path, action="skip", poisoned=range(20, STEPS))
     trainer.run()
-    assert trainer.skipped == [20, 21, 22]
+    assert trainer.progress.skipped == [20, 21, 22]
 
 
-def test_the_memory_of_losses_is_in_the_checkpoint(tmp_path):
+def test_checkpoint_holds_the_window_of_losses(tmp_path):
     trainer = make(tmp_path)
     for step in range(8):
         trainer.train_step(trainer.job.order.batch(step))
-    trainer._checkpoint(None)
+    trainer.checkpoints.save_step()
     again = make(tmp_path)
     assert again.restore()
-    assert np.array_equal(again.spikes.losses, trainer.spikes.losses)
-    assert not np.isnan(again.spikes.losses).any()
+    assert np.array_equal(again.guards.spikes.losses, trainer.guards.spikes.losses)
+    assert not np.isnan(again.guards.spikes.losses).any()
 
 
-def test_a_step_that_cannot_be_saved_is_a_warning_and_a_phases_end_is_an_error(tmp_path, monkeypatch):
+def test_failed_save_warns_but_ends_the_run_at_a_phase_end(tmp_path, monkeypatch):
     from freehold.checkpoint import dcp
     from freehold.core.errors import ArtifactError
 
@@ -199,30 +209,30 @@ def test_a_step_that_cannot_be_saved_is_a_warning_and_a_phases_end_is_an_error(t
     assert (tmp_path / "base" / "manifest.json").exists()
 
 
-def test_other_processes_that_take_over_are_written_down(tmp_path):
+def test_change_of_processes_is_recorded(tmp_path):
     trainer = make(tmp_path)
-    trainer.processes = [[0, 4]]
+    trainer.progress.processes = [[0, 4]]
     trainer.train_step(trainer.job.order.batch(0))
-    trainer._checkpoint(None)
+    trainer.checkpoints.save_step()
     again = make(tmp_path)
     assert again.restore()
-    assert again.processes == [[0, 4], [1, 1]]
+    assert again.progress.processes == [[0, 4], [1, 1]]
 
 
-def test_rows_fed_are_summed_whatever_step_or_place_they_move_to(tmp_path):
-    def fed(order, steps):
+def test_data_digest_notices_moved_rows_only(tmp_path):
+    def digest_of(order, steps):
         trainer = make(tmp_path / "x")
         for step in steps:
-            trainer.fed.add(step, order.batch(step))
-        return trainer._data_sum()
+            trainer.progress.digest.add(step, order.batch(step))
+        return trainer.checkpoints.data_digest()
 
     order = make(tmp_path / "y").job.order
-    straight = fed(order, range(4))
-    assert straight == fed(order, [2, 0, 3, 1])
-    assert len({straight, fed(order, range(3)), fed(order, [0, 1, 2, 2, 3])}) == 3
+    straight = digest_of(order, range(4))
+    assert straight == digest_of(order, [2, 0, 3, 1])
+    assert len({straight, digest_of(order, range(3)), digest_of(order, [0, 1, 2, 2, 3])}) == 3
     swapped = dataclasses.replace(order.batch(0))
     swapped.input_ids[[0, 1]] = swapped.input_ids[[1, 0]]
     a, b = make(tmp_path / "z"), make(tmp_path / "w")
-    a.fed.add(0, order.batch(0))
-    b.fed.add(0, swapped)
-    assert a._data_sum() != b._data_sum()
+    a.progress.digest.add(0, order.batch(0))
+    b.progress.digest.add(0, swapped)
+    assert a.checkpoints.data_digest() != b.checkpoints.data_digest()

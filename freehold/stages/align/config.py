@@ -1,4 +1,4 @@
-"""What alignment can be told."""
+"""Settings of alignment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from freehold.core.config import Config
 from freehold.data.config import BatchConfig
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig, check_names
 from freehold.parallel.config import ParallelConfig, check_divisible
-from freehold.trainer.config import TrainerConfig
+from freehold.trainer.config import TrainerConfig, check_guards
 
 
 class AlignConfig(Config):
@@ -23,7 +23,7 @@ class AlignConfig(Config):
         default_factory=NoBalanceConfig, description="expert balancing; none keeps the routing that Base learnt"
     )
     trainer: TrainerConfig = Field(default_factory=TrainerConfig, description="precision, loss, checkpoints, reports")
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="how it is spread over processes")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="degrees of parallelism")
     phases: dict[str, PhaseConfig] = Field(
         default_factory=lambda: {
             "sft": PhaseConfig(
@@ -43,6 +43,7 @@ class AlignConfig(Config):
     def _fits(self) -> AlignConfig:  # the model is that of the checkpoint: `run` looks at the rest
         batch = self.batch
         check_divisible(self.parallel, sequences=batch.sequences, micro_sequences=batch.micro_sequences, stage="align")
+        check_guards(self.trainer.collapse, self.balance, self.parallel, "align")
         return self
 
 
@@ -50,6 +51,6 @@ def plan(config: AlignConfig) -> list[str]:
     """Return what the config implies, for --dry-run."""
     steps = sum(phase.steps for phase in config.phases.values())
     return [
-        *([f"spread: {config.parallel.product} processes"] if config.parallel.devices > 1 else []),
+        *([f"sharded: {config.parallel.product} processes"] if config.parallel.devices > 1 else []),
         f"fine-tuning: {steps:,} steps of up to {config.batch.step_tokens:,} tokens from {config.checkpoint}",
     ]

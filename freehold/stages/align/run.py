@@ -5,20 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from freehold.checkpoint import dcp
-from freehold.core.artifact import Workspace, read_manifest, write_atomic
+from freehold.core.artifact import Workspace, read_manifest
 from freehold.core.document import Conversation, read_rows
 from freehold.core.errors import CheckpointError, DataError
 from freehold.core.machine import check_memory_fits
-from freehold.data.exposure import ROW_BYTES, trace_rows, write_trace
+from freehold.data.exposure import ROW_BYTES
 from freehold.data.loader import ConversationOrder
 from freehold.data.packing import Example
 from freehold.optim.schedule import Schedule
 from freehold.parallel.config import validate_layout
-from freehold.run.step_documents import PREVIEW, documents_of_step
 from freehold.stages.align.config import AlignConfig
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.chat import render_ids
-from freehold.trainer.loop import Job, Trainer
+from freehold.trainer.stage import Stage, Start, train_stage
 
 
 def run(config: AlignConfig, work: Workspace) -> dict[str, Any]:
@@ -46,6 +45,41 @@ def run(config: AlignConfig, work: Workspace) -> dict[str, Any]:
         micro_sequences=config.batch.micro_sequences,
         stage="align",
     )
+    examples, assistant_tokens = render_examples(work, tokenizer)
+    schedule = Schedule(config.phases)
+    order = ConversationOrder(
+        examples,
+        context_tokens=config.batch.context_tokens,
+        sequences=config.batch.sequences,
+        steps=schedule.total_steps,
+        seed=work.seed,
+        pad=tokenizer.pad,
+    )
+    work.log.say(f"  {len(order.examples):,} conversations, {order.epochs} epochs at most, {order.too_long} too long")
+    stage = Stage(
+        name="align",
+        model=model,
+        order=order,
+        schedule=schedule,
+        tokenizer=folder,
+        facts={"tokenizer_sha256": tokenizer.sha256},
+        start=Start(parent=read_manifest(start)["content_sha256"], tokens=facts["tokens"], weights=weights),
+    )
+    counts = train_stage(stage, config, work)
+    return {
+        "steps": counts["steps"],
+        "conversations": len(order.examples),
+        "too_long": order.too_long,
+        "assistant_tokens": assistant_tokens,
+        **counts,
+    }
+
+
+def render_examples(work: Workspace, tokenizer: Tokenizer) -> tuple[list[Example], int]:
+    """Return the training conversations as ids with loss masks, and how many tokens carry loss.
+
+    Raises DataError when there are none.
+    """
     examples, assistant_tokens = [], 0
     for path in sorted((work.input("curate") / "conversations").glob("*.parquet")):
         for row in work.log.track(read_rows(path, Conversation), f"render {path.stem}"):
@@ -59,50 +93,4 @@ def run(config: AlignConfig, work: Workspace) -> dict[str, Any]:
             where=work.input("curate") / "conversations",
             todo="add a source that makes conversations (kind: generated) to gather.sources",
         )
-    schedule = Schedule(config.phases)
-    order = ConversationOrder(
-        examples,
-        context_tokens=config.batch.context_tokens,
-        sequences=config.batch.sequences,
-        steps=schedule.total_steps,
-        seed=work.seed,
-        pad=tokenizer.pad,
-    )
-    work.log.say(f"  {len(order.examples):,} conversations, {order.epochs} epochs at most, {order.too_long} too long")
-    job = Job(
-        folder=work.folder,
-        model=model,
-        trainer=config.trainer,
-        optim=config.optim,
-        balance=config.balance,
-        schedule=schedule,
-        order=order,
-        documents_of=lambda step: documents_of_step(work.folder, step),
-        micro_sequences=config.batch.micro,
-        stage="align",
-        parallel=config.parallel,
-        parent=read_manifest(start)["content_sha256"],
-        tokens_before=facts["tokens"],
-        files=tuple(sorted(p for p in folder.iterdir() if p.is_file())),
-        facts={
-            "tokenizer_sha256": tokenizer.sha256,
-            "seed": work.seed,
-            "context_tokens": config.batch.context_tokens,
-        },
-    )
-    steps = range(schedule.total_steps)
-    preview = work.folder / PREVIEW
-    if work.leads:
-        write_trace(preview, trace_rows(order, steps, {s: schedule.at(s).phase for s in steps}))
-    trainer = Trainer(job, work.log, seed=work.seed, weights=weights)
-    trainer.run()
-    if work.leads:
-        write_atomic(work.folder / "trace.parquet", preview.read_bytes())
-    return {
-        "steps": schedule.total_steps,
-        "conversations": len(order.examples),
-        "too_long": order.too_long,
-        "assistant_tokens": assistant_tokens,
-        "checkpoints": {phase.checkpoint: phase.stage_type for phase in config.phases.values() if phase.checkpoint},
-        "skipped_steps": trainer.skipped,
-    }
+    return examples, assistant_tokens

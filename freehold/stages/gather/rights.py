@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 
 from freehold.core.errors import LicenceError
@@ -22,7 +23,8 @@ from freehold.ledger.evidence import (
 from freehold.ledger.licence import normalise, strictest
 from freehold.stages.gather.config import Debian, FileSource
 from freehold.stages.gather.origins import Origin
-from freehold.stages.gather.readers import Part
+from freehold.text.making import Material
+from freehold.text.reading import Part
 
 DETECT, WRAPPER = "detect", "wrapper"
 # A licence file of this name is about the texts, not about the program around them.
@@ -83,6 +85,15 @@ def of_document(source: FileSource, origin: Origin, base: Weighed, part: Part) -
     if source.licence != DETECT:
         own = [finding for finding in own if finding.sure or not finding.says]
     return _settled(source, weigh(base, own, detected=source.licence == DETECT))
+
+
+def material(source: FileSource, origin: Origin) -> Material:
+    """Return what a generator gets of a source: its files, and the strictest terms that any of them is under."""
+    claimed = claim(source, origin)
+    weighed = [of_document(source, origin, claimed, Part(member, "", "")) for member in origin.members]
+    licence = functools.reduce(strictest, (one.licence for one in weighed)) if weighed else ""
+    doubt = next((one.evidence for one in weighed if one.confidence == "low"), "")
+    return Material(origin.version, origin.acquired, origin.members, source.max_document_bytes, licence, doubt)
 
 
 def _settled(source: FileSource, weighed: Weighed) -> Weighed:

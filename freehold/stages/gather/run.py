@@ -19,28 +19,30 @@ from freehold.ledger.evidence import Weighed, of_head, restrictions, weigh
 from freehold.ledger.known import look_up, of_file
 from freehold.ledger.licence import normalise
 from freehold.ledger.policy import Claim, Policy, Verdict, gate, judge_row, judged
-from freehold.stages.gather import generate, rights
+from freehold.stages.gather import rights
 from freehold.stages.gather.config import (
+    EVIDENCE_KEY,
+    LICENCE_KEY,
     FileSource,
     Folder,
     GatherConfig,
-    Generated,
     JsonLines,
     Rows,
     Source,
+    generator_of,
 )
 from freehold.stages.gather.origins import (
-    HALF_CHARACTER,
     Changed,
     Origin,
     check_evidence,
     date_of,
-    encodable,
     find,
     missing,
     rows_files,
 )
-from freehold.stages.gather.readers import Part, Reading, read, unfit
+from freehold.stages.gather.readers import find_reader
+from freehold.text.reading import HALF_CHARACTER, Part, Reading, encodable, unfit
+from freehold.text.source import Generated
 
 # How many skipped files sources.json names for each source; the rest are counted.
 NAMED_SKIPS = 50
@@ -92,12 +94,18 @@ def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
             work.log.say(f"  {name}: left out, {left_out[name].reason}")
             continue
         if isinstance(source, Generated):
-            for key in ("factbook", "wordnet"):
-                if (asked := getattr(source, key)) in left_out:
-                    work.log.say(f"  {name}: nothing made of `{asked}` ({key}), which is left out")
-            made = generate.make(name, source, origins, config.sources, work.seed)
+            generator = generator_of(source, name)
+            materials = {}
+            for key, (used, _) in generator.uses(source).items():
+                if used in origins:
+                    of = config.sources[used]
+                    assert isinstance(of, FileSource)
+                    materials[key] = rights.material(of, origins[used])
+                else:
+                    work.log.say(f"  {name}: nothing made of `{used}` ({key}), which is skipped")
+            made = generator.make(source, materials, name, work.seed)
             documents, conversations, tasks = made.documents, made.conversations, made.tasks
-            record = {"seeds": made.seeds, "made_from": sorted({d.synthetic_from for d in documents})}
+            record = made.record | {"made_from": sorted({d.synthetic_from for d in documents})}
         elif isinstance(source, Rows):
             documents, record = _rows(name, source)
         else:
@@ -226,8 +234,9 @@ def _files(name: str, source: FileSource, origin: Origin, claim: Weighed) -> tup
     # Members, then documents, in the order of the hash of their id: the same choice everywhere, and files that
     # are not needed to reach the cap are not even read.
     ordered = sorted(origin.members, key=lambda m: document_id(name, m.path))
-    parts = read(source.reader, ordered, reading)
-    if source.reader in {"bible", "dictd"}:  # many documents in one file
+    reader = find_reader(source.reader, f"gather.sources.{name}.reader")
+    parts = reader.read(ordered, reading)
+    if reader.many_per_file:
         parts = iter(sorted(parts, key=lambda p: document_id(name, p.path)))
     trimmed = (Part(p.member, p.anchor, cut(p.text, source.cut_bytes), p.findings) for p in _sound(parts, reading))
     documents = []
@@ -306,8 +315,8 @@ def _row_documents(name: str, source: Rows, skipped: list[tuple[str, str]]) -> I
         acquired = source.acquired or date_of(path)
         for where, raw, row in read(path, source, skipped):
             text = row.get(source.text_key)
-            licence = str(row.get(source.licence_key) or source.licence)
-            evidence = str(row.get(source.evidence_key) or told)
+            licence = str(row.get(LICENCE_KEY) or source.licence)
+            evidence = str(row.get(EVIDENCE_KEY) or told)
             reason = unfit(text) if isinstance(text, str) else f"its `{source.text_key}` is not text"
             if reason or not isinstance(text, str) or not encodable(licence + evidence):
                 skipped.append((where, reason or HALF_CHARACTER))
@@ -371,7 +380,7 @@ def _parquet_rows(
     name = path.relative_to(source.path).as_posix() if Path(source.path).is_dir() else path.name
     try:
         file = pq.ParquetFile(path)
-        columns = [key for key in (source.text_key, source.licence_key, source.evidence_key)
+        columns = [key for key in (source.text_key, LICENCE_KEY, EVIDENCE_KEY)
                    if key in file.schema_arrow.names]  # fmt: skip
         kind = file.schema_arrow.field(source.text_key).type if source.text_key in columns else None
         if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
@@ -436,7 +445,7 @@ def _check_size(
             where=name,
             found="; ".join([f"{size_bytes:,} bytes of text", *first]),
             expected=f"at least {max(source.min_bytes, 1):,}",
-            todo="look at `path`, `text_key` and `licence_key` of the source"
+            todo="look at `path` and `text_key` of the source"
             if isinstance(source, Rows)
             else "look at `members` and `reader` of the source; the package may have changed its layout",
         )

@@ -1,4 +1,4 @@
-"""What pre-training can be told."""
+"""Settings of pre-training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from freehold.data.config import TextBatchConfig
 from freehold.model.config import ModelConfig, flops_per_token, parameter_counts
 from freehold.optim.config import BalanceConfig, OptimConfig, PhaseConfig, SmebuConfig, check_names
 from freehold.parallel.config import ParallelConfig, validate_layout
-from freehold.trainer.config import TrainerConfig
+from freehold.trainer.config import TrainerConfig, check_guards
 
 
 class PretrainConfig(Config):
@@ -22,7 +22,7 @@ class PretrainConfig(Config):
     optim: OptimConfig = Field(default_factory=OptimConfig, description="Muon and AdamW")
     balance: BalanceConfig = Field(default_factory=SmebuConfig, description="expert balancing: smebu, sign or none")
     trainer: TrainerConfig = Field(default_factory=TrainerConfig, description="precision, loss, checkpoints, reports")
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="how it is spread over processes")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="degrees of parallelism")
     phases: dict[str, PhaseConfig] = Field(
         default_factory=lambda: {
             "stable": PhaseConfig(steps=600, warmup_steps=20, checkpoint="truebase", stage_type="TrueBase"),
@@ -33,12 +33,12 @@ class PretrainConfig(Config):
     )
     parent: str = Field(
         "",
-        description="folder of a checkpoint to branch from: phases then go on from its step, optimizer and data "
+        description="folder of a checkpoint to branch from: phases then continue from its step, optimizer and data "
         "position (e.g. another anneal from runs/laptop/pretrain/truebase)",
     )
 
     quarantine: str = Field(
-        "", description="file of documents to leave out: ids, one a line, or another run's log/quarantine.jsonl"
+        "", description="file of documents to exclude: ids, one a line, or another run's log/quarantine.jsonl"
     )
 
     @model_validator(mode="after")
@@ -63,6 +63,7 @@ class PretrainConfig(Config):
             micro_sequences=self.batch.micro_sequences,
             stage="pretrain",
         )
+        check_guards(self.trainer.collapse, self.balance, self.parallel, "pretrain")
         return self
 
 
@@ -74,7 +75,7 @@ def plan(config: PretrainConfig) -> list[str]:
     flops = tokens * flops_per_token(config.model, config.batch.context_tokens)
     return [
         f"model: {counts['total']:,} parameters, {counts['active']:,} active a token",
-        *([f"spread: {config.parallel.product} processes"] if config.parallel.devices > 1 else []),
+        *([f"sharded: {config.parallel.product} processes"] if config.parallel.devices > 1 else []),
         f"training: {steps:,} steps of {config.batch.step_tokens:,} tokens = {tokens:,} tokens, {flops:.2e} FLOPs",
         *(
             f"phase {name}: {phase.steps:,} steps, {phase.shape}, rate x{phase.start} -> x{phase.end}"

@@ -1,107 +1,122 @@
-"""Pre-training: hand the loop its order, its phases and its validation, then write down what it saw."""
+"""Pre-training: the order of the text, the checkpoint to branch off, and validation; the loop does the rest."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from freehold.checkpoint import dcp
-from freehold.core.artifact import Workspace, atomic_folder, read_manifest, write_atomic
+from freehold.core.artifact import Workspace, atomic_folder, read_manifest
 from freehold.core.errors import CheckpointError, ConfigError
 from freehold.core.machine import check_memory_fits
 from freehold.data.buffer import text_order
-from freehold.data.exposure import ROW_BYTES, trace_rows, write_trace
+from freehold.data.exposure import ROW_BYTES, write_trace
 from freehold.data.loader import PhaseRows, consumed_by
 from freehold.data.shards import ShardSet
 from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
-from freehold.run.step_documents import PREVIEW, documents_of_step
 from freehold.stages.pretrain.config import PretrainConfig
 from freehold.tokenizer.bpe import END_OF_TEXT
-from freehold.trainer.loop import Job, Trainer
-from freehold.trainer.validate import held_out, validator
+from freehold.trainer.stage import Stage, Start, train_stage
+from freehold.trainer.validate import HeldOut, held_out, validator
 
 
 def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
     """Train to the end of the last phase; resumable at any step. Returns steps, tokens and epochs per source."""
     rows = sum(phase.steps for phase in config.phases.values()) * config.batch.sequences
     check_memory_fits(rows * ROW_BYTES, "the order of the rows", "pretrain.phases")
-    tokens = work.input("tokenize") / "tokens"
-    tokenizer = work.input("tokenize") / "tokenizer"
-    shards = ShardSet.load(tokens, verify=True)
+    # Verified: tokens are what a checkpoint will claim to have seen.
+    shards = ShardSet.load(work.input("tokenize") / "tokens", verify=True)
     without = quarantined(config.quarantine)
     data = shards.identity("train", without)
     model = with_vocabulary(config.model, shards.vocab_size)
-    parent_step, parent_tokens, parent_hash, consumed = 0, 0, "", None
-    if config.parent:
-        parent = Path(config.parent)
-        facts = dcp.check(parent)
-        parent_config = dcp.read_config(parent)
-        if parent_config != model:
-            raise CheckpointError(
-                "the parent is a model of another shape", where=parent, found=parent_config, expected=model
-            )
-        if facts["tokenizer_sha256"] != shards.tokenizer_sha256:
-            raise CheckpointError("the parent was trained with another tokenizer", where=parent)
-        parent_step, parent_tokens, consumed = facts["step"], facts["tokens"], consumed_by(facts)
-        parent_hash = read_manifest(parent)["content_sha256"]
-        if not config.phases:
-            return keep(parent, facts, work) if work.leads else {}
-        if facts.get("order", {"kind": "stream"}) != config.batch.order.model_dump():
-            consumed = None
-            work.log.warn("the parent read its text in another order: this one starts at its beginning")
-        known = facts.get("data", {})
-        if other := [name for name, digest in data.items() if known.get(name, digest) != digest]:
-            work.log.warn(f"the parent read other text of {', '.join(other)}: rows there may come twice, or not at all")
-    schedule = Schedule(config.phases, first_step=parent_step)
+    parent = read_parent(config, model, shards.tokenizer_sha256) if config.parent else None
+    # Nothing to train: the parent is the result.
+    if parent is not None and not config.phases:
+        return keep(parent.folder, parent.facts, work) if work.leads else {}
+    consumed = parent.position(config, data, work) if parent is not None else None
+    schedule = Schedule(config.phases, first_step=parent.facts["step"] if parent is not None else 0)
     order = text_order(
         config.batch,
         shards.sources("train", without),
         [PhaseRows(name, phase.steps, phase.mixture) for name, phase in config.phases.items()],
         seed=work.seed,
         separator=END_OF_TEXT,
-        first_step=parent_step,
+        first_step=schedule.first_step,
         consumed=consumed,
-    )
-    job = Job(
-        folder=work.folder,
-        model=model,
-        trainer=config.trainer,
-        optim=config.optim,
-        balance=config.balance,
-        schedule=schedule,
-        order=order,
-        documents_of=lambda step: documents_of_step(work.folder, step),
-        micro_sequences=config.batch.micro,
-        stage="pretrain",
-        parallel=config.parallel,
-        parent=parent_hash,
-        tokens_before=parent_tokens,
-        files=tuple(sorted(p for p in tokenizer.iterdir() if p.is_file())),
-        facts={
-            "tokenizer_sha256": shards.tokenizer_sha256,
-            "seed": work.seed,
-            "context_tokens": config.batch.context_tokens,
-            "order": config.batch.order.model_dump(),
-            "data": data,
-            # Where the first phase began is known from the parent alone.
-            "consumed": ({str(parent_step): consumed} if consumed else {})
-            | {str(end): order.consumed_at(end) for end in schedule.ends().values()},
-        },
     )
     for line in order.told():
         work.log.say(f"  {line}")
-    steps = range(parent_step, schedule.total_steps)
-    preview = work.folder / PREVIEW
-    if work.leads:  # before the first step, so that what goes wrong in one can be named
-        write_trace(preview, trace_rows(order, steps, {step: schedule.at(step).phase for step in steps}))
-    trainer = Trainer(job, work.log, seed=work.seed)
-    if config.parent:
-        trainer.adopt(trainer.read(Path(config.parent)), Path(config.parent))
-    validation = {
+    stage = Stage(
+        name="pretrain",
+        model=model,
+        order=order,
+        schedule=schedule,
+        tokenizer=work.input("tokenize") / "tokenizer",
+        facts={
+            "tokenizer_sha256": shards.tokenizer_sha256,
+            "order": config.batch.order.model_dump(),
+            "data": data,
+            # The parent alone knows where its first phase began.
+            "consumed": ({str(schedule.first_step): consumed} if consumed else {})
+            | {str(end): order.consumed_at(end) for end in schedule.ends().values()},
+        },
+        start=parent.start() if parent is not None else Start(),
+        validate=lambda world: validator(validation_rows(config, shards), world),
+    )
+    counts = train_stage(stage, config, work)
+    return {
+        "steps": counts["steps"],
+        "tokens": schedule.total_steps * config.batch.step_tokens,
+        "epochs": {name: round(epochs, 4) for name, epochs in order.epochs().items()},
+        "mixture": [asdict(share) for share in order.shares],
+        **counts,
+    }
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The checkpoint that a recipe branches off."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+    def start(self) -> Start:
+        """Return what the first step starts from."""
+        digest = read_manifest(self.folder)["content_sha256"]
+        return Start(parent=digest, tokens=self.facts["tokens"], checkpoint=self.folder)
+
+    def position(self, config: PretrainConfig, data: dict[str, str], work: Workspace) -> Any:
+        """Return what the parent consumed of each source; None when its order was another. Warns of other text."""
+        consumed: dict[str, int] | None = consumed_by(self.facts)
+        if self.facts.get("order", {"kind": "stream"}) != config.batch.order.model_dump():
+            consumed = None
+            work.log.warn("the parent read its text in another order: this one starts at its beginning")
+        known = self.facts.get("data", {})
+        if other := [name for name, digest in data.items() if known.get(name, digest) != digest]:
+            work.log.warn(f"the parent read other text of {', '.join(other)}: rows there may come twice, or not at all")
+        return consumed
+
+
+def read_parent(config: PretrainConfig, model: ModelConfig, tokenizer_sha256: str) -> Parent:
+    """Return the checkpoint to branch off; CheckpointError when its shape or tokenizer is another."""
+    folder = Path(config.parent)
+    facts = dcp.check(folder)
+    shape = dcp.read_config(folder)
+    # Compared whole: another route_scale or window is another function with the same tensors.
+    if shape != model:
+        raise CheckpointError("the parent is a model of another shape", where=folder, found=shape, expected=model)
+    if facts["tokenizer_sha256"] != tokenizer_sha256:
+        raise CheckpointError("the parent was trained with another tokenizer", where=folder)
+    return Parent(folder, facts)
+
+
+def validation_rows(config: PretrainConfig, shards: ShardSet) -> dict[str, HeldOut]:
+    """Return the rows that validation reads, by source; sources without held-out text have none."""
+    return {
         name: held_out(
             source,
             shards.document_bytes("validation", name),
@@ -111,17 +126,6 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
         )
         for name, source in shards.sources("validation").items()
         if source.total_tokens
-    }
-    trainer.run(validator(validation, trainer.world) if validation else None)
-    if work.leads:
-        write_atomic(work.folder / "trace.parquet", preview.read_bytes())
-    return {
-        "steps": schedule.total_steps,
-        "tokens": schedule.total_steps * config.batch.step_tokens,
-        "epochs": {name: round(epochs, 4) for name, epochs in order.epochs().items()},
-        "mixture": [asdict(share) for share in order.shares],
-        "checkpoints": {phase.checkpoint: phase.stage_type for phase in config.phases.values() if phase.checkpoint},
-        "skipped_steps": trainer.skipped,
     }
 
 

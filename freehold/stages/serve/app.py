@@ -17,8 +17,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from freehold import __version__
 from freehold.core.errors import RequestError
+from freehold.core.version import VERSION
 from freehold.infer.engine import ContextOverflow, Scored
 from freehold.stages.serve import answers
 from freehold.stages.serve.answers import Choice, Echo, Head, TextLogprobs
@@ -297,7 +297,7 @@ def create_app(served: Served, config: ServeConfig, api_key: str | None = None) 
         yield
         await asyncio.to_thread(front.worker.stop)
 
-    app = FastAPI(title="Freehold", version=__version__, lifespan=lifespan, default_response_class=Json)
+    app = FastAPI(title="Freehold", version=VERSION, lifespan=lifespan, default_response_class=Json)
     app.add_middleware(LimitBody, limit_bytes=BODY_BYTES + BODY_BYTES_PER_TOKEN * served.backend.limit_tokens)
     app.add_middleware(CountRequests, counter=front.metrics.requests)
     _add_errors(app)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from freehold.text.html import strip_html
+from freehold.text.reading import Member, Part, Reading
+
+many_per_file = False
 # Fields shorter than this are numbers and names that read badly without their table.
 MIN_FIELD_CHARS = 60
 # Short fields worth a line of their own on the page.
@@ -195,6 +200,20 @@ class Fact:
     def statement(self) -> str:
         """The fact said as a sentence."""
         return sentence(self.field.statement.format(c=self.country, a=self.answer.removesuffix(".")))
+
+
+def read(members: list[Member], reading: Reading) -> Iterator[Part]:
+    """Yield one document a country."""
+    return reading.each(members, lambda member, text: country_page(member, text, reading))
+
+
+def country_page(member: Member, text: str, reading: Reading) -> Iterator[Part]:
+    """Yield a country's longer fields as paragraphs under the section they belong to."""
+    found = page(json.loads(text), strip_html)
+    if found:
+        yield Part(member, "", found)
+    else:
+        reading.skipped.append((member.path, "no text in it"))
 
 
 def sentence(text: str) -> str:

@@ -15,9 +15,9 @@ from freehold.core.config import fill
 from freehold.core.document import Conversation, Document, read_rows
 from freehold.core.errors import ConfigError
 from freehold.core.log import Log
+from freehold.corpora.wordnet import Lexicon, senses
 from freehold.stages.gather.config import GatherConfig
 from freehold.stages.gather.run import run
-from freehold.stages.gather.wordnet import Lexicon, senses
 
 ENTRY = """lamp
     n 1: a thing on a table that gives light in the evening; "the
@@ -197,7 +197,7 @@ def test_a_source_that_is_no_dictionary_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["wordnet_bytes", "wordnet_conversations"])
 def test_questions_about_no_dictionary_are_refused(tmp_path: Path, key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"`made\.{key}` needs `made\.wordnet`"):
+    with pytest.raises(ConfigError, match=rf"(?s)gather\.sources\.made.*`{key}` needs `wordnet`"):
         gather(tmp_path / "out", {"made": {"kind": "generated", key: 10}})
 
 
@@ -212,5 +212,5 @@ def test_a_dictionary_that_is_left_out_is_said(tmp_path: Path, capsys: pytest.Ca
     config = fill(GatherConfig, {"sources": {"words": words, "made": made}}, "gather")
     run(config, Workspace(tmp_path, "gather", "test", 1, Log()))
     said = "".join(capsys.readouterr())
-    assert "made: nothing made of `words` (wordnet), which is left out" in said
+    assert "made: nothing made of `words` (wordnet), which is skipped" in said
     assert "(factbook)" not in said

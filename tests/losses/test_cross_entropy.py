@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from freehold.data.packing import IGNORE
-from freehold.trainer.loss import chunked_loss, summed_nll
+from freehold.losses.cross_entropy import chunked_loss, summed_nll
 
 
 def inputs(dtype=torch.float64):
@@ -29,6 +29,17 @@ def test_equals_plain_cross_entropy_with_every_gradient(chunk, z_loss):
     assert torch.allclose(losses.z, z)
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_masked_form_equals_dropping_ignored_targets(chunk):
+    hidden, weight, targets = inputs()
+    found = []
+    for scale in (1 / 20, torch.tensor(1 / 20, dtype=torch.float64)):
+        losses = chunked_loss(hidden, weight, targets, scale=scale, z_loss=0.01, chunk_tokens=chunk)
+        found.append([losses.total.detach(), *losses[1:], *torch.autograd.grad(losses.total, (hidden, weight))])
+    for dropped, masked in zip(*found, strict=True):
+        assert torch.allclose(dropped, masked, atol=1e-12)
 
 
 def test_z_loss_has_a_gradient():

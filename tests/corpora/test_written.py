@@ -12,9 +12,9 @@ from gather_fixtures import gather
 
 from freehold.core.document import Conversation, Document, read_rows
 from freehold.core.errors import RequestError
-from freehold.stages.gather.stories import ITEMS, PLACES, stories
-from freehold.stages.gather.tools import TOOLS, dialogues, run_tool
-from freehold.stages.gather.worked import TASKS, exercises
+from freehold.corpora.stories import ITEMS, PLACES, stories
+from freehold.corpora.tools import TOOLS, dialogues, run_tool
+from freehold.corpora.worked import TASKS, exercises
 from freehold.tokenizer.chat import render, render_ids
 
 SUM = r"-?\d+(?: [-+*] -?\d+)*"

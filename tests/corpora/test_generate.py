@@ -14,10 +14,10 @@ from gather_fixtures import FREE, country, gather, install, install_factbook
 
 from freehold.core.document import Conversation, Document, read_rows
 from freehold.core.errors import ConfigError, DataError
-from freehold.stages.gather import dialogues, factbook
-from freehold.stages.gather.config import Generated
-from freehold.stages.gather.readers import strip_html
-from freehold.stages.gather.reasoning import HELD_OUT_SEEDS, Gym, load
+from freehold.corpora import dialogues, factbook
+from freehold.corpora.config import Settings
+from freehold.corpora.reasoning import HELD_OUT_SEEDS, Gym, load
+from freehold.text.html import strip_html
 
 SMALL = {
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
@@ -205,7 +205,7 @@ def test_the_seed_decides_everything(tmp_path: Path) -> None:
 
 def test_exercises_are_those_of_the_pinned_version() -> None:
     """The digest was taken with every requirement of reasoning-gym installed, pycosat too."""
-    gym = Gym(Generated().reasoning, 17)
+    gym = Gym(Settings().reasoning, 17)
     items = [*gym.held_out(60), *itertools.islice(gym.train(0), 240)]
     text = "\n".join(f"{item.place}\t{item.question}\t{item.answer}" for item in items)
     digest = "b3816914c04ef5b5bcaaad1baa5f21a7231f5fc56b93ca8103e3e3d2b8d72b6d"
@@ -217,7 +217,7 @@ def test_without_pycosat_only_the_task_that_calls_it_fails() -> None:
 import sys
 sys.modules["pycosat"] = None  # as if it were not installed
 from freehold.core.errors import ConfigError
-from freehold.stages.gather.reasoning import Gym
+from freehold.corpora.reasoning import Gym
 print(next(Gym({"gcd": {}}, 1).train(0)).question)
 assert "pycosat" not in sys.modules  # sympy would take whatever has that name
 try:
@@ -235,7 +235,7 @@ except ConfigError as error:
 
 def test_a_missing_generator_tells_the_pip_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = "pip install --no-deps --require-hashes -r recipes/corpus.txt"
-    code = "import sys; sys.modules['zss'] = None; from freehold.stages.gather import reasoning; reasoning.load()"
+    code = "import sys; sys.modules['zss'] = None; from freehold.corpora import reasoning; reasoning.load()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "DataError: reasoning-gym cannot be imported" in done.stderr
     assert line in done.stderr

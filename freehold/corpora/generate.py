@@ -11,19 +11,18 @@ import itertools
 import json
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from freehold.core.document import Conversation, Document, Rights, document_id
+from freehold.corpora import dialogues, dictd, stories, tools, worked
+from freehold.corpora.config import Settings
+from freehold.corpora.factbook import Fact, facts, sentence
+from freehold.corpora.reasoning import SEEDS_PER_RUN, Gym
+from freehold.corpora.wordnet import Lexicon
 from freehold.ledger.licence import strictest
-from freehold.stages.gather import dialogues, stories, tools, worked
-from freehold.stages.gather.config import FileSource, Generated, Source
-from freehold.stages.gather.factbook import Fact, facts, sentence
-from freehold.stages.gather.origins import Origin
-from freehold.stages.gather.readers import Part, Reading, dictd_entries, strip_html
-from freehold.stages.gather.reasoning import SEEDS_PER_RUN, Gym
-from freehold.stages.gather.rights import claim, of_document
-from freehold.stages.gather.wordnet import Lexicon
+from freehold.text.html import strip_html
+from freehold.text.making import Made, Material
+from freehold.text.reading import Reading
 
 PAIRS_PER_PAGE = 12
 WORKED_PER_PAGE = 6
@@ -32,25 +31,16 @@ FACT_SHARE, REASONING_SHARE = 0.42, 0.40
 SYSTEM_SHARE = 0.15
 # The word that decides, with country and field, which facts are held out.
 HOLD_OUT = "hold-out"
+# Held out of everything written: a fifth is enough facts for two tasks of 150 items from one factbook.
+HELD_OUT_SHARE = 0.2
 ASKED, ANSWERED = "Question: ", "Answer: "
 
 
-@dataclass(frozen=True)
-class Made:
-    """Everything one generated source writes."""
-
-    documents: list[Document]
-    conversations: list[Conversation]
-    tasks: dict[str, list[dict[str, Any]]]
-    seeds: dict[str, list[int]]
-    """First and last seed of the items: `train`, `held_out`."""
-
-
-def make(name: str, source: Generated, origins: Mapping[str, Origin], sources: Mapping[str, Source], seed: int) -> Made:
+def make(source: Settings, materials: Mapping[str, Material], name: str, seed: int) -> Made:
     """Return the documents, conversations and tasks of a generated source; a pure function of its arguments."""
     gym = Gym(source.reasoning, seed)
-    book = _Factbook(source, origins.get(source.factbook or ""), sources.get(source.factbook or ""), seed)
-    words = _WordNet(name, source, origins.get(source.wordnet or ""), sources.get(source.wordnet or ""), seed)
+    book = _Factbook(source, materials.get("factbook"), seed)
+    words = _WordNet(name, source, materials.get("wordnet"), seed)
     rights = {
         "facts": book.rights(name, source),
         "reasoning": _rights(name, source, strictest(source.licence, gym.licence), gym.version, gym.acquired),
@@ -88,27 +78,25 @@ def make(name: str, source: Generated, origins: Mapping[str, Origin], sources: M
         rows = list(book.choices(task, chosen, source.factbook_items, rights["facts"]))
         if rows:
             tasks[task] = rows
-    return Made(documents, conversations, tasks, gym.seeds)
+    return Made(documents, conversations, tasks, {"seeds": gym.seeds})
 
 
 class _Factbook:
     """The facts, divided by the hash of (country, field) into those asked in training and those held out."""
 
-    def __init__(self, source: Generated, origin: Origin | None, facts_source: Source | None, seed: int) -> None:
-        self.origin, self.source, self.seed = origin, facts_source, seed
+    def __init__(self, source: Settings, material: Material | None, seed: int) -> None:
+        self.material, self.seed = material, seed
         self.train: list[Fact] = []
         self.held_out: list[Fact] = []
-        if origin is None or not isinstance(facts_source, FileSource):
+        if material is None:
             return
-        reading = Reading(facts_source.max_document_bytes)
-        for fact in reading.each(origin.members, lambda m, text: facts(json.loads(text), m.path, strip_html)):
-            held = _unit(f"{HOLD_OUT}\0{fact.key}") < source.held_out_share
+        reading = Reading(material.limit_bytes)
+        for fact in reading.each(material.members, lambda m, text: facts(json.loads(text), m.path, strip_html)):
+            held = _unit(f"{HOLD_OUT}\0{fact.key}") < HELD_OUT_SHARE
             (self.held_out if held else self.train).append(fact)
 
-    def rights(self, name: str, source: Generated) -> dict[str, Any]:
-        if self.origin is None or not isinstance(self.source, FileSource):
-            return {}
-        return _derived_rights(name, source, self.source, self.origin)
+    def rights(self, name: str, source: Settings) -> dict[str, Any]:
+        return {} if self.material is None else _derived_rights(name, source, self.material)
 
     def choices(self, task: str, chosen: list[Fact], count: int, rights: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield multiple-choice items: the other answers are those of other countries to the same question."""
@@ -147,19 +135,16 @@ class _WordNet:
     Nothing without a source, also where the policy left it out.
     """
 
-    def __init__(
-        self, name: str, source: Generated, origin: Origin | None, words_source: Source | None, seed: int
-    ) -> None:
+    def __init__(self, name: str, source: Settings, material: Material | None, seed: int) -> None:
         self.source = source
         self.rights: dict[str, Any] = {}
         self.lexicon = Lexicon((), seed)
-        if origin is None or not isinstance(words_source, FileSource):
+        if material is None:
             return
-        reading = Reading(words_source.max_document_bytes)
-        read = ((member, reading.data(member)) for member in origin.members)
-        entries = {m: dictd_entries(m, data, reading) for m, data in read if data is not None}
-        self.rights = _derived_rights(name, source, words_source, origin)
-        self.lexicon = Lexicon(itertools.chain.from_iterable(entries.values()), seed)
+        reading = Reading(material.limit_bytes)
+        entries = list(reading.each_bytes(material.members, lambda m, data: dictd.entries(m, data, reading)))
+        self.rights = _derived_rights(name, source, material)
+        self.lexicon = Lexicon(entries, seed)
 
     def conversations(self, never: set[str]) -> Iterator[Conversation]:
         for question, answer in self._pairs(never, slice(self.source.wordnet_conversations)):
@@ -182,7 +167,7 @@ class _WordNet:
 
 
 def _documents(
-    source: Generated, gym: Gym, book: _Factbook, rights: dict[str, dict[str, Any]], seed: int
+    source: Settings, gym: Gym, book: _Factbook, rights: dict[str, dict[str, Any]], seed: int
 ) -> Iterator[Document]:
     """Yield pages of questions and answers until `max_bytes`: first the facts, then reasoning."""
     left = source.max_bytes if source.max_bytes is not None else 2_400_000
@@ -232,7 +217,7 @@ def _page(title: str, pairs: list[tuple[str, str]]) -> str:
 
 
 def _conversations(
-    source: Generated, gym: Gym, book: _Factbook, rights: dict[str, dict[str, Any]], seed: int
+    source: Settings, gym: Gym, book: _Factbook, rights: dict[str, dict[str, Any]], seed: int
 ) -> Iterator[Conversation]:
     """Yield at most `source.conversations`, no two alike: facts, reasoning, talk."""
     random_ = random.Random(f"{seed}\0conversations")
@@ -259,7 +244,7 @@ def _conversations(
             yield _conversation(mixed, "talk", turns, random_)
 
 
-def _our_documents(source: Generated, rights: dict[str, Any], never: set[str], seed: int) -> Iterator[Document]:
+def _our_documents(source: Settings, rights: dict[str, Any], never: set[str], seed: int) -> Iterator[Document]:
     """Yield pages of worked exercises until `worked_bytes`, of stories until `story_bytes`."""
     pages = (
         ("worked", source.worked_bytes, _worked_pages(never, seed)),
@@ -293,16 +278,14 @@ def _story_page(story: stories.Story) -> str:
 
 
 def _worked_conversations(
-    source: Generated, rights: dict[str, Any], never: set[str], seed: int
+    source: Settings, rights: dict[str, Any], never: set[str], seed: int
 ) -> Iterator[Conversation]:
     for item in itertools.islice(_worked(never, f"{seed}\0worked talk"), source.worked_conversations):
         answer = {"role": "assistant", "content": item.answer, "reasoning_content": "\n".join(item.steps)}
         yield _row(rights, f"worked/{item.task}", [{"role": "user", "content": item.question}, answer])
 
 
-def _tool_conversations(
-    source: Generated, book: _Factbook, rights: dict[str, Any], seed: int
-) -> Iterator[Conversation]:
+def _tool_conversations(source: Settings, book: _Factbook, rights: dict[str, Any], seed: int) -> Iterator[Conversation]:
     known = [(f.country, f.field.key, f.questions[0], f.statement) for f in book.train]
     for messages in itertools.islice(_tool_talk(seed, known), source.tool_conversations):
         yield _row(rights, "tools", messages)
@@ -342,7 +325,7 @@ def _document(rights: dict[str, Any], path: str, text: str) -> Document:
     return Document(**vars(filled), id=document_id(filled.source, path), text=text)
 
 
-def _rights(name: str, source: Generated, licence: str, made_from: str, acquired: str) -> dict[str, Any]:
+def _rights(name: str, source: Settings, licence: str, made_from: str, acquired: str) -> dict[str, Any]:
     """Return the columns that rows made from one thing share; what they were made from is under its own terms too."""
     return {
         "source": name,
@@ -360,18 +343,12 @@ def _rights(name: str, source: Generated, licence: str, made_from: str, acquired
     }
 
 
-def _derived_rights(name: str, source: Generated, of: FileSource, origin: Origin) -> dict[str, Any]:
+def _derived_rights(name: str, source: Settings, of: Material) -> dict[str, Any]:
     """Return the columns of rows made from another source: its strictest terms, and what speaks against them too."""
-    claimed = claim(of, origin)
-    weighed = [of_document(of, origin, claimed, Part(member, "", "")) for member in origin.members]
-    licence = source.licence
-    for one in weighed:
-        licence = strictest(licence, one.licence)
-    rights = _rights(name, source, licence, origin.version, origin.acquired)
-    doubtful = next((one.evidence for one in weighed if one.confidence == "low"), None)
-    if doubtful is None:
+    rights = _rights(name, source, strictest(source.licence, of.licence), of.version, of.acquired)
+    if not of.doubt:
         return rights
-    evidence = "; ".join(filter(None, [rights["licence_evidence"], doubtful]))
+    evidence = "; ".join(filter(None, [rights["licence_evidence"], of.doubt]))
     return rights | {"licence_evidence": evidence, "licence_confidence": "low"}
 
 

@@ -14,10 +14,12 @@ from types import ModuleType
 from typing import Any
 
 from freehold.core.errors import ConfigError, DataError
+from freehold.corpora.config import CORPUS_LINE, GYM
 from freehold.ledger.licence import of_distribution
-from freehold.stages.gather.origins import CORPUS_LINE, GYM, GYM_ACQUIRED
 
-# Seeds of training items lie below HELD_OUT_SEEDS, those of held-out items from there on.
+# The day this version was pinned: the rows made with it are the same whenever it is installed.
+GYM_ACQUIRED = "2026-11-21"
+# Seeds of training items are below HELD_OUT_SEEDS, those of held-out items from there on.
 SEEDS_PER_RUN = 1_000_000
 HELD_OUT_SEEDS = 2_000_000_000
 # This many repeated questions in a row mean that a small task has no more to ask.
@@ -44,8 +46,8 @@ class Gym:
             "held_out": [HELD_OUT_SEEDS + self.base, HELD_OUT_SEEDS + self.base + SEEDS_PER_RUN - 1],
         }
         self.settings = settings
-        distribution = importlib.metadata.distribution(GYM)
-        self.version = f"{GYM}=={distribution.version}"
+        distribution = importlib.metadata.distribution(GYM.distribution)
+        self.version = f"{GYM.distribution}=={distribution.version}"
         self.licence = of_distribution(distribution).expression or ""
         self.acquired = GYM_ACQUIRED
         self.held: set[str] = set()

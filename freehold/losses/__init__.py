@@ -1,0 +1,1 @@
+"""What training minimises: functions of a packed batch, one module for each."""

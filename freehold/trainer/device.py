@@ -1,0 +1,33 @@
+"""Settings of PyTorch that a run makes, and states in its checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from freehold.kernels import cpu as kernels
+from freehold.trainer.job import Job
+
+
+def prepare(job: Job, device: torch.device, seed: int) -> dict[str, Any]:
+    """Set threads, determinism, TF32 and the random seed; return what trainer.json records of them.
+
+    `deterministic: auto` is on for CPUs, where it costs nothing measurable, and off for CUDA, where it replaces
+    kernels by slower ones (scatter_add, index_add).
+    """
+    config = job.trainer
+    deterministic = device.type == "cpu" if config.deterministic == "auto" else config.deterministic
+    torch.manual_seed(seed)
+    torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(deterministic)
+    # Filling fresh memory with NaN finds bugs of PyTorch's, not of a run; it is a pass over memory for each tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    return {
+        "operators": kernels.operators(job.dtype) + ("+compile" if config.compile else ""),
+        "device": device.type,
+        "deterministic": deterministic,
+        "tf32": config.tf32 and device.type == "cuda",
+    }

@@ -1,0 +1,171 @@
+"""On an accelerator nothing waits for the device between log points: figures are read there, steps judged there."""
+
+import contextlib
+import sys
+
+import pytest
+import torch
+from test_loop import make
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from freehold.core.log import read_metrics
+from freehold.optim.config import OptimConfig, SignConfig, SmebuConfig
+from freehold.trainer import guards
+from freehold.trainer.config import SpikeConfig, TrainerConfig
+from freehold.trainer.errors import TrainingError
+from freehold.trainer.loop import Trainer
+
+READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__", "nonzero")
+OPERATORS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "bincount", "_unique2"}
+LOSSES = {"sequence_loss": 1e-3, "router_z_loss": 1e-3}
+
+
+def deferred(folder, **changes):
+    """Return the trainer of test_loop as it would run on an accelerator."""
+    trainer = make(folder, **changes)
+    return Trainer(trainer.job, trainer.log, seed=0, deferred=True)
+
+
+def settings(**changes):
+    return TrainerConfig(dtype="float32", threads=1, log_every_steps=4, checkpoint_every_steps=100, **changes)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would wait for a device, with the place of ours that asks.
+
+    The model's forms for CPUs are exempt: they look at ids to choose what to compute, where those for CUDA do not.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.places = []
+
+    def note(self, what):
+        frame = sys._getframe(2)
+        while frame is not None:
+            file = frame.f_code.co_filename
+            if "/freehold/" in file:
+                if "/freehold/model/" not in file:
+                    self.places.append(f"{what} at {file.rpartition('/')[2]}:{frame.f_lineno}")
+                return
+            frame = frame.f_back
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in OPERATORS:
+            self.note(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def counted(patch):
+    with Reads() as reads, patch.context() as methods:
+        for name in READS:
+            old = getattr(torch.Tensor, name)
+
+            def read(tensor, *args, _old=old, _name=name, **kwargs):
+                reads.note(_name)
+                return _old(tensor, *args, **kwargs)
+
+            methods.setattr(torch.Tensor, name, read)
+        yield reads
+
+
+@pytest.mark.parametrize("balance", [SmebuConfig(**LOSSES), SignConfig(), SmebuConfig()])
+@pytest.mark.parametrize("matrices", ["muon", "adamw"])
+def test_no_step_reads_the_device(tmp_path, monkeypatch, balance, matrices):
+    optim = OptimConfig(matrices=matrices, weight_decay=0.1)
+    trainer = deferred(tmp_path, balance=balance, trainer=settings(), micro=2, optim=optim)
+    with counted(monkeypatch) as reads:
+        for _ in range(3):
+            trainer.train_step(trainer.next_batch())
+    assert reads.places == []
+    trainer.catch_up()
+
+
+def test_counter_sees_the_reads_of_an_immediate_step(tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+    with counted(monkeypatch) as reads:
+        trainer.train_step(trainer.next_batch())
+    assert any("step.py" in place for place in reads.places)
+
+
+def test_reads_do_not_grow_with_steps_between_log_points(tmp_path, monkeypatch):
+    def reads_of(steps, folder):
+        trainer = deferred(folder, trainer=settings())
+        with counted(monkeypatch) as reads:
+            for _ in range(steps):
+                trainer.train_step(trainer.next_batch())
+            trainer.catch_up()
+        return len(reads.places)
+
+    assert reads_of(2, tmp_path / "a") == reads_of(6, tmp_path / "b") > 0
+
+
+def test_deferred_run_ends_like_an_immediate_one(tmp_path):
+    exact = settings().model_copy(update={"dtype": "float64"})  # so that a difference is one of meaning
+    torch.set_default_dtype(torch.float64)
+    try:
+        one, two = make(tmp_path / "a", trainer=exact), deferred(tmp_path / "b", trainer=exact)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    one.run()
+    two.run()
+    a, b = (read_metrics(tmp_path / name / "metrics.jsonl") for name in "ab")
+    assert [row["step"] for row in a] == [row["step"] for row in b]
+    for mine, theirs in zip(a, b, strict=True):
+        for name in ("loss/mean", "loss/z", "optim/grad_norm", "moe/entropy"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-9), name
+        assert sum(mine["moe/load/1"]) == sum(theirs["moe/load/1"])
+    for name, master in one.state.masters.items():
+        assert torch.allclose(master, two.state.masters[name], rtol=1e-9, atol=1e-12), name
+
+
+def test_device_skips_a_step_that_is_not_finite(tmp_path, capsys):
+    trainer = deferred(tmp_path, quiet=False, trainer=settings(), micro=1)
+    trainer.train_step(trainer.next_batch())
+    before = {part: {n: t.clone() for n, t in x.items()} for part, x in trainer.checkpoints.tensors().items()}
+    hook = trainer.state.parameters["lm_head.weight"].register_hook(lambda gradient: gradient * float("nan"))
+    trainer.train_step(trainer.next_batch())
+    hook.remove()
+    for part, tensors in trainer.checkpoints.tensors().items():
+        if part not in ("collapse", "spike"):
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, before[part][name]), f"{part}/{name}"
+    trainer.train_step(trainer.next_batch())
+    assert trainer.progress.skipped == []
+    trainer.catch_up()
+    assert (trainer.progress.skipped, trainer.step) == ([1], 3)
+    assert trainer.job.order.documents(1)[0].document_id in capsys.readouterr().err
+    assert sum(trainer.monitor.take()["moe/load/1"]) == 2 * 64 * 2
+
+
+def test_deferred_run_gives_up_at_a_log_point(tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "MAX_SKIPPED_STEPS", 3)
+    trainer = deferred(tmp_path, trainer=settings())
+    trainer.state.parameters["lm_head.weight"].data[3] = float("nan")
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        trainer.run()
+    assert (trainer.step, trainer.progress.skipped) == (4, [0, 1, 2])
+
+
+def test_guard_with_an_action_looks_at_each_step(tmp_path):
+    acting = settings(spike=SpikeConfig(action="skip"))
+    assert make(tmp_path, trainer=acting).guards.acts
+    assert not make(tmp_path, trainer=settings()).guards.acts
+
+
+@pytest.mark.cuda
+def test_cuda_step_waits_for_nothing(tmp_path):
+    from freehold.parallel.config import ParallelConfig
+
+    trainer = make(tmp_path, trainer=settings(), parallel=ParallelConfig(device="cuda"))
+    assert trainer.deferred
+    trainer.train_step(trainer.next_batch())  # libraries load, memory is taken
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.train_step(trainer.next_batch())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    trainer.catch_up()
+    assert trainer.progress.skipped == []
