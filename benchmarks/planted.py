@@ -34,7 +34,7 @@ from freehold.ledger.policy import Policy, judge_row
 from freehold.stages.curate.bias import associations, count
 from freehold.stages.curate.config import CurateConfig
 from freehold.stages.curate.run import run
-from freehold.stages.curate.words import read_words
+from freehold.text.words import read_words
 
 QUESTION = "If a train leaves the {} station at noon and travels {} miles in three hours, how fast did it go?"
 FOREIGN = (

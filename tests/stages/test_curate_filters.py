@@ -16,7 +16,6 @@ from freehold.core.config import fill
 from freehold.core.errors import ConfigError
 from freehold.stages.curate.config import (
     CodeRules,
-    Decontamination,
     KindRules,
     NearDuplicates,
     Overlap,
@@ -24,7 +23,6 @@ from freehold.stages.curate.config import (
     ProseRules,
     Split,
 )
-from freehold.stages.curate.decontaminate import Questions, plain
 from freehold.stages.curate.dedup import exact_duplicates, jaccard, near_duplicates, sketches, winnow, words_key
 from freehold.stages.curate.filters import (
     _COMPOSED,
@@ -37,13 +35,14 @@ from freehold.stages.curate.filters import (
     check_length,
     check_prose,
     clean_unicode,
-    lower_capitals,
     repeated_fraction,
 )
 from freehold.stages.curate.privacy import TRIGGER, check_density, luhn, redact, triggers
 from freehold.stages.curate.split import is_validation, place, validation_documents
 from freehold.stages.curate.steps import excerpts
-from freehold.stages.curate.words import (
+from freehold.text.held_out import Questions, plain
+from freehold.text.language import lower_capitals
+from freehold.text.words import (
     STOP_WORDS,
     WORD,
     distinct,
@@ -602,11 +601,11 @@ def test_plain_keeps_operators() -> None:
 )
 def test_questions_in_documents(text: str, held: bool) -> None:
     asked = [("legs-1", "How many legs are there in 2 cats and 3 dogs?"), ("sum-1", "Is it 3 + 4?")]
-    questions = Questions(asked, Decontamination())
+    questions = Questions(asked)
     assert questions.in_documents([text], [read_words(text)])[0] == (
         ("decontamination", "holds the question of legs-1") if held else None
     )
-    long = Questions([("long", PROSE)], Decontamination())
+    long = Questions([("long", PROSE)])
     inside = VERSE + PROSE + VERSE
     found = long.in_documents([VERSE, inside, VERSE], read_batch([VERSE, inside, VERSE]))
     assert [why is not None for why in found] == [False, True, False]

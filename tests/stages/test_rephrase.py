@@ -24,11 +24,12 @@ from freehold.core.log import Log
 from freehold.run import walk
 from freehold.run.processes import Options
 from freehold.run.recipe import resolve
-from freehold.stages.rephrase.checks import HeldOut, judge, measure, names, numbers
+from freehold.stages.rephrase.checks import judge, measure, names, numbers
 from freehold.stages.rephrase.config import Limits, RephraseConfig, plan
 from freehold.stages.rephrase.prompts import PROMPTS, clean
-from freehold.stages.rephrase.run import cut, run
+from freehold.stages.rephrase.run import cut, questions_of, run
 from freehold.stages.rephrase.teacher import Answer, TeacherGone
+from freehold.text.words import read_batch
 
 PLACES = ("Norway", "Peru", "Kenya", "Japan", "Chile", "Malta", "Nepal", "Ghana")
 
@@ -294,7 +295,7 @@ def test_bad_rewrites_among_good_ones_are_named(tmp_path: Path, serve: Any) -> N
     (curate / "tasks/t.jsonl").write_text(json.dumps(item) + "\n")
     server = serve(say=say)
     counts = rephrase(tmp_path / "out", curate, settings(server.url))
-    reasons = ("invented_numbers", "invented_names", "lost_facts", "language", "echo", "held_out")
+    reasons = ("invented_numbers", "invented_names", "lost_facts", "language", "echo", "decontamination")
     assert counts["strategies"]["condensed"]["dropped"] == dict.fromkeys(sorted(reasons), 1)
     table = pq.read_table(tmp_path / "out/rewrites.parquet").to_pylist()
     assert Counter(r["reason"] for r in table if not r["kept"]) == Counter(reasons)
@@ -437,18 +438,15 @@ def test_passages_are_whole_paragraphs() -> None:
     assert list(cut("word " * 1000, 300, 1000)) == []
 
 
-def test_held_out_questions(tmp_path: Path) -> None:
+def test_held_out_questions_need_no_question_mark(tmp_path: Path) -> None:
     rows = [
         {"id": "a", "prompt": [{"role": "user", "content": "What is the capital of Norway?"}]},
         {"id": "b", "prompt": [{"role": "user", "content": "What is the capital of Peru?"}], "seen": True},
     ]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    held = HeldOut(tmp_path)
-    assert held.find("Question: what is the capital of norway\nAnswer: Oslo") == ("held_out", "asks a")
-    assert held.find("Question: What is the capital of Peru?") is None
-    (tmp_path / "t.jsonl").write_text("{}\n")
-    with pytest.raises(DataError, match="not a task item"):
-        HeldOut(tmp_path)
+    held = questions_of(tmp_path)
+    texts = ["Question: what is the capital of norway\nAnswer: Oslo", "Question: What is the capital of Peru?"]
+    assert held.in_documents(texts, read_batch(texts)) == [("decontamination", "holds the question of a"), None]
 
 
 def test_in_a_walk_clean_makes_it_again_without_asking_again(tmp_path: Path, serve: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from freehold.stages.curate.config import Bias
-from freehold.stages.curate.words import Lookup, Words, word_hashes
+from freehold.text.words import Lookup, Words, word_hashes
 
 AXES: dict[str, dict[str, str]] = {
     "gender": {

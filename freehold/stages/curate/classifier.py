@@ -16,8 +16,8 @@ import xxhash
 
 from freehold.core.errors import DataError
 from freehold.stages.curate.config import Classifier
-from freehold.stages.curate.filters import Why
-from freehold.stages.curate.words import Words, ngrams, read_words
+from freehold.text import Why
+from freehold.text.words import Words, ngrams, read_words
 
 # A mean of weights would have to be learned very large: this much of it is given.
 _SCALE = 10.0

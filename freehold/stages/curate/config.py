@@ -280,17 +280,6 @@ class Decontamination(Config):
     """Training text that holds a held-out question, or a run of words that only it has, is dropped."""
 
     enabled: bool = Field(default=True, description="compare with the questions of the gathered tasks")
-    ngram_words: int = Field(
-        default=13, ge=2, description="words in a run; one run of a question in a text is enough, as for GPT-3"
-    )
-    max_shared: int = Field(
-        default=2,
-        ge=1,
-        description="runs that stand in more questions than this are their common wording: they prove nothing",
-    )
-    min_question_words: int = Field(
-        default=6, ge=1, description="shorter questions are looked for in conversations only"
-    )
 
 
 class Exclusion(Config):

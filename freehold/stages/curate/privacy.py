@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from freehold.stages.curate.config import Privacy
-from freehold.stages.curate.filters import Why
-from freehold.stages.curate.words import beyond_ascii
+from freehold.text import Why
+from freehold.text.words import beyond_ascii
 
 # Endings seen in addresses; `x@y.T` in numpy code or `a@b.conj` is no address.
 ENDINGS = (

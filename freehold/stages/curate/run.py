@@ -20,7 +20,6 @@ from freehold.core.errors import DataError
 from freehold.core.machine import machine_limits
 from freehold.stages.curate import bias, classifier
 from freehold.stages.curate.config import CurateConfig, Exclusion
-from freehold.stages.curate.decontaminate import Questions, read_questions
 from freehold.stages.curate.dedup import (
     Span,
     cut_lines,
@@ -36,7 +35,8 @@ from freehold.stages.curate.privacy import check_density, redact
 from freehold.stages.curate.report import ALL, Report
 from freehold.stages.curate.shards import Corpus, Job, Shard, read_plan
 from freehold.stages.curate.split import is_validation, validation_documents
-from freehold.stages.curate.words import text_hash
+from freehold.text.held_out import Questions, read_questions
+from freehold.text.words import text_hash
 
 
 def run(config: CurateConfig, work: Workspace) -> dict[str, Any]:
@@ -66,9 +66,7 @@ def run(config: CurateConfig, work: Workspace) -> dict[str, Any]:
             todo="loosen the limits under `curate.kinds`, or gather other sources",
         )
     write_documents(kept, excluded, report, work.folder)
-    questions = Questions(
-        read_questions(gathered / "tasks") if config.decontamination.enabled else [], config.decontamination
-    )
+    questions = Questions(read_questions(gathered / "tasks") if config.decontamination.enabled else [])
     curate_conversations(gathered / "conversations", config, questions, excluded, report, work.folder)
     for path in sorted((gathered / "tasks").glob("*.jsonl")):
         (work.folder / "tasks").mkdir(exist_ok=True)

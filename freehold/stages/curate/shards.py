@@ -26,10 +26,10 @@ from freehold.core.machine import machine_limits
 from freehold.stages.curate import bias
 from freehold.stages.curate.classifier import Model
 from freehold.stages.curate.config import CurateConfig
-from freehold.stages.curate.decontaminate import Questions, read_questions
 from freehold.stages.curate.dedup import line_hashes, sketches, winnow, words_key
 from freehold.stages.curate.steps import BATCH_CHARS, Draft, Tally, Tools, read, take
-from freehold.stages.curate.words import Words
+from freehold.text.held_out import Questions, read_questions
+from freehold.text.words import Words
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def _tools(job: Job) -> tuple[Questions, Model | None]:
     config = job.config
     asked = read_questions(job.gathered / "tasks") if config.decontamination.enabled else []
     weights = job.shards / "classifier.npy"
-    return Questions(asked, config.decontamination), Model(np.load(weights)) if weights.exists() else None
+    return Questions(asked), Model(np.load(weights)) if weights.exists() else None
 
 
 class Corpus:

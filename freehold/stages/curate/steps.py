@@ -15,7 +15,6 @@ from typing import Any
 from freehold.core.document import Document
 from freehold.stages.curate.classifier import Model, check_quality
 from freehold.stages.curate.config import CurateConfig, KindRules, Privacy
-from freehold.stages.curate.decontaminate import Questions
 from freehold.stages.curate.filters import (
     Why,
     check_code,
@@ -27,7 +26,8 @@ from freehold.stages.curate.filters import (
 from freehold.stages.curate.privacy import check_density, redact
 from freehold.stages.curate.split import place
 from freehold.stages.curate.toxicity import check_toxicity
-from freehold.stages.curate.words import Words, read_batch
+from freehold.text.held_out import Questions
+from freehold.text.words import Words, read_batch
 
 # Text read at once, characters: the arrays of a batch should stay in the processor's cache.
 BATCH_CHARS = 120_000

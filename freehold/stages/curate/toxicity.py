@@ -15,8 +15,8 @@ import numpy as np
 
 from freehold.core.errors import ConfigError
 from freehold.stages.curate.config import Toxicity
-from freehold.stages.curate.filters import Why
-from freehold.stages.curate.words import Lookup, Words, word_hashes
+from freehold.text import Why
+from freehold.text.words import Lookup, Words, word_hashes
 
 
 class Scorer:

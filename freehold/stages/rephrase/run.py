@@ -27,10 +27,13 @@ from freehold.core.errors import DataError
 from freehold.core.machine import machine_limits
 from freehold.ledger.licence import strictest
 from freehold.ledger.policy import Claim, gate
-from freehold.stages.rephrase.checks import HeldOut, Why, judge, measure, words
+from freehold.stages.rephrase.checks import LEAST_QUESTION_WORDS, judge, measure
 from freehold.stages.rephrase.config import RephraseConfig, Strategy
 from freehold.stages.rephrase.prompts import PROMPTS, clean
 from freehold.stages.rephrase.teacher import Answer, Identity, Teacher, open_teacher
+from freehold.text import Why
+from freehold.text.held_out import Questions, plain_words, read_questions
+from freehold.text.words import read_words, split_words
 
 ANSWERS = "answers.jsonl"
 PROBE = 32
@@ -88,7 +91,7 @@ def run(config: RephraseConfig, work: Workspace) -> dict[str, Any]:
         return {"documents": 0, "bytes": 0, "strategies": {}}
     seeds = sorted((work.input("curate") / "documents").glob("*.parquet"))
     _check_sources(config, [path.stem for path in seeds])
-    held_out = HeldOut(work.input("curate") / "tasks")
+    held_out = questions_of(work.input("curate") / "tasks")
     passages: dict[str, list[Passage]] = {}
     for name, strategy in config.strategies.items():
         passages[name] = choose(name, strategy, seeds, config, work.seed)
@@ -126,6 +129,11 @@ def run(config: RephraseConfig, work: Workspace) -> dict[str, Any]:
             ask(requests, teacher, answers, config.concurrency, heard, work)
         identity = teacher.identity
     return _write(requests, judged, identity, config, work)
+
+
+def questions_of(tasks: Path) -> Questions:
+    """Return the held-out questions as rewrites are compared with them: word for word, whatever the punctuation."""
+    return Questions(read_questions(tasks), least_words=LEAST_QUESTION_WORDS, plain=plain_words)
 
 
 def choose(name: str, strategy: Strategy, paths: Sequence[Path], config: RephraseConfig, seed: int) -> list[Passage]:
@@ -275,12 +283,15 @@ def _request(name: str, passage: Passage, identity: Identity, config: RephraseCo
     return Request(name, passage, body, sha256_json({"revision": identity.revision, "body": body}))
 
 
-def _judged(request: Request, answer: Answer, config: RephraseConfig, held_out: HeldOut) -> Rewrite:
+def _judged(request: Request, answer: Answer, config: RephraseConfig, held_out: Questions) -> Rewrite:
     prompt, passage = PROMPTS[request.strategy], request.passage.text
     text = clean(answer.text)
     found = measure(passage, text)
     limits = config.strategies[request.strategy].limits or prompt.limits  # type: ignore[index]
-    why = judge(answer, text, passage, prompt.ask, limits, prompt.form, found) or held_out.find(text)
+    why = (
+        judge(answer, text, passage, prompt.ask, limits, prompt.form, found)
+        or held_out.in_documents([text], [read_words(text)])[0]
+    )
     return Rewrite(text, found, why)
 
 
@@ -336,7 +347,7 @@ def _write(
         identifier = document_id(source, f"{passage.seed.id}#{passage.number}")
         why = rewrite.why
         if why is None:
-            first = seen.setdefault(" ".join(words(rewrite.text)), identifier)
+            first = seen.setdefault(" ".join(split_words(rewrite.text)), identifier)
             why = ("duplicate", f"of {first}") if first != identifier else None
         if why is None and (gone := excluded & {identifier, source}):
             why = ("excluded", min(gone))

@@ -55,6 +55,13 @@ def read_words(text: str) -> Words:
     return read_batch([text])[0]
 
 
+def split_words(text: str) -> list[str]:
+    """Return the words of a text in lower case: what `read_words` hashes."""
+    lower = text.lower()
+    starts, ends = word_spans(lower)
+    return [lower[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+
+
 def beyond_ascii(text: str) -> str:
     """Return the characters of a text that are not ASCII, in order: few, so what asks for them alone is fast."""
     return "" if text.isascii() else text.encode().translate(None, ASCII).decode()
