@@ -37,19 +37,20 @@ def _in_processes(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(job.config.workers, len(shards)), mp_context=context) as pool:
-        running = {pool.submit(make_shard, job, shard): shard.number for shard in shards}
         try:
+            running = {pool.submit(make_shard, job, shard): shard.number for shard in shards}
             for future in as_completed(running):
                 future.result()
                 yield running[future]
         except BrokenProcessPool as error:
-            # A worker that was starting when another died can miss the signal to end; closing would wait for it.
+            # The pool starts workers one by one as shards are submitted. One that starts while the pool ends the others
+            # is not ended with them, and closing the pool would wait for it without end.
             for worker in set(multiprocessing.active_children()) - others:
                 worker.kill()
             raise ArtifactError(
                 "a worker was killed, perhaps by the system for lack of memory",
                 where="curate.workers",
-                found=f"{len(running):,} shards for {job.config.workers} workers",
+                found=f"{len(shards):,} shards for {job.config.workers} workers",
                 todo="run the same command again: it goes on; if it was memory, with fewer workers or a smaller "
                 "curate.shard_bytes",
             ) from error
