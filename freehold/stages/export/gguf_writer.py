@@ -276,7 +276,7 @@ LARGEST_ERROR = {
     "Q4_0": 0.2,
     "Q3_K": 0.3,
 }
-"""Root mean square error over that of the weights: about twice what bell-shaped weights have. Other weights: above 1."""
+"""Root mean square error over that of the weights: about twice that of bell-shaped weights; other weights are above 1."""
 
 
 def _same(wanted: np.ndarray, found: np.ndarray, kind: GGMLQuantizationType) -> bool:
