@@ -116,13 +116,13 @@ def test_what_to_serve_must_be_said():
 @pytest.fixture(scope="module")
 def exported(tiny_model, tiny_tokenizer, tmp_path_factory):
     """An export folder: hf/ and gguf/."""
-    from freehold.stages.export.gguf_writer import write_gguf
+    from freehold.stages.export.files import write_files
 
     folder = tmp_path_factory.mktemp("export")
     hf.save_hf(folder / "hf", tiny_model.config, tiny_model.state_dict(), torch.float32)
     tiny_tokenizer.save(folder / "hf")
     (folder / "gguf").mkdir()
-    write_gguf(folder / "gguf" / "Tiny-F32.gguf", folder / "hf", tiny_model.config, name="Tiny", file_type="F32")
+    write_files(folder / "hf", tiny_model.config, {"F32": folder / "gguf" / "Tiny-F32.gguf"}, name="Tiny")
     return folder
 
 

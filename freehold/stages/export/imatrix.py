@@ -17,7 +17,7 @@ import numpy as np
 from freehold.core.errors import ExportError
 
 SUMS, COUNTS = ".in_sum2", ".counts"
-TODO = "make the importance matrix again from this model"
+REMEDY = "make the importance matrix again from this model"
 
 
 class Importance:
@@ -31,10 +31,10 @@ class Importance:
             kind = self._text(reader, "general.type")
         except (OSError, ValueError, KeyError, IndexError, OverflowError) as problem:
             raise ExportError(
-                "not a GGUF file, or damaged", where=path, found=problem, expected="an importance matrix", todo=TODO
+                "not a GGUF file, or damaged", where=path, found=problem, expected="an importance matrix", todo=REMEDY
             ) from problem
         if kind != "imatrix":
-            raise ExportError("not an importance matrix", where=path, found=f"general.type {kind!r}", todo=TODO)
+            raise ExportError("not an importance matrix", where=path, found=f"general.type {kind!r}", todo=REMEDY)
         found = {tensor.name: tensor for tensor in reader.tensors}
         self.names = sorted(n.removesuffix(SUMS) for n in found if n.endswith(SUMS))
         unpaired = [n for n in self.names if n + COUNTS not in found]
@@ -44,7 +44,7 @@ class Importance:
                 "an importance matrix without sums and counts in F32",
                 where=path,
                 found=(unpaired + other)[:1],
-                todo=TODO,
+                todo=REMEDY,
             )
         self._sums = {n: (found[n + SUMS].data_offset, found[n + SUMS].n_elements) for n in self.names}
         self._counts = {n: np.array(found[n + COUNTS].data, np.float32).reshape(-1) for n in self.names}
@@ -81,7 +81,7 @@ class Importance:
         if not (np.isfinite(sums).all() and np.isfinite(count) and (sums >= 0).all() and count >= 0):
             raise ExportError(
                 "an importance matrix holds values that cannot be mean squares",
-                where=f"{self.path}: {name}, expert {expert}", found="NaN, infinite or negative", todo=TODO,
+                where=f"{self.path}: {name}, expert {expert}", found="NaN, infinite or negative", todo=REMEDY,
             )  # fmt: skip
         return sums / count if count > 0 else np.ones_like(sums)
 
@@ -96,7 +96,7 @@ class Importance:
 
     def _of_another_model(self, found: str, expected: str) -> ExportError:
         return ExportError(
-            "the importance matrix is of another model", where=self.path, found=found, expected=expected, todo=TODO
+            "the importance matrix is of another model", where=self.path, found=found, expected=expected, todo=REMEDY
         )
 
     @staticmethod
