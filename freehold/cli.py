@@ -12,17 +12,7 @@ from typing import Any, NoReturn
 
 from freehold.core.errors import ConfigError, FreeholdError
 from freehold.core.version import VERSION
-
-STAGES = {
-    "gather": "sources -> documents with licence evidence; the policy gate refuses what may not be used",
-    "curate": "documents -> clean, de-duplicated documents; every drop has a reason",
-    "rephrase": "documents -> documents that a teacher model wrote again; nothing without a teacher",
-    "tokenize": "documents -> tokenizer and token shards",
-    "pretrain": "tokens -> TrueBase and Base",
-    "align": "Base and conversations -> Preview",
-    "evaluate": "bits per byte and tasks, before and after alignment",
-    "export": "Preview -> HF folder and GGUF files, proven equal or refused",
-}
+from freehold.run.layout import CHAT, SERVE, WALK
 
 EXAMPLES = """examples:
   freehold run recipes/laptop.yaml                    the whole walk, redoing only what is missing
@@ -134,11 +124,13 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
     walk = _verb(verbs, "run", "run a recipe's whole walk, redoing only what is missing or changed", _run)
     _recipe_arguments(walk)
-    for stage, text in STAGES.items():
-        made = _verb(verbs, stage, text, _stage, stage=stage)
+    for stage in WALK.values():
+        if stage.name == SERVE:  # the verb serves any path, not only a run's
+            continue
+        made = _verb(verbs, stage.name, stage.summary, _stage, stage=stage.name)
         _recipe_arguments(made)
-        made.epilog, made.formatter_class = TAUGHT.get(stage), argparse.RawDescriptionHelpFormatter
-    serve = _verb(verbs, "serve", "serve a checkpoint, an HF folder or a GGUF over an OpenAI-compatible API", _serve)
+        made.epilog, made.formatter_class = TAUGHT.get(stage.name), argparse.RawDescriptionHelpFormatter
+    serve = _verb(verbs, SERVE, WALK[SERVE].summary, _serve)
     serve.add_argument("path", help="run folder, checkpoint, HF folder, .gguf file, or a recipe for the walk's check")
     serve.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema serve`")
     serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
@@ -219,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--keep", action="store_true", help="keep the runs, in verify-resume/ of the run folder")
     verify.add_argument("--json", action="store_true", help="machine-readable answer")
     schema = _verb(verbs, "schema", "print the JSON Schema of a stage's section of the recipe", _schema)
-    schema.add_argument("stage", choices=[*STAGES, "serve", "chat"])
+    schema.add_argument("stage", choices=[*WALK, CHAT])
     return parser
 
 

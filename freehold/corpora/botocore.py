@@ -49,6 +49,6 @@ def _documentation(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield name, operation.get("documentation", "")
     for name, shape in model.get("shapes", {}).items():
         yield name, shape.get("documentation", "")
-    for name, shape in model.get("shapes", {}).items():  # last: the most, and the most alike
+    for name, shape in model.get("shapes", {}).items():  # last: the most, and the most similar
         for member, inner in shape.get("members", {}).items():
             yield f"{name}.{member}", inner.get("documentation", "")

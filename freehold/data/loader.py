@@ -159,7 +159,7 @@ class TextOrder:
         rows = self._given()
         return {name: n * self.context_tokens / self.sources[name].total_tokens for name, n in rows.items()}
 
-    def told(self) -> list[str]:
+    def summary(self) -> list[str]:
         """Return the lines that say what each source gives: tokens, epochs, how upsampled, and what its limit did."""
         lines = []
         for name, epochs in self.epochs().items():
@@ -262,7 +262,7 @@ class TextOrder:
         self, phase: PhaseRows, over: Sequence[str], asked: Mapping[str, int], left: Mapping[str, int], what: str
     ) -> DataError:
         t = self.context_tokens
-        told = [
+        described = [
             f"{name}: {asked[name] * t:,} tokens asked for, {left[name] * t:,} left of {self.limit.of(name):g} epochs "
             f"of {self.sources[name].total_tokens:,}"
             for name in over
@@ -270,7 +270,7 @@ class TextOrder:
         return DataError(
             what,
             where=f"phases.{phase.name}",
-            found="\n            ".join(told),
+            found="\n            ".join(described),
             todo="lower its weight, make the phase shorter, raise batch.epochs"
             + (", or set batch.epochs.over=redistribute" if self.limit.over == "error" else ""),
         )

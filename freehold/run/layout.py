@@ -6,13 +6,14 @@ A new stage is one entry in `WALK` and a package with `config.py` (the declarati
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from freehold.core.artifact import KEY, MANIFEST, PREVIEW
-from freehold.core.config import Config
+
+if TYPE_CHECKING:  # pydantic takes longer than all of `freehold --help`
+    from freehold.core.config import Config
 
 GATHER, CURATE, REPHRASE, TOKENIZE = "gather", "curate", "rephrase", "tokenize"
 PRETRAIN, ALIGN, EVALUATE, EXPORT, SERVE = "pretrain", "align", "evaluate", "export", "serve"
@@ -134,9 +135,9 @@ class RunFolder:
         """Return whether a stage is finished."""
         return self.manifest(name).exists()
 
-    def any_finished(self, names: Iterable[str] | None = None) -> bool:
-        """Return whether one of these stages (all) is finished."""
-        return any(self.finished(name) for name in (WALK if names is None else names))
+    def any_finished(self) -> bool:
+        """Return whether a stage is finished: what makes a folder a run."""
+        return any(self.finished(name) for name in WALK)
 
     def key(self, name: str) -> Path:
         """Return what a started stage was started with."""

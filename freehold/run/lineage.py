@@ -10,9 +10,11 @@ from typing import Any
 
 from freehold.core.artifact import MANIFEST, read_json, read_manifest, sha256_json
 from freehold.core.errors import ArtifactError
+from freehold.run.layout import EVALUATE, EXPORTED, SERVE, WALK
 from freehold.run.trace import read_checkpoints
 
-STAGES = ("gather", "curate", "rephrase", "tokenize", "pretrain", "align", "export")
+# The stages that make something others are made from: neither an evaluation nor an answer of the server is.
+STAGES = tuple(name for name in WALK if name not in (EVALUATE, SERVE))
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def lineage(run_folder: Path) -> Graph:
             todo="run `freehold run RECIPE` first, or name another run folder",
         )
     graph = Graph(run_folder.name)
-    graph.missing = [f"{stage}: not finished" for stage in STAGES if stage not in {*manifests, "rephrase"}]
+    graph.missing = [f"{s}: not finished" for s in STAGES if s not in manifests and not WALK[s].optional]
     present = {stage: str(manifest["content_sha256"]) for stage, manifest in manifests.items()}
 
     def add(node: Node) -> str:
@@ -132,7 +134,7 @@ def lineage(run_folder: Path) -> Graph:
                 stage_edge("tokenizer", name, "align", "tokenize")
         named[stage].append(name)
     if "export" in manifests:
-        exported = manifests["export"].get("config", {}).get("checkpoint", "align/preview")
+        exported = manifests["export"].get("config", {}).get("checkpoint", EXPORTED)
         origin = next((c["stage_type"] or c["path"] for c in checkpoints if c["path"] == exported), exported)
         _add_exports(graph, manifests["export"], add, stage_edge, origin, exported.partition("/")[0])
     existing = {node.name for node in graph.nodes}

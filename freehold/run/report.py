@@ -12,10 +12,11 @@ from typing import Any
 from freehold.core.artifact import MANIFEST, read_json, write_atomic
 from freehold.core.errors import ArtifactError
 from freehold.core.log import read_metrics
+from freehold.core.machine import program
 from freehold.core.table import Table
+from freehold.run.layout import NAMED, WALK, RunFolder
 from freehold.stages.evaluate.table import tables as evaluation_tables
 
-STAGES = ("gather", "curate", "rephrase", "tokenize", "pretrain", "align", "evaluate", "export", "serve")
 # Figures of parity.json that are shown, and under which name.
 PARITY = {
     "mean_kl": "mean KL",
@@ -25,13 +26,11 @@ PARITY = {
     "positions": "positions",
     "passed": "proven",
 }
-# Things inside a stage's folder that people look for by name.
-NAMED = ("pretrain/truebase", "pretrain/base", "align/preview")
 
 
 def write_report(run_folder: Path) -> Path:
     """Write report.png (when there are training metrics) and report.md; return the path of report.md."""
-    if not any((run_folder / stage / MANIFEST).exists() for stage in STAGES):
+    if not RunFolder(run_folder).any_finished():
         raise ArtifactError("not a run folder: no stage has finished in it", where=run_folder, todo="see runs/")
     rows = training_rows(run_folder)
     picture = run_folder / "report.png"
@@ -93,14 +92,15 @@ def summary(run_folder: Path, width: int = 118) -> str:
 def next_commands(run_folder: Path) -> list[str]:
     """Return what a user may want to type after a finished run."""
     quantized = sorted((run_folder / "export" / "gguf").glob("*Q8_0.gguf"))
+    freehold = program()
     return [
-        f"freehold chat {run_folder}",
-        f"freehold serve {run_folder} --port 8000",
-        *(f"freehold serve {path}" for path in quantized),
-        f"freehold trace sotu --run {run_folder}"
+        f"{freehold} chat {run_folder}",
+        f"{freehold} serve {run_folder} --port 8000",
+        *(f"{freehold} serve {path}" for path in quantized),
+        f"{freehold} trace sotu --run {run_folder}"
         if (run_folder / "tokenize/tokens/sotu.train.bin").exists()
-        else f"freehold trace --step 1 --run {run_folder}",
-        f"freehold lineage {run_folder}",
+        else f"{freehold} trace --step 1 --run {run_folder}",
+        f"{freehold} lineage {run_folder}",
         f"report: {run_folder / 'report.md'}, picture: {run_folder / 'report.png'}",
     ]
 
@@ -126,7 +126,7 @@ def tables(run_folder: Path) -> list[Table]:
 
 def _made(run_folder: Path) -> Table:
     rows = []
-    for name in STAGES:
+    for name in WALK:
         manifest = _read_json(run_folder / name / MANIFEST)
         if manifest:
             seconds = f"{manifest['seconds']:,.1f}" if "seconds" in manifest else ""
@@ -256,7 +256,8 @@ def _licence_names(documents: dict[str, int]) -> str:
 
 def _missing(run_folder: Path) -> list[str]:
     """Return the stages that have not finished; runs made before there was `rephrase` lack nothing."""
-    return [name for name in STAGES if name != "rephrase" and not (run_folder / name / MANIFEST).exists()]
+    run = RunFolder(run_folder)
+    return [name for name, stage in WALK.items() if not stage.optional and not run.finished(name)]
 
 
 def _read_json(path: Path) -> Any:

@@ -19,9 +19,10 @@ import yaml
 from freehold.core.artifact import MANIFEST, read_json, read_manifest, sha256_file, write_atomic
 from freehold.core.errors import ArtifactError, DataError
 from freehold.core.log import read_metrics
+from freehold.run.layout import EXPORTED, WALK, RunFolder
 from freehold.run.trace import MATCHES, TRAINING, Tables, listed, ranges, read_checkpoints, readable
 
-STAGES = ("gather", "curate", "rephrase", "tokenize", "pretrain", "align", "evaluate", "export", "serve")
+STAGES = tuple(WALK)
 COLUMNS = "id, source, source_version, licence, kind"
 MOST_IDS_IN_RECIPE = 200
 """More excluded ids than this go into a file beside the recipe."""
@@ -101,9 +102,7 @@ class _Family:
     def __init__(self, run_folder: Path, tables: Tables) -> None:
         self.main, self.tables = run_folder, tables
         beside = sorted(
-            path
-            for path in run_folder.parent.iterdir()
-            if path != run_folder and any((path / stage / MANIFEST).exists() for stage in STAGES)
+            path for path in run_folder.parent.iterdir() if path != run_folder and RunFolder(path).any_finished()
         )
         folders = [run_folder, *beside]
         self.runs = {path: _Run(path, read_checkpoints(path)) for path in folders}
@@ -408,7 +407,7 @@ def _exports(folder: Path, reached: list[dict[str, Any]]) -> list[str]:
     if not (folder / "export" / MANIFEST).exists():
         return []
     manifest = read_manifest(folder / "export")
-    exported = manifest.get("config", {}).get("checkpoint", "align/preview")
+    exported = manifest.get("config", {}).get("checkpoint", EXPORTED)
     if exported not in {c["path"] for c in reached}:
         return []
     return sorted(f"export/{name}" for name in manifest["files"] if name.endswith((".safetensors", ".gguf")))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.errors import DataError
+from freehold.run.layout import EXPORTED, RunFolder, training
 
 if TYPE_CHECKING:
     import duckdb
@@ -38,7 +39,7 @@ MATCHES = {
     "origin": "synthetic_from = $query",
     "path": "contains(lower(path), lower($query))",
 }
-TRAINING = ("pretrain", "align")
+TRAINING = training()
 
 
 def trace_document(run_folder: Path, query: str, *, limit: int | None = 50) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def find_checkpoint(run_folder: Path, query: str) -> str | None:
     if wanted.partition("/")[0] == "export" and (run_folder / "export" / MANIFEST).exists():
         manifest = read_manifest(run_folder / "export")
         files = [name for name in manifest["files"] if f"export/{name}".startswith(wanted)]
-        wanted = manifest.get("config", {}).get("checkpoint", "align/preview") if files else wanted
+        wanted = manifest.get("config", {}).get("checkpoint", EXPORTED) if files else wanted
     for checkpoint in reversed(checkpoints):
         named = (checkpoint["path"], checkpoint["path"].rpartition("/")[2], checkpoint["stage_type"])
         if wanted in named or (len(wanted) >= 8 and checkpoint["content_sha256"].startswith(wanted)):
@@ -245,10 +246,7 @@ def read_checkpoints(run_folder: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for stage in TRAINING:
         here = []
-        for path in [
-            *(run_folder / stage).glob("*/trainer.json"),
-            *(run_folder / stage).glob("checkpoints/*/trainer.json"),
-        ]:
+        for path in RunFolder(run_folder).trainer_facts(stage):
             if not (path.parent / MANIFEST).exists():
                 continue
             facts = read_json(path)
@@ -530,7 +528,7 @@ class Tables:
             if not (folder / MANIFEST).exists() or read_manifest(folder)["content_sha256"] != recorded:
                 self.gaps.append(f"export: made from another {stage} than the one in this run")
                 return []
-        exported = manifest.get("config", {}).get("checkpoint", "align/preview")
+        exported = manifest.get("config", {}).get("checkpoint", EXPORTED)
         named = [c for c in checkpoints if c["path"] == exported]
         if not named:
             return []

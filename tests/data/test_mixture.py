@@ -110,10 +110,10 @@ def test_a_limit_gives_the_rest_to_the_others(kind):
     assert abs(given["a"] - given["c"]) <= 1
     seen = read(made, range(30))
     assert max(seen[int(token)] for token in SOURCES["b"].tokens) == 2
-    told = {line.partition(":")[0]: line for line in made.told()}
-    assert "its limit of 2 epochs takes 104 tokens from it in anneal" in told["b"]
-    assert "56 tokens more in the place of limited sources in anneal" in told["a"]
-    assert "upsampled x" in told["b"]
+    said = {line.partition(":")[0]: line for line in made.summary()}
+    assert "its limit of 2 epochs takes 104 tokens from it in anneal" in said["b"]
+    assert "56 tokens more in the place of limited sources in anneal" in said["a"]
+    assert "upsampled x" in said["b"]
 
 
 def test_when_nobody_can_give_the_rest_it_is_an_error():

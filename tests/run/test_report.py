@@ -13,7 +13,7 @@ import pytest
 from freehold.core.artifact import write_json, write_manifest
 from freehold.core.errors import ArtifactError
 from freehold.core.table import Table
-from freehold.run import report
+from freehold.run import layout, report
 from freehold.run.figure import HEAT_COLUMNS, draw, heat_map, phase_spans, picture
 
 
@@ -60,7 +60,7 @@ def rows() -> list[dict[str, object]]:
 @pytest.fixture
 def run_folder(tmp_path: Path, rows: list[dict[str, object]]) -> Path:
     run = tmp_path / "small"
-    for stage in report.STAGES:
+    for stage in layout.WALK:
         (run / stage).mkdir(parents=True)
     (run / "pretrain" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     align = [metrics_row(1, "sft", **{"loss/mean": 2.5}), metrics_row(2, "sft", **{"loss/mean": 1.5})]
@@ -82,7 +82,7 @@ def run_folder(tmp_path: Path, rows: list[dict[str, object]]) -> Path:
     write_manifest(run / "pretrain" / "base", kind="checkpoint")
     share = {"source": "plays", "tokens": 90, "upsampled": 1.0}
     mixture = [{**share, "phase": "stable"}, {**share, "phase": "anneal", "tokens": 1230, "upsampled": 2.5}]
-    for stage in report.STAGES:
+    for stage in layout.WALK:
         counts = {"mixture": mixture, "epochs": {"plays": 1.5}} if stage == "pretrain" else {}
         write_manifest(run / stage, kind=stage, counts=counts, seconds=12.34, peak_memory_bytes=1_500_000_000)
     return run
@@ -250,3 +250,12 @@ def test_reading_a_run_needs_neither_torch_nor_matplotlib(tmp_path: Path) -> Non
         "assert not {'torch', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_next_commands_work_as_typed(tmp_path, monkeypatch):
+    """Where the shell does not find `freehold`, its path is printed."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = report.next_commands(tmp_path)[0].removesuffix(f" chat {tmp_path}")
+    assert command != "freehold"
+    done = subprocess.run([*command.split(), "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("freehold "), done.stderr

@@ -310,13 +310,13 @@ def _row_documents(name: str, source: Rows, skipped: list[tuple[str, str]]) -> I
     read: Callable[..., Iterator[tuple[str, bytes, dict[str, Any]]]] = (
         _json_rows if isinstance(source, JsonLines) else _parquet_rows
     )
-    told = str(source.licence_evidence or "")
+    stated = str(source.licence_evidence or "")
     for path in rows_files(source):
         acquired = source.acquired or date_of(path)
         for where, raw, row in read(path, source, skipped):
             text = row.get(source.text_key)
             licence = str(row.get(LICENCE_KEY) or source.licence)
-            evidence = str(row.get(EVIDENCE_KEY) or told)
+            evidence = str(row.get(EVIDENCE_KEY) or stated)
             reason = unfit(text) if isinstance(text, str) else f"its `{source.text_key}` is not text"
             if reason or not isinstance(text, str) or not encodable(licence + evidence):
                 skipped.append((where, reason or HALF_CHARACTER))

@@ -48,7 +48,7 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
         first_step=schedule.first_step,
         consumed=consumed,
     )
-    for line in order.told():
+    for line in order.summary():
         work.log.say(f"  {line}")
     stage = Stage(
         name="pretrain",
