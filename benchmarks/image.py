@@ -55,10 +55,10 @@ class Image:
         """Fill the root with Debian 12's smallest set of packages and this machine's network settings."""
         mirror = "http://deb.debian.org/debian"
         subprocess.run(["debootstrap", "--variant=minbase", "bookworm", self.root, mirror], check=True)
-        for path in ("etc/resolv.conf", "etc/ssl/certs/ca-certificates.crt"):
-            if Path("/", path).exists():
-                (self.root / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(Path("/", path), self.root / path)
+        shutil.copy("/etc/resolv.conf", self.root / "etc/resolv.conf")
+        if certificates := os.environ.get("PIP_CERT"):  # a file that installing ca-certificates does not replace
+            shutil.copy(certificates, self.root / "etc/pip-certificates.crt")
+            self.variables["PIP_CERT"] = "/etc/pip-certificates.crt"
 
     def run(self, command: str) -> str:
         """Run one shell line in the root; raise with its output when it fails."""
