@@ -24,8 +24,8 @@ from freehold.core.artifact import MANIFEST
 from freehold.core.errors import ConfigError, FreeholdError
 from freehold.core.table import Table
 from freehold.parallel.config import ParallelConfig
+from freehold.run.layout import METRICS, before, newest_step
 from freehold.run.layout import PRETRAIN as STAGE
-from freehold.run.layout import before, newest_step
 from freehold.run.recipe import Plan, resolve
 
 SAME = ("step", "tokens", "phase", "skipped_steps", "data_sum")
@@ -186,8 +186,7 @@ def _loss_difference(one: Path, other: Path, first: int) -> float:
     from freehold.core.log import read_metrics
 
     losses = [
-        {r["step"]: r["loss/mean"] for r in read_metrics(f / "metrics.jsonl") if r.get("loss/mean")}
-        for f in (one, other)
+        {r["step"]: r["loss/mean"] for r in read_metrics(f / METRICS) if r.get("loss/mean")} for f in (one, other)
     ]
     both = [step for step in losses[0] if step > first and step in losses[1]]
     return max((abs(losses[0][step] - losses[1][step]) for step in both), default=0.0)
@@ -232,14 +231,14 @@ def _freehold(*arguments: str) -> None:
     command = [sys.executable, "-m", "freehold.cli", *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        told: dict[str, Any] = {}
+        error: dict[str, Any] = {}
         with contextlib.suppress(ValueError, KeyError, IndexError):
-            told = json.loads(done.stdout.splitlines()[-1])["error"]
+            error = json.loads(done.stdout.splitlines()[-1])["error"]
         raise VerifyFailed(
             f"a run did not end well (exit code {done.returncode})",
             where=" ".join(["freehold", *arguments]),
-            found=told.get("what") or "\n".join(done.stderr.splitlines()[-5:]),
-            todo=told.get("todo"),
+            found=error.get("what") or "\n".join(done.stderr.splitlines()[-5:]),
+            todo=error.get("todo"),
         )
 
 
