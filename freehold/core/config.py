@@ -19,7 +19,16 @@ from freehold.core.errors import ConfigError
 C = TypeVar("C", bound="Config")
 
 # Keys that have another name now: the error names the successor.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "max_kl_exact": "max_kl: {HF: ..., F32: ...}",
+    "max_kl_bf16": "max_kl: {BF16: ...}",
+    "max_kl_q8_0": "max_kl: {Q8_0: ...}",
+    "max_kl_q6_k": "max_kl: {Q6_K: ...}",
+    "max_kl_q5_k_m": "max_kl: {Q5_K_M: ...}",
+    "max_kl_q4_k_m": "max_kl: {Q4_K_M: ...}",
+    "max_kl_q4_0": "max_kl: {Q4_0: ...}",
+    "max_kl_q3_k_m": "max_kl: {Q3_K_M: ...}",
+}
 # Settings that became constants, by full dotted key (`*` stands for any parts, as a source's name): the error names the
 # constant, e.g. "trainer/guards.py: SPIKE_WINDOW = 128".
 REMOVED: dict[str, str] = {
