@@ -383,6 +383,8 @@ def test_proof_on_cuda_needs_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_limits_are_set_by_type() -> None:
     proof = Proof(max_kl={"Q4_0": 0.7})
     assert (proof.limit("Q4_0"), proof.limit("F32")) == (0.7, 1e-8)
+    with pytest.raises(ConfigError, match="no such type: Q4_9"):
+        fill(ExportConfig, {"proof": {"max_kl": {"Q4_9": 0.7}}}, "export")
     with pytest.raises(ConfigError, match="this key was renamed"):
         fill(ExportConfig, {"proof": {"max_kl_q4_0": 0.7}}, "export")
 

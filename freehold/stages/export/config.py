@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import pydantic
 from pydantic import Field
 
 from freehold.core.config import Config
@@ -35,8 +36,8 @@ class Proof(Config):
     KL is that from our model (the exported weights, computed in fp32) to the candidate, in nats per position.
     """
 
-    max_kl: dict[Literal["HF", FileType], Positive] = Field(
-        default={},
+    max_kl: dict[str, Positive] = Field(
+        default_factory=dict,
         description=f"Mean KL allowed, by file type (and HF); a type not named here: {MAX_KL}.",
     )
     gguf_positions: int = Field(
@@ -48,6 +49,13 @@ class Proof(Config):
     threads: int = Field(
         default=1, ge=1, description="Threads of our model, transformers and llama.cpp; more wait on a busy machine."
     )
+
+    @pydantic.field_validator("max_kl")
+    @classmethod
+    def _known(cls, limits: dict[str, float]) -> dict[str, float]:
+        if unknown := limits.keys() - MAX_KL.keys():
+            raise ValueError(f"no such type: {min(unknown)}; known: {', '.join(MAX_KL)}")
+        return limits
 
     def limit(self, kind: str) -> float:
         """Return the mean KL allowed to a file type, or to `HF`."""
