@@ -23,7 +23,7 @@ EXAMPLES = """examples:
   freehold trace sotu                                 where did this source go?
   freehold takedown sotu runs/laptop                  what learned from it, and the cheapest way back
   freehold lineage runs/laptop                        from sources to GGUF
-  freehold verify-resume recipes/laptop.yaml          kill it, go on, compare every bit
+  freehold verify-resume recipes/laptop.yaml          kill it, resume it, compare every bit
 """
 
 # Read when a process starts (so by the stages of a walk) or loads PyTorch. Threads that wait by spinning for long make
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
-        return _fail(Stopped("stopped", todo="run the same command again to go on"), argv)
+        return _fail(Stopped("stopped", todo="run the same command again to continue"), argv)
 
 
 class Stopped(FreeholdError):
@@ -61,9 +61,9 @@ class Stopped(FreeholdError):
 
 
 def _fail(error: FreeholdError, argv: Sequence[str]) -> int:
-    """Tell why a command failed, on stderr and with --json on stdout too; return its exit code.
+    """Say why a command failed, on stderr and with --json on stdout too; return its exit code.
 
-    A stage of a walk hands the JSON to its parent, which tells it.
+    A stage of a walk hands the JSON to its parent, which prints it.
     """
     if "--json" in argv:
         print(json.dumps({"error": error.to_dict()}))

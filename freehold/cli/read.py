@@ -45,7 +45,7 @@ def _add_takedown(verbs: Any) -> None:
     takedown = verb(verbs, "takedown", text, _takedown)
     takedown.add_argument("document", help="document id, part of its path, source, or licence expression")
     _run_argument(takedown)
-    takedown.add_argument("--widen", action="store_true", help="also copies of it, and what was perhaps made from it")
+    takedown.add_argument("--widen", action="store_true", help="also its copies, and what was perhaps made from it")
     takedown.add_argument(
         "--apply", action="store_true", help="write the recipe of the run without it; deletes nothing"
     )

@@ -1,6 +1,6 @@
-"""What a run's ledger says of its data, gathered once for every document that is made of it.
+"""What a run's ledger says of its data, gathered once for every document made from them.
 
-Everything here is read from manifests, reports and tables; what none of them holds is left out, and the documents say
+Everything here is read from manifests, reports and tables; what none of them holds is skipped, and the documents say
 that it is unknown. What only people know (who publishes the model, under which name) comes from a file of statements.
 """
 
@@ -60,7 +60,7 @@ def facts(run_folder: Path) -> dict[str, Any]:
     with readable(run_folder), Tables(run_folder) as tables:
         shards = "(select id, sum(tokens)::bigint tokens, sum(bytes)::bigint bytes from shards group by id)"
         tables.connection.execute(
-            # What was rewritten is told by the sources of its seeds: their ids would fill pages.
+            # What was rewritten is named by the sources of its seeds: their ids would fill pages.
             "create table corpus as select rights.* replace (coalesce(seed.source, rights.synthetic_from)"
             " as synthetic_from), kept.split,"
             " case when rights.kind = 'conversation' then 'conversations' else 'documents' end rows_of, tokens, bytes"
@@ -137,7 +137,7 @@ def _first(mapping: dict[str, Any]) -> Any:
 
 
 def _sources(run_folder: Path, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return every source that was gathered, with what is left of it."""
+    """Return every source that was gathered, with what is left."""
     path = RunFolder(run_folder).sources
     gathered = read_json(path) if path.exists() else {}
     names = sorted({*gathered, *(row["source"] for row in kept)})

@@ -47,7 +47,7 @@ def difference(old: dict[str, str], new: dict[str, str], names: tuple[str, str] 
 
 
 def read(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return the documents that lie in a folder."""
+    """Return the documents that are in a folder."""
     return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).exists()}
 
 
@@ -154,7 +154,7 @@ def eu_summary(facts: dict[str, Any], stated: Statements) -> str:
         _field("Versioned model name(s)", model),
         _field(
             "Model dependencies",
-            f"goes on from a checkpoint of another run, content {', '.join(outside)}" if outside
+            f"continues from a checkpoint of another run, content {', '.join(outside)}" if outside
             else "none: trained from random weights" if facts["checkpoints"] else "",
         ),
         _field("Date of placement of the model on the Union market", stated.placed_on_market),
@@ -242,8 +242,8 @@ def ab2013(facts: dict[str, Any], stated: Statements) -> str:
         ("Whether the datasets include personal information (section 1798.140(v))", _privacy(facts)),
         ("Whether the datasets include aggregate consumer information (section 1798.140(b))", ""),
         ("Cleaning, processing or other modification, and its purpose", _chain(facts)),
-        ("Time period of collection, and whether it goes on",
-         f"acquired {dates[0]} to {dates[-1]}; not going on: the corpus is fixed by its hash "
+        ("Time period of collection, and whether it continues",
+         f"acquired {dates[0]} to {dates[-1]}; not continuing: the corpus is fixed by its hash "
          f"{facts['content_sha256'][:16]}; when the texts themselves were written is {UNKNOWN}" if dates else ""),
         ("Dates the datasets were first used during development",
          f"no later than {first[0]}, when the first training stage was finished" if first else ""),

@@ -78,7 +78,7 @@ def before_stage(
     """Stop a stage whose rows the policy does not let through: a mixture, an alignment set, an export.
 
     `config` is the stage's own, `rewritten` the policy for what a teacher wrote. An export is judged for the uses it
-    names (`uses`) besides those of the policy.
+    names (`uses`) and those of the policy.
     """
     gate = WALK[stage].gate
     if not gate or not RunFolder(run_folder).finished(CURATE):

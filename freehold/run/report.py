@@ -1,6 +1,6 @@
 """What a run made, as a picture (report.png), a page (report.md) and a text for the terminal.
 
-Reads only what the stages left in the run folder; a part whose stage has not run is left out with a note.
+Reads only what the stages left in the run folder; a part whose stage has not run is skipped with a note.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def summary(run_folder: Path, width: int = 118) -> str:
         console.print(Text(f"asked the server: {answer['question']}\nit answered:      {answer['answer']}"))
     missing = _missing(run_folder)
     if missing:
-        console.print(Text(f"not finished, so left out: {', '.join(missing)}"))
+        console.print(Text(f"not finished, so not shown: {', '.join(missing)}"))
     else:
         console.print(Text("\n".join(["", "next:", *(f"  {line}" for line in next_commands(run_folder))])))
     return out.getvalue()

@@ -173,7 +173,7 @@ class Takedown:
 def takedown(run_folder: Path, query: str, *, widen: bool = False) -> Takedown:
     """Answer what a source, document (id or part of its path) or licence reached, in the run and in those next to it.
 
-    Rows that were certainly made from what is asked for are part of it. Two kinds of rows are only named, unless
+    Rows that were certainly made from what is asked for belong to it. Two kinds of rows are only named, unless
     `widen` takes them in: twins (kept rows of which a row asked for was dropped as a copy) and rows made from a
     source of which only a part is asked for. Raises DataError when nothing matches or a table is damaged.
     """
@@ -263,7 +263,7 @@ class _Family:
         ]
 
     def read(self, folder: Path, tables: Tables, widen: bool) -> _Named:
-        """Take in a run whose `matched` is filled: add what was made of it, then note shards, steps and first steps."""
+        """Take in a run whose `matched` is filled: add what was made from it, then note shards, steps and first steps."""
         named = _widen(tables, widen)
         run = self.runs[folder]
         run.traced = set(tables.traced)
@@ -441,7 +441,7 @@ def _widen(tables: Tables, widen: bool) -> _Named:
 
 
 def _made_from(tables: Tables) -> list[Origin]:
-    """Return what rows outside `matched` say they were made from, when that is in it: `certain` if all of it is."""
+    """Return what rows outside `matched` say they were made from, when that is in it: `certain` if all is."""
     if not tables.rows("select 1 from rights where synthetic_from <> '' limit 1"):
         return []
     stated = tables.rows(

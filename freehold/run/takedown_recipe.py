@@ -1,4 +1,4 @@
-"""The recipe of a run without the rows of a take-down: what curate leaves out, and where pre-training continues."""
+"""The recipe of a run without the rows of a take-down: what curate excludes, and where pre-training continues."""
 
 from __future__ import annotations
 

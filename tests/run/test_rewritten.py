@@ -61,7 +61,7 @@ def test_the_gate_sees_what_a_teacher_wrote(tmp_path: Path, capsys: pytest.Captu
 
     with pytest.raises(LicenceError, match=f"(?s)1 rows into the mixture.*{SOURCE}"):
         policy_check.before_stage(run, "pretrain", Policy(), {})
-    # What let the rewrites in judges them here too; the use an export asks for is asked of it as well.
+    # What let the rewrites in judges them here too; the use an export asks for counts as well.
     theirs = Policy.model_validate(own)
     policy_check.before_stage(run, "pretrain", Policy(), {}, theirs)
     policy_check.before_stage(run, "export", Policy(uses=("train",)), {"checkpoint": "pretrain/base"}, theirs)

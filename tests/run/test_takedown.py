@@ -33,7 +33,7 @@ from freehold.stages.curate.run import run as curate
 
 ROOT = Path(__file__).parents[2]
 END = 9_999
-"""No document's token here: the last token of each is its own too, so that whoever reads it can be told."""
+"""No document's token here: the last token of each is its own too, so that its reader can be named."""
 PHASES = {
     "stable": {"steps": 14, "warmup_steps": 2, "shape": "constant", "start": 1.0, "end": 1.0, "checkpoint": "truebase"},
     "anneal": {"steps": 10, "warmup_steps": 0, "shape": "linear", "start": 1.0, "end": 0.0, "checkpoint": "base"},
@@ -120,8 +120,8 @@ def test_exact_by_brute_force(real: tuple[Path, dict[str, set[int]]]) -> None:
     for identity in {*list(learned)[::9], *edges[:4], never[0]}:
         steps = learned[identity]
         entry = takedown(run, identity).runs[0]
-        told = [step for row in entry.seen for a, b in row.ranges for step in range(a, b + 1)]
-        assert told == sorted(steps)
+        steps_named = [step for row in entry.seen for a, b in row.ranges for step in range(a, b + 1)]
+        assert steps_named == sorted(steps)
         assert [c.step for c in entry.checkpoints] == [s for s in range(1, 25) if steps and min(steps) < s]
         assert (entry.restart is None) == (not steps)
         if steps and min(steps) > 0:
@@ -165,7 +165,7 @@ def test_cost_is_the_runs_own(real: tuple[Path, dict[str, set[int]]]) -> None:
     assert restart.hours == pytest.approx((24 - first) * 2.0 / 3600)
 
 
-def test_recipe_goes_on_where_it_is_clean(real: tuple[Path, dict[str, set[int]]], tmp_path: Path) -> None:
+def test_recipe_continues_where_it_is_clean(real: tuple[Path, dict[str, set[int]]], tmp_path: Path) -> None:
     run, learned = real
     first, identity = max((min(steps), identity) for identity, steps in learned.items() if steps)
     assert first > 14  # inside the linear phase
@@ -335,7 +335,7 @@ def test_command(real: tuple[Path, dict[str, set[int]]], tmp_path: Path, capsys:
 
 def test_excluded_rows_leave_the_corpus_and_nothing_else(tmp_path: Path) -> None:
     rows = list(read_rows(build_run(tmp_path / "x", "gather") / "gather/documents/speeches.parquet", Document))
-    text = "The members of the house were asked what they had seen of it, and each of them said that they had not. "
+    text = "The members of the house were asked what they had seen there, and each of them said that they had not. "
     rows = [replace(row, text=f"{text}{' '.join(f'{w}{n}' for w in text.split())}. ") for n, row in enumerate(rows)]
     write_rows(tmp_path / "in/documents/speeches.parquet", rows, Document)
 

@@ -57,10 +57,10 @@ def test_dropped_and_validation_documents_were_never_seen(run: Path) -> None:
     assert dropped.documents[0].reason == "near_duplicate"
     assert dropped.documents[0].detail == f"0.95 like {SPEECH}"
     assert dropped.documents[0].licence == "LicenseRef-PD-USGov"
-    kept_back = trace_document(run, LETTER)
-    assert kept_back.documents[0].fate == "validation"
-    assert kept_back.documents[0].shard.shard == "speeches.validation.bin"
-    for answer in (dropped, kept_back):
+    held_out = trace_document(run, LETTER)
+    assert held_out.documents[0].fate == "validation"
+    assert held_out.documents[0].shard.shard == "speeches.validation.bin"
+    for answer in (dropped, held_out):
         assert answer.seen == answer.checkpoints == answer.exports == ()
 
 
