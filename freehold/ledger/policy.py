@@ -82,7 +82,7 @@ class Note(Config):
     note: str = Field(min_length=1, description="what a person should know")
     decision: Literal["review", "refuse"] | None = Field(
         default=None,
-        description="what follows when this is one of the policy's `jurisdictions`; null: it is only shown",
+        description="what follows when this is one of the policy's `jurisdictions`; null: only shown",
     )
 
 

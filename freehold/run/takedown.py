@@ -263,7 +263,7 @@ class _Family:
         ]
 
     def read(self, folder: Path, tables: Tables, widen: bool) -> _Named:
-        """Take in a run whose `matched` is filled: add what was made from it, then note shards, steps and first steps."""
+        """Read a run whose `matched` is filled: add what was made from it, note shards, steps and first steps."""
         named = _widen(tables, widen)
         run = self.runs[folder]
         run.traced = set(tables.traced)

@@ -1,8 +1,8 @@
 """`freehold verify-resume`: kill a recipe's training, resume it, and compare everything with a run that was left alone.
 
 The recipe's own model, data, optimizer and phases are used, with the phases shortened to the steps asked for. One run
-goes straight through. Another is killed with SIGKILL, all its processes together, as soon as its checkpoint of step N is
-there. Copies of what it left then continue, each with another number of processes, to the same last step.
+goes straight through. Another is killed with SIGKILL, all its processes together, as soon as its checkpoint of step N
+is there. Copies of what it left then continue, each with another number of processes, to the same last step.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ def verify_resume(
 ) -> dict[str, Any]:
     """Return what was compared and whether it `passed`; see `table` for people.
 
-    `worlds` are the numbers of processes to resume with, in addition to the recipe's own. With as many processes as before
-    every tensor must have the same bits; with others sums are taken in another order, and no tensor of the model may
+    `worlds` are the numbers of processes to resume with, in addition to the recipe's own. With the same number every tensor must have the same bits; with others sums are taken in another order, and no tensor of the model may
     differ by more than `tolerance` of its norm. Raises ConfigError when the batch cannot be divided over a world, and
     VerifyFailed when a run does not end.
     """

@@ -161,8 +161,8 @@ def _debian_statement(source: FileSource, origin: Origin, path: str) -> Finding 
         return None
     paragraph, glob = found
     place = f"usr/share/doc/*/copyright, Files: {glob}"
-    if paragraph.lies:
-        return Finding("restriction", place, "", paragraph.lies)
+    if paragraph.contradiction:
+        return Finding("restriction", place, "", paragraph.contradiction)
     # `*` holds for whatever no other paragraph names; in a package whose paths are not the source's that may be wrong.
     globs = {g for p in origin.copyright.paragraphs for g in p.globs if not g.startswith("debian/")}
     sure = glob != "*" or mapped != path or globs == {"*"}
