@@ -29,6 +29,7 @@ from freehold.ledger.licence import Declared, of_distribution, of_metadata
 from freehold.stages.gather import archives
 from freehold.stages.gather.config import (
     Archive,
+    Conversations,
     Debian,
     FileSource,
     Folder,
@@ -107,7 +108,7 @@ def missing(sources: dict[str, Source], corpus_dir: Path, pinned: bool = True) -
             problems.append(f"{name}: no file {corpus_dir / source.file}")
             install.append(_download_line(source, corpus_dir))
         elif (isinstance(source, Folder) and not Path(source.path).is_dir()) or (
-            isinstance(source, Rows) and not rows_files(source)
+            isinstance(source, Rows | Conversations) and not rows_files(source)
         ):
             problems.append(f"{name}: no such {source.kind} {source.path}")
     if problems:
@@ -134,10 +135,10 @@ def _version(package: str) -> str:
         return ""
 
 
-def rows_files(source: Rows) -> list[Path]:
+def rows_files(source: Rows | Conversations) -> list[Path]:
     """Return the files of a source of rows: the one it names, or every parquet file below the folder it names."""
     path = Path(source.path)
-    if path.is_dir() and source.kind == "parquet":  # type: ignore[attr-defined]
+    if path.is_dir() and source.kind == "parquet":  # type: ignore[union-attr]
         return sorted(p for p in path.rglob("*.parquet") if p.is_file() and not p.is_symlink())
     return [path] if path.is_file() else []
 

@@ -8,12 +8,14 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from freehold.conversations.formats import detect
+from freehold.conversations.messages import Refused
 from freehold.core.artifact import Workspace, sha256_file, write_json
-from freehold.core.document import Conversation, Document, document_id, write_rows
+from freehold.core.document import Conversation, Document, Rights, document_id, write_rows
 from freehold.core.errors import DataError, LicenceError
 from freehold.ledger.evidence import Weighed, of_head, restrictions, weigh
 from freehold.ledger.known import look_up, of_file
@@ -23,6 +25,7 @@ from freehold.stages.gather import rights
 from freehold.stages.gather.config import (
     EVIDENCE_KEY,
     LICENCE_KEY,
+    Conversations,
     FileSource,
     Folder,
     GatherConfig,
@@ -41,6 +44,8 @@ from freehold.stages.gather.origins import (
     rows_files,
 )
 from freehold.stages.gather.readers import find_reader
+from freehold.stages.gather.talks import Talks, read_talks
+from freehold.stages.gather.talks import counts as talk_counts
 from freehold.text.reading import HALF_CHARACTER, Part, Reading, encodable, unfit
 from freehold.text.source import Generated
 
@@ -106,13 +111,22 @@ def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
             made = generator.make(source, materials, name, work.seed)
             documents, conversations, tasks = made.documents, made.conversations, made.tasks
             record = made.record | {"made_from": sorted({d.synthetic_from for d in documents})}
+        elif isinstance(source, Conversations):
+            talks = read_talks(name, source)
+            documents, conversations, record = [], talks.conversations, _talks_record(talks)
         elif isinstance(source, Rows):
             documents, record = _rows(name, source)
         else:
             documents, record = _files(name, source, origins[name], claims[name])
         documents, refused = _through(documents, source, config.policy)
         documents.sort(key=lambda d: d.path)
-        conversations, _ = _through(conversations, source, config.policy)
+        conversations, unheard = _through(conversations, source, config.policy)
+        if isinstance(source, Conversations):
+            refused += unheard
+            if talks.holds_tasks:
+                licences = {row.id: row.licence for row in conversations}
+                items = [{**i, "licence": licences[i["id"]]} for i in talks.items if i["id"] in licences]
+                conversations, tasks = [], {name: items}
         size = sum(len(d.text.encode()) for d in documents)
         _check_size(name, source, size, refused, record)
         write_rows(work.folder / "documents" / f"{name}.parquet", documents, Document)
@@ -123,7 +137,8 @@ def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
         counted: dict[str, Any] = {"documents": len(documents), "bytes": size, "conversations": len(conversations)}
         counted |= {"tasks": {task: len(rows) for task, rows in tasks.items()}} if tasks else {}
         counts["sources"][name] = counted
-        report[name] = _rights(source, documents) | record | counted
+        owners: Sequence[Rights] = talks.conversations if isinstance(source, Conversations) else documents
+        report[name] = _rights(source, owners) | record | counted
         if refused:
             report[name]["refused"] = _skips(refused)
         seconds[name] = round(time.monotonic() - start, 2)
@@ -197,7 +212,7 @@ def _known(config: GatherConfig) -> Iterator[Claim]:
     """Yield the sources that name a package known to be falsely labelled, installed or not."""
     for name, source in config.sources.items():
         names = [name, getattr(source, "distribution", ""), getattr(source, "origin", "")]
-        if isinstance(source, Folder | Rows):
+        if isinstance(source, Folder | Rows | Conversations):
             names.append(Path(source.path).name)
         for found in filter(look_up, names):
             yield Claim(name, found, "", "", source.licence, str(source.licence_evidence or ""))
@@ -222,6 +237,12 @@ def _claims(sources: dict[str, Source], origins: dict[str, Origin], claims: dict
                 )
         elif isinstance(source, Generated):
             yield Claim(name, "freehold", "", "", source.licence, str(source.licence_evidence or ""))
+        elif isinstance(source, Conversations):
+            for talk in read_talks(name, source).conversations:
+                yield Claim(
+                    name, talk.source_version, talk.path, "", talk.licence, talk.licence_evidence,
+                    talk.licence_confidence
+                )  # fmt: skip
         elif source.licence != rights.DETECT:
             origin, claim = origins[name], claims[name]
             yield Claim(
@@ -364,9 +385,29 @@ def _json_rows(path: Path, source: Rows, skipped: list[tuple[str, str]]) -> Iter
                 row = json.loads(line)
                 row[source.text_key]
             except (ValueError, KeyError, TypeError, RecursionError):
+                _check_no_talk(path, source, line)
                 skipped.append((where, f"not a JSON object with a `{source.text_key}`"))
                 continue
             yield where, line, row
+
+
+def _check_no_talk(path: Path, source: Rows, line: bytes) -> None:
+    """Raise DataError, naming the right `kind`, for a row of conversations where text was announced."""
+    try:
+        kind = detect(json.loads(line))
+    except (ValueError, RecursionError, Refused):
+        return
+    raise DataError(
+        "a file of conversations is given as a file of text",
+        where=path,
+        found=f"rows of {kind}, without `{source.text_key}`",
+        expected=f"objects with `{source.text_key}`",
+        todo="write `kind: conversations` in place of `kind: jsonl` (docs/own-data.md, Conversations)",
+    )
+
+
+def _talks_record(talks: Talks) -> dict[str, Any]:
+    return {**talk_counts(talks), "sha256": talks.digest, "skipped": _skips(talks.refused)}
 
 
 def _parquet_rows(
@@ -414,7 +455,7 @@ def _parquet_rows(
         raise DataError("a parquet file cannot be read", where=path, found=str(error).splitlines()[0]) from error
 
 
-def _rights(source: Source, documents: list[Document]) -> dict[str, Any]:
+def _rights(source: Source, documents: Sequence[Rights]) -> dict[str, Any]:
     """Return what sources.json says about a source's rights, taken from the rows themselves."""
     first = documents[0] if documents else None
     return {
@@ -439,7 +480,8 @@ def _check_size(
 ) -> None:
     skipped = record.get("skipped", {"count": 0, "named": []})
     first = [f"{skipped['count']:,} skipped: {one['path']}, {one['reason']}" for one in skipped["named"][:1]]
-    if size_bytes < source.min_bytes or (size_bytes == 0 and not refused and not isinstance(source, Generated)):
+    spoken = isinstance(source, Generated | Conversations)  # they may have no documents
+    if size_bytes < source.min_bytes or (size_bytes == 0 and not refused and not spoken):
         raise DataError(
             "a source came out smaller than the recipe expects",
             where=name,
