@@ -209,5 +209,5 @@ def refuse_file(what: str, where: object, found: object) -> DataError:
         found=found,
         expected="one JSON object a line with messages, conversations, instruction + output, prompt + completion, "
         "chosen + rejected, prompt + completion + label, or prompt + answer",
-        todo="look at it with `freehold align --check FILE`; the formats are in docs/stages/align.md",
+        todo="look at it with `freehold align --check FILE`; the formats are in docs/conversations.md",
     )
