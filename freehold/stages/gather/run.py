@@ -146,6 +146,7 @@ def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
         work.log.say(
             f"  {name}: {len(documents):,} documents, {size / 1e6:.2f} MB"
             + (f", {len(conversations):,} conversations" if conversations else "")
+            + (f", rows of {talks.format}" if isinstance(source, Conversations) else "")
             + (f", {skipped:,} files skipped" if skipped else "")
             + (f", {len(refused):,} refused" if refused else "")
             + f", {seconds[name]:.1f} s"
