@@ -37,7 +37,9 @@ class ParallelConfig(Config):
     nproc: int = Field(
         0, ge=0, description="processes to start on this machine (0: one, or those that a launcher has started)"
     )
-    device: Literal["cpu", "cuda"] = Field("cpu", description="cpu talks over gloo, cuda over NCCL")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="cpu (over gloo) or cuda (over NCCL); auto: cuda where each local process has a device"
+    )
     supervise: SuperviseConfig = Field(
         default_factory=SuperviseConfig,
         description="what `nproc` processes are watched for (docs/never-lose-a-step.md)",
@@ -64,11 +66,6 @@ class ParallelConfig(Config):
         """Return the ranks that one copy of a stage's parameters is sharded over."""
         # Ranks of one context group read the same rows, so they can share parameters like data ranks.
         return self.shard * self.context
-
-    @property
-    def backend(self) -> str:
-        """Return the library of the device's process groups."""
-        return "nccl" if self.device == "cuda" else "gloo"
 
     @property
     def product(self) -> str:

@@ -58,10 +58,11 @@ def leads() -> bool:
 def check_fits_machine(parallel: ParallelConfig, stage: str) -> None:
     """Raise ConfigError when `nproc` is more than this machine has devices, or memory for; a dry run may be larger."""
     where, todo = f"{stage}.parallel.nproc", "--dry-run and `freehold plan` show a mesh larger than this machine"
-    if parallel.device == "cpu":
-        check_memory_fits(parallel.nproc * RANK_BYTES, f"{parallel.nproc} processes", where, todo)
     # Counted without torch, which takes a second to import; other kinds of device are checked when torch is loaded.
-    elif 0 < (devices := len(list(Path("/dev").glob("nvidia[0-9]*")))) < parallel.nproc:
+    devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if parallel.device == "cpu" or (parallel.device == "auto" and devices < parallel.nproc):
+        check_memory_fits(parallel.nproc * RANK_BYTES, f"{parallel.nproc} processes", where, todo)
+    elif 0 < devices < parallel.nproc:
         raise ConfigError(
             "more processes than devices", where=where, found=parallel.nproc, expected=f"at most {devices}", todo=todo
         )

@@ -51,7 +51,7 @@ class World:
         self.parallel, self.rank, self.size = parallel, rank, size
         self.place = place_of(rank, parallel)
         self.device = torch.device("cpu")
-        if parallel.device == "cuda":
+        if device_kind(parallel) == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         self.stream_dtype = torch.get_default_dtype()
         """The dtype of what one pipeline stage sends to the next; the plan sets it."""
@@ -147,6 +147,15 @@ class World:
         if self.size > 1:
             torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how), group=group)
         return tensor
+
+
+def device_kind(parallel: ParallelConfig) -> str:
+    """Return cpu or cuda for `parallel.device`; auto is cuda where each process of this machine has a device."""
+    if parallel.device != "auto":
+        return parallel.device
+    # Not every launcher says how many processes it started here; a rank knows at least its own number.
+    here = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0")) + 1)
+    return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= here else "cpu"
 
 
 def world(parallel: ParallelConfig, stage: str = "") -> World:

@@ -187,9 +187,7 @@ def estimate(config: PlanConfig, *, judge: bool = True) -> dict[str, Any]:
             "run/device_hours": Figure(hours, "device-hours", step_error),
             "run/rent": Figure(rent, "USD", money_error),
             "run/cost": Figure(rent * machine.overhead, "USD", money_error),
-            "run/energy": Figure(
-                hours * spec.watts * FACILITY / 1e6, "MWh", math.hypot(step_error, POWER_ERROR)
-            ),
+            "run/energy": Figure(hours * spec.watts * FACILITY / 1e6, "MWh", math.hypot(step_error, POWER_ERROR)),
             "run/mfu": Figure(
                 flops * config.tokens / (hours * 3600 * spec.flops), "of peak, stops included", step_error
             ),

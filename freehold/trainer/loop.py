@@ -23,7 +23,7 @@ from freehold.trainer.calendar import Calendar, Due
 from freehold.trainer.callbacks import Callbacks
 from freehold.trainer.checkpoints import Checkpoints
 from freehold.trainer.deferred import Deferred
-from freehold.trainer.device import prepare
+from freehold.trainer.device import describe, prepare
 from freehold.trainer.errors import Interrupted
 from freehold.trainer.guards import Continue, Guards, RollBack, Skip, Stop, Treat, as_record, stacked_loads
 from freehold.trainer.job import Job
@@ -134,7 +134,9 @@ class Trainer:
     def _begin(self) -> bool:
         """Restore what there is; return whether steps are left to do."""
         found = self.restore()
-        self.log.say(f"operators: {kernels.describe(self.job.dtype)}")
+        self.log.say(f"device: {describe(self.job.parallel, self.world.device)}")
+        if self.world.device.type == "cpu":
+            self.log.say(f"operators: {kernels.describe(self.job.dtype)}")
         if not found:
             self.callbacks.rewind(self.step)
             # Without it the first window of a run would have nothing to return to.

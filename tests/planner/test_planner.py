@@ -35,7 +35,7 @@ def figures_of(name: str, **change: object) -> dict[str, estimate.Figure]:
     return estimate.estimate(plan_of(name, **change))["figures"]
 
 
-# --- compared with what was published ----------------------------------------------------------------------------------
+# --- compared with what was published ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
