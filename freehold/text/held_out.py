@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from freehold.core.document import Conversation
+from freehold.core.document import Conversation, said
 from freehold.core.errors import DataError
 from freehold.text import Why
 from freehold.text.words import Lookup, Words, longer, ngrams, read_batch, split_words, word_spans
@@ -161,12 +161,7 @@ class Questions:
 
     def in_conversations(self, rows: Sequence[Conversation]) -> list[Why | None]:
         """Return for each conversation the reason to drop it: a turn is or holds a question."""
-        turns = [
-            (number, str(message.get("role")), str(message.get("content") or ""))
-            for number, row in enumerate(rows)
-            for message in row.messages
-            if message.get("content")
-        ]
+        turns = [(number, role, text) for number, row in enumerate(rows) for role, text in said(row.messages)]
         texts = [text for _, _, text in turns]
         why: list[Why | None] = [None] * len(rows)
         for (number, role, text), held in zip(turns, self.in_documents(texts, read_batch(texts)), strict=True):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
+from freehold.conversations.formats import Format
 from freehold.core.config import Config, fill
 from freehold.core.errors import ConfigError
 from freehold.core.extensions import OWN, check_name, declared, load, provider
@@ -145,8 +146,29 @@ class Parquet(Rows):
     kind: Literal["parquet"] = "parquet"
 
 
+class Conversations(SourceBase):
+    """A file of conversations, preferences or tasks: one JSON object a line, or one JSON array.
+
+    A row's keys `licence` and `licence_evidence` are its own rights, else the recipe's hold. Conversations and pairs
+    are for align; tasks are held out for evaluate, and curate drops what holds one of their questions.
+    """
+
+    kind: Literal["conversations"] = "conversations"
+    path: str = Field(description="the file")
+    origin: str = Field(default="", description="where it came from")
+    format: Literal["auto", Format] = Field(
+        default="auto",
+        description="messages (OpenAI), sharegpt, alpaca, prompt_completion, preference (chosen, rejected), unpaired "
+        "(prompt, completion, label), task (prompt, answer), choice_task (prompt, choices, answer); auto: by the keys "
+        "of its rows, one format a file",
+    )
+    max_refused: float = Field(
+        default=0.05, ge=0, le=1, description="share of rows that may be refused before gather stops"
+    )
+
+
 Source = Annotated[
-    Package | Stdlib | Sdist | Debian | Folder | JsonLines | Parquet | SerializeAsAny[Generated],
+    Package | Stdlib | Sdist | Debian | Folder | JsonLines | Parquet | Conversations | SerializeAsAny[Generated],
     Field(discriminator="kind"),
 ]
 
@@ -260,7 +282,7 @@ def _origin(source: Source, corpus_dir: str) -> str:
             return "standard library"
         case Sdist() | Debian():
             return str(Path(corpus_dir) / source.file)
-        case Folder() | JsonLines() | Parquet():
+        case Folder() | JsonLines() | Parquet() | Conversations():
             return source.path
         case Generated():
             return f"made by the generator {source.generator}"

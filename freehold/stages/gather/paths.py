@@ -6,17 +6,17 @@ import fnmatch
 from pathlib import Path
 
 from freehold.core.errors import DataError
-from freehold.stages.gather.config import Archive, Debian, FileSource, Rows
+from freehold.stages.gather.config import Archive, Conversations, Debian, FileSource, Rows
 
 
 class Changed(DataError):
     """A file that is not what it was when this run first looked at it."""
 
 
-def rows_files(source: Rows) -> list[Path]:
+def rows_files(source: Rows | Conversations) -> list[Path]:
     """Return the files of a source of rows: the one it names, or every parquet file below the folder it names."""
     path = Path(source.path)
-    if path.is_dir() and source.kind == "parquet":  # type: ignore[attr-defined]
+    if path.is_dir() and source.kind == "parquet":  # type: ignore[union-attr]
         return sorted(p for p in path.rglob("*.parquet") if p.is_file() and not p.is_symlink())
     return [path] if path.is_file() else []
 

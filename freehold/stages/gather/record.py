@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-from freehold.core.document import Document
+from freehold.core.document import Rights
 from freehold.core.errors import DataError
-from freehold.stages.gather.config import Rows, Source
+from freehold.stages.gather.config import Conversations, Rows, Source
 from freehold.text.source import Generated
 
 # How many skipped files sources.json names for each source; the rest are counted.
 NAMED_SKIPS = 50
 
 
-def rights_record(source: Source, documents: list[Document]) -> dict[str, Any]:
+def rights_record(source: Source, documents: Sequence[Rights]) -> dict[str, Any]:
     """Return what sources.json says about a source's rights, taken from the rows themselves."""
     first = documents[0] if documents else None
     return {
@@ -41,7 +42,8 @@ def check_size(
     """Raise DataError for a source without text, or with less than its `min_bytes`."""
     skipped = record.get("skipped", {"count": 0, "named": []})
     first = [f"{skipped['count']:,} skipped: {one['path']}, {one['reason']}" for one in skipped["named"][:1]]
-    if size_bytes < source.min_bytes or (size_bytes == 0 and not refused and not isinstance(source, Generated)):
+    spoken = isinstance(source, Generated | Conversations)  # they may have no documents
+    if size_bytes < source.min_bytes or (size_bytes == 0 and not refused and not spoken):
         raise DataError(
             "a source came out smaller than the recipe expects",
             where=name,

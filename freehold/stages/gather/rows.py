@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from freehold.conversations.formats import detect
+from freehold.conversations.messages import Refused
 from freehold.core.artifact import sha256_file
 from freehold.core.document import Document, document_id
 from freehold.core.errors import DataError, LicenceError
@@ -105,9 +107,25 @@ def _json_rows(path: Path, source: Rows, skipped: list[tuple[str, str]]) -> Iter
                 row = json.loads(line)
                 row[source.text_key]
             except (ValueError, KeyError, TypeError, RecursionError):
+                _check_no_talk(path, source, line)
                 skipped.append((where, f"not a JSON object with a `{source.text_key}`"))
                 continue
             yield where, line, row
+
+
+def _check_no_talk(path: Path, source: Rows, line: bytes) -> None:
+    """Raise DataError, naming the right `kind`, for a row of conversations where text was announced."""
+    try:
+        kind = detect(json.loads(line))
+    except (ValueError, RecursionError, Refused):
+        return
+    raise DataError(
+        "a file of conversations is given as a file of text",
+        where=path,
+        found=f"rows of {kind}, without `{source.text_key}`",
+        expected=f"objects with `{source.text_key}`",
+        todo="write `kind: conversations` in place of `kind: jsonl` (docs/own-data.md, Conversations)",
+    )
 
 
 def _parquet_rows(

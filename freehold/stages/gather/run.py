@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from freehold.core.artifact import Workspace, write_json
-from freehold.core.document import Conversation, Document, document_id, write_rows
+from freehold.core.document import Conversation, Document, Rights, document_id, write_rows
 from freehold.core.errors import LicenceError
 from freehold.ledger.evidence import Weighed
 from freehold.ledger.known import look_up, of_file
 from freehold.ledger.policy import Claim, Policy, Verdict, gate, judge_row, judged
 from freehold.stages.gather import rights
 from freehold.stages.gather.config import (
+    Conversations,
     FileSource,
     Folder,
     GatherConfig,
@@ -30,6 +31,8 @@ from freehold.stages.gather.readers import find_reader
 from freehold.stages.gather.record import NAMED_SKIPS, check_size, rights_record, skips
 from freehold.stages.gather.requirements import missing
 from freehold.stages.gather.rows import read_rows, row_documents
+from freehold.stages.gather.talks import Talks, read_talks
+from freehold.stages.gather.talks import counts as talk_counts
 from freehold.text.reading import Part, Reading, unfit
 from freehold.text.source import Generated
 
@@ -93,13 +96,22 @@ def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
             made = generator.make(source, materials, name, work.seed)
             documents, conversations, tasks = made.documents, made.conversations, made.tasks
             record = made.record | {"made_from": sorted({d.synthetic_from for d in documents})}
+        elif isinstance(source, Conversations):
+            talks = read_talks(name, source)
+            documents, conversations, record = [], talks.conversations, _talks_record(talks)
         elif isinstance(source, Rows):
             documents, record = read_rows(name, source)
         else:
             documents, record = _files(name, source, origins[name], claims[name])
         documents, refused = _through(documents, source, config.policy)
         documents.sort(key=lambda d: d.path)
-        conversations, _ = _through(conversations, source, config.policy)
+        conversations, refused_talks = _through(conversations, source, config.policy)
+        if isinstance(source, Conversations):
+            refused += refused_talks
+            if talks.holds_tasks:
+                licences = {row.id: row.licence for row in conversations}
+                items = [{**i, "licence": licences[i["id"]]} for i in talks.items if i["id"] in licences]
+                conversations, tasks = [], {name: items}
         size = sum(len(d.text.encode()) for d in documents)
         check_size(name, source, size, refused, record)
         write_rows(work.folder / "documents" / f"{name}.parquet", documents, Document)
@@ -110,7 +122,8 @@ def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
         counted: dict[str, Any] = {"documents": len(documents), "bytes": size, "conversations": len(conversations)}
         counted |= {"tasks": {task: len(rows) for task, rows in tasks.items()}} if tasks else {}
         counts["sources"][name] = counted
-        report[name] = rights_record(source, documents) | record | counted
+        owners: Sequence[Rights] = talks.conversations if isinstance(source, Conversations) else documents
+        report[name] = rights_record(source, owners) | record | counted
         if refused:
             report[name]["refused"] = skips(refused)
         seconds[name] = round(time.monotonic() - start, 2)
@@ -118,6 +131,7 @@ def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
         work.log.say(
             f"  {name}: {len(documents):,} documents, {size / 1e6:.2f} MB"
             + (f", {len(conversations):,} conversations" if conversations else "")
+            + (f", rows of {talks.format}" if isinstance(source, Conversations) else "")
             + (f", {skipped:,} files skipped" if skipped else "")
             + (f", {len(refused):,} refused" if refused else "")
             + f", {seconds[name]:.1f} s"
@@ -184,7 +198,7 @@ def _known(config: GatherConfig) -> Iterator[Claim]:
     """Yield the sources that name a package known to be falsely labelled, installed or not."""
     for name, source in config.sources.items():
         names = [name, getattr(source, "distribution", ""), getattr(source, "origin", "")]
-        if isinstance(source, Folder | Rows):
+        if isinstance(source, Folder | Rows | Conversations):
             names.append(Path(source.path).name)
         for found in filter(look_up, names):
             yield Claim(name, found, "", "", source.licence, str(source.licence_evidence or ""))
@@ -209,6 +223,12 @@ def _claims(sources: dict[str, Source], origins: dict[str, Origin], claims: dict
                 )
         elif isinstance(source, Generated):
             yield Claim(name, "freehold", "", "", source.licence, str(source.licence_evidence or ""))
+        elif isinstance(source, Conversations):
+            for talk in read_talks(name, source).conversations:
+                yield Claim(
+                    name, talk.source_version, talk.path, "", talk.licence, talk.licence_evidence,
+                    talk.licence_confidence
+                )  # fmt: skip
         elif source.licence != rights.DETECT:
             origin, claim = origins[name], claims[name]
             yield Claim(
@@ -267,6 +287,10 @@ def _sound(parts: Iterable[Part], reading: Reading) -> Iterator[Part]:
             reading.skipped.append((part.path, reason))
         else:
             yield part
+
+
+def _talks_record(talks: Talks) -> dict[str, Any]:
+    return {**talk_counts(talks), "sha256": talks.digest, "skipped": skips(talks.refused)}
 
 
 def _write_task(path: Path, rows: list[dict[str, Any]]) -> None:
