@@ -169,7 +169,7 @@ def test_recipe_overrides_a_policy_file(tmp_path: Path) -> None:
     data = {"sources": {"c": {"kind": "stdlib"}}, "policy": {"file": str(tmp_path / "policy.yaml"), "allow": ["ISC"]}}
     policy = fill(GatherConfig, data, "gather").policy
     assert (policy.allow, policy.uses, policy.allow_copyleft) == (("ISC",), ("train",), True)
-    with pytest.raises(ConfigError, match="no such recipe"):
+    with pytest.raises(ConfigError, match="no such file"):
         fill(GatherConfig, {**data, "policy": {"file": "nowhere.yaml"}}, "gather")
 
 
