@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from freehold.cli.check import check, check_arguments
 from freehold.cli.parser import recipe_arguments, verb, walk_flags
 from freehold.core.errors import ConfigError
-from freehold.run.layout import CHAT, PRETRAIN, REPHRASE, SERVE, TALK, WALK
+from freehold.run.layout import ALIGN, CHAT, PRETRAIN, REPHRASE, SERVE, TALK, WALK
 
 TAUGHT = {
     REPHRASE: """in the recipe, a teacher and what it is asked for:
@@ -39,6 +40,8 @@ def add_verbs(verbs: Any) -> None:
             made = verb(verbs, stage.name, stage.summary, _stage, stage=stage.name)
             recipe_arguments(made)
             made.epilog, made.formatter_class = TAUGHT.get(stage.name), argparse.RawDescriptionHelpFormatter
+            if stage.name == ALIGN:
+                check_arguments(made)
     _add_serve(verbs)
     chat = verb(verbs, CHAT, "talk to a model in the terminal", _chat)
     chat.add_argument("path", help="run folder, checkpoint or HF folder")
@@ -122,6 +125,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _stage(args: argparse.Namespace) -> int:
+    if getattr(args, "check", None):
+        return check(args)
+    if args.recipe is None:
+        raise ConfigError("a recipe is missing", where=f"freehold {args.stage}", todo="see `freehold align --help`")
     from freehold.parallel import launch
     from freehold.run import processes, walk
     from freehold.run.recipe import resolve

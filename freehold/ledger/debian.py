@@ -14,7 +14,7 @@ from freehold.core.errors import LicenceError
 from freehold.ledger.evidence import agreement, licence_text
 from freehold.ledger.licence import normalise
 
-# Short names of DEP-5 and other names in use, in lower case, where they are not SPDX ids already.
+# Short names of DEP-5 and names in use next to them, in lower case, where they are not SPDX ids already.
 NAMES = {
     "expat": "MIT",
     "x11": "X11",
@@ -90,9 +90,8 @@ def parse(text: str) -> Copyright | None:
             name, _, body = block.get("license", "").partition("\n")
             body = body if body.strip() else bodies.get(name.strip().lower(), "")
             expression = _recognised(spdx(name), body)
-            found.append(
-                Paragraph(tuple(block["files"].split()), name.strip(), expression, _contradiction(expression, body))
-            )
+            globs = tuple(block["files"].split())
+            found.append(Paragraph(globs, name.strip(), expression, _contradiction(expression, body)))
     return Copyright(tuple(found))
 
 

@@ -41,7 +41,8 @@ def verify_resume(
 ) -> dict[str, Any]:
     """Return what was compared and whether it `passed`; see `table` for people.
 
-    `worlds` are the numbers of processes to resume with, in addition to the recipe's own. With the same number every tensor must have the same bits; with others sums are taken in another order, and no tensor of the model may
+    `worlds` are the numbers of processes to resume with, in addition to the recipe's own. With the same
+    number every tensor must have the same bits; with others sums are taken in another order, and no tensor may
     differ by more than `tolerance` of its norm. Raises ConfigError when the batch cannot be divided over a world, and
     VerifyFailed when a run does not end.
     """

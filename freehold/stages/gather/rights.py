@@ -123,7 +123,7 @@ def _borne_out(licence: str, origin: Origin) -> tuple[Confidence, list[str]]:
 
 
 def _detected(origin: Origin) -> tuple[str, Confidence, list[str], str]:
-    """Return (licence, confidence, conflicts, evidence) as far as the wrapper shows them, nobody having looked."""
+    """Return (licence, confidence, conflicts, evidence) as far as the wrapper shows them, no person having looked."""
     findings = [finding for finding in wrapper_findings(origin) if finding.says]
     evidence = "; ".join(dict.fromkeys(map(str, findings)))
     if origin.copyright is not None:
