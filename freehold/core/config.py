@@ -19,7 +19,16 @@ from freehold.core.errors import ConfigError
 C = TypeVar("C", bound="Config")
 
 # Keys that have another name now: the error names the successor.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "max_kl_exact": "max_kl: {HF: ..., F32: ...}",
+    "max_kl_bf16": "max_kl: {BF16: ...}",
+    "max_kl_q8_0": "max_kl: {Q8_0: ...}",
+    "max_kl_q6_k": "max_kl: {Q6_K: ...}",
+    "max_kl_q5_k_m": "max_kl: {Q5_K_M: ...}",
+    "max_kl_q4_k_m": "max_kl: {Q4_K_M: ...}",
+    "max_kl_q4_0": "max_kl: {Q4_0: ...}",
+    "max_kl_q3_k_m": "max_kl: {Q3_K_M: ...}",
+}
 # Settings that became constants, by full dotted key (`*` stands for any parts, as a source's name): the error names the
 # constant, e.g. "trainer/guards.py: SPIKE_WINDOW = 128".
 REMOVED: dict[str, str] = {
@@ -36,6 +45,11 @@ REMOVED: dict[str, str] = {
     "gather.sources.*.licence_key": 'stages/gather/config.py: LICENCE_KEY = "licence"',
     "gather.sources.*.evidence_key": 'stages/gather/config.py: EVIDENCE_KEY = "licence_evidence"',
     "gather.sources.*.held_out_share": "corpora/generate.py: HELD_OUT_SHARE = 0.2",
+    "*.parallel.supervise.start_s": "parallel/observe.py: START_S = 900",
+    "*.parallel.supervise.slow_factor": "parallel/observe.py: SLOW_FACTOR = 2",
+    "plan.machine.mfu_error": "planner/hardware.py: MFU_ERROR = 0.2",
+    "plan.machine.facility": "planner/hardware.py: FACILITY = 1.5",
+    "plan.machine.restart_s": "planner/hardware.py: RESTART_S = 600",
     "*.balance.smebu.kappa": "optim/balance.py: KAPPA = 2",
 }
 
@@ -152,7 +166,7 @@ def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, A
 
 
 def override(data: dict[str, Any], items: typing.Iterable[str]) -> dict[str, Any]:
-    """Return `data` with `a.b=value` overrides laid over it, the last one on top."""
+    """Return `data` with `a.b=value` overrides merged over it, the last one wins."""
     for item in items:
         data = merge(data, parse_override(item))
     return data
@@ -174,7 +188,7 @@ def parse_override(item: str) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return `below` with `above` laid over it: mappings merge, null takes a mapping away, the rest is replaced."""
+    """Return `below` with `above` merged over it: mappings merge, null takes a mapping away, the rest is replaced."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
