@@ -90,12 +90,10 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """A shared expert that is always on, plus the chosen experts weighted by the router.
 
-    `expert_bias` is fp32 whatever the model is cast to: its steps are too small for bf16. `load_counts` is
-    the number of (token, expert) assignments since it was last zeroed; `Afmoe` adds to it in training mode.
+    `expert_bias` is fp32 whatever the model is cast to: its steps are too small for bf16.
     """
 
     expert_bias: Tensor
-    load_counts: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -104,8 +102,6 @@ class MoE(nn.Module):
         self.shared_experts = SwiGLU(config.hidden_size, config.moe_intermediate_size * config.num_shared_experts)
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
-        self.register_buffer("load_counts", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
-        self.last_router_logit_max: Tensor | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoE:
         """Follow the model to another device, but not to another precision."""

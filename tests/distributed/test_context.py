@@ -57,14 +57,15 @@ def spread(how=ContextParallel, row_sum=over_ranks, recompute=False, block_token
     chunk = whole.part(columns=own_columns())
     try:
         ops.BLOCK_TOKENS = block_tokens or usual
-        loss = case.loss_of(model, chunk, whole, row_sum=row_sum)
+        loads = {}
+        loss = case.loss_of(model, chunk, whole, loads, row_sum=row_sum)
         loss.backward()
     finally:
         ops.BLOCK_TOKENS = usual
     found = case.Result(
         over_ranks(loss).item(),
         {name: over_ranks(gradient) for name, gradient in case.gradients(model).items()},
-        {name: over_ranks(counts) for name, counts in case.loads(model).items()},
+        {name: over_ranks(counts) for name, counts in loads.items()},
     )
     return case.difference(found, case.one_process(shape)) if dist.get_rank() == 0 else None
 
