@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from freehold.model.attention import Attention, Cache, Context, Mask, build_masks, count_positions
+from freehold.model.attention import Attention, Cache, Context
 from freehold.model.config import ModelConfig
 from freehold.model.layers import Embedding, Linear, RMSNorm, SwiGLU, rotary
+from freehold.model.masks import Mask, build_masks, count_positions
 from freehold.model.moe import MoE, Routing
 
 

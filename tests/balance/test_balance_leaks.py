@@ -44,13 +44,9 @@ def padding_is_counted(patch):
     around(patch, MoE, "forward", lambda old, self, x, mask=None: old(self, x))
 
 
-@leak("test_validation_leaves_no_trace")
-def validation_runs_in_training_mode(patch):
-    patch.setattr(Afmoe, "eval", lambda self: self)
+def count_in_layers(patch, training):
+    """Let a layer add to the loads of the step itself, in training or in evaluation mode."""
 
-
-@leak("test_recompute_counts_once")
-def counts_are_added_inside_the_layer(patch):
     def passes(old, self, batch):
         for name, layer in self.state.model.moe_layers().items():
             layer.loads = self.state.moe_layers[name].load_counts
@@ -58,12 +54,22 @@ def counts_are_added_inside_the_layer(patch):
 
     def forward(old, self, x, mask=None):
         y, routing = old(self, x, mask)
-        if self.training:
+        if self.training == training and hasattr(self, "loads"):
             self.loads += routing.counts
-        return y, routing._replace(counts=torch.zeros_like(routing.counts))
+        return y, routing._replace(counts=torch.zeros_like(routing.counts)) if training else routing
 
     around(patch, step.ForwardBackward, "__call__", passes)
     around(patch, MoE, "forward", forward)
+
+
+@leak("test_validation_leaves_no_trace")
+def validation_is_counted(patch):
+    count_in_layers(patch, training=False)
+
+
+@leak("test_recompute_counts_once")
+def counts_are_added_inside_the_layer(patch):
+    count_in_layers(patch, training=True)
 
 
 @leak("test_recompute_counts_once")

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freehold.model.afmoe import Afmoe
-from freehold.model.attention import Mask, attend
+from freehold.model.attention import attend
 from freehold.model.config import PRESETS, ModelConfig
+from freehold.model.masks import Mask
 
 
 def test_the_largest_shape_builds_on_meta() -> None:
