@@ -1,4 +1,4 @@
-"""Near-deduplication beside datatrove on the same file in one interleaved run; speed and memory of the whole pass.
+"""Near-deduplication and datatrove on the same file in one interleaved run; speed and memory of the whole pass.
 
 The corpus is real text of a run (`--documents runs/laptop/gather/documents`) with near duplicates planted in it: one
 word in a hundred changed. Both read the same parquet file, make sketches of 5-word shingles (14 bands of 8), compare,

@@ -19,7 +19,16 @@ from freehold.core.errors import ConfigError
 C = TypeVar("C", bound="Config")
 
 # Keys that have another name now: the error names the successor.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "max_kl_exact": "max_kl: {HF: ..., F32: ...}",
+    "max_kl_bf16": "max_kl: {BF16: ...}",
+    "max_kl_q8_0": "max_kl: {Q8_0: ...}",
+    "max_kl_q6_k": "max_kl: {Q6_K: ...}",
+    "max_kl_q5_k_m": "max_kl: {Q5_K_M: ...}",
+    "max_kl_q4_k_m": "max_kl: {Q4_K_M: ...}",
+    "max_kl_q4_0": "max_kl: {Q4_0: ...}",
+    "max_kl_q3_k_m": "max_kl: {Q3_K_M: ...}",
+}
 # Settings that became constants, by full dotted key (`*` stands for any parts, as a source's name): the error names the
 # constant, e.g. "trainer/guards.py: SPIKE_WINDOW = 128".
 REMOVED: dict[str, str] = {
@@ -46,13 +55,33 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
+"""The shipped recipes: a link to `recipes/` in a source tree, files in an installed package."""
+
+
+def find_recipe(path: Path) -> Path:
+    """Return the file of a recipe: the path itself, or for a bare name such as `laptop` the shipped recipe.
+
+    Raises ConfigError with the nearest known recipe when there is none.
+    """
+    if path.is_file():
+        return path
+    shipped = SHIPPED / f"{path}.yaml"
+    if path.parent == Path() and not path.suffix and shipped.is_file():
+        return shipped
+    known = sorted(p.as_posix() for p in Path("recipes").glob("*.yaml")) + sorted(
+        p.stem for p in SHIPPED.glob("*.yaml")
+    )
+    near = difflib.get_close_matches(path.as_posix(), known, n=1, cutoff=0.3)
+    raise ConfigError(
+        "no such recipe", where=path, todo=f"did you mean {near[0]}?" if near else f"shipped: {', '.join(known)}"
+    )
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML file whose top level is a mapping; ConfigError otherwise."""
     if not path.is_file():
-        known = sorted(p.as_posix() for p in Path("recipes").glob("*.yaml"))
-        near = difflib.get_close_matches(path.as_posix(), known, n=1, cutoff=0.3)
-        todo = f"did you mean {near[0]}?" if near else "recipes lie in recipes/"
-        raise ConfigError("no such recipe", where=path, todo=todo)
+        raise ConfigError("no such file", where=path, expected="a YAML file")
     try:
         data = _parse(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -120,10 +149,11 @@ def _parse(text: str) -> Any:
 
 def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, Any]:
     """Return defaults-free recipe data: one `base:` recipe, then this one, then `a.b=value` overrides."""
+    path = find_recipe(path)
     data = load_yaml(path)
     if "base" in data:
         base = path.parent / str(data.pop("base"))
-        base_data = load_yaml(base)
+        base_data = load_yaml(find_recipe(base))
         if "base" in base_data:
             raise ConfigError("a base recipe may not have a base of its own", where=base, found=base_data["base"])
         data = merge(base_data, data)

