@@ -240,7 +240,7 @@ def run(tmp_path: Path, width: int = 16, **environment: str) -> tuple[str, str]:
     return done.stdout.strip(), done.stderr.strip()
 
 
-def test_a_failing_compiler_is_told_and_its_log_kept(tmp_path: Path) -> None:
+def test_failing_compiler_is_named_and_its_log_kept(tmp_path: Path) -> None:
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("this CPU has no AVX-512, so nothing is compiled")
     compiler = tmp_path / "broken"
@@ -258,8 +258,8 @@ def test_they_can_be_switched_off(tmp_path: Path) -> None:
     assert run(tmp_path, FREEHOLD_NATIVE="0") == ("PyTorch (switched off by FREEHOLD_NATIVE=0)", "")
 
 
-def test_a_shape_they_do_not_take_is_told_once(tmp_path: Path) -> None:
+def test_unsupported_shape_is_reported_once(tmp_path: Path) -> None:
     if not cpu.available(torch.empty(1)):
         pytest.skip(cpu.describe(torch.float32))
-    _, told = run(tmp_path, width=24, XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME", ""))
-    assert told == "kernels: row widths that are no multiples of 16 run on PyTorch's operators"
+    _, reported = run(tmp_path, width=24, XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME", ""))
+    assert reported == "kernels: row widths that are no multiples of 16 run on PyTorch's operators"

@@ -19,7 +19,7 @@ def test_the_largest_shape_builds_on_meta() -> None:
     assert sum(p.numel() for p in model.parameters()) > 10**12
 
 
-def test_a_model_built_on_meta_and_initialised_equals_one_built_here(hard: ModelConfig) -> None:
+def test_model_built_on_meta_equals_one_built_here(hard: ModelConfig) -> None:
     with torch.device("meta"):
         model = Afmoe(hard)
     model.to_empty(device="cpu")

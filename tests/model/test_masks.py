@@ -146,7 +146,7 @@ def test_a_block_mask_takes_no_matrix_of_pairs() -> None:
 
 
 @pytest.mark.usefixtures("both_forms")
-def test_explicit_positions_mean_the_same_and_full_layers_ignore_an_offset(model: Afmoe) -> None:
+def test_explicit_positions_mean_the_same(model: Afmoe) -> None:
     ids = torch.arange(13, 43).view(2, 15)
     plain = model(ids)
     torch.testing.assert_close(model(ids, positions=torch.arange(15)), plain, rtol=1e-4, atol=1e-5)
@@ -184,7 +184,7 @@ def test_the_cache_seam_gives_the_logits_of_the_whole_sequence(model: Afmoe) -> 
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_without_positions_or_with_documents_is_a_bug_of_ours(model: Afmoe) -> None:
+def test_cache_needs_positions_and_takes_no_documents(model: Afmoe) -> None:
     ids = torch.arange(13, 23)[None]
     with pytest.raises(ValueError, match="positions are required"):
         model(ids, cache=Growing(model.config))
