@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from freehold.core.errors import ConfigError, FreeholdError
 from freehold.core.version import VERSION
-from freehold.run.layout import CHAT, SERVE, WALK
+from freehold.run.layout import ALIGN, CHAT, SERVE, WALK
 
 EXAMPLES = """examples:
   freehold run recipes/laptop.yaml                    the whole walk, redoing only what is missing
@@ -130,6 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
         made = _verb(verbs, stage.name, stage.summary, _stage, stage=stage.name)
         _recipe_arguments(made)
         made.epilog, made.formatter_class = TAUGHT.get(stage.name), argparse.RawDescriptionHelpFormatter
+        if stage.name == ALIGN:
+            _check_arguments(made)
     serve = _verb(verbs, SERVE, WALK[SERVE].summary, _serve)
     serve.add_argument("path", help="run folder, checkpoint, HF folder, .gguf file, or a recipe for the walk's check")
     serve.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema serve`")
@@ -227,6 +229,34 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     _walk_flags(parser)
 
 
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--check", type=Path, metavar="FILE", help="in place of a recipe: count a file of conversations or pairs"
+    )
+    parser.add_argument("--format", default="auto", help="format of that file's rows (default: by their keys)")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="count its lengths in tokens")
+    recipe = next(action for action in parser._actions if action.dest == "recipe")
+    recipe.nargs = "?"
+
+
+def _check(args: argparse.Namespace) -> int:
+    """Count a file of conversations; exit code 1 when a row is refused."""
+    from freehold.conversations.formats import FORMATS
+    from freehold.conversations.survey import survey
+    from freehold.core.config import unknown_key
+
+    if args.format not in ("auto", *FORMATS):
+        raise unknown_key("--format", args.format, ["auto", *FORMATS])
+    tokenizer = None
+    if args.tokenizer:
+        from freehold.tokenizer.bpe import Tokenizer
+
+        tokenizer = Tokenizer.load(args.tokenizer)
+    found = survey(args.check, args.format, tokenizer)
+    print(json.dumps(found.to_dict()) if args.json else found.text())
+    return 0 if found.passed else 1
+
+
 def _walk_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show the filled recipe and what it implies; do nothing")
     parser.add_argument(
@@ -279,6 +309,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _stage(args: argparse.Namespace) -> int:
+    if getattr(args, "check", None):
+        return _check(args)
+    if args.recipe is None:
+        raise ConfigError("a recipe is missing", where=f"freehold {args.stage}", todo="see `freehold align --help`")
     from freehold.parallel import launch
     from freehold.run import processes, walk
     from freehold.run.recipe import resolve

@@ -14,7 +14,7 @@ from freehold.core.code import PACKAGE, imports, module_path
 RANKS = {
     **dict.fromkeys(("core", "kernels"), 0),
     **dict.fromkeys(("ledger", "tokenizer", "model", "optim", "losses", "proof"), 1),
-    **dict.fromkeys(("data", "parallel", "checkpoint", "infer", "environments", "guard", "text"), 2),
+    **dict.fromkeys(("data", "parallel", "checkpoint", "infer", "environments", "guard", "text", "conversations"), 2),
     **dict.fromkeys(("trainer", "planner", "corpora", "api"), 3),
     **dict.fromkeys(("stages", "__init__"), 4),
     "run": 5,

@@ -45,6 +45,11 @@ REMOVED: dict[str, str] = {
     "gather.sources.*.licence_key": 'stages/gather/config.py: LICENCE_KEY = "licence"',
     "gather.sources.*.evidence_key": 'stages/gather/config.py: EVIDENCE_KEY = "licence_evidence"',
     "gather.sources.*.held_out_share": "corpora/generate.py: HELD_OUT_SHARE = 0.2",
+    "*.parallel.supervise.start_s": "parallel/observe.py: START_S = 900",
+    "*.parallel.supervise.slow_factor": "parallel/observe.py: SLOW_FACTOR = 2",
+    "plan.machine.mfu_error": "planner/hardware.py: MFU_ERROR = 0.2",
+    "plan.machine.facility": "planner/hardware.py: FACILITY = 1.5",
+    "plan.machine.restart_s": "planner/hardware.py: RESTART_S = 600",
     "*.balance.smebu.kappa": "optim/balance.py: KAPPA = 2",
 }
 
