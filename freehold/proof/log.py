@@ -127,9 +127,10 @@ class Log:
         self.leaves.append(leaf_hash(line))
         return len(self.leaves) - 1
 
-    def checkpoint(self) -> LogCheckpoint:
-        """Return the present state of the log."""
-        return LogCheckpoint(self.origin, len(self.leaves), tree_root(self.leaves))
+    def checkpoint(self, size: int | None = None) -> LogCheckpoint:
+        """Return the state of the log when it had `size` entries (None: now)."""
+        leaves = self.leaves[:size]
+        return LogCheckpoint(self.origin, len(leaves), tree_root(leaves))
 
     def _read(self) -> list[bytes]:
         if not self.path.exists():

@@ -243,7 +243,7 @@ def verify_pack(pack: Path, root_fingerprint: str, seen_version: int = 0, seen_s
     if not re.fullmatch(r"[0-9a-fA-F]{64}", root_fingerprint):
         raise trust.ProofError("not a root fingerprint", found=root_fingerprint, expected="64 hexadecimal digits")
     list_files(pack)  # links and special files are refused before any file is opened
-    keyring = trust.read_chain(_json_list(pack / KEYRING), root_fingerprint, seen_version)
+    keyring = trust.read_chain(json_list(pack / KEYRING), root_fingerprint, seen_version)
     entries = [line for line in _read(pack / LOG_ENTRIES, MAX_LOG_BYTES).split(b"\n") if line]
     index = len(entries)
     note = _read(pack / LOG_NOTE, MAX_NOTE_BYTES).decode("utf-8", "replace")
@@ -280,7 +280,8 @@ def _read(path: Path, most: int) -> bytes:
     return data
 
 
-def _json_list(path: Path) -> list[dict[str, Any]]:
+def json_list(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a JSON file that holds a list of them; ProofError otherwise."""
     with trust.parsing("a keyring cannot be read", path):
         value = json.loads(_read(path, MAX_KEYRING_FILE_BYTES))
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
