@@ -4,14 +4,19 @@ import contextlib
 import sys
 
 import pytest
+import tiny
 import torch
 from test_loop import make
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from freehold.core.log import read_metrics
+from freehold.losses.cross_entropy import CrossEntropy
+from freehold.model.afmoe import Afmoe
 from freehold.optim.config import OptimConfig, SignConfig, SmebuConfig
 from freehold.trainer import guards
-from freehold.trainer.config import SpikeConfig, TrainerConfig
+from freehold.trainer.calendar import Due
+from freehold.trainer.config import CollapseConfig, SpikeConfig, TrainerConfig
 from freehold.trainer.errors import TrainingError
 from freehold.trainer.loop import Trainer
 
@@ -80,6 +85,33 @@ def test_no_step_reads_the_device(tmp_path, monkeypatch, balance, matrices):
             trainer.train_step(trainer.next_batch())
     assert reads.places == []
     trainer.catch_up()
+
+
+@pytest.mark.parametrize(
+    "guard", [{"spike": SpikeConfig(action="skip")}, {"collapse": CollapseConfig(action="raise_rate")}]
+)
+def test_acting_guard_costs_one_read_a_step(tmp_path, monkeypatch, guard):
+    # On a CPU the fused optimizer reads a step count that is in its own memory: only the loop's reads are counted.
+    trainer, steps = make(tmp_path, trainer=settings(**guard), micro=2), 3
+    trainer.forward_backward.deferred = True
+    due = Due(log=False, validate=False, save=False, phase=None, stop=False)
+    with counted(monkeypatch) as reads:
+        for _ in range(steps):
+            result = trainer.train_step(trainer.next_batch())
+            trainer.look_back(due, result, skipped=False)
+    ours = [place for place in reads.places if "adamw.py" not in place and "cpu.py" not in place]
+    assert len(ours) <= steps, ours
+    assert result.host_loads().sum(1).tolist() == [64 * 2] * 3
+
+
+def test_model_on_cuda_asks_for_no_value():
+    """A fake device has shapes and no values: whatever asks for one raises."""
+    with torch.device("cuda"), FakeTensorMode(), torch.no_grad():
+        model = Afmoe(tiny.config(vocab_size=64)).train()
+        ids, scale = torch.zeros(2, 64, dtype=torch.int64), torch.ones(())
+        hidden = model.hidden(ids, document_ids=torch.zeros_like(ids), routings=[])
+        found = CrossEntropy(1e-6, 16)(hidden, model.lm_head.weight, {"targets": ids}, {"targets": scale})
+    assert (found.total.device.type, found.total.shape) == ("cuda", ())
 
 
 def test_counter_sees_the_reads_of_an_immediate_step(tmp_path, monkeypatch):
