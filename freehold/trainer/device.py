@@ -14,7 +14,7 @@ from freehold.trainer.job import Job
 def describe(parallel: ParallelConfig, device: torch.device) -> str:
     """Return the device of this process, and who chose it."""
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    chosen = " (auto: there is no CUDA device for each process)" if device.type == "cpu" else ", chosen by auto"
+    chosen = " (auto; no CUDA device for each process)" if device.type == "cpu" else ", chosen by auto"
     return f"{device}{name}{chosen if parallel.device == 'auto' else ''}"
 
 
