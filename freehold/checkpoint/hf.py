@@ -121,7 +121,7 @@ def save_hf(
 ) -> None:
     """Write `config.json` and the weights; matrices in `dtype`, gains and expert biases in fp32.
 
-    Holds one shard in memory beside the state dict. More than one shard gets an index, as HF does it.
+    Holds one shard in memory next to the state dict. More than one shard gets an index, as HF does it.
     Raises CheckpointError when the state dict is not exactly a model of this shape.
     """
     table = key_table(config)
@@ -202,7 +202,7 @@ def _account(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]
 
 
 def _indexed(path: Path) -> list[str]:
-    """Return the files an index names, in order; CheckpointError unless each is one that lies beside it."""
+    """Return the files an index names, in order; CheckpointError unless each is in the same folder."""
     found = read_json(path, CheckpointError, None).get("weight_map")
     names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
     strange = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
@@ -211,6 +211,6 @@ def _indexed(path: Path) -> list[str]:
             "not an index of weights",
             where=path,
             found=strange[0] if strange else f"weight_map: {found}",
-            expected="weight_map: {tensor: a .safetensors file beside the index, ...}",
+            expected="weight_map: {tensor: a .safetensors file next to the index, ...}",
         )
     return names

@@ -26,7 +26,7 @@ class Sent(NamedTuple):
 
 
 class AllToAll:
-    """The dispatcher of a layer whose experts are dealt to the ranks of `group`, each holding consecutive ones."""
+    """The dispatcher of a layer whose experts are sharded over the ranks of `group`, each holding consecutive ones."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
@@ -58,7 +58,7 @@ class AllToAll:
 def exchange(x: Tensor, receives: list[int] | None, sends: list[int] | None, group: ProcessGroup) -> Tensor:
     """Send stretches of x's first dimension to each rank of the group and return those received; differentiable.
 
-    Sizes None: all stretches are alike. These functional collectives are private in PyTorch 2.13; this is the one
-    place that calls them.
+    Sizes None: all stretches have the same length. These functional collectives are private in PyTorch 2.13; this is
+    the one place that calls them.
     """
     return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), receives, sends, group))

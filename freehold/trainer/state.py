@@ -70,7 +70,7 @@ class TrainState(abc.ABC):
 
     @abc.abstractmethod
     def gathered(self, tensor: Tensor) -> Tensor:
-        """Return the whole of a tensor in its checkpoint form; a collective."""
+        """Return a tensor in its checkpoint form, complete; a collective."""
 
     @abc.abstractmethod
     def to_checkpoint(self, name: str, part: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ class ShardedState(TrainState):
         from freehold.parallel.plan import ShardedTensors, parallelize  # only sharded runs pay for FSDP's imports
 
         super().__init__(job, world)
-        # Shapes without memory: no process could hold the whole of a large model.
+        # Shapes without memory: no process could hold all of a large model.
         with torch.device("meta"):
             self.model, whole = Afmoe(job.model), Afmoe(job.model)
         parallelize(self.model, world, job.dtype)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,11 +38,14 @@ class StepResult(Mapping[str, float]):
     """The figures of one step by metric name. They stay on the device until someone looks at one.
 
     figures: float64 [f], the same on every rank. The first one is the loss that the guards watch.
+    loads: int64 [layers, E] of all processes, where guards look at each step: read together with the figures.
     """
 
     def __init__(self, names: Sequence[str], figures: Tensor, logit_max: dict[str, Tensor] | None = None) -> None:
         self.names, self.figures, self.logit_max = list(names), figures, logit_max or {}
+        self.loads: Tensor | None = None
         self._values: dict[str, float] | None = None
+        self._loads: np.ndarray | None = None
 
     @classmethod
     def skipped(cls, names: Sequence[str]) -> StepResult:
@@ -51,8 +55,20 @@ class StepResult(Mapping[str, float]):
     def read(self) -> dict[str, float]:
         """Return the figures; the first call waits for the device."""
         if self._values is None:
-            self._values = dict(zip(self.names, self.figures.tolist(), strict=True))
+            together = self.figures  # [f]
+            if self.loads is not None:
+                # Counts below 2^53 are exact in float64, so one tensor holds both: one wait for the device.
+                together = torch.cat([self.figures, self.loads.flatten().double()])  # [f + layers * E]
+            values = together.tolist()
+            self._values = dict(zip(self.names, values, strict=False))
+            if self.loads is not None:
+                self._loads = np.array(values[len(self.names) :], dtype=np.int64).reshape(self.loads.shape)
         return self._values
+
+    def host_loads(self) -> np.ndarray | None:
+        """Return the loads [layers, E] on the host; None without layers, or for a step that was not run."""
+        self.read()
+        return self._loads
 
     @staticmethod
     def read_all(results: Sequence[StepResult]) -> None:

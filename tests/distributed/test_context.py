@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import spread_case as case
+import sharded_case as case
 import torch
 import torch.distributed as dist
 
@@ -29,7 +29,7 @@ class OwnDocumentsOnly(ContextParallel):
 
 
 class Restarted(ContextParallel):
-    """Rotary embedding that begins anew with each chunk."""
+    """Rotary embedding that begins again with each chunk."""
 
     def positions(self, input_ids):
         return count_positions(input_ids)
@@ -47,7 +47,7 @@ def own(counts):
     return counts
 
 
-def spread(how=ContextParallel, row_sum=over_ranks, recompute=False, block_tokens=None, **changes):
+def chunked(how=ContextParallel, row_sum=over_ranks, recompute=False, block_tokens=None, **changes):
     """Take the gradient of the batch in chunks; the first rank returns how far it is from that of one process."""
     shape, usual = case.config(**changes), ops.BLOCK_TOKENS
     model, whole = case.build(shape), case.batch()
@@ -96,7 +96,7 @@ def test_chunks_equal_one_process(ranks, size, settings):
 
 
 def call(settings):
-    return spread(**settings)
+    return chunked(**settings)
 
 
 @pytest.mark.parametrize(
@@ -107,14 +107,14 @@ def test_this_test_would_see(ranks, wrong):
 
 
 def refuse():
-    model, chunk, told = case.build(case.config(sliding_window=14)), case.batch().part(columns=own_columns()), []
+    model, chunk, reported = case.build(case.config(sliding_window=14)), case.batch().part(columns=own_columns()), []
     ContextParallel(dist.group.WORLD).apply(model)
     for positions in (None, torch.arange(12)):
         try:
             model.hidden(chunk.ids, document_ids=chunk.documents, positions=positions)
         except ValueError as error:
-            told.append(str(error))
-    return told
+            reported.append(str(error))
+    return reported
 
 
 def test_what_a_chunk_cannot_do_is_refused_and_not_computed_wrong(ranks):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import spread_case as case
+import sharded_case as case
 import torch
 import torch.distributed as dist
 

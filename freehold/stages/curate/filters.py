@@ -89,9 +89,7 @@ def repair_mojibake(text: str) -> str:
     return "\n".join(ftfy.fix_encoding(line) if MOJIBAKE.search(line) else line for line in lines)
 
 
-def check_length(
-    text: str, min_chars: int, max_chars: int, max_line_chars: int = MAX_LINE_CHARS
-) -> Why | None:
+def check_length(text: str, min_chars: int, max_chars: int, max_line_chars: int = MAX_LINE_CHARS) -> Why | None:
     """Drop what is empty, too short, too long, undecodable, or one endless line."""
     if not text.strip():
         return "empty", "no text"
@@ -222,7 +220,7 @@ def check_code(text: str, path: str, limits: CodeLimits) -> Why | None:
         return "alphanumeric", f"{alphanumeric / len(raw):.2f} of the characters, at least {limits.min_alphanumeric}"
     if digits > limits.max_digits * alphanumeric:
         return "digits", f"{digits / alphanumeric:.2f} of letters and digits, at most {limits.max_digits}"
-    if (mark := GENERATED.search("\n".join(lines[:8])[:1000]):
+    if mark := GENERATED.search("\n".join(lines[:8])[:1000]):
         return "generated_code", f"says {mark.group(0)!r}"
     comments = sum(line.startswith("#") for line in lines) / max(1, len(lines))
     if comments > limits.max_comment_lines:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from freehold.core.artifact import Workspace, read_json, sha256_file, write_json
-from freehold.core.document import Conversation, Document, read_rows, replace, write_rows
+from freehold.core.document import Conversation, Document, read_rows, replace, rewritten, said, write_rows
 from freehold.core.errors import DataError
 from freehold.core.machine import machine_limits
 from freehold.stages.curate import bias, classifier
@@ -358,17 +358,11 @@ def curate_conversations(
             total += len(batch)
             asked = questions.in_conversations(batch)
             for row, question in zip(batch, asked, strict=True):
-                messages, found = [], Counter[str]()
-                for message in row.messages:
-                    content = message.get("content")
-                    if isinstance(content, str):
-                        content, one = redact(clean_unicode(content)[0], config.privacy.find)
-                        found.update(one)
-                        message = {**message, "content": content}
-                    messages.append(message)
+                found = Counter[str]()
+                messages = rewritten(row.messages, lambda text: _redacted(text, found, config))  # noqa: B023
                 key = text_hash(json.dumps(messages, sort_keys=True))
                 first = seen.setdefault(key, row.id)
-                text = "\n".join(str(message.get("content") or "") for message in messages)
+                text = "\n".join(text for _, text in said(messages))
                 why: Why | None = ("exact_duplicate", f"of {first}") if first != row.id else None
                 why = why or question or check_density(len(text), found) or excluded.get(row.id)
                 if why is not None:
@@ -381,6 +375,12 @@ def curate_conversations(
         report.converse(path.stem, total, Counter(row.split for row in kept), dropped)
         if kept:
             write_rows(folder / "conversations" / path.name, kept, Conversation)
+
+
+def _redacted(text: str, found: Counter[str], config: CurateConfig) -> str:
+    text, one = redact(clean_unicode(text)[0], config.privacy.find)
+    found.update(one)
+    return text
 
 
 def _batches(rows: Iterator[Conversation], size: int) -> Iterator[list[Conversation]]:

@@ -30,7 +30,7 @@ def _architecture(config: ModelConfig) -> Iterator[str]:
     if wrong:
         yield (
             f"layer {wrong[0]} is {config.layer_types[wrong[0]]}, but llama.cpp takes every {GLOBAL_EVERY}th layer "
-            "for global and all others for sliding: set global_attn_every_n_layers to 4 and leave layer_types out"
+            "for global and all others for sliding: set global_attn_every_n_layers to 4 and remove layer_types"
         )
     if layers < GLOBAL_EVERY:
         yield f"num_hidden_layers is {layers}: llama.cpp needs one global layer, so at least {GLOBAL_EVERY} layers"

@@ -14,7 +14,7 @@ from freehold.core.errors import CheckpointError, ConfigError
 from freehold.core.machine import check_memory_fits
 from freehold.data.buffer import text_order
 from freehold.data.exposure import ROW_BYTES, write_trace
-from freehold.data.loader import PhaseRows, consumed_by
+from freehold.data.loader import PhaseRows, TextOrder, consumed_by
 from freehold.data.shards import ShardSet
 from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
@@ -26,17 +26,52 @@ from freehold.trainer.validate import HeldOut, held_out, validator
 
 def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
     """Train to the end of the last phase; resumable at any step. Returns steps, tokens and epochs per source."""
-    rows = sum(phase.steps for phase in config.phases.values()) * config.batch.sequences
-    check_memory_fits(rows * ROW_BYTES, "the order of the rows", "pretrain.phases")
     # Verified: tokens are what a checkpoint will claim to have seen.
     shards = ShardSet.load(work.input("tokenize") / "tokens", verify=True)
-    without = quarantined(config.quarantine)
-    data = shards.identity("train", without)
     model = with_vocabulary(config.model, shards.vocab_size)
     parent = read_parent(config, model, shards.tokenizer_sha256) if config.parent else None
     # Nothing to train: the parent is the result.
     if parent is not None and not config.phases:
         return keep(parent.folder, parent.facts, work) if work.leads else {}
+    text = read_text(config, shards, parent, work)
+    stage = Stage(
+        name="pretrain",
+        model=model,
+        order=text.order,
+        schedule=text.schedule,
+        tokenizer=work.input("tokenize") / "tokenizer",
+        facts={"tokenizer_sha256": shards.tokenizer_sha256, **text.facts},
+        start=parent.start() if parent is not None else Start(),
+        validate=lambda world: validator(validation_rows(config, shards), world),
+    )
+    counts = train_stage(stage, config, work)
+    return {"steps": counts["steps"], **text.counts(config), **counts}
+
+
+@dataclass(frozen=True)
+class Text:
+    """The rows that a run reads, step by step."""
+
+    order: TextOrder
+    schedule: Schedule
+    facts: dict[str, Any]
+    """What a checkpoint records of them."""
+
+    def counts(self, config: PretrainConfig) -> dict[str, Any]:
+        """Return what the manifest says of them."""
+        return {
+            "tokens": self.schedule.total_steps * config.batch.step_tokens,
+            "epochs": {name: round(epochs, 4) for name, epochs in self.order.epochs().items()},
+            "mixture": [asdict(share) for share in self.order.shares],
+        }
+
+
+def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, work: Workspace) -> Text:
+    """Return the order of the text, which continues where the parent stopped reading; prints its summary."""
+    rows = sum(phase.steps for phase in config.phases.values()) * config.batch.sequences
+    check_memory_fits(rows * ROW_BYTES, "the order of the rows", "pretrain.phases")
+    without = quarantined(config.quarantine)
+    data = shards.identity("train", without)
     consumed = parent.position(config, data, work) if parent is not None else None
     schedule = Schedule(config.phases, first_step=parent.facts["step"] if parent is not None else 0)
     order = text_order(
@@ -50,31 +85,10 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
     )
     for line in order.summary():
         work.log.say(f"  {line}")
-    stage = Stage(
-        name="pretrain",
-        model=model,
-        order=order,
-        schedule=schedule,
-        tokenizer=work.input("tokenize") / "tokenizer",
-        facts={
-            "tokenizer_sha256": shards.tokenizer_sha256,
-            "order": config.batch.order.model_dump(),
-            "data": data,
-            # The parent alone knows where its first phase began.
-            "consumed": ({str(schedule.first_step): consumed} if consumed else {})
-            | {str(end): order.consumed_at(end) for end in schedule.ends().values()},
-        },
-        start=parent.start() if parent is not None else Start(),
-        validate=lambda world: validator(validation_rows(config, shards), world),
-    )
-    counts = train_stage(stage, config, work)
-    return {
-        "steps": counts["steps"],
-        "tokens": schedule.total_steps * config.batch.step_tokens,
-        "epochs": {name: round(epochs, 4) for name, epochs in order.epochs().items()},
-        "mixture": [asdict(share) for share in order.shares],
-        **counts,
-    }
+    # A later run may branch off any phase's end. Only the parent knows where its own first phase began.
+    at_ends = {str(end): order.consumed_at(end) for end in schedule.ends().values()}
+    first = {str(schedule.first_step): consumed} if consumed else {}
+    return Text(order, schedule, {"order": config.batch.order.model_dump(), "data": data, "consumed": first | at_ends})
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,6 @@ def plan(config: RephraseConfig) -> list[str]:
             f"{key}: up to {one.passages:,} passages of {', '.join(one.sources or one.kinds)}"
             for key, one in config.strategies.items()
         ),
-        f"at most {most:,} requests of up to {config.sampling.max_tokens:,} tokens, {config.concurrency} at the same time; "
-        "what was answered before is not asked again",
+        f"at most {most:,} requests of up to {config.sampling.max_tokens:,} tokens, {config.concurrency} at the same "
+        "time; what was answered before is not asked again",
     ]
