@@ -194,20 +194,3 @@ def test_guard_with_an_action_looks_at_each_step(tmp_path):
     acting = settings(spike=SpikeConfig(action="skip"))
     assert make(tmp_path, trainer=acting).guards.acts
     assert not make(tmp_path, trainer=settings()).guards.acts
-
-
-@pytest.mark.cuda
-def test_cuda_step_waits_for_nothing(tmp_path):
-    from freehold.parallel.config import ParallelConfig
-
-    trainer = make(tmp_path, trainer=settings(), parallel=ParallelConfig(device="cuda"))
-    assert trainer.deferred
-    trainer.train_step(trainer.next_batch())  # libraries load, memory is taken
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            trainer.train_step(trainer.next_batch())
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    trainer.catch_up()
-    assert trainer.progress.skipped == []
