@@ -78,7 +78,7 @@ class Loaded:
     def complete(
         self, text: str, *, max_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> str:  # fmt: skip
-        """Go on with a text, as a model does that was not taught to converse; returns what follows it.
+        """Continue a text, as a model does that was not taught to converse; return what follows.
 
         `max_tokens` and ContextOverflow as in `generate`.
         """
@@ -158,7 +158,7 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
             where=folder / "tokenizer.json",
             found=f"{tokenizer.vocab_size:,} tokens",
             expected=f"at most {config.vocab_size:,}",
-            todo="put the tokenizer the model was trained with beside it",
+            todo="put the tokenizer the model was trained with next to the weights",
         )
     facts = folder / "trainer.json"
     recorded = json.loads(facts.read_text(encoding="utf-8")).get("tokenizer_sha256") if facts.exists() else None
@@ -168,5 +168,5 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
             where=folder / "tokenizer.json",
             found=tokenizer.sha256[:16],
             expected=recorded[:16],
-            todo="put the tokenizer the model was trained with beside it",
+            todo="put the tokenizer the model was trained with next to the weights",
         )

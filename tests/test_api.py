@@ -1,4 +1,4 @@
-"""Opening models from wherever they lie, and asking them."""
+"""Opening models from any folder, and asking them."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_a_pipe_gets_one_answer_a_line(tiny_checkpoint):
     assert lines == [*expected, ""]
 
 
-def test_a_conversation_goes_on_until_it_is_reset(tiny_checkpoint, monkeypatch):
+def test_conversation_continues_until_reset(tiny_checkpoint, monkeypatch):
     seen = watch(monkeypatch)
     typed(monkeypatch, "Hello", "And?", "/reset", "", "Hello", "/system Be brief.", "Hello", "/help", "/quit", "never")
     out = Terminal()
@@ -93,7 +93,7 @@ def test_ctrl_c_stops_an_answer_not_the_chat(tiny_checkpoint, monkeypatch):
     assert "/quit" in out.getvalue()
 
 
-def test_a_message_that_is_too_long_is_refused_and_nothing_is_forgotten(tiny_checkpoint, monkeypatch):
+def test_too_long_message_is_refused_and_nothing_forgotten(tiny_checkpoint, monkeypatch):
     seen = watch(monkeypatch)
     typed(monkeypatch, "Hi", "word " * 2000, "Hello")
     out = Terminal()
@@ -111,19 +111,19 @@ def test_a_line_of_a_pipe_that_is_too_long_is_an_error(tiny_checkpoint):
     assert out.getvalue().count("\n") == 1
 
 
-def test_a_long_conversation_loses_its_oldest_turns_and_says_so(tiny_checkpoint, monkeypatch):
+def test_long_conversation_drops_oldest_turns_and_says_so(tiny_checkpoint, monkeypatch):
     seen = watch(monkeypatch)
     asked = [f"question {n} " + "word " * 90 for n in range(12)]
     typed(monkeypatch, *asked)
     out = Terminal()
     chat_run.chat(config(tiny_checkpoint, system="Be kind."), Terminal(), out)
     loaded = api.load(tiny_checkpoint)
-    told = "(the conversation no longer fits the context: its oldest question and answer are forgotten)"
+    notice = "(the conversation no longer fits the context: its oldest question and answer are forgotten)"
     turns = [[m["content"].split(" word")[0] for m in messages if m["role"] == "user"] for messages in seen]
     assert [found[-1] for found in turns] == [f"question {n}" for n in range(12)]  # all were answered
     assert turns[-1][0] != "question 0"
     assert len(turns[-1]) > 2
-    assert out.getvalue().count(told) == 12 - len(turns[-1])
+    assert out.getvalue().count(notice) == 12 - len(turns[-1])
     for messages, found in zip(seen, turns, strict=True):
         assert messages[0] == {"role": "system", "content": "Be kind."}
         assert [m["role"] for m in messages[1:]] == ["user", "assistant"] * (len(found) - 1) + ["user"]
@@ -138,7 +138,7 @@ def test_answers_end_with_the_context(short_folder, more):
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_thoughts_are_dimmed_or_left_out(tiny_checkpoint, monkeypatch, shown):
+def test_reasoning_is_dimmed_or_hidden(tiny_checkpoint, monkeypatch, shown):
     from freehold.tokenizer.output import Piece
 
     pieces = [Piece("reasoning", "hm"), Piece("content", "Paris"), Piece("tool_call", "{}", "look")]

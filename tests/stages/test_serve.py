@@ -117,7 +117,7 @@ def test_seeds_repeat_choices_differ(client):
     assert streamed == first
 
 
-def test_a_conversation_goes_on(client):
+def test_conversation_with_history(client):
     first = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=8, temperature=0)
     messages = [
         {"role": "developer", "content": "Be brief."},
@@ -210,8 +210,8 @@ def test_greedy_tokens_are_seen_to_be_greedy(client, loaded):
     full = ids + loaded.engine.generate([ids], Sampling(temperature=0, max_tokens=5))[0].ids
     options = {"model": MODEL, "echo": True, "max_tokens": 1, "logprobs": 1, "temperature": 0}
     block = client.completions.create(prompt=[full], **options).choices[0].logprobs
-    told = zip(block.token_logprobs[len(ids) : -1], block.top_logprobs[len(ids) : -1], strict=True)
-    assert all(own == max(top.values()) for own, top in told)
+    pairs = zip(block.token_logprobs[len(ids) : -1], block.top_logprobs[len(ids) : -1], strict=True)
+    assert all(own == max(top.values()) for own, top in pairs)
 
 
 def test_lm_evaluation_harness_gets_the_engines_numbers(server, loaded, tiny_checkpoint):
@@ -344,11 +344,11 @@ def test_what_would_need_forced_words_is_refused_with_the_reason(server, body, w
 )
 class TestLongPrompts:
     def test_the_server_listens_while_a_prompt_is_encoded(self, server, loaded, monkeypatch, route, body):
-        begun, go_on, encode = threading.Event(), threading.Event(), loaded.tokenizer.encode
+        begun, resume, encode = threading.Event(), threading.Event(), loaded.tokenizer.encode
 
         def slow(text, **options):
             begun.set()
-            assert go_on.wait(30)
+            assert resume.wait(30)
             return encode(text, **options)
 
         monkeypatch.setattr(loaded.tokenizer, "encode", slow)
@@ -360,7 +360,7 @@ class TestLongPrompts:
         assert begun.wait(30)
         assert httpx.get(server.address + "/health", timeout=30).status_code == 200
         assert not found
-        go_on.set()
+        resume.set()
         asking.join(60)
         assert found[0].status_code == 200
 
@@ -382,7 +382,7 @@ class TestLongPrompts:
         assert httpx.post(server.address + route, content=within, headers=JSON).status_code == 400
 
 
-def test_half_a_surrogate_pair_in_a_conversation_is_read_as_any_text(server):
+def test_half_a_surrogate_pair_is_read_as_any_text(server):
     messages = [CALL | {"content": "\ud800\ud800\ud800 abc"}, CALL | {"reasoning_content": "\udc00"}, *HELLO]
     answer = httpx.post(
         server.address + "/v1/chat/completions", content=json.dumps(CHAT | {"messages": messages}), headers=JSON
@@ -400,7 +400,7 @@ def test_broken_json_and_unknown_paths(server, client):
         client.models.retrieve("other")
 
 
-def test_tools_are_offered_and_fields_without_consequence_accepted(client):
+def test_tools_are_offered_and_idle_fields_accepted(client):
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
     options = {"model": MODEL, "messages": HELLO, "max_tokens": 4, "user": "me", "parallel_tool_calls": False}
     with_tools = client.chat.completions.create(**options, tools=[tool], tool_choice="auto")
@@ -409,7 +409,7 @@ def test_tools_are_offered_and_fields_without_consequence_accepted(client):
 
 
 class Script:
-    """A backend that says what it is told to, a token at a time: what a trained model would say."""
+    """A backend that says a given text, a token at a time: what a trained model would say."""
 
     limit_tokens = 1000
 

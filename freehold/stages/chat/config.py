@@ -1,4 +1,4 @@
-"""What a chat can be told; imports without torch."""
+"""Settings of a chat in the terminal; imports without torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ChatConfig(Config):
     system: str | None = Field(None, description="System message the conversation begins with.")
     temperature: float = Field(0.7, ge=0, le=2, description="0 = always the most probable token.")
     top_p: float = Field(0.95, gt=0, le=1, description="Choose among the tokens that together have this probability.")
-    top_k: int = Field(50, ge=0, description="Choose among so many most probable tokens; 0 = all.")
+    top_k: int = Field(50, ge=0, description="Choose among this number of most probable tokens; 0 = all.")
     max_tokens: int | None = Field(
         None, gt=0, description="Longest answer, in tokens; default: until the context is full."
     )

@@ -13,14 +13,14 @@ from freehold.stages.chat.config import ChatConfig
 
 HELP = "/reset forgets the conversation · /system TEXT sets the system message · /quit ends · Ctrl-C stops an answer"
 FAIR_SHARE = 4
-"""One part in so many of the context is kept for an answer, before older turns are."""
+"""An answer gets at least 1/FAIR_SHARE of the context, before older turns do."""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def chat(config: ChatConfig, lines: TextIO | None = None, out: TextIO | None = None) -> None:
     """Talk until /quit or the end of the input.
 
-    On a terminal the answers are streamed and the conversation goes on; from a pipe each line is a conversation
+    On a terminal the answers are streamed and the conversation continues; from a pipe each line is a conversation
     of its own and each answer one line. ContextOverflow for a line of a pipe that does not fit the context.
     """
     lines, out = lines or sys.stdin, out or sys.stdout

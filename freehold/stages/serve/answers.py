@@ -39,7 +39,7 @@ class Choice:
             return []
         self.completion_tokens += 1
         text = ""
-        if token.finish_reason != "stop":  # a token that ends the answer is no part of it
+        if token.finish_reason != "stop":  # a token that ends the answer is not in its text
             text = self.text.feed(token.id)
             self.tokens.append(token)
         if self.text.stopped or token.finish_reason:
@@ -158,14 +158,14 @@ async def chat_chunks(
 ) -> AsyncIterator[dict[str, Any]]:  # fmt: skip
     """Yield the chunks of a streamed chat: the role first, the finish reason alone last, then the usage."""
     more = {} if usage_of_prompt_tokens is None else {"usage": None}
-    told = [0] * len(choices)
+    sent = [0] * len(choices)
 
     def chunk(number: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         choice = {"index": number, "delta": delta, "logprobs": None, "finish_reason": reason}
         if logprobs and not reason:
             tokens = choices[number].tokens
-            choice["logprobs"] = chat_logprobs(tokens[told[number] :], tokenizer) if tokens[told[number] :] else None
-            told[number] = len(tokens)
+            choice["logprobs"] = chat_logprobs(tokens[sent[number] :], tokenizer) if tokens[sent[number] :] else None
+            sent[number] = len(tokens)
         return head.body([choice], **more)
 
     for number in range(len(choices)):
@@ -185,7 +185,7 @@ async def chat_chunks(
             calls[number] += piece.kind == "tool_call"
         reason = choices[number].finish_reason
         if reason:
-            if logprobs and len(choices[number].tokens) > told[number]:
+            if logprobs and len(choices[number].tokens) > sent[number]:
                 yield chunk(number, {})
             yield chunk(number, {}, reason)
     if usage_of_prompt_tokens is not None:
@@ -220,8 +220,8 @@ class TextLogprobs:
             for i, p in [*top[: self.top], (token, logprob)]:
                 table.setdefault(self._name(i), _finite(p))
             best.append(table)
-        told = [None if p is None else _finite(p) for p in logprobs]
-        return {"tokens": names, "token_logprobs": told, "top_logprobs": best, "text_offset": offsets}
+        values = [None if p is None else _finite(p) for p in logprobs]
+        return {"tokens": names, "token_logprobs": values, "top_logprobs": best, "text_offset": offsets}
 
     def _name(self, token: int) -> str:
         data = _bytes(self.tokenizer, token)
@@ -266,14 +266,14 @@ async def text_chunks(
 ) -> AsyncIterator[dict[str, Any]]:  # fmt: skip
     """Yield the chunks of streamed text completions; the finish reason is on the last of each choice only."""
     more = {} if usage_of_prompt_tokens is None else {"usage": None}
-    told = [0] * len(choices)
+    sent = [0] * len(choices)
 
     def chunk(number: int, text: str, echo: Echo | None = None, reason: str | None = None) -> dict[str, Any]:
         block, table = None, logprobs[number]
         tokens = choices[number].tokens
-        if table and (echo or tokens[told[number] :]):
-            block = text_logprobs(tokens[told[number] :], echo, table)
-            told[number] = len(tokens)
+        if table and (echo or tokens[sent[number] :]):
+            block = text_logprobs(tokens[sent[number] :], echo, table)
+            sent[number] = len(tokens)
         return head.body([{"index": number, "text": text, "logprobs": block, "finish_reason": reason}], **more)
 
     for number, echo in enumerate(echoes):

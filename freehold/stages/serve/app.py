@@ -47,7 +47,7 @@ class ApiError(HTTPException):
 
 
 class Metrics:
-    """What /metrics tells; one registry a server."""
+    """What /metrics reports; one registry a server."""
 
     def __init__(self, worker: Worker) -> None:
         self.registry = CollectorRegistry()
@@ -159,8 +159,8 @@ class Front:
         moves = await self._started(events, choices, prompt_tokens)
         echoes: list[Echo | None] = [None] * len(owners)
         if request.echo:
-            told = await asyncio.to_thread(lambda: [self._decode(ids) for ids in prompts])
-            echoes = [Echo(told[i], prompts[i], scored[i] if scored else None) for i in owners]
+            texts = await asyncio.to_thread(lambda: [self._decode(ids) for ids in prompts])
+            echoes = [Echo(texts[i], prompts[i], scored[i] if scored else None) for i in owners]
         logprobs = [
             TextLogprobs(self.tokenizer, top, 0 if echo is None or echo.scored else len(echo.text))
             if request.logprobs is not None else None
@@ -271,10 +271,10 @@ class LimitBody:
             message = await receive()
             read_bytes += len(message.get("body", b""))
             if read_bytes > self.limit_bytes:
-                told = (
+                message = (
                     f"The body of the request is longer than {self.limit_bytes} bytes; no such prompt fits the context."
                 )
-                raise ApiError(413, told, "request_too_large")
+                raise ApiError(413, message, "request_too_large")
             return message
 
         await self.app(scope, counting, send)
@@ -377,8 +377,8 @@ def _add_errors(app: FastAPI) -> None:
         )
         param = None if error.where is None else str(error.where)
         if isinstance(error, Overloaded):
-            told = ApiError(429, message, "queue_full", kind="rate_limit_error")
-            return Json(told.body, told.status_code, headers={"Retry-After": "1"})
+            full = ApiError(429, message, "queue_full", kind="rate_limit_error")
+            return Json(full.body, full.status_code, headers={"Retry-After": "1"})
         code = "context_length_exceeded" if isinstance(error, ContextOverflow) else "invalid_value"
         return Json(ApiError(400, message, code, param=param).body, 400)
 
@@ -393,8 +393,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def broken(request: HttpRequest, error: Exception) -> Response:
-        told = ApiError(500, "The server had an error; its log says more.", None, kind="server_error")
-        return Json(told.body, 500)
+        failed = ApiError(500, "The server had an error; its log says more.", None, kind="server_error")
+        return Json(failed.body, 500)
 
 
 def _explain(problem: dict[str, Any]) -> ApiError:

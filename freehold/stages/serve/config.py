@@ -1,4 +1,4 @@
-"""What serving can be told; imports without torch."""
+"""Settings of the server; imports without torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ServeConfig(Config):
         None, description="Checkpoint, run folder, HF folder or .gguf file; default in a run: its aligned checkpoint."
     )
     tokenizer: Path | None = Field(
-        None, description="Folder of the tokenizer for a .gguf file; default: beside it, or in ../hf."
+        None, description="Folder of the tokenizer for a .gguf file; default: its own folder, or ../hf."
     )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 = every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 = any free one. A run takes a free one.")
@@ -29,14 +29,11 @@ class ServeConfig(Config):
     max_model_len: int | None = Field(
         None, gt=0, description="Longest context in tokens, prompt and answer together; default: the model's."
     )
-    max_batch: int = Field(32, gt=0, description="Prompts (or choices, `n`) of one request that are decoded together.")
     max_running: int = Field(
         8, gt=0, description="Requests answered at the same time, in turns of a token; a .gguf file: always one."
     )
     max_queue: int = Field(64, gt=0, description="Requests that may wait; one more is answered with status 429.")
     question: str = Field("What is the capital of France?", description="What the walk asks, over HTTP.")
-    answer_tokens: int = Field(64, gt=0, description="Longest answer to that question, in tokens.")
-    start_timeout_s: float = Field(120, gt=0, description="How long the walk waits for the server to be ready.")
 
 
 def plan(config: ServeConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Serve a model over HTTP until told to stop; in the walk: start it, ask it one question, keep the answer."""
+"""Serve a model over HTTP until a signal stops it; in the walk: start it, ask it one question, keep the answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ from freehold.stages.serve.backends import open_model
 from freehold.stages.serve.config import KEY_VARIABLE, ServeConfig
 
 GRACE_S = 5
-"""How long answers being streamed may go on after the server is told to stop."""
+"""How long answers being streamed may continue after the signal to stop."""
+
+
+ANSWER_TOKENS = 64
+"""Longest answer to the question of the walk."""
+START_TIMEOUT_S = 120.0
+"""How long the walk waits for the server to be ready."""
 
 
 class ServeError(FreeholdError):
@@ -110,13 +116,13 @@ def run(config: ServeConfig, work: Workspace) -> dict[str, Any]:
             "messages": [{"role": "user", "content": config.question}],
             "temperature": 0,
             "seed": work.seed,
-            "max_tokens": config.answer_tokens,
+            "max_tokens": ANSWER_TOKENS,
         }
         try:
             answer = _get(f"{address}/v1/chat/completions", asked)
         except urllib.error.HTTPError as error:
-            told = json.load(error)["error"]["message"]
-            raise ServeError("the server does not answer the question", where="serve", found=told) from error
+            reason = json.load(error)["error"]["message"]
+            raise ServeError("the server does not answer the question", where="serve", found=reason) from error
     choice = answer["choices"][0]
     text = choice["message"]["content"]
     work.log.say(f"it says: {text!r}")
@@ -136,8 +142,8 @@ def _started(config: ServeConfig, path: Path, log_path: Path) -> Iterator[str]:
     """Yield the address of a server in a process of its own; it is stopped and waited for in any case."""
     with listen(config.host, 0) as probe:
         port = probe.getsockname()[1]
-    told_here = {"path", "host", "port", "question", "answer_tokens", "start_timeout_s"}
-    settings = config.model_dump(mode="json", exclude=told_here, exclude_defaults=True)
+    own = {"path", "host", "port", "question"}
+    settings = config.model_dump(mode="json", exclude=own, exclude_defaults=True)
     command = [sys.executable, "-m", "freehold.cli", "serve", str(path)]
     command += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
     command += ["--host", config.host, "--port", str(port), "--parent", str(os.getpid())]
@@ -147,7 +153,7 @@ def _started(config: ServeConfig, path: Path, log_path: Path) -> Iterator[str]:
     with log_path.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
-            _wait(process, address, config.start_timeout_s, log_path)
+            _wait(process, address, START_TIMEOUT_S, log_path)
             yield address
         finally:
             process.terminate()

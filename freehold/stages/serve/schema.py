@@ -207,5 +207,5 @@ class ChatRequest(Request):
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
-        """The tools the model is told of."""
+        """The tools the model may call."""
         return self.tools if self.tools and self.tool_choice != "none" else None

@@ -26,7 +26,7 @@ class _Job:
     deliver: Callable[[str, Any], None]
     """Called in the worker's thread with ("item", x), ("error", e) or ("end", None)."""
     left: threading.Event = field(default_factory=threading.Event)
-    """Set when nobody waits for the result any more."""
+    """Set when no one waits for the result any more."""
 
 
 class Worker:
