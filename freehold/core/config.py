@@ -36,6 +36,8 @@ REMOVED: dict[str, str] = {
     "gather.sources.*.licence_key": 'stages/gather/config.py: LICENCE_KEY = "licence"',
     "gather.sources.*.evidence_key": 'stages/gather/config.py: EVIDENCE_KEY = "licence_evidence"',
     "gather.sources.*.held_out_share": "corpora/generate.py: HELD_OUT_SHARE = 0.2",
+    "chat.top_p": "generation_config.json of the model, else api.py: DEFAULT",
+    "chat.top_k": "generation_config.json of the model, else api.py: DEFAULT",
     "serve.max_batch": "infer/engine.py: 32 prompts or choices of one request are decoded together",
     "serve.answer_tokens": "stages/serve/run.py: ANSWER_TOKENS = 64",
     "serve.start_timeout_s": "stages/serve/run.py: START_TIMEOUT_S = 120",

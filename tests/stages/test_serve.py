@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -54,7 +55,7 @@ def loaded(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def server(loaded):
-    with Running(create_app(Served(MODEL, loaded.engine, loaded.tokenizer), ServeConfig())) as running:
+    with Running(create_app(Served(MODEL, loaded.engine, loaded.tokenizer, loaded.sampling), ServeConfig())) as running:
         yield running
 
 
@@ -298,7 +299,6 @@ def calls(arguments: str) -> dict:
         (CHAT | {"stop": ""}, 400, "stop", "invalid_value"),
         (CHAT | {"stop": ["a"] * 65}, 400, "stop", "invalid_value"),
         (CHAT | {"stream": True, "max_tokens": 5000}, 400, "max_tokens", "context_length_exceeded"),
-        (TEXT | {"prompt": ""}, 400, "prompt", "invalid_value"),
         (TEXT | {"prompt": []}, 400, "prompt", "invalid_value"),
         (TEXT | {"prompt": ["a"] * 1025}, 400, "prompt", "invalid_value"),
         (TEXT | {"prompt": [[1]] * 9, "n": 128}, 400, "prompt", "invalid_value"),
@@ -440,8 +440,8 @@ class Script:
 @pytest.fixture
 def script(tiny_tokenizer):
     backend = Script(tiny_tokenizer)
-    config = ServeConfig(max_queue=1)
-    with Running(create_app(Served(MODEL, backend, tiny_tokenizer), config, api_key="secret")) as running:
+    config, sampling = ServeConfig(max_queue=1), api.default_sampling(Path("nowhere"), tiny_tokenizer)
+    with Running(create_app(Served(MODEL, backend, tiny_tokenizer, sampling), config, api_key="secret")) as running:
         backend.client = openai.OpenAI(base_url=running.address + "/v1", api_key="secret", max_retries=0)
         yield backend
 
@@ -563,7 +563,7 @@ def test_work_takes_turns():
             yield 0
 
     async def both():
-        worker = Worker(limit=4, at_once=2)
+        worker = Worker(limit=4, running=2)
         long, short = worker.run(endless()), worker.run(iter_of(1, 2, 3))
         await anext(long)
         try:
@@ -579,7 +579,7 @@ def test_work_takes_turns():
 
 
 def test_requests_that_take_turns_get_what_they_get_alone(loaded):
-    served = Served(MODEL, loaded.engine, loaded.tokenizer, at_once=3)
+    served = Served(MODEL, loaded.engine, loaded.tokenizer, loaded.sampling, running=3)
     asked = [
         {"prompt": "The capital of France", "max_tokens": 40, "seed": 1, "n": 2},
         {"prompt": ["def add", "x" * 50], "max_tokens": 30, "seed": 2, "top_p": 0.9},

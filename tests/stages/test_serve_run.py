@@ -38,7 +38,11 @@ def test_the_walk_asks_a_real_server_and_keeps_the_answer(tiny_checkpoint, tmp_p
     counts = serve_run.run(config, workspace(tmp_path / "serve", tiny_checkpoint))
     kept = json.loads((tmp_path / "serve" / "answer.json").read_text())
     assert kept["question"] == config.question
-    assert kept["answer"] == api.load(tiny_checkpoint).generate(config.question, max_tokens=serve_run.ANSWER_TOKENS) == counts["answer"]
+    assert (
+        kept["answer"]
+        == api.load(tiny_checkpoint).generate(config.question, max_tokens=serve_run.ANSWER_TOKENS)
+        == counts["answer"]
+    )
     assert kept["model"] == "tiny"
     assert kept["usage"]["completion_tokens"] <= serve_run.ANSWER_TOKENS
     log = (tmp_path / "serve" / "log" / "server.txt").read_text()

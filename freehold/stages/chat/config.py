@@ -15,9 +15,12 @@ class ChatConfig(Config):
 
     path: Path = Field(description="Run folder, checkpoint or HF folder.")
     system: str | None = Field(None, description="System message the conversation begins with.")
-    temperature: float = Field(0.7, ge=0, le=2, description="0 = always the most probable token.")
-    top_p: float = Field(0.95, gt=0, le=1, description="Choose among the tokens that together have this probability.")
-    top_k: int = Field(50, ge=0, description="Choose among this number of most probable tokens; 0 = all.")
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        description="0 = always the most probable token; default: as the model's generation config says.",
+    )
     max_tokens: int | None = Field(
         None, gt=0, description="Longest answer, in tokens; default: until the context is full."
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from typing import Any, TextIO
 
 from freehold import api
 from freehold.infer.engine import ContextOverflow
-from freehold.infer.sampler import Sampling
 from freehold.stages.chat.config import ChatConfig
 
 HELP = "/reset forgets the conversation · /system TEXT sets the system message · /quit ends · Ctrl-C stops an answer"
@@ -117,9 +117,9 @@ class Talk:
         c = self.config
         # Without room the engine is to say so.
         longest = min(c.max_tokens or room_tokens, room_tokens) if room_tokens > 0 else None
-        sampling = Sampling(
-            c.temperature, c.top_p, c.top_k, max_tokens=longest, seed=c.seed, stop_ids=self.loaded.stop_ids
-        )
+        sampling = dataclasses.replace(self.loaded.sampling, max_tokens=longest, seed=c.seed)
+        if c.temperature is not None:
+            sampling = dataclasses.replace(sampling, temperature=c.temperature)
         live = self.out.isatty()
         content, shown = "", "content"
         try:

@@ -64,7 +64,7 @@ class Choice:
         return pieces
 
 
-async def collect(events: Events, choices: list[Choice]) -> AsyncIterator[tuple[int, list[Piece]]]:
+async def collect(events: Events, choices: list[Choice]) -> AsyncGenerator[tuple[int, list[Piece]]]:
     """Feed the choices; yield (number, pieces) for each token until all have ended."""
     async with contextlib.aclosing(events):
         async for event in events:
@@ -127,6 +127,16 @@ def chat_message(pieces: Sequence[Piece]) -> dict[str, Any]:
     return message
 
 
+def chat_choice(number: int, choice: Choice, tokenizer: Tokenizer, logprobs: bool) -> dict[str, Any]:
+    """Return one finished answer of a chat."""
+    return {
+        "index": number,
+        "message": chat_message(choice.said),
+        "logprobs": chat_logprobs(choice.tokens, tokenizer) if logprobs else None,
+        "finish_reason": choice.finish_reason,
+    }
+
+
 def chat_delta(piece: Piece, calls_before: int) -> dict[str, Any]:
     """Return one piece as a delta of a stream."""
     if piece.kind == "tool_call":
@@ -155,7 +165,7 @@ def chat_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer) -> dict[str, An
 async def chat_chunks(
     head: Head, moves: AsyncIterator[tuple[int, list[Piece]]], choices: list[Choice], tokenizer: Tokenizer, *,
     logprobs: bool, usage_of_prompt_tokens: int | None,
-) -> AsyncIterator[dict[str, Any]]:  # fmt: skip
+) -> AsyncGenerator[dict[str, Any]]:  # fmt: skip
     """Yield the chunks of a streamed chat: the role first, the finish reason alone last, then the usage."""
     more = {} if usage_of_prompt_tokens is None else {"usage": None}
     sent = [0] * len(choices)
@@ -263,7 +273,7 @@ def text_logprobs(tokens: Sequence[Token], echo: Echo | None, logprobs: TextLogp
 async def text_chunks(
     head: Head, moves: AsyncIterator[tuple[int, list[Piece]]], choices: list[Choice], echoes: list[Echo | None],
     logprobs: list[TextLogprobs | None], *, usage_of_prompt_tokens: int | None,
-) -> AsyncIterator[dict[str, Any]]:  # fmt: skip
+) -> AsyncGenerator[dict[str, Any]]:  # fmt: skip
     """Yield the chunks of streamed text completions; the finish reason is on the last of each choice only."""
     more = {} if usage_of_prompt_tokens is None else {"usage": None}
     sent = [0] * len(choices)
@@ -286,13 +296,6 @@ async def text_chunks(
             yield chunk(number, text, reason=reason)
     if usage_of_prompt_tokens is not None:
         yield head.body([], usage=usage(usage_of_prompt_tokens, choices))
-
-
-async def server_sent(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """Return chunks as server-sent events, `[DONE]` last."""
-    async for chunk in chunks:
-        yield b"data: " + to_bytes(chunk) + b"\n\n"
-    yield b"data: [DONE]\n\n"
 
 
 def to_bytes(body: Any) -> bytes:

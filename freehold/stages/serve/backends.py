@@ -41,7 +41,9 @@ class Served:
     name: str
     backend: Backend
     tokenizer: Tokenizer
-    at_once: int = 1
+    sampling: Sampling
+    """How it is sampled where a request does not say otherwise, and the tokens that end its answers."""
+    running: int = 1
     """Requests that may take turns."""
     close: Callable[[], None] = lambda: None
     """Ends what does not end by itself."""
@@ -53,10 +55,12 @@ def open_model(config: ServeConfig, path: Path) -> Served:
         tokenizer = Tokenizer.load(_tokenizer_folder(config, path))
         gguf = Gguf(path, tokenizer, config.max_model_len)
         # One at a time: llama.cpp keeps the keys and values of one conversation, and would read each again every turn.
-        return Served(config.model_name or path.stem, gguf, tokenizer, close=gguf.close)
+        sampling = api.default_sampling(path.parent, tokenizer)
+        return Served(config.model_name or path.stem, gguf, tokenizer, sampling, close=gguf.close)
     folder = api.find_model(path)
     loaded = api.load(folder, config.dtype, limit_tokens=config.max_model_len)
-    return Served(config.model_name or folder.resolve().name, loaded.engine, loaded.tokenizer, config.max_running)
+    name = config.model_name or folder.resolve().name
+    return Served(name, loaded.engine, loaded.tokenizer, loaded.sampling, config.max_running)
 
 
 def _tokenizer_folder(config: ServeConfig, path: Path) -> Path:

@@ -33,6 +33,10 @@ class ServeConfig(Config):
         8, gt=0, description="Requests answered at the same time, in turns of a token; a .gguf file: always one."
     )
     max_queue: int = Field(64, gt=0, description="Requests that may wait; one more is answered with status 429.")
+    cors_origins: list[str] = Field(
+        default_factory=list,
+        description='Web pages that may ask from a browser, as http://localhost:3000; "*" = any. Empty: none.',
+    )
     question: str = Field("What is the capital of France?", description="What the walk asks, over HTTP.")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import ipaddress
 import json
 import os
 import signal
@@ -18,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from freehold.core.artifact import Workspace, write_json
 from freehold.core.errors import ConfigError, FreeholdError
 from freehold.core.log import Log
+from freehold.stages.serve import limits
 from freehold.stages.serve.app import create_app
 from freehold.stages.serve.backends import open_model
 from freehold.stages.serve.config import KEY_VARIABLE, ServeConfig
@@ -47,23 +51,53 @@ def serve(config: ServeConfig, ready: Callable[[str], None] | None = None) -> No
     """
     if config.path is None:
         raise ConfigError("what to serve is not said", where="serve.path", expected="a checkpoint, HF folder or .gguf")
+    key = _api_key()
     with ExitStack() as stack:
         listener = stack.enter_context(listen(config.host, config.port))  # before the model: a taken port is known
         host, port = listener.getsockname()[:2]
         log = Log()
+        if key is None and not ipaddress.ip_address(host).is_loopback:
+            log.warn(f"anyone who reaches {host} may use this model: {KEY_VARIABLE} is not set")
         log.say(f"opening {config.path}")
         served = open_model(config, config.path)
         stack.callback(served.close)
-        app = create_app(served, config, os.environ.get(KEY_VARIABLE))
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=GRACE_S)
-        )
+        server = make_server(create_app(served, config, key))
         log.say(f"serving {served.name} at http://{host}:{port}/v1 (context {served.backend.limit_tokens} tokens)")
         if ready is not None:
             ready(f"http://{host}:{port}")
         with _signals_end_quietly():
             server.run(sockets=[listener])
         log.say("stopped")
+
+
+def _api_key() -> str | None:
+    """Return the key that requests must carry; ConfigError when it is set and empty, which would let anyone in."""
+    key = os.environ.get(KEY_VARIABLE)
+    if key is not None and not key.strip():
+        raise ConfigError(f"{KEY_VARIABLE} is empty", expected="a key", todo=f"set a key, or unset {KEY_VARIABLE}")
+    return key and key.strip()
+
+
+def make_server(app: FastAPI) -> uvicorn.Server:
+    """Return the HTTP server of an application, with limits on its connections."""
+    most, backlog = limits.connection_limits(limits.raise_open_files())
+    protocol = type("Protocol", (limits.BoundedProtocol,), {"most": most})
+    config = uvicorn.Config(
+        app, http=protocol, ws="none", backlog=backlog, log_level="warning", lifespan="on",
+        h11_max_incomplete_event_size=limits.HEADER_BYTES, timeout_graceful_shutdown=GRACE_S + 5,
+    )  # fmt: skip
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    """A server whose streams end with an error event when they take longer than the time of grace."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening, let answers end, then end those that have not."""
+        worker = self.config.app.state.front.worker  # type: ignore[union-attr]
+        timer = asyncio.get_running_loop().call_later(GRACE_S, worker.begin_to_stop)
+        await super().shutdown(sockets)
+        timer.cancel()
 
 
 @contextmanager
@@ -187,6 +221,8 @@ def _get(url: str, body: dict[str, Any] | None = None, timeout_s: float = 300) -
     """Send one request (POST with a body, else GET) and return the JSON that comes back."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+    # It is this machine's own server: a proxy that the environment names must not see the question.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=timeout_s) as answer:
         result: dict[str, Any] = json.load(answer)
     return result
