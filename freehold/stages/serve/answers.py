@@ -7,6 +7,7 @@ import json
 import math
 import time
 import uuid
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,9 @@ class Choice:
     finish_reason: str | None = None
     said: list[Piece] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
-    """Those that are part of the text, for the log-probabilities."""
+    """Those of which something is in the text, for the log-probabilities."""
+    starts: list[int] = field(default_factory=list)
+    """At which character of the text each of them begins."""
 
     def feed(self, token: Token) -> list[Piece]:
         """Take one token; return the pieces that are now certain. Sets `finish_reason` at the end."""
@@ -40,17 +43,27 @@ class Choice:
         self.completion_tokens += 1
         text = ""
         if token.finish_reason != "stop":  # a token that ends the answer is not in its text
-            text = self.text.feed(token.id)
+            self.starts.append(self.text.decoded_chars)
             self.tokens.append(token)
+            text = self.text.feed(token.id)
         if self.text.stopped or token.finish_reason:
             return self.end("stop" if self.text.stopped else token.finish_reason or "stop", text)
         return self._say(text, last=False)
+
+    @property
+    def certain(self) -> int:
+        """How many of the tokens no stop string can take away any more."""
+        if self.finish_reason or not self.text.stops:
+            return len(self.tokens)
+        return bisect_left(self.starts, self.text.returned_chars)
 
     def end(self, reason: str, text: str = "") -> list[Piece]:
         """Close the answer; return what was held back."""
         pieces = self._say(text + self.text.finish(), last=True)
         if self.text.stopped:
             reason = "stop"
+            kept = bisect_left(self.starts, self.text.returned_chars)
+            del self.tokens[kept:], self.starts[kept:]
         calls = any(piece.kind == "tool_call" for piece in self.said)
         self.finish_reason = "tool_calls" if calls and reason == "stop" else reason
         return pieces
@@ -173,9 +186,9 @@ async def chat_chunks(
     def chunk(number: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         choice = {"index": number, "delta": delta, "logprobs": None, "finish_reason": reason}
         if logprobs and not reason:
-            tokens = choices[number].tokens
-            choice["logprobs"] = chat_logprobs(tokens[sent[number] :], tokenizer) if tokens[sent[number] :] else None
-            sent[number] = len(tokens)
+            tokens = choices[number].tokens[sent[number] : choices[number].certain]
+            choice["logprobs"] = chat_logprobs(tokens, tokenizer) if tokens else None
+            sent[number] += len(tokens)
         return head.body([choice], **more)
 
     for number in range(len(choices)):
@@ -207,11 +220,23 @@ async def chat_chunks(
 
 @dataclass
 class TextLogprobs:
-    """Log-probabilities in the form of text completions; continues over the chunks of a stream."""
+    """Log-probabilities in the form of text completions; continues over the chunks of a stream.
+
+    `offset` counts the characters of the text before a token: half a character and a hidden token are none.
+    """
 
     tokenizer: Tokenizer
     top: int
     offset: int = 0
+
+    def __post_init__(self) -> None:
+        """Begin between two characters."""
+        self._text = TextStream(self.tokenizer)
+
+    def end_of_prompt(self) -> None:
+        """Close the text of the prompt: half a character at its end is not continued by the answer."""
+        self.offset += len(self._text.finish())
+        self._text = TextStream(self.tokenizer)
 
     def block(self, ids: Sequence[int], logprobs: Sequence[float | None], tops: Sequence[Top]) -> dict[str, Any]:
         """Return the block for some tokens; a token without log-probability (the first of a prompt) has None."""
@@ -221,7 +246,7 @@ class TextLogprobs:
         for token, logprob, top in zip(ids, logprobs, tops, strict=True):
             names.append(self._name(token))
             offsets.append(self.offset)
-            self.offset += 0 if names[-1].startswith("bytes:") else len(names[-1])
+            self.offset += len(self._text.feed(token))
             if logprob is None:
                 best.append(None)
                 continue
@@ -264,10 +289,12 @@ def text_logprobs(tokens: Sequence[Token], echo: Echo | None, logprobs: TextLogp
     ids = [t.id for t in tokens]
     values: list[float | None] = [t.logprob for t in tokens]
     tops = [t.top_logprobs for t in tokens]
-    if echo and echo.scored:
-        ids, tops = [*echo.ids, *ids], [*echo.scored.top_logprobs, *tops]
-        values = [None, *echo.scored.logprobs[1:], *values]
-    return logprobs.block(ids, values, tops)
+    if not (echo and echo.scored):
+        return logprobs.block(ids, values, tops)
+    block = logprobs.block(echo.ids, [None, *echo.scored.logprobs[1:]], echo.scored.top_logprobs)
+    logprobs.end_of_prompt()
+    after = logprobs.block(ids, values, tops)
+    return {name: [*block[name], *after[name]] for name in block}
 
 
 async def text_chunks(
@@ -280,10 +307,10 @@ async def text_chunks(
 
     def chunk(number: int, text: str, echo: Echo | None = None, reason: str | None = None) -> dict[str, Any]:
         block, table = None, logprobs[number]
-        tokens = choices[number].tokens
-        if table and (echo or tokens[sent[number] :]):
-            block = text_logprobs(tokens[sent[number] :], echo, table)
-            sent[number] = len(tokens)
+        tokens = choices[number].tokens[sent[number] : choices[number].certain]
+        if table and (echo or tokens):
+            block = text_logprobs(tokens, echo, table)
+            sent[number] += len(tokens)
         return head.body([{"index": number, "text": text, "logprobs": block, "finish_reason": reason}], **more)
 
     for number, echo in enumerate(echoes):
