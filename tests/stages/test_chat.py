@@ -8,9 +8,11 @@ import io
 import pytest
 
 from freehold import api
+from freehold.core.errors import RequestError
 from freehold.infer.engine import ContextOverflow
 from freehold.stages.chat import run as chat_run
 from freehold.stages.chat.config import ChatConfig, plan
+from freehold.tokenizer.output import Piece
 
 
 class Terminal(io.StringIO):
@@ -139,8 +141,6 @@ def test_answers_end_with_the_context(short_folder, more):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_reasoning_is_dimmed_or_hidden(tiny_checkpoint, monkeypatch, shown):
-    from freehold.tokenizer.output import Piece
-
     pieces = [Piece("reasoning", "hm"), Piece("content", "Paris"), Piece("tool_call", "{}", "look")]
     monkeypatch.setattr(api.Loaded, "answer", lambda *_: iter(pieces))
     typed(monkeypatch, "Hello")
@@ -153,3 +153,40 @@ def test_reasoning_is_dimmed_or_hidden(tiny_checkpoint, monkeypatch, shown):
 
 def test_the_plan_names_the_model(tmp_path):
     assert plan(config(tmp_path)) == [f"talks to {tmp_path}"]
+
+
+def test_pipe_that_is_no_utf8_is_refused_by_line(tiny_checkpoint):
+    """Whatever the locale says: it would be lenient in one country and a traceback in another."""
+    lines = io.TextIOWrapper(io.BytesIO("Hällo\n".encode() + b"caf\xe9 ol\xe9?\n"), encoding="ascii")
+    out = io.StringIO()
+    with pytest.raises(RequestError, match="not UTF-8") as caught:
+        chat_run.chat(config(tiny_checkpoint), lines, out)
+    assert caught.value.where == "line 2"
+    assert out.getvalue().count("\n") == 1
+
+
+def test_terminal_of_another_encoding_ends_no_chat(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(api.Loaded, "answer", lambda *_: iter([Piece("content", "né"), Piece("content", "→")]))
+    typed(monkeypatch, UnicodeDecodeError("ascii", b"\xe9", 0, 1, "no"), "Hello")
+
+    class Ascii(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    out = Ascii(io.BytesIO(), encoding="ascii")
+    chat_run.chat(config(tiny_checkpoint), Terminal(), out)
+    out.flush()
+    assert b"n??" in out.buffer.getvalue()
+    assert b"not UTF-8" in out.buffer.getvalue()
+
+
+def test_control_codes_do_not_reach_the_terminal(tiny_checkpoint, monkeypatch):
+    evil = "\x1b]52;c;ZXZpbA==\x07 \x9b2J a\tb\nc"
+    pieces = [Piece("reasoning", evil), Piece("content", evil), Piece("tool_call", '{"a": "\x1b"}', "\x1b[0m")]
+    monkeypatch.setattr(api.Loaded, "answer", lambda *_: iter(pieces))
+    typed(monkeypatch, "Hello")
+    out = Terminal()
+    chat_run.chat(config(tiny_checkpoint), Terminal(), out)
+    left = out.getvalue().replace(chat_run.DIM, "").replace(chat_run.PLAIN, "")
+    assert "a\tb\nc" in left
+    assert not set(left) & {"\x1b", "\x07", "\x9b"}

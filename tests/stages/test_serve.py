@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
-import time
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-import uvicorn
+from serving import HELLO, JSON, MODEL, Running, Script, wait_for
 
 from freehold import api
 from freehold.core.errors import ArtifactError
@@ -22,30 +20,6 @@ from freehold.stages.serve.backends import Served
 from freehold.stages.serve.config import ServeConfig
 from freehold.stages.serve.worker import Worker
 from freehold.tokenizer.chat import render_ids
-
-MODEL = "tiny"
-HELLO = [{"role": "user", "content": "The capital of France?"}]
-
-
-class Running:
-    """A server in a thread of this process, on a free port."""
-
-    def __init__(self, app) -> None:
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
-
-    def __enter__(self):
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        return self
-
-    def __exit__(self, *_):
-        self.server.should_exit = True
-        self.thread.join(10)
-        assert not self.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +229,6 @@ def metric(server, name: str) -> float:
 CHAT = {"model": MODEL, "messages": HELLO, "max_tokens": 2}
 TEXT = {"model": MODEL, "prompt": "a", "max_tokens": 2}
 CALL = {"role": "assistant", "content": None}
-JSON = {"content-type": "application/json"}
 
 
 def calls(arguments: str) -> dict:
@@ -406,35 +379,6 @@ def test_tools_are_offered_and_idle_fields_accepted(client):
     with_tools = client.chat.completions.create(**options, tools=[tool], tool_choice="auto")
     without = client.chat.completions.create(**options, tools=[tool], tool_choice="none")
     assert with_tools.usage.prompt_tokens > without.usage.prompt_tokens
-
-
-class Script:
-    """A backend that says a given text, a token at a time: what a trained model would say."""
-
-    limit_tokens = 1000
-
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer, self.text, self.reason, self.pause_s, self.closed = tokenizer, "", "stop", 0.0, 0
-        self.error = None
-
-    def decode(self, prompts, settings):
-        from freehold.infer.engine import Token
-
-        ids = self.tokenizer.encode(self.text, specials=True)
-        if self.error:
-            raise self.error
-        try:
-            for number in range(len(prompts)):
-                for token in ids:
-                    time.sleep(self.pause_s)
-                    yield number, Token(token, -0.5)
-                last = self.tokenizer.eos if self.reason == "stop" else ids[0]
-                yield number, Token(last, -0.5, finish_reason=self.reason)
-        finally:
-            self.closed += 1
-
-    def score_top(self, sequences, top):
-        raise NotImplementedError
 
 
 @pytest.fixture
@@ -604,10 +548,3 @@ def test_our_own_bug_is_a_500_in_openais_form(script, caplog):
     with pytest.raises(openai.InternalServerError) as caught:
         script.client.completions.create(model=MODEL, prompt="a", echo=True, logprobs=1)
     assert caught.value.type == "server_error"
-
-
-def wait_for(condition, timeout_s: float = 5) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

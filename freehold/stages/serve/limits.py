@@ -25,6 +25,7 @@ DRAIN_S = 2.0
 """Time the rest of a refused body is read and dropped, so that the client sees the refusal and not a reset."""
 HEADER_BYTES = 16 << 10
 MAX_CONNECTIONS = 4096
+KERNEL_BACKLOG = 2048
 REPEAT_S = 60.0
 """An error of the event loop is logged once in this time, with the number of its repetitions."""
 

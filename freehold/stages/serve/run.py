@@ -92,6 +92,12 @@ def make_server(app: FastAPI) -> uvicorn.Server:
 class _Server(uvicorn.Server):
     """A server whose streams end with an error event when they take longer than the time of grace."""
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen; connections may wait in the kernel in greater number than are accepted in one turn."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(limits.KERNEL_BACKLOG)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening, let answers end, then end those that have not."""
         worker = self.config.app.state.front.worker  # type: ignore[union-attr]

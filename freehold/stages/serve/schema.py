@@ -21,6 +21,16 @@ MAX_IDS, MAX_MESSAGES, MAX_TOOLS, MAX_PARTS = 1 << 20, 16_384, 1024, 1024
 # A list of a million wrong items is a million errors of which one is reported: the first ends the check.
 Ids = Annotated[list[int], Field(fail_fast=True, max_length=MAX_IDS)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_TOOLS)]
+
+
+def _bounded(value: Any) -> Any:
+    """Refuse a table that is too long before each of its values is checked."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise PydanticCustomError("too_long", "at most {most} token ids", {"most": MAX_BIASES})
+    return value
+
+
+Biases = Annotated[dict[str, float], pydantic.BeforeValidator(_bounded)]
 P = TypeVar("P", bound="_Part")
 
 
@@ -72,7 +82,7 @@ class Request(_Part):
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES)
+    logit_bias: Biases | None = None
     max_tokens: int | None = None
     seed: int | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
