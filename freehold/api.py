@@ -31,7 +31,8 @@ Dtype = Literal["float32", "bfloat16"]
 
 # Where a run folder or a stage's folder keeps its models, the most finished one first.
 MODELS = (
-    "align/preview", "preview", "pretrain/base", "base", "pretrain/truebase", "truebase", "export/hf", "hf",
+    "align/preview", "preview", "pretrain/base", "base", "import/base", "pretrain/truebase", "truebase", "export/hf",
+    "hf",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from freehold.core.errors import ConfigError, FreeholdError
 from freehold.core.version import VERSION
-from freehold.run.layout import ALIGN, CHAT, SERVE, WALK
+from freehold.run.layout import ALIGN, CHAT, IMPORT, PUBLISHED, SERVE, WALK
 
 EXAMPLES = """examples:
   freehold run recipes/laptop.yaml                    the whole walk, redoing only what is missing
@@ -132,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         made.epilog, made.formatter_class = TAUGHT.get(stage.name), argparse.RawDescriptionHelpFormatter
         if stage.name == ALIGN:
             _check_arguments(made)
+    _import_arguments(_verb(verbs, IMPORT, PUBLISHED.summary, _import))
     serve = _verb(verbs, SERVE, WALK[SERVE].summary, _serve)
     serve.add_argument("path", help="run folder, checkpoint, HF folder, .gguf file, or a recipe for the walk's check")
     serve.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema serve`")
@@ -213,7 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--keep", action="store_true", help="keep the runs, in verify-resume/ of the run folder")
     verify.add_argument("--json", action="store_true", help="machine-readable answer")
     schema = _verb(verbs, "schema", "print the JSON Schema of a stage's section of the recipe", _schema)
-    schema.add_argument("stage", choices=[*WALK, CHAT])
+    schema.add_argument("stage", choices=[*WALK, CHAT, IMPORT])
     return parser
 
 
@@ -227,6 +228,39 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="YAML recipe, e.g. recipes/laptop.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. optim.lr=3e-4")
     _walk_flags(parser)
+
+
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="folder with config.json, safetensors and, for text, tokenizer.json")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema import`")
+    parser.add_argument("--name", required=True, help="name of the run folder that the model becomes a root of")
+    parser.add_argument("--licence", required=True, help="SPDX expression of the weights, e.g. Apache-2.0")
+    parser.add_argument(
+        "--evidence", required=True, help="what shows it: `FILE: words quoted from that file`, or a statement"
+    )
+    parser.add_argument("--clean", action="store_true", help="import again in place of what is there")
+    parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
+
+
+def _import(args: argparse.Namespace) -> int:
+    from freehold.core.artifact import read_manifest
+    from freehold.core.config import fill, override
+    from freehold.stages.importing.config import ImportConfig
+
+    file, _, quote = args.evidence.partition(": ")
+    quoted = bool(quote) and any(Path(args.path).glob(file))
+    evidence = {"file": file, "quote": quote} if quoted else {"rule": args.evidence}
+    data = {"path": args.path, "name": args.name, "licence": args.licence, "licence_evidence": evidence}
+    config = fill(ImportConfig, override(data, args.overrides), IMPORT)
+    from freehold.stages.importing.run import import_model
+
+    folder = import_model(config, clean=args.clean, quiet=args.quiet or args.json)
+    if args.json:
+        print(json.dumps({"folder": str(folder), "counts": read_manifest(folder)["counts"]}))
+    elif not args.quiet:
+        print(f"try `freehold chat {folder.parent}`, or begin a recipe with `base: {folder / 'recipe.yaml'}`")
+    return 0
 
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -553,9 +587,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _schema(args: argparse.Namespace) -> int:
-    from freehold.run.layout import TALK, WALK
+    from freehold.run.layout import TALK
 
-    stage = {**WALK, TALK.name: TALK}[args.stage]
+    stage = {**WALK, TALK.name: TALK, IMPORT: PUBLISHED}[args.stage]
     print(json.dumps(stage.config_class().model_json_schema(), indent=1))
     return 0
 
