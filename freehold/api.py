@@ -11,12 +11,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
 from freehold.checkpoint import dcp, hf
-from freehold.core.artifact import MANIFEST, read_manifest
+from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.errors import ArtifactError, CheckpointError
 from freehold.infer.engine import Engine
 from freehold.infer.sampler import Sampling
@@ -34,6 +34,24 @@ MODELS = (
     "align/preview", "preview", "pretrain/base", "base", "import/base", "pretrain/truebase", "truebase", "export/hf",
     "hf",
 )  # fmt: skip
+
+
+class NoTokenizer:
+    """Stands in a model that was imported without a tokenizer of ours; asking anything of it raises ArtifactError."""
+
+    bos = end_of_text = eos = -1  # no id: nothing ends an answer
+
+    def __init__(self, folder: Path, why: str) -> None:
+        self._folder, self._why = folder, why
+
+    def __getattr__(self, name: str) -> Any:
+        raise ArtifactError(
+            "this model has no tokenizer to turn text into ids with",
+            where=self._folder,
+            found=self._why,
+            expected="tokenizer.json with Trinity's special tokens",
+            todo="use .model and .engine with ids, or import the folder again with its tokenizer",
+        )
 
 
 @dataclass(frozen=True)
@@ -100,8 +118,7 @@ def load(path: str | Path, dtype: Dtype = "float32", *, max_batch: int = 32, lim
         config, state = dcp.read_model(folder)
     else:
         config, state = hf.load_hf(folder)
-    tokenizer = Tokenizer.load(folder)
-    _check_tokenizer(folder, tokenizer, config)
+    tokenizer = _read_tokenizer(folder, config)
     model = Afmoe(config)
     dcp.match_keys(state, model.state_dict(), folder)
     model.load_state_dict(state, assign=True)
@@ -149,6 +166,16 @@ def _is_model(folder: Path) -> bool:
         return json.loads(config.read_text(encoding="utf-8")).get("model_type") == "afmoe"
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
         return False
+
+
+def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """Return the tokenizer of a model folder; for an import without one, what refuses in words when it is used."""
+    if dcp.is_imported(folder) and not read_json(folder / "trainer.json").get("tokenizer_sha256"):
+        found = "another tokenizer.json" if (folder / "tokenizer.json").is_file() else "no tokenizer.json"
+        return cast(Tokenizer, NoTokenizer(folder, found))
+    tokenizer = Tokenizer.load(folder)
+    _check_tokenizer(folder, tokenizer, config)
+    return tokenizer
 
 
 def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:

@@ -166,7 +166,7 @@ def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, A
 
 
 def override(data: dict[str, Any], items: typing.Iterable[str]) -> dict[str, Any]:
-    """Return `data` with `a.b=value` overrides laid over it, the last one on top."""
+    """Return `data` with `a.b=value` overrides merged over it, the last one wins."""
     for item in items:
         data = merge(data, parse_override(item))
     return data
@@ -188,7 +188,7 @@ def parse_override(item: str) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return `below` with `above` laid over it: mappings merge, null takes a mapping away, the rest is replaced."""
+    """Return `below` with `above` merged over it: mappings merge, null takes a mapping away, the rest is replaced."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:  # pydantic takes longer than all of `freehold --help`
 GATHER, CURATE, REPHRASE, TOKENIZE = "gather", "curate", "rephrase", "tokenize"
 PRETRAIN, ALIGN, EVALUATE, EXPORT, SERVE = "pretrain", "align", "evaluate", "export", "serve"
 CHAT, IMPORT = "chat", "import"
+METRICS = "metrics.jsonl"
+"""A stage's figures by step."""
+TRAINER_FACTS = "trainer.json"
+"""What a checkpoint says of its training."""
 
 Gate = Literal["", "mixture", "alignment set", "export"]
 
@@ -153,7 +157,11 @@ class RunFolder:
 
     def metrics(self, name: str) -> Path:
         """Return a stage's figures by step."""
-        return self.root / name / "metrics.jsonl"
+        return self.root / name / METRICS
+
+    def timing(self, name: str) -> Path:
+        """Return how long a stage took."""
+        return self.root / name / "timing.json"
 
     def trace(self, name: str) -> Path:
         """Return which steps of a training stage saw which document."""
@@ -174,7 +182,7 @@ class RunFolder:
     def trainer_facts(self, name: str) -> list[Path]:
         """Return the facts of every checkpoint of a training stage: named ones, then those of a step."""
         folder = self.root / name
-        return [*folder.glob("*/trainer.json"), *folder.glob("checkpoints/*/trainer.json")]
+        return [*folder.glob(f"*/{TRAINER_FACTS}"), *folder.glob(f"checkpoints/*/{TRAINER_FACTS}")]
 
     @property
     def sources(self) -> Path:

@@ -78,7 +78,7 @@ def question_of(row: dict[str, Any]) -> str:
 class Questions:
     """The held-out questions, indexed by the hashes of their words.
 
-    A document holds a question when all of it is there, or one run of RUN_WORDS words of it (Brown et al. 2020,
+    A document holds a question when every word is there, or one run of RUN_WORDS of its words (Brown et al. 2020,
     appendix C), operators included. Runs that several questions have are the wording of an exercise, which training
     may share. Of a question with such runs, half of those that are its own must be there; and where those are the
     fewer, only the question as a whole counts.

@@ -25,10 +25,10 @@ GENERAL = ("auto", "docstrings", "html", "pdf", "python", "text")
 
 
 class FileSource(SourceBase):
-    """A source whose documents lie in files."""
+    """A source whose documents are in files."""
 
     members: tuple[str, ...] = Field(default=("*",), description="globs of the files to read; `*` also matches `/`")
-    exclude: tuple[str, ...] = Field(default=(), description="globs of files to leave out")
+    exclude: tuple[str, ...] = Field(default=(), description="globs of files to skip")
     reader: str = Field(
         default="text",
         description="how a file becomes documents: text, html, pdf, python, docstrings, auto (by its ending: .html, "
@@ -76,7 +76,7 @@ class Stdlib(FileSource):
 
 
 class Archive(FileSource):
-    """Files inside an archive that lies in `corpus_dir`; nothing is unpacked to disk."""
+    """Files inside an archive in `corpus_dir`; nothing is unpacked to disk."""
 
     file: str = Field(description="name of the archive below corpus_dir")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the archive")
@@ -267,7 +267,7 @@ def plan(config: GatherConfig) -> list[str]:
     """Return the lines a dry run prints: sources, sizes, and what has to be there."""
     lines = []
     for name, source in config.sources.items():
-        size = f"up to {source.max_bytes / 1e6:.1f} MB" if source.max_bytes else "all of it"
+        size = f"up to {source.max_bytes / 1e6:.1f} MB" if source.max_bytes else "everything"
         lines.append(f"{name}: {_origin(source, config.corpus_dir)}, {size}, {source.licence or 'NO LICENCE GIVEN'}")
     capped = sum(s.max_bytes or 0 for s in config.sources.values())
     lines.append(f"{len(config.sources)} sources, at most {capped / 1e6:.1f} MB from those with a cap")

@@ -17,7 +17,8 @@ from freehold.ledger.evidence import Weighed, of_head, restrictions, weigh
 from freehold.ledger.licence import normalise
 from freehold.stages.gather import rights
 from freehold.stages.gather.config import EVIDENCE_KEY, LICENCE_KEY, Conversations
-from freehold.stages.gather.origins import Changed, date_of
+from freehold.stages.gather.origins import date_of
+from freehold.stages.gather.paths import Changed
 from freehold.text.reading import encodable, unfit
 
 TASK_FORMATS = ("task", "choice_task")
