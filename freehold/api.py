@@ -22,6 +22,7 @@ from freehold.infer.engine import Engine
 from freehold.infer.sampler import Sampling
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
+from freehold.model.device import Device, choose_device
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.chat import render_ids
 from freehold.tokenizer.output import AnswerParser, Piece, TextStream
@@ -107,12 +108,20 @@ class Loaded:
         return "".join(stream.feed(i) for i in self.engine.generate([ids], sampling)[0].ids) + stream.finish()
 
 
-def load(path: str | Path, dtype: Dtype = "float32", *, max_batch: int = 32, limit_tokens: int | None = None) -> Loaded:
+def load(
+    path: str | Path,
+    dtype: Dtype = "float32",
+    *,
+    device: Device = "auto",
+    max_batch: int = 32,
+    limit_tokens: int | None = None,
+) -> Loaded:
     """Open a checkpoint, a run or stage folder (its most finished model), or an AFMoE folder in HF form.
 
     Raises ArtifactError when the path is none of these, CheckpointError when the model is damaged or its
-    tokenizer is another one's.
+    tokenizer is another one's, ConfigError when `device` is cuda and there is none. `auto` prints what it chose.
     """
+    place = choose_device(device)
     folder = find_model(Path(path))
     if (folder / MANIFEST).exists() and read_manifest(folder)["kind"] == "checkpoint":
         config, state = dcp.read_model(folder)
@@ -122,7 +131,7 @@ def load(path: str | Path, dtype: Dtype = "float32", *, max_batch: int = 32, lim
     model = Afmoe(config)
     dcp.match_keys(state, model.state_dict(), folder)
     model.load_state_dict(state, assign=True)
-    model.to_compute({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).requires_grad_(False)
+    model.to_compute({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).requires_grad_(False).to(place)
     return Loaded(model, tokenizer, config, Engine(model, max_batch, limit_tokens), folder)
 
 

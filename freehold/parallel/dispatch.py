@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
 from freehold.model import ops
+from freehold.model.rows import Route, route
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,7 +23,7 @@ class Sent(NamedTuple):
 
     sends: list[int]
     receives: list[int]
-    path: ops.Route | None
+    path: Route | None
 
 
 class AllToAll:
@@ -43,7 +44,7 @@ class AllToAll:
         rows, path = exchange(x, receives, sends, self.group), None
         if len(rows):
             experts = torch.arange(here.shape[1], device=x.device).repeat(ranks)
-            path = ops.route(experts.repeat_interleave(here.flatten(), output_size=len(rows))[:, None])
+            path = route(experts.repeat_interleave(here.flatten(), output_size=len(rows))[:, None])
             rows = ops.gather(rows, path)
         return rows, here.sum(0), Sent(sends, receives, path)
 
@@ -51,7 +52,7 @@ class AllToAll:
         """Return the results [S, d] to the ranks their rows came from, in the order they had there: [R, d]."""
         if context.path is not None:
             order, inverse, _ = context.path
-            y = ops.gather(y, ops.Route(inverse, order, inverse))
+            y = ops.gather(y, Route(inverse, order, inverse))
         return exchange(y, context.sends, context.receives, self.group)
 
 
