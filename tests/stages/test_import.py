@@ -25,8 +25,10 @@ from freehold.model.afmoe import Afmoe
 from freehold.model.config import SHAPES, ModelConfig
 from freehold.run.layout import WALK
 from freehold.stages.align.run import run as align
+from freehold.stages.curate.run import run as curate
 from freehold.stages.evaluate.run import run as evaluate
 from freehold.stages.export.run import run as export
+from freehold.stages.gather.run import run as gather
 from freehold.stages.importing.config import ImportConfig
 from freehold.stages.importing.run import import_model
 from freehold.stages.pretrain.run import run as pretrain
@@ -176,9 +178,12 @@ def test_another_tokenizer_is_carried_but_not_used(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"licence": "CC-BY-NC-4.0", "licence_evidence": {"rule": "x"}}, r"(?s)contradict.*LICENSE is the text of Apache"),
+        (
+            {"licence": "CC-BY-NC-4.0", "licence_evidence": {"rule": "x"}},
+            r"(?s)contradict.*text of Apache",
+        ),
         ({"licence": "GPL-3.0-only", "licence_evidence": {"rule": "x"}, "settled": "ours"}, "the policy stops"),
-        ({"licence_evidence": {"file": "LICENSE", "quote": "all rights reserved by nobody"}}, "quoted evidence is not"),
+        ({"licence_evidence": {"file": "LICENSE", "quote": "all rights are reserved"}}, "quoted evidence is not"),
     ],
 )
 def test_rights_are_judged_before_anything_is_written(nano, tmp_path, change, says):
@@ -262,6 +267,35 @@ def _make(run: Path, name: str, do: Any, recipe: dict[str, Any]) -> dict[str, An
     counts = do(config, Workspace(run / name, name, "t", 0, Log(None, quiet=True), inputs))
     write_manifest(run / name, kind=name, counts=counts, inputs={}, seed=0, config={}, seconds=0.0)
     return counts
+
+
+def test_conversations_alone_are_enough_with_an_import(nano, tmp_path):
+    import_model(settings(nano, tmp_path), quiet=True)
+    recipe = load_yaml(tmp_path / "trinity/import/recipe.yaml")
+    rows = [
+        {"messages": [{"role": "user", "content": f"City {n}?"}, {"role": "assistant", "content": f"Town {n}"}]}
+        for n in range(60)
+    ]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    talks = {
+        "kind": "conversations", "path": str(tmp_path / "talks.jsonl"), "licence": "MIT",
+        "licence_evidence": {"rule": "ours"},
+    }  # fmt: skip
+    recipe |= {"gather": {"sources": {"talks": talks}}, "curate": {"split": {"conversation_fraction": 0.1}}}
+    recipe["align"] = {
+        "batch": {"context_tokens": 64, "sequences": 2}, "trainer": {"threads": 1},
+        "phases": {"sft": {"steps": 2, "checkpoint": "preview", "stage_type": "Preview"}},
+    }  # fmt: skip
+    recipe["evaluate"] |= {"context_tokens": 64, "task_checkpoints": []}
+    run = tmp_path / "child"
+    run.mkdir()
+    for name, do in (
+        ("gather", gather), ("curate", curate), ("tokenize", tokenize), ("pretrain", pretrain), ("align", align),
+        ("evaluate", evaluate),
+    ):  # fmt: skip
+        _make(run, name, do, recipe)
+    assert dcp.check(run / "align/preview")["stage_type"] == "Preview"
+    assert set(read_json(run / "evaluate/results.json")["text"]["sources"]) == {"talks"}
 
 
 def test_pretrain_keeps_the_import_without_a_second_copy(walked, nano):

@@ -39,6 +39,8 @@ BASE = "base"
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
               "generation_config.json")  # fmt: skip
 """Files that are copied where they are there. Python files of a published folder are never taken."""
+LONGEST_ROW = 512
+"""Tokens of a row in the recipe that import writes, where the model's context is longer."""
 LICENCE_FILES = ("LICEN[CS]E*", "COPYING*", "NOTICE*")
 LONGEST_LICENCE_BYTES = 1_000_000
 
@@ -230,10 +232,18 @@ def _facts(rights: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any
 def _recipe(folder: Path, model: ModelConfig, tokenizer: Tokenizer | None) -> str:
     """Return the recipe that others take as `base:` to start from this model."""
     shape = model.model_dump(mode="json")
-    sections: dict[str, Any] = {"pretrain": {"model": shape, "parent": str(folder), "phases": {}}}
+    batch = {"context_tokens": min(LONGEST_ROW, model.max_position_embeddings)}
+    sections: dict[str, Any] = {
+        "pretrain": {"model": shape, "parent": str(folder), "phases": {}, "batch": batch},
+        "align": {"batch": batch},
+        "evaluate": {
+            "checkpoints": ["base", "preview"],
+            "task_checkpoints": ["base", "preview"],
+            "context_tokens": min(LONGEST_ROW, model.max_position_embeddings - 1),
+        },
+    }
     if tokenizer:
         sections["tokenize"] = {"tokenizer": str(folder), "vocab_size": tokenizer.vocab_size}
-    sections["evaluate"] = {"checkpoints": ["base", "preview"], "task_checkpoints": ["base", "preview"]}
     text = (
         "# Made by `freehold import`. Begin a recipe of yours with `base: "
         + str(folder.parent / "recipe.yaml")
