@@ -33,6 +33,7 @@ from freehold.stages.curate.engine import make_all
 from freehold.stages.curate.filters import Why, clean_unicode
 from freehold.stages.curate.privacy import check_density, redact
 from freehold.stages.curate.report import ALL, Report
+from freehold.stages.curate.rules import NEAR_MIN_WORDS
 from freehold.stages.curate.shards import Corpus, Job, Shard, read_plan
 from freehold.stages.curate.split import is_validation, validation_documents
 from freehold.text.held_out import Questions, read_questions
@@ -125,7 +126,7 @@ class Kept:
         if document in self.passages:
             text = cut_words(text, self.passages[document])
         if document in self.lines:
-            text = cut_lines(text, self.lines[document], self.corpus.job.config.lines)
+            text = cut_lines(text, self.lines[document])
         return text
 
 
@@ -165,7 +166,7 @@ def compare(corpus: Corpus, report: Report) -> Kept:
     step("exact_duplicates", {i: ("exact_duplicate", f"of {corpus.ids[j]}") for i, j in twins.items()})
     if config.near_duplicates.enabled:
         near = config.near_duplicates
-        enough = table["words"] >= max(near.min_words, near.shingle_words)
+        enough = table["words"] >= NEAR_MIN_WORDS
         sketch = [corpus.array(n, "sketch") for n in range(len(corpus.shards))]
         alike = near_duplicates(standing(table["alike"] & enough), sketch, corpus.words, near)
         step(
@@ -371,7 +372,7 @@ def curate_conversations(
                 first = seen.setdefault(key, row.id)
                 text = "\n".join(text for _, text in said(messages))
                 why: Why | None = ("exact_duplicate", f"of {first}") if first != row.id else None
-                why = why or question or check_density(len(text), found, config.privacy) or excluded.get(row.id)
+                why = why or question or check_density(len(text), found) or excluded.get(row.id)
                 if why is not None:
                     report.talk.drop("conversations", row, text, why)
                     dropped[why[0]] += 1
@@ -385,7 +386,7 @@ def curate_conversations(
 
 
 def _redacted(text: str, found: Counter[str], config: CurateConfig) -> str:
-    text, one = redact(clean_unicode(text)[0], config.privacy)
+    text, one = redact(clean_unicode(text)[0], config.privacy.find)
     found.update(one)
     return text
 
