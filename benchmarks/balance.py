@@ -7,7 +7,7 @@ long. Every rule starts from the same weights and reads the same rows. Make the 
     freehold run recipes/tiny.yaml name=balance until=tokenize gather.sources.code.max_bytes=12000000
     python benchmarks/balance.py --json benchmarks/results/balance.json --picture docs/images/balance.png
 
-Each (experts, rule, rate) is a case of about a minute of one core. Finished cases lie in `--cases`, with the load and
+Each (experts, rule, rate) is a case of about a minute of one core. Finished cases are in `--cases`, with the load and
 the bias of every expert at every step, and are not run again.
 
 MaxVio is that of the assignments summed over a window of steps, in the worse of the two layers. One step has too few
@@ -110,7 +110,7 @@ def build(args: argparse.Namespace, shards: ShardSet, experts: int, balance: Bal
 def run_case(args: argparse.Namespace, shards: ShardSet, experts: int, rule: str, rate: float) -> dict[str, Any]:
     """Train one case and return what happened, with arrays `load` and `bias` [steps, layers, E]."""
     trainer = build(args, shards, experts, rule_config(rule, rate))
-    layers = list(trainer.model.moe_layers().values())
+    layers = list(trainer.state.moe_layers.values())
     loads, biases, losses = [], [], []
     load_before, cpu, wall = os.getloadavg()[0], time.process_time(), time.monotonic()
     for step in range(args.steps):

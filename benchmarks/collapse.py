@@ -4,8 +4,8 @@ A byte model of 16 experts learns Python's own library until its experts are bal
 on over the same batches, with SMEBU at its published rate, which is too slow to mend by itself what happens to five:
 
 - drift: for 60 steps each update also pushes the router rows of two experts of every layer a little towards the
-  average token. One run has no remedy; the others raise the balance step, and draw the two experts' routing anew.
-- bad batch: the update of one single step does all of that at once. One run has no remedy, the other rolls back.
+  average token. One run has no remedy; the others raise the balance step, or initialise the two experts again.
+- bad batch: the update of one single step does all of that together. One run has no remedy, the other rolls back.
 
     python benchmarks/collapse.py --json benchmarks/results/collapse.json --picture docs/images/collapse.png
 """
@@ -45,11 +45,11 @@ MODEL = ModelConfig(
     num_experts_per_tok=2, sliding_window=64, max_position_embeddings=128,
 )  # fmt: skip
 BALANCED, FAULT, END = 160, 200, 420
-"""The step from which the runs go on alone, the first faulty one, and the last."""
+"""The step from which the runs continue alone, the first faulty one, and the last."""
 PUSHED, PUSH = [0, 1], 4.0
 """The experts that win, and what is added in all to their logits of the average token."""
 SHOWN = 0.02
-"""The loss shows a collapse once it lies so many nats above that of the undisturbed run, in the mean of 15 steps."""
+"""The loss shows a collapse once it is this many nats above that of the undisturbed run, in the mean of 15 steps."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def recovers(self) -> bool:
-        """Tell whether it should end as balanced as the undisturbed run."""
+        """Return whether it should end as balanced as the undisturbed run."""
         return self.fault_steps == 0 or self.action != "none"
 
 
@@ -93,7 +93,7 @@ def library(limit_bytes: int = 2_000_000) -> Source:
 
 
 class Faulty(Trainer):
-    """A run whose router is pushed by the updates of some steps; a step that is left out pushes nothing."""
+    """A run whose router is pushed by the updates of some steps; a skipped step pushes nothing."""
 
     fault_steps = 0
 
@@ -151,18 +151,18 @@ def trainer(folder: Path, source: Source, rate: float, action: str, end: int) ->
 
 
 def series(folder: Path, key: str) -> np.ndarray:
-    """Return one figure of every step of a run; NaN where a step was left out."""
+    """Return one figure of every step of a run; NaN where a step was skipped."""
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss/mean" in row]
     return np.array([np.nan if row.get(key) is None else row[key] for row in rows])
 
 
 def smooth(values: np.ndarray, steps: int = 15) -> np.ndarray:
-    """Return a running mean over the steps before, leaving out those that have no figure."""
+    """Return a running mean over the steps before, skipping those that have no figure."""
     windows = (values[max(0, i - steps + 1) : i + 1] for i in range(len(values)))
     return np.array([np.nanmean(w) if np.isfinite(w).any() else np.nan for w in windows])
 
 
-def draw(told: dict[str, Any], gaps: dict[str, np.ndarray], max_vio: dict[str, np.ndarray]) -> bytes:
+def draw(figures: dict[str, Any], gaps: dict[str, np.ndarray], max_vio: dict[str, np.ndarray]) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6.2), dpi=125, layout="constrained")
@@ -175,7 +175,7 @@ def draw(told: dict[str, Any], gaps: dict[str, np.ndarray], max_vio: dict[str, n
             style: Any = {"color": run.colour, "linewidth": 1.8, "label": run.name.removeprefix(f"{kind}, ")}
             above.plot(steps, smooth(gaps[run.name]), **style)
             below.plot(steps, max_vio[run.name], **style)
-        alarm = told[shown[1].name]["alarm_steps"][0]
+        alarm = figures[shown[1].name]["alarm_steps"][0]
         for axes in (above, below):
             axes.axvspan(FAULT, FAULT + shown[1].fault_steps, color="#fbe3df", zorder=-5)
             axes.axvline(alarm, color="#1f2933", linewidth=1, linestyle=(0, (4, 3)))
@@ -203,7 +203,7 @@ def main() -> int:
     work, source = Path(tempfile.mkdtemp(prefix="freehold-collapse-")), library()
     # The rate of a run this short (docs/decisions/0009) balances the experts; the published one keeps them so.
     trainer(work / "start", source, 5e-3, "roll_back", BALANCED).run()
-    told: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     gaps, max_vio = {}, {}
     for run in RUNS:
         folder = shutil.copytree(work / "start", work / run.name)
@@ -213,18 +213,18 @@ def main() -> int:
         gaps[run.name] = series(folder, "loss/mean") - series(work / UNDISTURBED.name, "loss/mean")
         max_vio[run.name] = series(folder, "moe/max_vio")
         seen = np.flatnonzero(smooth(gaps[run.name]) > SHOWN)
-        told[run.name] = {
+        figures[run.name] = {
             "alarm_steps": [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "moe/alarm" in row],
             "loss_shows_it_at_step": int(seen[0]) + 1 if len(seen) and run.action == "none" else None,
-            "left_out_steps": trained.skipped,
+            "skipped_steps": trained.skipped,
             "max_vio_last_40_steps": round(float(np.nanmean(max_vio[run.name][-40:])), 3),
             "loss_gap_last_40_steps_nats": round(float(np.nanmean(gaps[run.name][-40:])), 4),
         }
-        print(run.name, told[run.name], flush=True)
-    even = told[UNDISTURBED.name]["max_vio_last_40_steps"]
-    as_expected = {run.name: (told[run.name]["max_vio_last_40_steps"] < 2 * even) == run.recovers for run in RUNS}
+        print(run.name, figures[run.name], flush=True)
+    even = figures[UNDISTURBED.name]["max_vio_last_40_steps"]
+    as_expected = {run.name: (figures[run.name]["max_vio_last_40_steps"] < 2 * even) == run.recovers for run in RUNS}
     result = {
-        "runs": told,
+        "runs": figures,
         "as_expected": as_expected,
         "fault": {"first_step": FAULT, "experts": PUSHED, "logit": PUSH},
         "seconds": round(time.monotonic() - started, 1),
@@ -237,10 +237,10 @@ def main() -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.picture:
-        write_atomic(args.picture, draw(told, gaps, max_vio))
+        write_atomic(args.picture, draw(figures, gaps, max_vio))
     shutil.rmtree(work)
     print(f"{result['seconds']} s,", "as expected" if all(as_expected.values()) else f"NOT as expected: {as_expected}")
-    return 0 if all(as_expected.values()) and not told[UNDISTURBED.name]["alarm_steps"] else 1
+    return 0 if all(as_expected.values()) and not figures[UNDISTURBED.name]["alarm_steps"] else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures: the machine, the versions, and the load of others."""
+"""What every benchmark writes next to its figures: the machine, the versions, and the load of others."""
 
 from __future__ import annotations
 

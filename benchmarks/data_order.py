@@ -2,7 +2,7 @@
 
 Every order reads the same corpus in rows of the same length; a step is 8 micro-batches of M rows.
 
-- plain packing: the documents of all sources in one random order, dealt to 8 workers, each packing its own one after
+- plain packing: the documents of all sources in one random order, assigned to 8 workers, each packing its own one after
   another; a micro-batch is M neighbouring rows of one worker. (The buffer with one document for each worker.)
 - one buffer: the published buffer, all sources in one, split over 8 workers.
 - buffer: `batch.order: {kind: buffer}`, one buffer for each source, rows of sources in exact proportion, shuffled.
@@ -174,13 +174,13 @@ def fixed_model(run: Path, makers: Makers, steps: int) -> dict[str, Any]:
     found = {}
     for name, make in makers.items():
         found[name] = heterogeneity(row_losses(model, make(steps, WORKERS), steps))
-        told = [(m, f["batch_het"]["value"], f["step_variance"]["value"]) for m, f in found[name].items()]
-        print(f"{name}: " + ", ".join(f"{m} rows: {het:.3f} {v:.4f}" for m, het, v in told), flush=True)
+        measured = [(m, f["batch_het"]["value"], f["step_variance"]["value"]) for m, f in found[name].items()]
+        print(f"{name}: " + ", ".join(f"{m} rows: {het:.3f} {v:.4f}" for m, het, v in measured), flush=True)
     return {"steps": steps, "orders": found}
 
 
 def bias(order: BufferOrder, sources: Sources, steps: int) -> dict[str, float]:
-    """Return where in its document a token read lies, in the mean (0.5 when unbiased), and how far shares are off.
+    """Return where in its document a token read is, in the mean (0.5 when unbiased), and how far shares are off.
 
     `share_off` is the largest difference between a source's share of the tokens read and its share of the corpus;
     `share_off_at_first` is that of the first tenth of the steps.
@@ -239,9 +239,9 @@ def train(order: TextOrder, run: Path, validation: dict[str, Any], steps: int) -
         )
         trainer = Trainer(job, Log(None, quiet=True), seed=0)
         trainer.checkpoints.adopt(dcp.load(parent, verify=False), parent)
-        told = [trainer.train_step(order.batch(step)) for step in range(steps)]
+        metrics = [trainer.train_step(order.batch(step)) for step in range(steps)]
         bits = bits_per_byte(trainer.model, validation)["val/bpb"]
-    loss, norm = (np.array([values[key] for values in told]) for key in ("loss/mean", "optim/grad_norm"))
+    loss, norm = (np.array([values[key] for values in metrics]) for key in ("loss/mean", "optim/grad_norm"))
     line = np.polynomial.Polynomial.fit(np.arange(steps), loss, 1)(np.arange(steps))
     return {
         "loss": loss.tolist(),
@@ -338,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/data_order.json"), help="the result")
-    parser.add_argument("--image", type=Path, default=Path("docs/images/data_order.png"), help="the picture of it")
+    parser.add_argument("--image", type=Path, default=Path("docs/images/data_order.png"), help="where the picture goes")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     shards = ShardSet.load(args.run / "tokenize" / "tokens", verify=True)

@@ -1,7 +1,7 @@
 """Hurt a training run of two processes in every way a machine can, and see whether it ends with the same bits.
 
 One run is left alone. Each seed then picks a fault, a victim and a moment, hurts a run of the same recipe there, and
-lets the supervisor deal with it. A fault is survived when the run ends well by itself and the last checkpoint has, bit
+lets the supervisor handle it. A fault is survived when the run ends well by itself and the last checkpoint has, bit
 for bit, every tensor of the undisturbed run; a slow rank and the documents of a poisoned batch must be named too. Steps
 repeated are read from the supervisor's own log.
 
@@ -11,7 +11,7 @@ repeated are read from the supervisor's own log.
     disk      the file system is full during at least one save, then has room again
     truncate  the newest checkpoint loses the end of a file, and a rank is killed
     flip      one bit of the newest checkpoint flips, and a rank is killed
-    poison    the data holds batches that no text is like: they must be named and left out; and a rank is killed
+    poison    the data holds batches that no text is like: they must be named and skipped; and a rank is killed
     slow      a rank is held up again and again for some seconds: it must be named, and nothing else done
 
 Results are added to the file as they come; seeds that are in it are not done again.
@@ -95,7 +95,7 @@ class Run:
         return {rank: beat for rank in range(2) if worlds and (beat := read_beat(worlds[-1] / f"rank_{rank}.json"))}
 
     def wait_for(self, step: int) -> dict[int, int]:
-        """Wait until both ranks have done so many steps; return their process ids."""
+        """Wait until both ranks have done that many steps; return their process ids."""
         while self.process.poll() is None:
             beats = self.beats()
             if len(beats) == 2 and all(b["step"] >= step for b in beats.values()):
@@ -134,7 +134,7 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
 
 
 def damage(path: Path, fault: str, rng: random.Random) -> str:
-    """Cut off the end of a file of a checkpoint, or flip one bit of it; return what was done."""
+    """Cut off the end of a file of a checkpoint, or flip one of its bits; return what was done."""
     file = rng.choice(sorted((path / "state").glob("*.distcp")))
     data = bytearray(file.read_bytes())
     if fault == "truncate":
@@ -169,7 +169,7 @@ def fill_disk(run: Run, folder: Path, step: int) -> dict[str, Any]:
 
 
 def poison(inputs: Path, undisturbed: Path) -> None:
-    """Overwrite all that two steps read with tokens no text has, and sign the shards anew: they are what they are."""
+    """Overwrite all that two steps read with tokens no text has, and sign the shards again: they are what they are."""
     config = fill(PretrainConfig, load_yaml(undisturbed / "resolved.yaml"), "pretrain")
     shards = ShardSet.load(inputs / "tokenize" / "tokens")
     order = text_order(
@@ -242,9 +242,9 @@ def one(seed: int, work: Path, references: dict[str, Any]) -> dict[str, Any]:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(runs)], check=True)
     try:
         run = Run(runs, f"seed_{seed}", work / f"{kind}_inputs")
-        told: dict[str, Any] = {}
+        done_to: dict[str, Any] = {}
         with contextlib.suppress(RuntimeError):
-            told = hurt(run, fault, rng, runs)
+            done_to = hurt(run, fault, rng, runs)
         code = run.finish()
         seconds = time.monotonic() - run.started
         events = run.events()
@@ -256,7 +256,7 @@ def one(seed: int, work: Path, references: dict[str, Any]) -> dict[str, Any]:
             equal = not found["facts"] and not any(p["differing"] for p in found["parts"].values())
             skipped = read_json(run.stage / "base" / "trainer.json")["skipped_steps"]
         if fault == "slow":
-            named = any(e["event"] == "slow" and e["rank"] == told.get("victim") for e in events)
+            named = any(e["event"] == "slow" and e["rank"] == done_to.get("victim") for e in events)
         quarantine = run.stage / "log" / "quarantine.jsonl"
         if fault == "poison" and quarantine.exists():
             rows = [json.loads(line) for line in quarantine.read_text().splitlines()]
@@ -264,9 +264,9 @@ def one(seed: int, work: Path, references: dict[str, Any]) -> dict[str, Any]:
         record = {
             "seed": seed,
             "fault": fault,
-            **told,
-            "hurt": bool(told),
-            "survived": bool(told) and code == 0 and equal and named,
+            **done_to,
+            "hurt": bool(done_to),
+            "survived": bool(done_to) and code == 0 and equal and named,
             "exit_code": code,
             "same_bits": equal,
             "relaunches": len(failed),
@@ -311,7 +311,7 @@ def prepare(work: Path) -> dict[str, Any]:
             "skipped_steps": facts["skipped_steps"],
         }
     if [references[kind]["skipped_steps"] for kind in ("clean", "poisoned")] != [[], list(POISONED)]:
-        raise SystemExit(f"not the poisoned steps alone were left out: {references}")
+        raise SystemExit(f"not the poisoned steps alone were skipped: {references}")
     known.write_text(json.dumps(references))
     return references
 
@@ -319,7 +319,7 @@ def prepare(work: Path) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=50)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/freehold-faults"), help="kept, so that it can go on")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/freehold-faults"), help="kept, so that it can resume")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/faults.json"))
     parser.add_argument("--untimed", action="store_true", help="report no seconds: the machine is shared")
     args = parser.parse_args()
@@ -332,8 +332,8 @@ def main() -> int:
         records[seed] = {**one(seed, args.work, references), "commit": here["commit"]}
         if args.untimed:
             records[seed] = {k: v for k, v in records[seed].items() if not k.startswith("seconds")}
-        told = {k: v for k, v in records[seed].items() if k not in ("said", "what")}
-        print(json.dumps(told), flush=True)
+        shown = {k: v for k, v in records[seed].items() if k not in ("said", "what")}
+        print(json.dumps(shown), flush=True)
         runs = [records[s] for s in sorted(records)]
         write(args.json, {**summary(runs), "undisturbed": undisturbed, "environment": here, "runs": runs})
     runs = [records[s] for s in sorted(records)]

@@ -3,7 +3,7 @@
 Experts: 8 to 256 of them, top-4, so a token meets the same parameters; 8 rows of 512 tokens. Context: 512 to 8,192
 positions, always 8,192 tokens a step, one model; sliding layers see 128 positions, every fourth layer sees all. The
 shape is S of `train_step.py`, with four layers (one dense) where experts are counted. Ideal: the time at the least
-size times the ratio of the FLOPs (`model/config.py`). Beside the whole step with AdamW and with Muon stands the model
+size times the ratio of the FLOPs (`model/config.py`). Next to the whole step with AdamW and with Muon stands the model
 alone, forward and backward; the difference is gradients summed, clipped and stepped for weights few tokens have met.
 Every size is timed once a round, in turn; random tokens, a fresh router, so the experts are about evenly loaded.
 
@@ -81,7 +81,7 @@ def model_alone(trainer: Trainer, batch: Batch) -> Callable[[], None]:
 def cases(
     axes: list[str], threads: int
 ) -> dict[str, dict[str, tuple[dict[str, Callable[[], object]], dict[str, float]]]]:
-    """Return for each axis and size what is timed, and the FLOPs and parameters of it."""
+    """Return for each axis and size what is timed, and its FLOPs and parameters."""
     found: dict[str, Any] = {axis: {} for axis in axes}
     sequences = STEP_TOKENS["experts"] // S_CONTEXT
     batch = rows(S_CONTEXT, sequences)
@@ -181,9 +181,9 @@ def main() -> int:
                     "ideal": {n: middle(t["seconds"] for t in taken[f"{base} {n}"])["median"] * growth for n in steps},
                     "foreign_cores": middle(t["foreign_cores"] for n in steps for t in taken[f"{size} {n}"])["median"],
                 }
-                told = (f"{n} {s['median']:.3f} [{s['least']:.3f}, {s['most']:.3f}] s" for n, s in seconds.items())
+                parts = (f"{n} {s['median']:.3f} [{s['least']:.3f}, {s['most']:.3f}] s" for n, s in seconds.items())
                 others = f"others {lines[size]['foreign_cores']:.2f} cores"
-                print(f"{axis} {size}: {', '.join(told)}; FLOPs x{growth:.2f}; {others}", flush=True)
+                print(f"{axis} {size}: {', '.join(parts)}; FLOPs x{growth:.2f}; {others}", flush=True)
             result["axes"][axis] = lines
         result |= {"operators": cpu.describe(torch.bfloat16), "environment": environment()}
         write(args.json, result)

@@ -1,7 +1,7 @@
 """Measure the source: lines by room, longest things, rooms and arrows, cycles, settings, comments, words.
 
     python benchmarks/house.py                       this checkout
-    python benchmarks/house.py --tree OTHER --json   another one; nothing of it is imported
+    python benchmarks/house.py --tree OTHER --json   another one; nothing in that tree is imported
 
 Everything is read with `ast` and `tokenize`, so one script measures any commit. Code lines are lines that hold code:
 no blank lines, no comments, no docstrings. A setting is one (class, field) pair of a pydantic declaration that the

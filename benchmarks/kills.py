@@ -67,7 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=Path("recipes/short.yaml"))
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--runs", type=int, default=2, help="runs the kills are spread over")
+    parser.add_argument("--runs", type=int, default=2, help="runs among which the kills are divided")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()

@@ -1,18 +1,18 @@
 """Where Muon pays against AdamW at equal wall-clock: over tokens a step, width and Newton-Schulz iterations.
 
-Models and runs of `short_runs.py`. The loss after so many steps is deterministic and may be computed under any load;
+Models and runs of `short_runs.py`. The loss after a number of steps is deterministic under any load;
 what a step takes is timed apart, in short rounds in turn, and wall-clock is steps times the median step. Each way
-sweeps the same number of rates around the best that `width_transfer.py` found at 128 wide (three iterations take over
-what five chose; the widest cell of the largest batch takes over what 128 wide chose).
+sweeps the same number of rates around the best that `width_transfer.py` found at 128 wide (three iterations use
+what five chose; the widest cell of the largest batch uses what 128 wide chose).
 
 A cell says what AdamW has reached when its steps are done, where Muon stands at that very moment, and the break-even:
-how many times AdamW's step a step of Muon may take to be level. Break-even does not depend on the machine; beside it
+how many times AdamW's step a step of Muon may take to be level. Break-even does not depend on the machine; next to it
 stands what Muon's step does take, here and (from `muon_step.py`) in the real shapes.
 
     freehold run recipes/laptop.yaml until=tokenize
     python benchmarks/muon_map.py --json benchmarks/results/muon_map.json --picture docs/images/muon_map.png
 
-About half an hour of one core; finished runs lie in `--cases` and are not run again.
+About half an hour of one core; finished runs are in `--cases` and are not run again.
 """
 
 from __future__ import annotations
@@ -171,15 +171,15 @@ def main() -> int:
         for name, (made, curve) in ways.items():
             price = seconds[batch, width][name].pop("price")
             cell["ways"][name] = line = {"seconds": seconds[batch, width][name], "price": price}
-            told = f"{batch:6} tokens {width:4} wide {name:18} step costs {price:.2f}"
+            text = f"{batch:6} tokens {width:4} wide {name:18} step costs {price:.2f}"
             if curve:
                 line |= {"lr": made.lr, "muon_lr": made.muon_lr, "bpb": curve[-1]["bpb"], "curve": curve}
-                told += f"; {line['bpb']:.4f} after {STEPS[batch]} steps"
+                text += f"; {line['bpb']:.4f} after {STEPS[batch]} steps"
             if curve and adamw:
                 line["bpb_at_equal_time"] = at(curve, STEPS[batch] / price)
                 line["break_even"] = break_even(adamw, curve)
-                told += f", {line['bpb_at_equal_time']:.4f} at equal time; may cost {line['break_even'] or 'over 2'}"
-            print(told)
+                text += f", {line['bpb_at_equal_time']:.4f} at equal time; may cost {line['break_even'] or 'over 2'}"
+            print(text)
         lines.append(cell)
     write(
         args.json,

@@ -88,13 +88,13 @@ def schedules(rounds: int) -> dict[str, Any]:
             "chosen": "kernel" if "kernel" in usable else "",
             "chosen_without_kernel": "one by one" if shape[0] * shape[1] >= ONE_BY_ONE_FROM else "batch",
         }
-        told = (f"{k} {m['median']:.3f} [{m['least']:.3f}, {m['most']:.3f}]" for k, m in line["ms_per_matrix"].items())
-        print(f"{shape}, {n} matrices, ms each: {', '.join(told)}", flush=True)
+        lines = (f"{k} {m['median']:.3f} [{m['least']:.3f}, {m['most']:.3f}]" for k, m in line["ms_per_matrix"].items())
+        print(f"{shape}, {n} matrices, ms each: {', '.join(lines)}", flush=True)
     return found
 
 
 def share(name: str, passes: int, rounds: int, threads: int, pause_s: float) -> dict[str, Any]:
-    """Return the seconds of a step, and of it inside Muon."""
+    """Return the seconds of a step, and those inside Muon."""
     shape, sequences, tokens = CONFIGS[name]
     trainer = trainer_of(ModelConfig(**shape), "muon", sequences, threads)
     batch = rows(tokens, sequences * passes, shape["vocab_size"])

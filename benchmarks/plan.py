@@ -1,8 +1,8 @@
-"""The planner beside the machine: predicted and measured peak memory and step time of real training steps.
+"""The planner compared with the machine: predicted and measured peak memory and step time of real training steps.
 
 Each configuration trains in processes of its own: two steps for memory, the growth of the peak resident set from just
 before the trainer is built, with an allocator that hands freed memory back; a few more for the time of a step, the
-fastest of which counts, with others' load beside it. One configuration (`fit`) sets the CPU's utilisation and the
+fastest of which counts, with others' load next to it. One configuration (`fit`) sets the CPU's utilisation and the
 constant of the process (code, threads, buffers); the others are predictions: six shapes that vary what the formulas
 depend on, then the laptop preset and S and M of `train_step.py` with Muon and AdamW, with and without recompute. Every
 line is written when it is known, and stays if the script is asked for others. M needs 9 GB and is not timed.
@@ -170,8 +170,8 @@ def fitted(spec: dict[str, Any], seconds: float) -> float:
     return mfu
 
 
-def lay_beside(result: dict[str, Any]) -> None:
-    """Write the plan beside every row that was measured; `fit` sets utilisation and constant."""
+def add_plan(result: dict[str, Any]) -> None:
+    """Write the plan into every row that was measured; `fit` sets utilisation and constant."""
     fit = result["rows"]["fit"]
     mfu = fitted(CONFIGS["fit"], fit["seconds"])
     result |= {"mfu": mfu, "constant_bytes": fit["bytes"] - predict(CONFIGS["fit"], mfu)[0]}
@@ -192,7 +192,7 @@ def two_threads() -> dict[str, float]:
 
 
 def main() -> int:
-    """Measure configurations in processes of their own and lay the plan beside them."""
+    """Measure configurations in processes of their own and add the plan to them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -210,7 +210,7 @@ def main() -> int:
     if args.json and args.json.exists():
         result |= json.loads(args.json.read_text())
     if args.replan:
-        lay_beside(result)
+        add_plan(result)
         result["two_threads"] = {"M adamw": two_threads()}
         write(args.json, result)
         for name, row in [*result["rows"].items(), *result["two_threads"].items()]:
@@ -227,7 +227,7 @@ def main() -> int:
         found = in_process(name, args.steps, args.threads) if spec.get("timed", True) else {}
         found["bytes"] = in_process(name, 2, args.threads, **HAND_BACK)["bytes"]
         result["rows"][name] = found
-        lay_beside(result)
+        add_plan(result)
         write(args.json, result)
         planned_bytes, planned_s = found["planned_bytes"], found["planned_seconds"]
         line = f"{planned_bytes / 2**20:7.1f} planned {found['bytes'] / 2**20:7.1f} MiB measured"

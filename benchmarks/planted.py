@@ -2,7 +2,7 @@
 
 Clean pages of real English (the reference pages inside Python, or the documents of `--documents`) with duplicates, near
 and contained duplicates, shared passages and lines, personal data, toxic, foreign, gibberish and contaminated text,
-wrong decodings, low quality, a bias and wrong licences among them, many beside a control that looks like it and must
+wrong decodings, low quality, a bias and wrong licences among them, many next to a control that looks like it and must
 be left alone. Everything follows from one seed. Toxic words are drawn from the vocabulary of the model that is to find
 them: that row measures the step, not the model.
 
@@ -45,12 +45,13 @@ FOREIGN = (
 )
 SPAM = (
     "Click here now to win the best free {0} of the year! Our {0} offer is the lowest price online, and you will not"
-    " believe how cheap this {1} deal is. Order the {0} today and get the {1} free, limited time only, call now! "
+    " believe how cheap this {1} offer is. Order the {0} today and get the {1} free, limited time only, call now! "
 )
 FOOTER = "All rights to the {0} of this page are kept by the {1} society of the town, page {2}"
 RIGHT = ("MIT", "Apache-2.0 OR GPL-2.0-only", "BSD-3-Clause AND PSF-2.0", "CC0-1.0", "LicenseRef-PD-USGov")
 WRONG = (
-    "GPL-3.0-only", "MIT AND GPL-2.0-only", "CC-BY-NC-4.0", "CC-BY-ND-4.0", "LicenseRef-Nobody-Knows", "Foo Public", "",
+    "GPL-3.0-only", "MIT AND GPL-2.0-only", "CC-BY-NC-4.0", "CC-BY-ND-4.0", "LicenseRef-Unknown-Terms", "Foo Public",
+    "",
 )  # fmt: skip
 WORDS = {
     "who": "farmer teacher sailor doctor painter baker judge pilot miner keeper weaver clerk",
@@ -88,7 +89,7 @@ def sentence(dice: random.Random) -> str:
     """Return one sentence of our own making."""
     pick = {name: dice.choice(words) for name, words in LISTS.items()}
     also = {name: dice.choice(words) for name, words in LISTS.items()}
-    first, second = dice.sample(range(2, 90_000), 2)  # so many that 13 words are not the same by chance
+    first, second = dice.sample(range(2, 90_000), 2)  # a range so wide that 13 words are not the same by chance
     return (
         f"The {pick['who']} {pick['did']} a {pick['what']} that was at the {pick['where']} {first}, and then the"
         f" {also['who']} of the {also['where']} {also['did']} {second} of the {also['what']}s. "
@@ -185,8 +186,8 @@ def build(clean: Sequence[str], count: int, seed: int = 7) -> Plan:
         plan.add("toxic", hostile(dice) * 2 + story(dice, 4) + hostile(dice))
         plan.add("toxic control", story(dice) + "The doctor killed the pain with a strong drug and the judge died. ")
         said = "her home and her kitchen" if number % 2 else "the kitchen, and she went home to her family"
-        told = (f"She was a woman who loved {said}. " + sentence(dice) for _ in range(6))
-        plan.add("bias", "".join(told) + "He was a man of business. ")
+        sentences = (f"She was a woman who loved {said}. " + sentence(dice) for _ in range(6))
+        plan.add("bias", "".join(sentences) + "He was a man of business. ")
     for number, licence in enumerate((*RIGHT, *WRONG) * -(-count // len(WRONG))):
         name = "licence control" if licence in RIGHT else "licence"
         plan.planted[f"{name}s"].append(json.dumps([f"row{number}", licence]))
@@ -247,7 +248,7 @@ def hostile(dice: random.Random) -> str:
     weights = scorer().weights.mean(axis=0)
     worst = [vocabulary[i] for i in weights.argsort()[-40:]]
     return "".join(
-        f"You {dice.choice(worst)} are a {dice.choice(worst)} and nobody wants your {dice.choice(worst)} here. "
+        f"You {dice.choice(worst)} are a {dice.choice(worst)} and none of us wants your {dice.choice(worst)} here. "
         for _ in range(4)
     )
 
@@ -341,7 +342,7 @@ def tabulate(plan: Plan, drops: dict[str, str], kept: dict[str, str], report: di
     ids = plan.planted["pii"]
     found = sum(is_gone(kept[i]) for i in ids if i in kept for is_gone in KINDS.values())
     replaced = sum(report["totals"]["redacted"].values())
-    # What another step dropped was not found by this one; it is in nobody's text either, which is told apart.
+    # What another step dropped was not found by this one; it is in no other text either, which is counted apart.
     add("personal data", len(ids) * len(KINDS), found, replaced)
     table[-1]["dropped"] = sum(i not in kept for i in ids) * len(KINDS)
     refused = right = 0
@@ -368,7 +369,7 @@ KINDS: dict[str, Callable[[str], bool]] = {
 
 
 def add_bias(plan: Plan, drops: dict[str, str], kept: dict[str, str], table: list[dict[str, Any]]) -> None:
-    """Add what the filter did to the planted association, counted here anew from the texts."""
+    """Add what the filter did to the planted association, counted here again from the texts."""
     ids = set(plan.planted["bias"])
     taken = {i for i, reason in drops.items() if reason == "bias"}
     odds = {}

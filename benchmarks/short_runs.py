@@ -36,7 +36,7 @@ CONTEXT_TOKENS, MICRO_SEQUENCES, VALIDATION_TOKENS, POINTS = 256, 32, 2048, 4
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run depends on, besides the tokens."""
+    """What a run depends on, apart from the tokens."""
 
     width: int
     batch_tokens: int
@@ -100,7 +100,7 @@ class Runs:
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
     def finished(self, setting: Setting) -> bool:
-        """Tell whether a run needs no more computing."""
+        """Return whether a run needs no more computing."""
         return self._path(setting).exists()
 
     def curve(self, setting: Setting) -> list[dict[str, float]]:

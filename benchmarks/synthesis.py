@@ -95,7 +95,7 @@ def arms(run: Path, rewrites: Path, shards: ShardSet, tokenizer: Tokenizer) -> d
         condensed = made_of("condensed", [row.text for row in read_rows(path, Document)], tokenizer)
         found["condensed"] = ({**real, "condensed": condensed}, {**weights, "condensed": SHARE})
     else:
-        print(f"{path} is not there: the arm `condensed` is left out", flush=True)
+        print(f"{path} is not there: the arm `condensed` is skipped", flush=True)
     return found
 
 
@@ -214,8 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [row for row in result["runs"] if row["arm"] == arm]
         figures = {"bits_per_byte": [row["bits_per_byte"]["val/bpb"] for row in rows]}
         figures |= {name: [row["accuracy"][name] for row in rows] for name in TASKS}
-        told = {k: (round(statistics.mean(v), 4), round(max(v) - min(v), 4)) for k, v in figures.items()}
-        print(f"{arm}: mean and spread of {len(rows)}: {told}")
+        means = {k: (round(statistics.mean(v), 4), round(max(v) - min(v), 4)) for k, v in figures.items()}
+        print(f"{arm}: mean and spread of {len(rows)}: {means}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Seconds of a take-down answer on a synthetic ledger of a million documents, as parquet files of our own schema.
 
 The ledger is one run with 20 sources, four licences, 5 % drops, 3 % validation, two epochs of steps, 11 checkpoints and
-a fork beside it. Asked for are one document, one source (5 % of all), and one licence (25 %); each answer is checked
+a fork next to it. Asked for are one document, one source (5 % of all), and one licence (25 %); each answer is checked
 against the ledger's own arrays. Every repetition is a new process: what the command line costs is in it.
 
     python benchmarks/takedown.py --output benchmarks/results/takedown.json
@@ -167,9 +167,9 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - started)
                 cpu[name].append(_children_s() - used)
                 answer = json.loads(out)
-                told = {c["step"]: c["documents"] for c in answer["runs"][0]["checkpoints"]}
-                if (answer["rows"], told) != expected(ledger, chosen):
-                    raise SystemExit(f"{name}: {answer['rows']} rows, {told}; expected {expected(ledger, chosen)}")
+                reached = {c["step"]: c["documents"] for c in answer["runs"][0]["checkpoints"]}
+                if (answer["rows"], reached) != expected(ledger, chosen):
+                    raise SystemExit(f"{name}: {answer['rows']} rows, {reached}; expected {expected(ledger, chosen)}")
         result = {
             "documents": args.documents,
             "seconds": seconds,

@@ -3,7 +3,7 @@
 All read the same tokens in the same order from a finished `tokenize` stage, hold the same validation documents out,
 warm up for 20 steps and then keep their rates. Each way tries the same three multiples of its base rates for a few
 steps (one more, twice or half as far out, while the best is the outermost); the best trains with every seed until
-the last target or for `--steps` steps. The first of `--ways` is the one the others are put beside.
+the last target or for `--steps` steps. The first of `--ways` is the one the others are compared with.
 
 1 freehold       AFMoE, Muon (three iterations of Newton-Schulz) + AdamW, SMEBU
 2 transformers   the same AFMoE in transformers, fused AdamW, bfloat16 autocast, torch.compile, no balancing
@@ -19,7 +19,7 @@ steps times the median step; compiling and validation are not counted.
     python benchmarks/time_to_quality.py --run runs/laptop --ways freehold,transformers,dense \
         --json benchmarks/results/time_to_quality.json --picture docs/images/time_to_quality.png
 
-Finished cases are not run again: an interrupted run goes on, and `--ways` lets two processes share the work.
+Finished cases are not run again: an interrupted run resumes, and `--ways` lets two processes share the work.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ class Theirs:
         from transformers import AfmoeConfig, AfmoeForCausalLM
 
         self.order = order
-        self.measure = Afmoe(LAPTOP)  # holds the weights while they are validated, so that all are measured alike
+        self.measure = Afmoe(
+            LAPTOP
+        )  # holds the weights while they are validated, so that all are measured the same way
         self.measure.init_weights(torch.Generator().manual_seed(seed))
         hf = AfmoeConfig(**{k: v for k, v in to_hf_dict(LAPTOP, "float32").items() if k != "architectures"})
         hf._experts_implementation, hf._attn_implementation = "grouped_mm", "sdpa"
@@ -174,10 +176,10 @@ def spread(ratios: Iterable[float]) -> dict[str, float]:
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
-def beside(
+def compared(
     target: float, curves: list[list[list[float]]], step_s: float, base: list[list[list[float]]], base_step_s: float
 ) -> dict[str, Any]:
-    """Return when a way's curves, one a seed, are at a target, and what they are at when the way beside it is there."""
+    """Return when a way's curves, one a seed, are at a target, and what they are at when the other way is."""
     steps, base_steps = ([reached(points, target) for points in way] for way in (curves, base))
     both = None not in steps + base_steps
     return {
@@ -295,7 +297,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, default=Path("runs/laptop"))
     parser.add_argument("--cases", type=Path, default=Path("runs/time_to_quality"), help="finished curves")
     parser.add_argument("--targets", default="1.9,1.8,1.7,1.65,1.6", help="bits per byte, the farthest last")
-    parser.add_argument("--steps", type=int, default=1500, help="give up after so many steps")
+    parser.add_argument("--steps", type=int, default=1500, help="give up after this many steps")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=9, help="of timing; 0 computes curves only")
     parser.add_argument("--ways", default=",".join(WAYS))
@@ -326,7 +328,7 @@ def main() -> int:
             "step_ratio": spread(a / b for a, b in zip(seconds[name], seconds[names[0]], strict=True)),
             "bpb_at_end": [points[-1] for points in curves[name]],
             "targets": {
-                f"{target:g}": beside(target, curves[name], step_s[name], curves[names[0]], step_s[names[0]])
+                f"{target:g}": compared(target, curves[name], step_s[name], curves[names[0]], step_s[names[0]])
                 for target in targets
             },
         }

@@ -1,8 +1,8 @@
-"""How fast text becomes tokens, beside Hugging Face's tokenizers on the same cores, and tokens become batches.
+"""How fast text becomes tokens, compared with Hugging Face's tokenizers on the same cores, and tokens become batches.
 
 Both encoders read the same `tokenizer.json` and the same documents of a finished run, in turn, round by round; ids are
 compared, all of them. Ours is the path of the stage (`encode_array` in threads), theirs `encode_batch_fast` with as
-many threads. The loader is timed beside a training step, as the run itself measured that.
+many threads. The loader is timed next to a training step, as the run itself measured that.
 
     python benchmarks/tokenization.py --run runs/laptop
 """
@@ -79,11 +79,11 @@ def encoding(run: Path, texts: list[str], rounds: int, threads: int) -> dict[str
         "tokens": tokens,
         "threads": threads,
         "rounds": rounds,
-        "mb_per_s": {name: told([size / 1e6 / s for s in many]) for name, many in seconds.items()},
-        "ratio": told(ratios),
+        "mb_per_s": {name: spread([size / 1e6 / s for s in many]) for name, many in seconds.items()},
+        "ratio": spread(ratios),
         # Of all threads together: what other processes do on the machine hardly moves it.
-        "mb_per_core_s": {name: told([size / 1e6 / s for s in many]) for name, many in cpu.items()},
-        "core_s_ratio": told([b / a for a, b in zip(cpu["freehold"], cpu["tokenizers"], strict=True)]),
+        "mb_per_core_s": {name: spread([size / 1e6 / s for s in many]) for name, many in cpu.items()},
+        "core_s_ratio": spread([b / a for a, b in zip(cpu["freehold"], cpu["tokenizers"], strict=True)]),
         "ids_equal": True,
     }
 
@@ -130,11 +130,11 @@ def loading(run: Path) -> dict[str, Any]:
             for step in range(STEPS):
                 order.batch(step)
             rates.append(STEPS * step_tokens / (time.process_time() - started))
-        found[name] = {"tokens_per_s": told(rates), "share_of_step": round(speed / statistics.median(rates), 5)}
+        found[name] = {"tokens_per_s": spread(rates), "share_of_step": round(speed / statistics.median(rates), 5)}
     return found
 
 
-def told(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     """Return median, least and most."""
     return {
         "median": round(statistics.median(values), 3),

@@ -1,9 +1,9 @@
-"""A full training step beside transformers' AfmoeForCausalLM at its best, interleaved in one run.
+"""A full training step compared with transformers' AfmoeForCausalLM at its best, interleaved in one run.
 
 Both start from the same weights and take the same batch: forward, backward, clip, AdamW (fused), and for ours the
 copy to the compute weights and the expert balancing as well (transformers has none). Ours computes in bfloat16 with
 fp32 masters, transformers in bfloat16 autocast over fp32 weights; with --dtype float32 both in fp32. Transformers'
-candidates (experts as grouped_mm or one by one, with and without torch.compile) are tried first; the fastest goes on.
+candidates (experts as grouped_mm or one by one, with and without torch.compile) are tried first; the fastest continues.
 The first losses must agree, and ours may be no further from transformers' fp32 logits than its own autocast is (in
 fp32: within 1e-4), or the script fails.
 

@@ -7,7 +7,7 @@ powers of two; rates transfer when the best multiple moves by no more than one o
     freehold run recipes/laptop.yaml until=tokenize
     python benchmarks/width_transfer.py --json benchmarks/results/width_transfer.json
 
-About twenty minutes of one core; finished runs lie in `--cases` and are not run again.
+About twenty minutes of one core; finished runs are in `--cases` and are not run again.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> int:
             wanted = {m: setting(way, width, m) for m in multiples}
             swept = {f"{m:g}": runs.curve(s)[-1]["bpb"] for m, s in wanted.items() if not less or runs.finished(s)}
             while not less and (low := best(swept)) in (ends := [float(m) for m in swept])[:: len(ends) - 1]:
-                further = low / 2 if low == ends[0] else low * 2  # the best must lie inside
+                further = low / 2 if low == ends[0] else low * 2  # the best must be inside
                 swept[f"{further:g}"] = runs.curve(setting(way, width, further))[-1]["bpb"]
                 swept = dict(sorted(swept.items(), key=lambda item: float(item[0])))
             if not swept:

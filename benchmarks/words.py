@@ -44,7 +44,7 @@ HISTORY = {"LOG.md", "benchmarks/words.py", "tests/test_words.py"}
 """The log is history; the other two must name the words."""
 
 # A word ends where a letter does not follow: `_deal` and `deal_rows` count, and so does each word of CamelCase.
-PATTERNS = {word: re.compile(rf"(?<![a-z])({form})(?![a-z])", re.I) for word, form in BANNED.items()}
+PATTERNS = {word: re.compile(rf"(?<![a-z0-9])({form})(?![a-z0-9])", re.I) for word, form in BANNED.items()}
 _ANY = re.compile("|".join(p.pattern.replace("(?-i:Spread)", "spread") for p in PATTERNS.values()), re.I)
 CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 

@@ -1,4 +1,4 @@
-"""Opening models from any folder, and asking them."""
+"""Opening models from each place they may be in, and asking them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every way to fail tells why, as text and, with --json, as one JSON object on stdout."""
+"""Every failure says why, as text and, with --json, as one JSON object on stdout."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Interrupting(list):
         ("lineage nowhere", "no such run folder", "nowhere"),
     ],
 )
-def test_every_failure_is_told_as_text_and_as_json(args, what, where, tmp_path, capsys):
+def test_failures_are_printed_as_text_and_json(args, what, where, tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     words = args.replace("RECIPE", RECIPE).replace("FILE", str(file)).split()
@@ -77,7 +77,7 @@ def test_a_stage_hands_its_error_to_the_walk(tmp_path, capfd):
     error = json.loads(out)["error"]
     assert error["what"].startswith("gather: ")
     assert "nowhere" in f"{error['where']} {error['found']}"
-    assert err.count(error["what"].removeprefix("gather: ")) == 1  # told once, by the walk
+    assert err.count(error["what"].removeprefix("gather: ")) == 1  # printed once, by the walk
 
 
 @pytest.mark.parametrize("name", ["1e5", "007", "2024", "2024_01_15", "2024-01-15", "on", "1.50"])
@@ -111,7 +111,7 @@ print('{"signals": %s}' % [int(number) for number in seen])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_for_the_walk_reaches_the_stage_once_and_is_waited_for(number, tmp_path, capsys):
+def test_a_signal_reaches_the_stage_once_and_is_awaited(number, tmp_path, capsys):
     ready = tmp_path / "ready"
 
     def press() -> None:
@@ -131,7 +131,7 @@ def test_a_signal_for_the_walk_reaches_the_stage_once_and_is_waited_for(number, 
 
 
 def test_a_suspended_walk_suspends_its_stage(tmp_path):
-    """Ctrl-Z stops both, and `fg` lets both go on."""
+    """Ctrl-Z stops both, and `fg` lets both continue."""
     code = (
         "import sys; from freehold.run import processes as p; print(p.run_process([sys.executable, *sys.argv[1:]], 2))"
     )

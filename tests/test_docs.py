@@ -96,7 +96,7 @@ def test_recipes_resolve(path):
 
 
 def test_recipes_in_documents_resolve(tmp_path):
-    """A fenced YAML block that starts with `# recipe` is a whole recipe that lies beside ours."""
+    """A fenced YAML block that starts with `# recipe` is a whole recipe, next to ours."""
     for recipe in RECIPES:
         shutil.copy(recipe, tmp_path)
     shown = [(page, block) for page in PAGES for kind, block in FENCE.findall(text_of(page)) if kind == "yaml"]
@@ -123,7 +123,7 @@ def test_every_stage_has_its_page():
         assert len(text_of(path).splitlines()) <= 60, f"{page_id(path)} is longer than a page"
 
 
-def corpus_pins_beside_text() -> list[str]:
+def exercise_pins() -> list[str]:
     """Return the lines of recipes/corpus.txt whose package is no source of the laptop recipe."""
     sources = resolve(ROOT / "recipes/laptop.yaml").stages["gather"].config.sources.values()
     text = {getattr(source, "distribution", "") for source in sources}
@@ -137,17 +137,17 @@ def test_dependencies_are_explained():
     declared = {
         "Runtime": project["project"]["dependencies"],
         **{name.capitalize(): lines for name, lines in extras.items()},
-        "Exercises": corpus_pins_beside_text(),
+        "Exercises": exercise_pins(),
         "Build": project["build-system"]["requires"],
     }
     wanted = {part: {re.split(r"[\[<>=~! ]", line)[0] for line in lines} for part, lines in declared.items()}
     text = text_of(ROOT / "docs/dependencies.md")
     parts = re.split(r"^## (.+)$", text, flags=re.M)[1:]
-    told = {
+    explained = {
         part: set(re.findall(r"^- `([^`]+)` \([^)]+\):? .+", body, re.M))
         for part, body in zip(parts[::2], parts[1::2], strict=True)
     }
-    assert told == wanted
+    assert explained == wanted
 
 
 def test_decisions_are_listed():

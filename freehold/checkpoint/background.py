@@ -1,4 +1,4 @@
-"""Saving while training goes on: the state is copied at once, written by a thread, and waited for before the next."""
+"""Saving while training continues: the state is copied first, then written by a thread; the next save waits for it."""
 
 from __future__ import annotations
 

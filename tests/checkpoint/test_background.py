@@ -15,7 +15,7 @@ def state(value):
     return {"model": {"w": torch.full((1000,), float(value))}, "rng": {"torch": torch.get_rng_state()}}
 
 
-def test_the_file_holds_the_state_of_the_call_though_training_went_on(tmp_path, monkeypatch):
+def test_file_holds_the_state_at_the_call(tmp_path, monkeypatch):
     go = threading.Event()
     real = dcp.save
 
@@ -40,7 +40,7 @@ def test_in_the_foreground_it_is_there_at_once(tmp_path):
     assert dcp.check(tmp_path / "a") == {"step": 1}
 
 
-def test_what_goes_wrong_is_raised_by_the_next_call_and_only_once(tmp_path, monkeypatch):
+def test_failure_is_raised_once_by_the_next_call(tmp_path, monkeypatch):
     def full(*_):
         raise ArtifactError("No space left on device")
 

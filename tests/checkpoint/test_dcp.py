@@ -90,7 +90,7 @@ def test_prune_keeps_the_grid(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000006", "step_00000008"]
 
 
-def test_prune_keeps_what_may_have_to_be_gone_back_to(tmp_path):
+def test_prune_keeps_the_checkpoint_to_roll_back_to(tmp_path):
     for step in (2, 3, 4, 6, 8):
         save(dcp.step_folder(tmp_path, step))
     dcp.prune(tmp_path, keep_last=1, keep_every_steps=0, every_steps=2, needed_step=3)
@@ -104,9 +104,9 @@ def test_last_good(tmp_path):
     save(dcp.step_folder(tmp_path, 2))
     save(dcp.step_folder(tmp_path, 4))
     (dcp.step_folder(tmp_path, 4) / "config.json").write_text("{}")
-    told = []
-    assert dcp.last_good(tmp_path, told.append) == dcp.step_folder(tmp_path, 2)
-    assert "step_00000004" in told[0]
+    warnings = []
+    assert dcp.last_good(tmp_path, warnings.append) == dcp.step_folder(tmp_path, 2)
+    assert "step_00000004" in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_manifest_with_a_flipped_bit_is_a_damaged_checkpoint(tmp_path, word, f
     assert dcp.last_good(tmp_path, lambda _: None) == dcp.step_folder(tmp_path, 2)
 
 
-def test_torch_s_word_for_a_full_disk_is_translated(tmp_path, monkeypatch):
+def test_full_disk_reported_by_torch_is_an_artifact_error(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
 
@@ -134,7 +134,7 @@ def test_torch_s_word_for_a_full_disk_is_translated(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_the_first_version_stays_readable(tmp_path):
-    """Written by the code before a run could be spread over processes; must load for ever."""
+    """Written by the code before a run could use several processes; must always load."""
     folder = Path(__file__).parent / "fixtures" / "version_1"
     facts, state = dcp.check(folder), dcp.load(folder)
     assert facts["step"] == 2

@@ -79,7 +79,7 @@ def test_we_read_what_transformers_writes(tmp_path: Path) -> None:
         torch.testing.assert_close(again(IDS), theirs(IDS).logits, rtol=1e-5, atol=1e-6)
 
 
-def test_a_round_trip_changes_no_bit_and_sharding_changes_no_tensor(tmp_path: Path) -> None:
+def test_round_trip_and_sharding_change_no_bit(tmp_path: Path) -> None:
     state = model().to_compute(torch.bfloat16).state_dict()
     save_hf(tmp_path / "a", config(), state)
     save_hf(tmp_path / "b", config(), state, max_shard_bytes=1)
@@ -92,7 +92,7 @@ def test_a_round_trip_changes_no_bit_and_sharding_changes_no_tensor(tmp_path: Pa
             assert torch.equal(again[name], tensor), name
 
 
-def test_layout_on_disk_is_one_tensor_per_expert_with_small_ones_in_fp32(tmp_path: Path) -> None:
+def test_disk_has_a_tensor_per_expert_and_vectors_in_fp32(tmp_path: Path) -> None:
     ours = model()
     save_hf(tmp_path, ours.config, ours.state_dict())
     disk = load_file(tmp_path / "model.safetensors")
@@ -136,7 +136,7 @@ NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
-def test_a_folder_that_is_not_exactly_the_model_is_refused_by_name(tmp_path: Path, damage: str) -> None:
+def test_folder_that_differs_from_the_model_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     save_hf(tmp_path, config(), model().state_dict())
     tensors = load_file(tmp_path / "model.safetensors")
     if damage == "missing":
@@ -152,7 +152,7 @@ def test_a_folder_that_is_not_exactly_the_model_is_refused_by_name(tmp_path: Pat
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
-def test_a_state_dict_that_is_not_exactly_the_model_is_refused_by_name(tmp_path: Path, damage: str) -> None:
+def test_state_that_differs_from_the_model_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     state = dict(model().state_dict())
     name = "model.layers.2.mlp.expert_bias"
     if damage == "missing":

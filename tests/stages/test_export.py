@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from freehold.checkpoint import dcp
 from freehold.core.artifact import Workspace, hash_files
-from freehold.core.errors import ArtifactError, ExportError, RequestError
+from freehold.core.config import fill
+from freehold.core.errors import ArtifactError, ConfigError, ExportError, RequestError
 from freehold.core.log import Log
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import PRESETS, ModelConfig
@@ -36,7 +37,7 @@ MODEL: dict[str, Any] = {
     "max_position_embeddings": 256, "vocab_size": 640,
 }  # fmt: skip
 # A random model loses more to rounding than a trained one.
-SMALL_PROOF = Proof(gguf_positions=16, max_kl_bf16=1.0, max_kl_q8_0=1.0)
+SMALL_PROOF = Proof(gguf_positions=16, max_kl={"BF16": 1.0, "Q8_0": 1.0})
 
 
 @dataclass
@@ -68,7 +69,7 @@ def random_state(config: ModelConfig) -> dict[str, torch.Tensor]:
     model.init_weights(generator)
     state = model.state_dict()
     for name, tensor in state.items():
-        if tensor.ndim == 1:  # gains and biases that are all alike would hide a mix-up
+        if tensor.ndim == 1:  # gains and biases that are all equal would hide a mix-up
             tensor.add_(torch.randn(tensor.shape, generator=generator) * (0.02 if "bias" in name else 0.2))
         else:
             tensor.mul_(3)
@@ -115,7 +116,7 @@ def test_export_is_proven(exported: Exported) -> None:
     assert parity["exports"]["hf"]["routing_agreement"] == 1.0
     assert 0 < parity["exports"]["BF16"]["mean_kl"] < 1
     assert 0 < parity["exports"]["Q8_0"]["mean_kl"] < 1
-    assert parity["experts_heard"] == 1.0
+    assert parity["experts_reached"] == 1.0
     assert exported.counts["files"].keys() == {"Tiny-F32.gguf", "Tiny-BF16.gguf", "Tiny-Q8_0.gguf"}
 
 
@@ -252,7 +253,7 @@ def test_tensors_are_accounted_for_both_ways(exported: Exported, tmp_path: Path,
         write_files(tmp_path / "hf", exported.config, {"F32": tmp_path / "x.gguf"}, name="x")
 
 
-def test_a_file_of_other_tensors_or_types_is_told(exported: Exported, tmp_path: Path) -> None:
+def test_file_of_other_tensors_or_types_is_reported(exported: Exported, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     data = exported.gguf("F32").read_bytes()
     path.write_bytes(data.replace(b"blk.2.attn_gate.weight", b"blk.2.attn_gxte.weight"))
@@ -353,7 +354,7 @@ def test_wrong_hf_weights_and_tokenizer_fail(exported: Exported, tmp_path: Path)
 
 
 def test_failed_proof_keeps_its_figures(align: Path, tmp_path: Path) -> None:
-    impossible = SMALL_PROOF.model_copy(update={"max_kl_q8_0": 1e-12})
+    impossible = SMALL_PROOF.model_copy(update={"max_kl": {"Q8_0": 1e-12}})
     with pytest.raises(ExportError, match=r"Q8_0: mean KL[^$]*raise the limit"):
         run(ExportConfig(types=("Q8_0",), proof=impossible), workspace(tmp_path, align))
     record = json.loads((tmp_path / "parity.json").read_text())["exports"]["Q8_0"]
@@ -372,10 +373,19 @@ def test_routing_that_is_all_ties_proves_nothing(align: Path, tmp_path: Path) ->
         run(ExportConfig(types=()), workspace(tmp_path / "export", tmp_path / "align"))
 
 
+def test_limits_are_set_by_type() -> None:
+    proof = Proof(max_kl={"Q4_0": 0.7})
+    assert (proof.limit("Q4_0"), proof.limit("F32")) == (0.7, 1e-8)
+    with pytest.raises(ConfigError, match="no such type: Q4_9"):
+        fill(ExportConfig, {"proof": {"max_kl": {"Q4_9": 0.7}}}, "export")
+    with pytest.raises(ConfigError, match="this key was renamed"):
+        fill(ExportConfig, {"proof": {"max_kl_q4_0": 0.7}}, "export")
+
+
 # --- the parts of the proof ---
 
 
-def test_llama_errors_are_told_with_its_log(exported: Exported, tmp_path: Path) -> None:
+def test_llama_errors_carry_its_log(exported: Exported, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(exported.gguf("F32").read_bytes().replace(b"blk.3.exp_probs_b.bias", b"blk.3.exp_prxbs_b.bias"))
     with pytest.raises(ArtifactError, match=r"E llama_model_load.*exp_probs_b.bias"):

@@ -101,7 +101,7 @@ def test_fork_reuses_the_stages_that_are_the_same(runs):
     result = freehold(
         "run", RECIPE, f"runs_dir={runs}", "align.optim.lr=1e-4", "until=align", "--fork", "other", "--json"
     )
-    states = {s: told["state"] for s, told in json.loads(result.stdout)["stages"].items()}
+    states = {s: line["state"] for s, line in json.loads(result.stdout)["stages"].items()}
     assert states == dict.fromkeys(("gather", "curate", "rephrase", "tokenize", "pretrain"), "reused") | {
         "align": "made"
     }
@@ -238,9 +238,9 @@ def test_trace_and_lineage_answer_both_ways(runs):
 def test_dry_run_and_json(runs):
     shown = freehold("run", RECIPE, f"runs_dir={runs}", "--dry-run").stdout
     assert "36 steps of 512 tokens" in shown
-    told = json.loads(freehold("pretrain", RECIPE, f"runs_dir={runs}", "optim.lr=1", "--dry-run", "--json").stdout)
-    assert told["stages"]["pretrain"]["state"] == "stale"
-    assert told["stages"]["pretrain"]["changes"] == ["config.optim.lr: 0.003 -> 1.0"]
+    answer = json.loads(freehold("pretrain", RECIPE, f"runs_dir={runs}", "optim.lr=1", "--dry-run", "--json").stdout)
+    assert answer["stages"]["pretrain"]["state"] == "stale"
+    assert answer["stages"]["pretrain"]["changes"] == ["config.optim.lr: 0.003 -> 1.0"]
     schema = json.loads(freehold("schema", "pretrain").stdout)
     assert "phases" in schema["properties"]
 

@@ -26,6 +26,9 @@ class ChatConfig(Config):
     )
     seed: int | None = Field(None, description="The same seed gives the same answers; default: other ones each time.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format to compute in.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where it computes; auto = CUDA if there is some, and says so."
+    )
     show_reasoning: bool = Field(True, description="Show what the model thinks before it answers, dimmed.")
 
 

@@ -1,9 +1,10 @@
-"""What the export stage can be told."""
+"""The settings of the export stage."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+import pydantic
 from pydantic import Field
 
 from freehold.core.config import Config
@@ -20,30 +21,45 @@ class Generation(Config):
     top_k: int = Field(default=50, ge=0, description="Tokens kept; 0 keeps all.")
 
 
+MAX_KL: dict[str, float] = {
+    "HF": 1e-8, "F32": 1e-8, "BF16": 0.05, "Q8_0": 0.05, "Q6_K": 0.1, "Q5_K_M": 0.1, "Q4_K_M": 0.2, "Q4_0": 0.3,
+    "Q3_K_M": 0.5,
+}  # fmt: skip
+"""Mean KL allowed by default. HF and F32 compute in fp32 as we do: what is left there is rounding of sums."""
+EXACT = ("HF", "F32")
+Positive = Annotated[float, Field(gt=0)]
+
+
 class Proof(Config):
     """How the exports are compared with the model itself, and what they must reach.
 
     KL is that from our model (the exported weights, computed in fp32) to the candidate, in nats per position.
     """
 
-    max_kl_exact: float = Field(
-        default=1e-8, gt=0, description="Mean KL allowed where both compute in fp32: HF and F32."
+    max_kl: dict[str, Positive] = Field(
+        default_factory=dict,
+        description=f"Mean KL allowed, by file type (and HF); a type not named here: {MAX_KL}.",
     )
-    max_kl_bf16: float = Field(
-        default=0.05, gt=0, description="Mean KL allowed to the BF16 file (activations in bf16)."
-    )
-    max_kl_q8_0: float = Field(default=0.05, gt=0, description="Mean KL allowed to the Q8_0 file.")
-    max_kl_q6_k: float = Field(default=0.1, gt=0, description="Mean KL allowed to the Q6_K file.")
-    max_kl_q5_k_m: float = Field(default=0.1, gt=0, description="Mean KL allowed to the Q5_K_M file.")
-    max_kl_q4_k_m: float = Field(default=0.2, gt=0, description="Mean KL allowed to the Q4_K_M file.")
-    max_kl_q4_0: float = Field(default=0.3, gt=0, description="Mean KL allowed to the Q4_0 file.")
-    max_kl_q3_k_m: float = Field(default=0.5, gt=0, description="Mean KL allowed to the Q3_K_M file.")
     gguf_positions: int = Field(
         default=48, ge=8, description="Next-token distributions asked of llama.cpp for each file."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Of our model and transformers in the proof; auto: CUDA where there is one."
     )
     threads: int = Field(
         default=1, ge=1, description="Threads of our model, transformers and llama.cpp; more wait on a busy machine."
     )
+
+    @pydantic.field_validator("max_kl")
+    @classmethod
+    def _known(cls, limits: dict[str, float]) -> dict[str, float]:
+        if unknown := limits.keys() - MAX_KL.keys():
+            raise ValueError(f"no such type: {min(unknown)}; known: {', '.join(MAX_KL)}")
+        return limits
+
+    def limit(self, kind: str) -> float:
+        """Return the mean KL allowed to a file type, or to `HF`."""
+        return {**MAX_KL, **self.max_kl}[kind]
 
 
 class ExportConfig(Config):
@@ -62,8 +78,8 @@ class ExportConfig(Config):
     )
     uses: tuple[Use, ...] = Field(
         default=(),
-        description="What the exported files must be free for, besides the uses of gather's policy: every row the "
-        "checkpoint learned from is judged again.",
+        description="What the exported files must be free for, in addition to the uses of gather's policy: every row "
+        "the checkpoint learned from is judged again.",
     )
     generation: Generation = Field(default_factory=Generation, description="Goes to generation_config.json.")
     proof: Proof = Field(default_factory=Proof, description="What every export must reach.")
@@ -75,7 +91,7 @@ def plan(config: ExportConfig) -> list[str]:
     lines = [f"{config.checkpoint} as Hugging Face folder ({config.dtype}) and {files}"]
     lines.append(
         f"fails unless transformers{' and llama.cpp (F32)' if 'F32' in config.types else ''} agree with our model: "
-        f"mean KL <= {config.proof.max_kl_exact:g}, same best token, same token ids"
+        f"mean KL <= {config.proof.limit('HF'):g}, same best token, same token ids"
     )
     if "F32" not in config.types:
         lines.append("without F32 the GGUF conversion is proven only as exactly as the other types compute")

@@ -68,7 +68,7 @@ class Planned:
 
     @property
     def stacked(self) -> bool:
-        """Whether the sources are laid one after the other along a new first axis."""
+        """Whether the sources are stacked along a new first axis."""
         return "_exps." in self.name
 
 
@@ -151,7 +151,7 @@ def header(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    writer.write_padding(file, file.tell())
+    writer.write_padding(file, len(file.getbuffer()))
     return file.getvalue()
 
 

@@ -18,9 +18,9 @@ class ExactLlama(Llama):
         self._letter = self.tokenize("a")[0]
 
     def log_probabilities(self, ids: list[int], vocab_size: int) -> np.ndarray:
-        """Return the normalised log-probabilities (float64 [V]) of the token after `ids`; -inf where not told."""
-        # Probabilities are told before sampling. What is drawn must be plain text all the same: a token that ends
-        # the answer, or half a character, would be told without them.
+        """Return the normalised log-probabilities (float64 [V]) of the token after `ids`; -inf where there is none."""
+        # Probabilities are those before sampling. What is drawn must be plain text all the same: a token that ends
+        # the answer, or half a character, comes without them.
         drawn = {"logit_bias": [[self._letter, 1e4]], "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
         answer = self.ask("/completion", {"prompt": ids, "n_predict": 1, "n_probs": vocab_size, **drawn})
         result = np.full(vocab_size, -np.inf)

@@ -130,7 +130,7 @@ def _ffn_down(file_type: str, base: str, layer: int, layers: int, importance: bo
 
 
 def _fitting(wanted: str, width: int) -> Choice:
-    """Return the type, or the one llama.cpp takes where rows are not whole blocks of it; F16 where none fits."""
+    """Return the type, or the one llama.cpp takes where rows are not whole blocks; F16 where none fits."""
     if TENSOR_TYPES[wanted].fits(width):
         return Choice(wanted)
     other = FALLBACK.get(wanted, wanted)

@@ -18,7 +18,7 @@ from torch import Tensor
 from freehold.core.artifact import package_versions
 from freehold.model.config import ModelConfig
 from freehold.stages.export import samples
-from freehold.stages.export.config import Proof
+from freehold.stages.export.config import EXACT, Proof
 from freehold.stages.export.gguf_writer import differing_tensors
 from freehold.stages.export.llama import ExactLlama
 from freehold.stages.export.reference import Agreement, Passage, log_probabilities, watch_routing
@@ -30,7 +30,12 @@ TEXTS = samples.KINDS | samples.SCRIPTS
 
 
 def prove_hf(
-    folder: Path, state: dict[str, Tensor], passages: list[Passage], tokenizer: Tokenizer, limits: Proof
+    folder: Path,
+    state: dict[str, Tensor],
+    passages: list[Passage],
+    tokenizer: Tokenizer,
+    limits: Proof,
+    device: torch.device | str = "cpu",
 ) -> Record:
     """Open the folder with transformers and compare weights, distributions, routing, token ids and template."""
     import transformers
@@ -44,15 +49,16 @@ def prove_hf(
         theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     failures = [f"transformers reports {what}: {sorted(map(str, info[what]))[:3]}" for what in info if info[what]]
     failures += _differing_weights(model.state_dict(), state)
+    model.to(device)
     with torch.inference_mode():
         for passage in passages:
             with watch_routing(model) as seen:
-                logits = model(torch.tensor([passage.ids]), use_cache=False).logits[0].float()
+                logits = model(torch.tensor([passage.ids], device=device), use_cache=False).logits[0].float()
             agreement.add(log_probabilities(passage.logits), log_probabilities(logits))
-            chosen = torch.stack([c.sort(dim=-1).values for _, _, c in seen])
+            chosen = torch.stack([c.sort(dim=-1).values for _, _, c in seen]).cpu()
             routed += chosen[..., 0].numel()
             same_routes += int((chosen == passage.chosen).all(-1).sum())
-    failures += _gate(agreement, limits.max_kl_exact, exact=True)
+    failures += _gate(agreement, limits.limit("HF"), exact=True)
     if same_routes != routed:
         failures.append(f"{routed - same_routes} of {routed} (token, layer) pairs chose other experts")
     failures += _compare(
@@ -98,8 +104,7 @@ def prove_gguf(
         failures += _compare_conversations(
             tokenizer, lambda m, tools: llama.tokenize(llama.render(m, tools), specials=True)
         )
-    limit: float = getattr(limits, "max_kl_exact" if file_type == "F32" else f"max_kl_{file_type.lower()}")
-    failures += _gate(agreement, limit, exact=file_type == "F32")
+    failures += _gate(agreement, limits.limit(file_type), exact=file_type in EXACT)
     return {
         "runtime": f"llama.cpp in xllamacpp {package_versions()['xllamacpp']}, fp32 cache, no flash attention",
         "bytes": path.stat().st_size,
@@ -119,18 +124,18 @@ def probes(passages: list[Passage], count: int) -> list[tuple[Passage, int]]:
     result = []
     for group, share in ((by_length[:2], count // 2), (by_length[2:], count - count // 2)):
         for index, passage in enumerate(group):
-            # ShardedTensors evenly; a group larger than its share leaves out its last (shortest) members.
+            # Evenly; a group larger than its share skips its last (shortest) members.
             wanted = share // len(group) + (index < share % len(group))
             first = max(1, len(passage.ids) - wanted + 1)
             result += [(passage, length) for length in range(first, len(passage.ids) + 1) if wanted]
     return result
 
 
-def experts_heard(passages: list[Passage], config: ModelConfig) -> float:
+def experts_reached(passages: list[Passage], config: ModelConfig) -> float:
     """Return the share of all routed experts that at least one token of the passages chose."""
     layers = len(passages[0].chosen)
-    heard = sum(torch.cat([p.chosen[layer].flatten() for p in passages]).unique().numel() for layer in range(layers))
-    return round(heard / (layers * config.num_experts), 4)
+    reached = sum(torch.cat([p.chosen[layer].flatten() for p in passages]).unique().numel() for layer in range(layers))
+    return round(reached / (layers * config.num_experts), 4)
 
 
 def _differing_weights(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> list[str]:
@@ -164,7 +169,7 @@ def _compare(what: str, triples: Iterable[tuple[str, Any, Any]]) -> list[str]:
 
 
 def _compare_conversations(tokenizer: Tokenizer, rendered: Callable[[Any, Any], Any]) -> list[str]:
-    """Compare each sample conversation, as ids ready for an answer, with what a runtime makes of it."""
+    """Compare each sample conversation, as ids ready for an answer, with the ids of a runtime."""
     return _compare(
         "rendered ids",
         (

@@ -72,12 +72,14 @@ def settled(model: nn.Module, named: Sequence[tuple[str, list[int]]]) -> tuple[l
     """Run our model over the passages; return them, each cut before its first routing tie, and the tokens cut.
 
     At a tie the sum's order decides which expert is chosen, in any runtime, and everything after it differs: a
-    comparison would measure chance. Ties are told by our model alone, before any comparison.
+    comparison would measure chance. Our model alone decides what a tie is, before any comparison.
     """
     result, cut_tokens = [], 0
+    device = next(model.parameters()).device
     for name, ids in named:
         with watch_routing(model) as seen:
-            logits = model(torch.tensor([ids]))[0].float()
+            logits = model(torch.tensor([ids], device=device))[0].float().cpu()
+        seen = [(scores.cpu(), bias.cpu(), chosen.cpu()) for scores, bias, chosen in seen]
         tie = torch.zeros(len(ids), dtype=torch.bool)
         for router_logits, bias, chosen in seen:
             k = chosen.shape[-1]
@@ -94,7 +96,7 @@ def settled(model: nn.Module, named: Sequence[tuple[str, list[int]]]) -> tuple[l
 
 def log_probabilities(logits: Tensor) -> np.ndarray:
     """Return normalised log-probabilities in float64, so that a KL of 1e-11 is not rounding."""
-    return logits.double().log_softmax(-1).numpy()
+    return logits.cpu().double().log_softmax(-1).numpy()
 
 
 @dataclass

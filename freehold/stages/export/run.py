@@ -19,10 +19,11 @@ from freehold.core.artifact import Workspace, read_json, write_json
 from freehold.core.errors import ExportError
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
+from freehold.model.device import choose_device
 from freehold.stages.export.check import check, check_tokenizer
 from freehold.stages.export.config import ExportConfig
 from freehold.stages.export.files import write_files
-from freehold.stages.export.proof import Record, experts_heard, prove_gguf, prove_hf
+from freehold.stages.export.proof import Record, experts_reached, prove_gguf, prove_hf
 from freehold.stages.export.reference import passages, settled
 from freehold.tokenizer.bpe import Tokenizer
 
@@ -42,8 +43,9 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
         )
     checkpoint = work.input(stage) / name
     model_config, state = read_model(checkpoint)
-    reasons = check(model_config)
-    reasons += check_tokenizer(read_json(checkpoint / TOKENIZER_FILES[0]), model_config)
+    # What llama.cpp cannot express concerns its files alone.
+    reasons = check(model_config) if config.types else []
+    reasons += check_tokenizer(read_json(checkpoint / TOKENIZER_FILES[0]), model_config, gguf=bool(config.types))
     if reasons:
         raise ExportError("this model cannot be exported", where=checkpoint, found="\n            ".join(reasons))
 
@@ -73,7 +75,7 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
             "an export is not the model it was made from",
             where=work.folder / "parity.json",
             found="\n            ".join(failures),
-            todo="raise the limit in `proof` if this loss of precision is acceptable, or leave the type out"
+            todo="raise the limit in `proof` if this loss of precision is acceptable, or remove the type"
             if lossy
             else "do not use what was written: something was converted wrongly",
         )
@@ -97,7 +99,8 @@ def prove(
     with torch.device("meta"):
         model = Afmoe(model_config)
     model.load_state_dict(weights, assign=True)
-    model.eval()
+    device = choose_device(config.proof.device, "proof.device", quiet=True)
+    model.to(device).eval()
     named = list(passages(tokenizer, model_config))
     said, cut_tokens = settled(model, named)
     tokens = sum(len(p.ids) for p in said)
@@ -108,12 +111,12 @@ def prove(
             found=f"{cut_tokens} of {cut_tokens + tokens} tokens follow a tie between experts",
             todo="train the router (ties are rare in a trained model), or look for experts with equal weights",
         )
-    work.log.say(f"our model on {len(said)} passages, {tokens:,} tokens")
+    work.log.say(f"our model on {len(said)} passages, {tokens:,} tokens, on {device}")
     exports: dict[str, Record] = {}
     start = time.monotonic()
     for name in ("hf", *files):
         if name == "hf":
-            record = prove_hf(hf, weights, said, tokenizer, config.proof)
+            record = prove_hf(hf, weights, said, tokenizer, config.proof, device)
         else:
             log = work.folder / "log" / f"llama_{name}.txt"
             record = prove_gguf(files[name], hf, name, model_config, said, tokenizer, config.proof, log)
@@ -132,18 +135,19 @@ def prove(
         "weights": config.dtype,
         "passages": len(said),
         "tokens": tokens,
-        "tokens_after_routing_ties_left_out": cut_tokens,
-        "experts_heard": experts_heard(said, model_config),
-        "limits": config.proof.model_dump(mode="json", exclude={"threads"}),
+        "tokens_after_routing_ties_skipped": cut_tokens,
+        "experts_reached": experts_reached(said, model_config),
+        "limits": {name: config.proof.limit(name) for name in ("HF", *files)},
         "exports": exports,
-        "note": "llama.cpp does not tell which experts it chose: agreement of routing in a GGUF file follows from "
-        "the KL of F32. KL below 1e-8 is given as the power of ten above it; exact figures are in metrics.jsonl.",
+        "note": "llama.cpp's server does not report which experts it chose: agreement of routing in a GGUF file "
+        "follows from the KL of F32. KL below 1e-8 is given as the power of ten above it; exact figures are in "
+        "metrics.jsonl.",
     }
 
 
 @contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
-    """Compute with so many threads: sums, and so the last digits of a figure, depend on the number."""
+    """Compute with this many threads: sums, and so the last digits of a figure, depend on the number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

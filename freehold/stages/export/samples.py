@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 KINDS = {
-    "prose": "The harbour lay still that morning. Two boats had gone out before dawn, and nobody on the quay could say "
+    "prose": "The harbour was still that morning. Two boats had gone out before dawn, and no one on the quay could say "
     "when they would be back; the old pilot, who had seen worse, lit his pipe and waited for the wind to turn.",
     "speech": "Fellow citizens, the year that has passed asked much of us. We met it with patience and with work, and "
     "what we built together will outlast the quarrels of this season.",
     "drama": "FIRST WATCHMAN. Who goes there?\nSECOND WATCHMAN. A friend, and cold.\n    [He lifts the lantern.]\n"
-    "FIRST WATCHMAN. Then stand by the fire, friend, and tell me the hour.",
+    "FIRST WATCHMAN. Then stand by the fire, friend, and give me the hour.",
     "code": "def moving_average(values: list[float], window: int) -> list[float]:\n    total, result = 0.0, []\n"
     "    for i, value in enumerate(values):\n        total += value\n        if i >= window:\n"
     "            total -= values[i - window]\n        result.append(total / min(i + 1, window))\n    return result\n",

@@ -58,7 +58,7 @@ def open_model(config: ServeConfig, path: Path) -> Served:
         sampling = api.default_sampling(path.parent, tokenizer)
         return Served(config.model_name or path.stem, gguf, tokenizer, sampling, close=gguf.close)
     folder = api.find_model(path)
-    loaded = api.load(folder, config.dtype, limit_tokens=config.max_model_len)
+    loaded = api.load(folder, config.dtype, device=config.device, limit_tokens=config.max_model_len)
     name = config.model_name or folder.resolve().name
     return Served(name, loaded.engine, loaded.tokenizer, loaded.sampling, config.max_running)
 

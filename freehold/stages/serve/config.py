@@ -26,6 +26,10 @@ class ServeConfig(Config):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 = any free one. A run takes a free one.")
     model_name: str | None = Field(None, description="Name clients ask for; default: the folder's or file's name.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format to compute in.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="Where it computes; auto = CUDA if there is some, and says so. A .gguf file: llama.cpp's own.",
+    )
     max_model_len: int | None = Field(
         None, gt=0, description="Longest context in tokens, prompt and answer together; default: the model's."
     )
