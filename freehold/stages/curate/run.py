@@ -46,6 +46,24 @@ def run(config: CurateConfig, work: Workspace) -> dict[str, Any]:
     job = Job.of(gathered, work.folder, config)
     shards = read_plan(job)
     report = Report()
+    excluded = read_exclusion(config.exclude, gathered)
+    # With a published model, conversations alone are enough.
+    if shards or not any((gathered / "conversations").glob("*.parquet")):
+        curate_documents(job, shards, excluded, report, work)
+    questions = Questions(read_questions(gathered / "tasks") if config.decontamination.enabled else [])
+    curate_conversations(gathered / "conversations", config, questions, excluded, report, work.folder)
+    for path in sorted((gathered / "tasks").glob("*.jsonl")):
+        (work.folder / "tasks").mkdir(exist_ok=True)
+        shutil.copyfile(path, work.folder / "tasks" / path.name)
+    report.write_drops(work.folder / "drops.parquet")
+    write_json(work.folder / "report.json", report.as_dict())
+    shutil.rmtree(job.shards)
+    return report.totals()
+
+
+def curate_documents(job: Job, shards: list[Shard], excluded: dict[str, Why], report: Report, work: Workspace) -> None:
+    """Clean the documents shard by shard, compare them, and write what is left; DataError when nothing is."""
+    config, gathered = job.config, job.gathered
     if config.classifier.act != "off":
         report.more["classifier"] = train_classifier(job, shards, work)
     for _ in work.log.track(make_all(job, shards), "curate", len(shards), unit="shards"):
@@ -55,7 +73,6 @@ def run(config: CurateConfig, work: Workspace) -> dict[str, Any]:
         report.arrive(source, came, tally)
     work.log.say(f"curate: {sum(came[0] for came in report.came.values()):,} documents in {len(shards):,} shards")
     kept = compare(corpus, report)
-    excluded = read_exclusion(config.exclude, gathered)
     gone = sum(corpus.ids[document] in excluded for document in np.flatnonzero(kept.alive))
     if kept.alive.sum() == gone:
         reasons = Counter(drop["reason"] for drop in report.drops()) + Counter({"excluded": gone})
@@ -67,15 +84,6 @@ def run(config: CurateConfig, work: Workspace) -> dict[str, Any]:
             todo="loosen the limits under `curate.kinds`, or gather other sources",
         )
     write_documents(kept, excluded, report, work.folder)
-    questions = Questions(read_questions(gathered / "tasks") if config.decontamination.enabled else [])
-    curate_conversations(gathered / "conversations", config, questions, excluded, report, work.folder)
-    for path in sorted((gathered / "tasks").glob("*.jsonl")):
-        (work.folder / "tasks").mkdir(exist_ok=True)
-        shutil.copyfile(path, work.folder / "tasks" / path.name)
-    report.write_drops(work.folder / "drops.parquet")
-    write_json(work.folder / "report.json", report.as_dict())
-    shutil.rmtree(job.shards)
-    return report.totals()
 
 
 def train_classifier(job: Job, shards: list[Shard], work: Workspace) -> dict[str, Any]:
