@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from freehold.cli.check import check, check_arguments
+from freehold.cli.importing import import_, import_arguments
 from freehold.cli.parser import recipe_arguments, verb, walk_flags
 from freehold.core.errors import ConfigError
-from freehold.run.layout import ALIGN, CHAT, PRETRAIN, REPHRASE, SERVE, TALK, WALK
+from freehold.run.layout import ALIGN, CHAT, IMPORT, PRETRAIN, PUBLISHED, REPHRASE, SERVE, TALK, WALK
 
 TAUGHT = {
     REPHRASE: """in the recipe, a teacher and what it is asked for:
@@ -42,6 +43,7 @@ def add_verbs(verbs: Any) -> None:
             made.epilog, made.formatter_class = TAUGHT.get(stage.name), argparse.RawDescriptionHelpFormatter
             if stage.name == ALIGN:
                 check_arguments(made)
+    import_arguments(verb(verbs, IMPORT, PUBLISHED.summary, import_))
     _add_serve(verbs)
     chat = verb(verbs, CHAT, "talk to a model in the terminal", _chat)
     chat.add_argument("path", help="run folder, checkpoint or HF folder")
@@ -49,7 +51,7 @@ def add_verbs(verbs: Any) -> None:
     _add_plan(verbs)
     _add_verify(verbs)
     schema = verb(verbs, "schema", "print the JSON Schema of a stage's section of the recipe", _schema)
-    schema.add_argument("stage", choices=[*WALK, CHAT])
+    schema.add_argument("stage", choices=[*WALK, CHAT, IMPORT])
 
 
 def _add_serve(verbs: Any) -> None:
@@ -263,6 +265,6 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _schema(args: argparse.Namespace) -> int:
-    stage = {**WALK, TALK.name: TALK}[args.stage]
+    stage = {**WALK, TALK.name: TALK, IMPORT: PUBLISHED}[args.stage]
     print(json.dumps(stage.config_class().model_json_schema(), indent=1))
     return 0
