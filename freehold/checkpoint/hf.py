@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from freehold.checkpoint.limits import check_config_size, check_exported_hashes, check_finite
 from freehold.core.artifact import read_json, write_json
 from freehold.core.errors import CheckpointError
 from freehold.model.afmoe import Afmoe
@@ -161,11 +162,10 @@ def save_hf(
 def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return the shape and the tensors of a folder in HF form, under our names, in the dtypes on disk.
 
-    Expert biases come back in fp32. Raises CheckpointError naming what is missing, left over or misshapen.
+    Expert biases come back in fp32. Raises CheckpointError naming what is missing, left over, misshapen, not finite, or
+    other bytes than the manifest of the export records.
     """
-    config = from_hf_dict(read_json(folder / "config.json", CheckpointError, None), str(folder / "config.json"))
-    table = key_table(config)
-    expected = {name: shape for entry in table for name, shape in entry.shapes().items()}
+    data = read_json(folder / "config.json", CheckpointError, None)
     files = _indexed(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
     with contextlib.ExitStack() as stack:
         where: dict[str, safe_open] = {}
@@ -177,11 +177,18 @@ def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             except SafetensorError as error:
                 raise CheckpointError("not a safetensors file", where=folder / file, found=error) from error
             where |= dict.fromkeys(opened.keys(), opened)
-        _account(expected, {k: torch.Size(f.get_slice(k).get_shape()) for k, f in where.items()}, folder)
+        shapes = {k: torch.Size(f.get_slice(k).get_shape()) for k, f in where.items()}
+        values = sum(shape.numel() for shape in shapes.values())
+        check_config_size(data, len(shapes), values, folder / "config.json", experts=len(shapes))
+        config = from_hf_dict(data, str(folder / "config.json"))
+        table = key_table(config)
+        _account({name: shape for entry in table for name, shape in entry.shapes().items()}, shapes, folder)
+        check_exported_hashes(folder)
         state = {}
         for entry in table:
             tensor = entry.from_disk({name: where[name].get_tensor(name) for name in entry.theirs})
             state[entry.ours] = tensor.float() if entry.ours.endswith(".expert_bias") else tensor
+    check_finite(state, folder)
     return config, state
 
 
