@@ -11,17 +11,18 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
 from freehold.checkpoint import dcp, hf
-from freehold.core.artifact import MANIFEST, read_manifest
+from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.errors import ArtifactError, CheckpointError
 from freehold.infer.engine import Engine
 from freehold.infer.sampler import Sampling
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
+from freehold.model.device import Device, choose_device
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.chat import render_ids
 from freehold.tokenizer.output import AnswerParser, Piece, TextStream
@@ -31,8 +32,27 @@ Dtype = Literal["float32", "bfloat16"]
 
 # Where a run folder or a stage's folder keeps its models, the most finished one first.
 MODELS = (
-    "align/preview", "preview", "pretrain/base", "base", "pretrain/truebase", "truebase", "export/hf", "hf",
+    "align/preview", "preview", "pretrain/base", "base", "import/base", "pretrain/truebase", "truebase", "export/hf",
+    "hf",
 )  # fmt: skip
+
+
+class NoTokenizer:
+    """Stands in a model that was imported without a tokenizer of ours; asking anything of it raises ArtifactError."""
+
+    bos = end_of_text = eos = -1  # no id: nothing ends an answer
+
+    def __init__(self, folder: Path, why: str) -> None:
+        self._folder, self._why = folder, why
+
+    def __getattr__(self, name: str) -> Any:
+        raise ArtifactError(
+            "this model has no tokenizer to turn text into ids with",
+            where=self._folder,
+            found=self._why,
+            expected="tokenizer.json with Trinity's special tokens",
+            todo="use .model and .engine with ids, or import the folder again with its tokenizer",
+        )
 
 
 @dataclass(frozen=True)
@@ -88,23 +108,30 @@ class Loaded:
         return "".join(stream.feed(i) for i in self.engine.generate([ids], sampling)[0].ids) + stream.finish()
 
 
-def load(path: str | Path, dtype: Dtype = "float32", *, max_batch: int = 32, limit_tokens: int | None = None) -> Loaded:
+def load(
+    path: str | Path,
+    dtype: Dtype = "float32",
+    *,
+    device: Device = "auto",
+    max_batch: int = 32,
+    limit_tokens: int | None = None,
+) -> Loaded:
     """Open a checkpoint, a run or stage folder (its most finished model), or an AFMoE folder in HF form.
 
     Raises ArtifactError when the path is none of these, CheckpointError when the model is damaged or its
-    tokenizer is another one's.
+    tokenizer is another one's, ConfigError when `device` is cuda and there is none. `auto` prints what it chose.
     """
+    place = choose_device(device)
     folder = find_model(Path(path))
     if (folder / MANIFEST).exists() and read_manifest(folder)["kind"] == "checkpoint":
         config, state = dcp.read_model(folder)
     else:
         config, state = hf.load_hf(folder)
-    tokenizer = Tokenizer.load(folder)
-    _check_tokenizer(folder, tokenizer, config)
+    tokenizer = _read_tokenizer(folder, config)
     model = Afmoe(config)
     dcp.match_keys(state, model.state_dict(), folder)
     model.load_state_dict(state, assign=True)
-    model.to_compute({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).requires_grad_(False)
+    model.to_compute({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).requires_grad_(False).to(place)
     return Loaded(model, tokenizer, config, Engine(model, max_batch, limit_tokens), folder)
 
 
@@ -148,6 +175,16 @@ def _is_model(folder: Path) -> bool:
         return json.loads(config.read_text(encoding="utf-8")).get("model_type") == "afmoe"
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
         return False
+
+
+def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """Return the tokenizer of a model folder; for an import without one, what refuses in words when it is used."""
+    if dcp.is_imported(folder) and not read_json(folder / "trainer.json").get("tokenizer_sha256"):
+        found = "another tokenizer.json" if (folder / "tokenizer.json").is_file() else "no tokenizer.json"
+        return cast(Tokenizer, NoTokenizer(folder, found))
+    tokenizer = Tokenizer.load(folder)
+    _check_tokenizer(folder, tokenizer, config)
+    return tokenizer
 
 
 def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:

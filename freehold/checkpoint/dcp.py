@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from freehold.checkpoint import hf
 from freehold.checkpoint.limits import check_config_size, check_finite
 from freehold.checkpoint.metadata import STATE, DataFiles, read_metadata
 from freehold.checkpoint.storage import Reader, Writer
@@ -179,6 +180,8 @@ def read_names(folder: Path) -> dict[str, list[str]]:
 
 def read_config(folder: Path) -> ModelConfig:
     """Return the shape of a checkpoint's model; CheckpointError when its tensors are of another one."""
+    if is_imported(folder):
+        return hf.check_hf(folder)
     data = read_json(folder / "config.json", CheckpointError, None)
     shapes = {key[6:]: entry.shape for key, entry in read_metadata(folder).items() if key.startswith("model/")}
     values = sum(map(math.prod, shapes.values()))
@@ -191,7 +194,12 @@ def read_model(folder: Path, *, verify: bool = True) -> tuple[ModelConfig, dict[
     """Return the config and the model's tensors (float32 masters, expert biases) of a checkpoint.
 
     CheckpointError when they are of another shape, or hold a NaN or an infinity.
+    The tensors of an imported model come in the dtypes they were published in.
     """
+    if is_imported(folder):
+        if verify:
+            check(folder)
+        return hf.load_hf(folder)
     config, model = read_config(folder), load(folder, ["model"], verify=verify)["model"]
     with torch.device("meta"):
         expected = Afmoe(config).state_dict()
@@ -204,6 +212,11 @@ def read_model(folder: Path, *, verify: bool = True) -> tuple[ModelConfig, dict[
             )  # fmt: skip
     check_finite(model, folder)
     return config, model
+
+
+def is_imported(folder: Path) -> bool:
+    """Return whether a checkpoint holds weights in HF form, as they were published, and nothing of a training."""
+    return not (folder / STATE).exists() and (folder / MANIFEST).exists()
 
 
 def match_keys(found: Iterable[str], expected: Iterable[str], folder: Path) -> None:

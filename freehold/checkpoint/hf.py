@@ -8,10 +8,10 @@ refused by name.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -166,23 +166,8 @@ def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     other bytes than the manifest of the export records.
     """
     data = read_json(folder / "config.json", CheckpointError, None)
-    files = _indexed(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
-    with contextlib.ExitStack() as stack:
-        where: dict[str, safe_open] = {}
-        for file in files:
-            if not (folder / file).is_file():
-                raise CheckpointError("a file of weights is missing", where=folder, found="nothing", expected=file)
-            try:
-                opened = stack.enter_context(safe_open(folder / file, framework="pt"))
-            except SafetensorError as error:
-                raise CheckpointError("not a safetensors file", where=folder / file, found=error) from error
-            where |= dict.fromkeys(opened.keys(), opened)
-        shapes = {k: torch.Size(f.get_slice(k).get_shape()) for k, f in where.items()}
-        values = sum(shape.numel() for shape in shapes.values())
-        check_config_size(data, len(shapes), values, folder / "config.json", experts=len(shapes))
-        config = from_hf_dict(data, str(folder / "config.json"))
-        table = key_table(config)
-        _account({name: shape for entry in table for name, shape in entry.shapes().items()}, shapes, folder)
+    with _opened(folder) as where:
+        config, table = _accounted(data, folder, where)
         check_exported_hashes(folder)
         state = {}
         for entry in table:
@@ -190,6 +175,57 @@ def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             state[entry.ours] = tensor.float() if entry.ours.endswith(".expert_bias") else tensor
     check_finite(state, folder)
     return config, state
+
+
+def check_hf(folder: Path) -> ModelConfig:
+    """Return the shape of a folder in HF form, whose tensors have the right names and shapes; reads none of them."""
+    data = read_json(folder / "config.json", CheckpointError, None)
+    with _opened(folder) as where:
+        return _accounted(data, folder, where)[0]
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a folder in HF form by their names there, one in memory at a time."""
+    with _opened(folder) as where:
+        for name, file in where.items():
+            yield name, file.get_tensor(name)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the names of a folder's files of weights, in order."""
+    return _indexed(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
+
+
+def count_tensors(config: ModelConfig) -> int:
+    """Return how many tensors a model of this shape has on disk."""
+    return sum(len(entry.theirs) for entry in key_table(config))
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[dict[str, safe_open]]:
+    """Open the files of weights; yield which of them holds each tensor."""
+    with contextlib.ExitStack() as stack:
+        where: dict[str, safe_open] = {}
+        for file in files_of(folder):
+            if not (folder / file).is_file():
+                raise CheckpointError("a file of weights is missing", where=folder, found="nothing", expected=file)
+            try:
+                opened = stack.enter_context(safe_open(folder / file, framework="pt"))
+            except SafetensorError as error:
+                raise CheckpointError("not a safetensors file", where=folder / file, found=error) from error
+            where |= dict.fromkeys(opened.keys(), opened)
+        yield where
+
+
+def _accounted(data: dict[str, Any], folder: Path, where: dict[str, safe_open]) -> tuple[ModelConfig, list[Entry]]:
+    """Return shape and key table of a folder whose tensors are exactly those of its config.json (`data`)."""
+    shapes = {k: torch.Size(f.get_slice(k).get_shape()) for k, f in where.items()}
+    values = sum(shape.numel() for shape in shapes.values())
+    check_config_size(data, len(shapes), values, folder / "config.json", experts=len(shapes))
+    config = from_hf_dict(data, str(folder / "config.json"))
+    table = key_table(config)
+    _account({name: shape for entry in table for name, shape in entry.shapes().items()}, shapes, folder)
+    return config, table
 
 
 def _account(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], where: object) -> None:

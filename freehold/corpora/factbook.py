@@ -25,12 +25,12 @@ ARTICLE = re.compile(
     r"Seychelles|Comoros|Holy See|Gaza Strip|West Bank|Isle of Man|European Union|Marshall Islands)"
 )
 NO_ANSWER = re.compile(r"(none|na|n/a|no|not|unnamed)\b", re.I)
-LEFT_OUT = {"Geographic coordinates", "Map references", "Diplomatic representation from the US", "Age structure"}
+SKIPPED = {"Geographic coordinates", "Map references", "Diplomatic representation from the US", "Age structure"}
 
 
 @dataclass(frozen=True)
 class Field:
-    """One kind of fact: where it lies, how it is asked and said; `{c}` is the country, `{a}` the answer."""
+    """One kind of fact: where it is stored, how it is asked and said; `{c}` is the country, `{a}` the answer."""
 
     key: str
     path: str
@@ -242,7 +242,7 @@ def name_of(country: dict[str, Any], plain: Callable[[str], str]) -> str:
 
 
 def facts(country: dict[str, Any], path: str, plain: Callable[[str], str]) -> Iterator[Fact]:
-    """Yield the short clean facts of one country; whatever has notes, parts or doubts in it is left out."""
+    """Yield the short clean facts of one country; whatever has notes, parts or doubts in it is skipped."""
     name = name_of(country, plain)
     if not name:
         return
@@ -286,7 +286,7 @@ def page(country: dict[str, Any], plain: Callable[[str], str]) -> str:
             continue
         paragraphs = []
         for title, inner in fields.items():
-            if title in LEFT_OUT:
+            if title in SKIPPED:
                 continue
             for sub, raw in _texts(inner):
                 text = re.sub(r"^note:\s*", "", plain(raw))
@@ -305,6 +305,6 @@ def _texts(node: Any, label: str = "") -> Iterator[tuple[str, str]]:
         yield label, node
     elif isinstance(node, dict):
         for key, inner in node.items():
-            # `{"text": ...}` is the field itself; anything else is a part of it with a name.
+            # `{"text": ...}` is the field itself; anything else is a part with a name.
             name = label if key == "text" else key.strip() if not label else f"{label}, {key.strip()}"
             yield from _texts(inner, name)

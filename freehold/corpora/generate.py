@@ -219,7 +219,7 @@ def _page(title: str, pairs: list[tuple[str, str]]) -> str:
 def _conversations(
     source: Settings, gym: Gym, book: _Factbook, rights: dict[str, dict[str, Any]], seed: int
 ) -> Iterator[Conversation]:
-    """Yield at most `source.conversations`, no two alike: facts, reasoning, talk."""
+    """Yield at most `source.conversations`, each different: facts, reasoning, talk."""
     random_ = random.Random(f"{seed}\0conversations")
     asked = [(q, sentence(f.answer), f) for f in book.train for q in f.questions]
     random_.shuffle(asked)
@@ -292,7 +292,7 @@ def _tool_conversations(source: Settings, book: _Factbook, rights: dict[str, Any
 
 
 def _tool_talk(seed: int, known: list[tuple[str, str, str, str]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield tool dialogues, no two alike."""
+    """Yield tool dialogues, each different."""
     seen: set[str] = set()
     for messages in tools.dialogues(random.Random(f"{seed}\0tools"), known):
         text = json.dumps(messages, sort_keys=True)

@@ -122,7 +122,7 @@ def load() -> ModuleType:
     """
     # pycosat is C that comes as source only, so it is not installed with the rest: of all tasks only zebra_puzzles
     # calls it. reasoning-gym imports it for every task, so something has to stand in its place meanwhile. It is taken
-    # away again at once: sympy would solve with any module of that name.
+    # removed again immediately: sympy would solve with any module of that name.
     absent = importlib.util.find_spec("pycosat") is None
     if absent:
         sys.modules["pycosat"] = stand_in = ModuleType("pycosat")

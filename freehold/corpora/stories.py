@@ -1,4 +1,4 @@
-"""Small stories from a grammar over a small world, so that what is told hangs together, and questions about them.
+"""Small stories from a grammar over a small world, so that each story is consistent, and questions about them.
 
 After TinyStories (Eldan and Li 2023, arXiv:2305.07759) and bAbI (Weston et al. 2015, arXiv:1502.05698): the world knows
 who is where and who has what; each sentence changes it or follows from it, and answers are read off it.
@@ -86,45 +86,45 @@ def stories(seed: str) -> Iterator[Story]:
 
 
 def story(r: random.Random) -> Story:
-    """Tell one story: somebody misses a thing, a friend helps to look for it, and it is found."""
+    """Write one story: somebody misses a thing, a friend helps to look for it, and it is found."""
     hero, friend = r.sample(list(PEOPLE), 2)
     he, friend_he = PEOPLE[hero], PEOPLE[friend]
     item, other = r.sample(ITEMS, 2)
     start, hiding, *wrong = r.sample(PLACES, 4)
     world = World({hero: start, friend: r.choice(wrong)}, {item: hiding, other: friend})
-    told = [f"{r.choice(WEATHER)}, and {hero} was in the {start}."]
+    sentences = [f"{r.choice(WEATHER)}, and {hero} was in the {start}."]
     words = {"p": he.capitalize(), "pos": POSSESSIVE[he], "pos_": POSSESSIVE[he].capitalize(), "item": item}
-    told.append(r.choice(WORRIES).format(**words) + f", and {he} was {r.choice(FEELINGS)}.")
+    sentences.append(r.choice(WORRIES).format(**words) + f", and {he} was {r.choice(FEELINGS)}.")
     _go(world, hero, world.where[friend])
-    told.append(f"So {hero} went to the {world.where[hero]}, where {friend} was playing with a {other}.")
-    told.append(f'"{r.choice(("Hello", "Good day"))}, {friend}," said {hero}. "Have you seen my {item}?"')
-    told.append(f'"No," said {friend}, "but I will help you to look for it."')
+    sentences.append(f"So {hero} went to the {world.where[hero]}, where {friend} was playing with a {other}.")
+    sentences.append(f'"{r.choice(("Hello", "Good day"))}, {friend}," said {hero}. "Have you seen my {item}?"')
+    sentences.append(f'"No," said {friend}, "but I will help you to look for it."')
     looked = []
     for place in r.sample([p for p in wrong if p != world.where[hero]], r.randint(0, 1)):
         _go(world, hero, place)
         _go(world, friend, place)
         looked.append(place)
-        told.append(f"First they went to the {place}. They looked {_corners(r)}, but the {item} was not there.")
+        sentences.append(f"First they went to the {place}. They looked {_corners(r)}, but the {item} was not there.")
     _go(world, hero, hiding)
     _go(world, friend, hiding)
-    told.append(
+    sentences.append(
         f"{'Then' if looked else 'Together'} they went to the {hiding}, and there, {_corners(r)}, lay the {item}!"
     )
     if r.random() < 0.5:
         world.things[item] = friend
-        told.append(f"{friend} picked up the {item} and gave it to {hero}.")
+        sentences.append(f"{friend} picked up the {item} and gave it to {hero}.")
     else:
-        told.append(f"{hero} picked up the {item} and laughed.")
+        sentences.append(f"{hero} picked up the {item} and laughed.")
     world.things[item] = hero
     if r.random() < 0.5:
         world.things[other] = hero
-        told.append(f'"You may have my {other} too," said {friend}, and {hero} thanked {_him(friend_he)}.')
+        sentences.append(f'"You may have my {other} too," said {friend}, and {hero} thanked {_him(friend_he)}.')
     else:
-        told.append(f'"Thank you, {friend}," said {hero}.')
+        sentences.append(f'"Thank you, {friend}," said {hero}.')
     home = r.choice([start, *(p for p in PLACES if p != hiding)])
     _go(world, hero, home)
-    told.append(f"In the evening {hero} went to the {home} with the {item}. {friend} stayed in the {hiding}.")
-    told.append(r.choice(LESSONS))
+    sentences.append(f"In the evening {hero} went to the {home} with the {item}. {friend} stayed in the {hiding}.")
+    sentences.append(r.choice(LESSONS))
     asked = [
         (f"Where was the {item} found?", f"In the {hiding}."),
         (f"Where is the {item} now?", f"In the {world.place_of(item)}."),
@@ -133,7 +133,7 @@ def story(r: random.Random) -> Story:
         (f"Who has the {other} now?", f"{world.things[other]}."),
         (f"Where was {hero} at the beginning?", f"In the {start}."),
     ]
-    paragraphs = [" ".join(told[:2]), " ".join(told[2:5]), " ".join(told[5:])]
+    paragraphs = [" ".join(sentences[:2]), " ".join(sentences[2:5]), " ".join(sentences[5:])]
     return Story(f"{hero} and the {item}", "\n\n".join(paragraphs), tuple(r.sample(asked, 3)))
 
 

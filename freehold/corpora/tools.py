@@ -1,7 +1,7 @@
 """Dialogues in which the assistant calls tools: every result is computed, every answer follows from a result.
 
 Tools are in OpenAI's form, in the key `tools` of the system message. Of ten dialogues about six need one call, one
-needs two at once, one lacks an argument that the assistant asks for, one needs no tool, one meets an error.
+needs two together, one lacks an argument that the assistant asks for, one needs no tool, one meets an error.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def dialogues(random_: random.Random, facts: Sequence[tuple[str, str, str, str]]
             continue
         if kind == "error":
             date_text = f"{random_.randint(1950, 2030)}-02-30"
-            told = f"There is no such date as {date_text}."
+            answer = f"There is no such date as {date_text}."
             question = f"What day of the week was {date_text}?"
             messages = [_system(random_, ["weekday"]), _say("user", question)]
-            yield messages + _called(known, [("weekday", {"date": date_text}, told)])
+            yield messages + _called(known, [("weekday", {"date": date_text}, answer)])
             continue
         wanted = [_one(random_, facts) for _ in range(2 if kind == "two" else 1)]
         if len({question for question, *_ in wanted}) < len(wanted):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 PARTS = {"n": "noun", "v": "verb", "adj": "adjective", "adv": "adverb"}
-SENSE = re.compile(r" {4}(?:(n|v|adj|adv) )?\d*: ?")  # lines that go on are further in
+SENSE = re.compile(r" {4}(?:(n|v|adj|adv) )?\d*: ?")  # continued lines are indented further
 NAMED = re.compile(r"\[(syn|ant|also): ([^\]]*)\]")
 QUOTED = re.compile(r"\s*[;:,]?\s*\"")
 WORD = re.compile(r"[a-z]{3,14}")
@@ -99,11 +99,11 @@ class Lexicon:
     def questions(self, sense: Sense) -> list[tuple[str, str]]:
         """Return every question about a sense with its answer: what it means, which word it is, its like and opposite.
 
-        A wrong choice is no synonym, and no definition of it has a longer word in common with the one asked for.
+        A wrong choice is no synonym, and none of its definitions has a longer word in common with the one asked for.
         """
         dice = random.Random(f"{self.seed}\0{sense.part}\0{sense.word}")
-        told = {"part": sense.part, "word": sense.word}
-        found = [(dice.choice(MEANING).format(**told), sense.definition)]
+        words = {"part": sense.part, "word": sense.word}
+        found = [(dice.choice(MEANING).format(**words), sense.definition)]
         right = self.meaning[sense.definition]
         others = self.words[sense.part]
         others = dice.sample(others, min(12, len(others)))

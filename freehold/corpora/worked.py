@@ -34,7 +34,7 @@ NAMES = (
 THINGS = ("apples", "books", "coins", "eggs", "pens", "shells", "stamps", "stones", "tickets", "walnuts")
 
 TRIES = 20
-"""So many repeated questions in a row, and a task passes its turn."""
+"""After this many repeated questions in a row a task passes its turn."""
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def _filter(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
         # top_p = 1 keeps everything, whatever the rounding of the sum.
         inside = (rank < top_k) & ((before < top_p) | (top_p == 1)) & (chances >= min_p * chances[:, :1])
         inside[:, 0] = True
-        # Who is inside is always a beginning of the ranking: when its end is outside, nobody beyond is inside.
+        # Who is inside is always a beginning of the ranking: when its end is outside, no token beyond is inside.
         done = torch.ones_like(inside[:, 0]) if whole else ~inside[:, -1]
         chosen = torch.full_like(found, -torch.inf).scatter_(1, order, ranked.masked_fill(~inside, -torch.inf))
         filtered[rows[done]] = chosen[done]

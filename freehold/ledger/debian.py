@@ -14,7 +14,7 @@ from freehold.core.errors import LicenceError
 from freehold.ledger.evidence import agreement, licence_text
 from freehold.ledger.licence import normalise
 
-# Short names of DEP-5 and names in use beside them, in lower case, where they are not SPDX ids already.
+# Short names of DEP-5 and names in use next to them, in lower case, where they are not SPDX ids already.
 NAMES = {
     "expat": "MIT",
     "x11": "X11",
@@ -48,7 +48,7 @@ class Paragraph:
     """The licence as the paragraph names it."""
     expression: str
     """The same as an SPDX expression; a name that SPDX does not know becomes a LicenseRef-."""
-    lies: str
+    contradiction: str
     """Empty, or why the text that goes with the name is that of another licence."""
 
 
@@ -90,7 +90,8 @@ def parse(text: str) -> Copyright | None:
             name, _, body = block.get("license", "").partition("\n")
             body = body if body.strip() else bodies.get(name.strip().lower(), "")
             expression = _recognised(spdx(name), body)
-            found.append(Paragraph(tuple(block["files"].split()), name.strip(), expression, _lie(expression, body)))
+            globs = tuple(block["files"].split())
+            found.append(Paragraph(globs, name.strip(), expression, _contradiction(expression, body)))
     return Copyright(tuple(found))
 
 
@@ -174,7 +175,7 @@ def _recognised(expression: str, body: str) -> str:
     return expression
 
 
-def _lie(expression: str, body: str) -> str:
+def _contradiction(expression: str, body: str) -> str:
     found = licence_text(body)
     if found.explained < MOST:  # a pointer to /usr/share/common-licenses, words of their own, or nothing
         return ""

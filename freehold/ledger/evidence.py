@@ -1,6 +1,6 @@
 """What shows a licence: metadata, licence files, tags and notices in a text, Creative Commons links, restrictions.
 
-The wrapper's statements (what a package declares, the licence files beside it) and the content's (what the text itself
+The wrapper's statements (what a package declares, the licence files next to it) and the content's (what the text itself
 says) are kept apart. `weigh` makes one licence with a confidence of them; the strictest term wins, and what contradicts
 another is named. Licence texts are recognised by `licenseclassifier`, the patterns of google/licensecheck in Python.
 """
@@ -68,7 +68,7 @@ FOREIGN: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = tuple(
         ("the GCIDE dictionary", r"\bGCIDE\b"),
     )
 )  # fmt: skip
-# The same, told by the text or its path.
+# The same, shown by the text or its path.
 MARKS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = (
     ("the Brown Corpus", ("/at ",), re.compile(r"(?:[\w'-]+/(?:at|nns?|np|vb[dgnz]?|in|jj|cc|pp\$?|rb|to|md)\s+){5}")),
     ("the GCIDE dictionary", ("[1913",), re.compile(r"\[1913 Webster\]")),
@@ -130,7 +130,7 @@ def licence_text(text: str) -> Text:
 
 
 def agreement(expression: str, text: Text) -> Literal["agrees", "partly", "silent", "contradicts"]:
-    """Tell whether a licence text bears out an expression: all of it, some of it, or that of others only.
+    """Say whether a licence text confirms an expression: completely, in part, or as the text of other licences only.
 
     A text that begins with much that was not recognised may hold the licence there: it is silent, not another one.
     """
@@ -182,7 +182,7 @@ def restrictions(text: str, place: str = "", *, foreign: bool = False) -> list[F
 
 
 def unfilled(text: str, place: str = "") -> list[Finding]:
-    """Return a finding when a licence file is a form nobody filled in, so that no one grants anything by it."""
+    """Return a finding when a licence file is an empty form, by which no one grants anything."""
     # Some texts end with a form on purpose: how to apply these terms.
     match = TEMPLATE.search(text[:400])
     return [Finding("template", place, "", match[0])] if match else []
@@ -207,7 +207,7 @@ def of_cc_url(url: str) -> str | None:
 def weigh(claim: Weighed, own: Iterable[Finding], *, detected: bool = False) -> Weighed:
     """Return the licence of one document: what its source claims, and what the document says itself.
 
-    A document's own statement adds to the claim, so that the strictest term wins; where nobody claimed anything but the
+    A document's own statement adds to the claim, so that the strictest term wins; where no one claimed anything but the
     claim was `detected` around it, its own statement takes the place. Restrictions make the confidence low.
     """
     own = list(own)
@@ -228,9 +228,9 @@ def weigh(claim: Weighed, own: Iterable[Finding], *, detected: bool = False) -> 
             except LicenceError:
                 licence = mine
             confidence = min(confidence, "medium", key=RANK.__getitem__)
-    told = dict.fromkeys([claim.evidence, *map(str, said), *(f"against it: {finding}" for finding in against)])
+    shown = dict.fromkeys([claim.evidence, *map(str, said), *(f"against it: {finding}" for finding in against)])
     conflicts = (*claim.conflicts, *against)
-    return Weighed(licence, "low" if conflicts else confidence, "; ".join(filter(None, told)), conflicts)
+    return Weighed(licence, "low" if conflicts else confidence, "; ".join(filter(None, shown)), conflicts)
 
 
 def _notices(head: str) -> list[str]:
@@ -265,7 +265,7 @@ def _share(tree: Any, ids: set[str]) -> float:
 
 
 def _same(claimed: str, found: str) -> bool:
-    """Tell whether a text found is that of the licence claimed: a text does not say `only` or `or later`."""
+    """Say whether a text found is that of the licence claimed: a text does not say `only` or `or later`."""
     first, second = _family(claimed), _family(found)
     if first[0] != second[0]:
         return False

@@ -17,7 +17,7 @@ class Known:
     declared: str
     """Licence in the package's metadata."""
     real: str
-    """What the text is under, as far as anyone can tell."""
+    """What the text is under, as far as anyone knows."""
     reason: str
 
 

@@ -40,7 +40,7 @@ class BalanceRule(Protocol):
         """Move `bias` [E] (float32, in place) of one layer, given `counts` [E] of one optimizer step."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what must be in a checkpoint besides the biases."""
+        """Return what must be in a checkpoint in addition to the biases."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""

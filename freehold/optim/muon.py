@@ -134,7 +134,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         """Take named parameters; `copies`: where a parameter is wanted a second time, in another dtype.
 
-        Where only parts of parameters are here, `shapes` are those of the whole, and `sharded` orthogonalises them.
+        Where only parts of parameters are here, `shapes` are the complete ones, and `sharded` orthogonalises the parts.
         """
         named = list(named)
         self.copies, self.sharded = copies or {}, sharded

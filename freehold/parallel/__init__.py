@@ -1,1 +1,1 @@
-"""How a model and its batches are spread over processes; the model itself knows nothing of it."""
+"""How a model and its batches are sharded over processes; the model itself knows nothing about that."""

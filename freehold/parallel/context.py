@@ -15,10 +15,11 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
-from freehold.model import ops
+from freehold.model import blockwise
 from freehold.model.afmoe import Afmoe
-from freehold.model.attention import Attention, Mask, attend
+from freehold.model.attention import Attention, attend
 from freehold.model.config import ModelConfig
+from freehold.model.masks import Mask
 
 
 class ContextParallel:
@@ -28,13 +29,14 @@ class ContextParallel:
         self.group, self.rank, self.degree = group, dist.get_rank(group), dist.get_world_size(group)
 
     def apply(self, model: Afmoe) -> None:
-        """Make a model take its rows for chunks of longer ones: positions, masks and attention cores."""
+        """Make a model treat its rows as chunks of longer ones: positions, masks and attention cores."""
+        # These three are the only places where a token looks beyond itself; all other layers stay as they are.
         model.positions, model.masks = self.positions, self.masks
         for attention in (module for module in model.modules() if isinstance(module, Attention)):
             attention.core = self.attend_halo if attention.kind == "sliding_attention" else self.attend_gathered
 
     def positions(self, input_ids: Tensor) -> Tensor:
-        """Return where the tokens of a chunk [B, C] stand in their row, [C]: what rotary embedding must see."""
+        """Return the positions of the tokens of a chunk [B, C] in their row, [C]: what the rotary embedding needs."""
         return torch.arange(input_ids.shape[1], device=input_ids.device) + self.rank * input_ids.shape[1]
 
     def masks(
@@ -45,25 +47,31 @@ class ContextParallel:
         The document numbers of the other chunks are fetched. Positions must be None: they follow from the rank.
         """
         if positions is not None:
-            raise ValueError("where a chunk's tokens stand follows from its rank; positions cannot be given")
+            raise ValueError("the positions of a chunk's tokens follow from its rank; positions cannot be given")
         chunk, device = h.shape[1], h.device
+        # Keys end with this chunk: what comes later is masked for all of its tokens, and is not fetched.
         here = torch.arange(chunk, device=device) + self.rank * chunk
         there = torch.arange((self.rank + 1) * chunk, device=device)
-        distance = here[:, None] - there[None, :]
+        distance = here[:, None] - there[None, :]  # [C, S]
         seen = (distance >= 0)[None]
         if document_ids is not None:
+            # A document may begin in an earlier chunk; int32 halves what is sent.
             ids = collectives.all_gather_single(document_ids.int().contiguous(), 1, self.group)[:, : len(there)]
             seen = seen & (document_ids[:, :, None] == ids[:, None, :])
         masks: dict[str, Mask] = {}
         for kind in sorted(set(config.layer_types)):
             window, allowed = None, seen
             if kind == "sliding_attention":
+                # `attend_halo` sees the end of the chunk before and this one, so the mask loses its first columns.
                 window = config.sliding_window
                 first = max(self.rank * chunk - self.halo_tokens(window, chunk), 0)
                 allowed = (seen & (distance < window))[:, :, first:]
-            allowed = allowed[:, None]
-            blockwise = device.type == "cpu" and ops.BLOCK_TOKENS < allowed.shape[-1] <= ops.BLOCKWISE_MAX_TOKENS
-            masks[kind] = Mask(allowed, False, window, ops.attention_blocks(allowed) if blockwise else None)
+            allowed = allowed[:, None]  # [B, 1, C, S]
+            # The same rule as on one device, so that both take the same path and give the same bits.
+            as_blocks = (
+                device.type == "cpu" and blockwise.BLOCK_TOKENS < allowed.shape[-1] <= blockwise.BLOCKWISE_MAX_TOKENS
+            )
+            masks[kind] = Mask(allowed, False, window, blockwise.attention_blocks(allowed) if as_blocks else None)
         return masks
 
     def halo_tokens(self, window: int, chunk: int) -> int:
@@ -74,6 +82,7 @@ class ContextParallel:
 
     def attend_gathered(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """Attend to the chunks up to this one: q [B, H, C, D], k and v [B, K, C, D] -> [B, H, C, D]."""
+        # One collective for keys and values: the start of a collective costs more than its width.
         both = collectives.all_gather_single_autograd(torch.cat([k, v], -1).contiguous(), 2, self.group)
         k, v = both[:, :, : (self.rank + 1) * q.shape[2]].chunk(2, -1)
         return attend(q, k, v, mask)
@@ -87,10 +96,12 @@ class ContextParallel:
 
     def _halo(self, x: Tensor, tokens: int) -> Tensor:
         """Give the last tokens of x [B, K, C, D] to the next rank; return those of the rank before, or none."""
+        # An all-to-all in which each rank sends to one neighbour: its backward pass returns the gradients the same way.
         give, take = [0] * self.degree, [0] * self.degree
         if self.rank + 1 < self.degree:
             give[self.rank + 1] = tokens
         if self.rank:
             take[self.rank - 1] = tokens
+        # Tokens first: an all-to-all cuts the first dimension. The last rank's slice is empty.
         tail = x.movedim(2, 0)[x.shape[2] - sum(give) :].contiguous()
         return collectives.all_to_all_single_autograd(tail, take, give, self.group).movedim(0, 2)

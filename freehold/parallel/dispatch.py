@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
 from freehold.model import ops
+from freehold.model.rows import Route, route
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,11 +23,11 @@ class Sent(NamedTuple):
 
     sends: list[int]
     receives: list[int]
-    path: ops.Route | None
+    path: Route | None
 
 
 class AllToAll:
-    """The dispatcher of a layer whose experts are dealt to the ranks of `group`, each holding consecutive ones."""
+    """The dispatcher of a layer whose experts are sharded over the ranks of `group`, each holding consecutive ones."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
@@ -43,7 +44,7 @@ class AllToAll:
         rows, path = exchange(x, receives, sends, self.group), None
         if len(rows):
             experts = torch.arange(here.shape[1], device=x.device).repeat(ranks)
-            path = ops.route(experts.repeat_interleave(here.flatten(), output_size=len(rows))[:, None])
+            path = route(experts.repeat_interleave(here.flatten(), output_size=len(rows))[:, None])
             rows = ops.gather(rows, path)
         return rows, here.sum(0), Sent(sends, receives, path)
 
@@ -51,14 +52,14 @@ class AllToAll:
         """Return the results [S, d] to the ranks their rows came from, in the order they had there: [R, d]."""
         if context.path is not None:
             order, inverse, _ = context.path
-            y = ops.gather(y, ops.Route(inverse, order, inverse))
+            y = ops.gather(y, Route(inverse, order, inverse))
         return exchange(y, context.sends, context.receives, self.group)
 
 
 def exchange(x: Tensor, receives: list[int] | None, sends: list[int] | None, group: ProcessGroup) -> Tensor:
     """Send stretches of x's first dimension to each rank of the group and return those received; differentiable.
 
-    Sizes None: all stretches are alike. These functional collectives are private in PyTorch 2.13; this is the one
-    place that calls them.
+    Sizes None: all stretches have the same length. These functional collectives are private in PyTorch 2.13; this is
+    the one place that calls them.
     """
     return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), receives, sends, group))

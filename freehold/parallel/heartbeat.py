@@ -1,7 +1,7 @@
-"""What a rank tells of itself: which step it has done, and what it is doing. Imports no torch.
+"""What a rank reports about itself: which step it has done, and what it is doing. Imports no torch.
 
 A beat is a record of fixed size that is written over the last one: that needs no space on a disk that has become full,
-and nobody waits for the disk. It goes where the supervisor said, or nowhere: a run that nobody watches writes none.
+and no rank waits for the disk. It goes where the supervisor said; a run without a supervisor writes none.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ class Heartbeat:
         if folder is not None:
             path = Path(folder) / f"rank_{os.environ.get('RANK', '0')}.json"
             self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            # A hanging rank cannot answer in Python; this handler runs in C and needs no lock.
             faulthandler.enable()
             faulthandler.register(DUMP, file=sys.stderr, all_threads=True)
 
     def beat(self, step: int, doing: str, **figures: Any) -> None:
         """Say that `step` steps are done and what comes now: `start`, `step`, `save`, `validate` or `done`."""
         if self.file is not None:
-            told = json.dumps({"pid": os.getpid(), "step": step, "doing": doing, **figures})
-            os.pwrite(self.file, told.ljust(RECORD_BYTES).encode(), 0)
+            record = json.dumps({"pid": os.getpid(), "step": step, "doing": doing, **figures})
+            # Padded and at offset 0: a shorter record leaves nothing of the longer one before it.
+            os.pwrite(self.file, record.ljust(RECORD_BYTES).encode(), 0)
 
 
 def read_beat(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Starting the ranks of one machine: N copies of one command, told apart by the environment alone. Imports no torch.
+"""Starting the ranks of one machine: N copies of one command that differ in their environment only. Imports no torch.
 
 Only `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT` are set, so any other launcher that sets them
 (torchrun, Slurm, Kubernetes) does as well. Why plain processes and not torch's elastic agent: docs/decisions/0015.
@@ -27,30 +27,30 @@ RANK_BYTES = 300_000_000
 
 
 def place(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
-    """Return (rank, world size) as a launcher told this process; None when no launcher did.
+    """Return (rank, world size) as a launcher set them for this process; None without a launcher.
 
-    Raises ConfigError when what it told is not whole.
+    Raises ConfigError when it set only a part of them.
     """
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return None
-    told = {name: environment.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    missing = [name for name, value in told.items() if not value]
+    given = {name: environment.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    missing = [name for name, value in given.items() if not value]
     if not missing:
         with contextlib.suppress(ValueError):
-            rank, world = int(told["RANK"] or ""), int(told["WORLD_SIZE"] or "")
-            if 0 <= rank < world and 0 < int(told["MASTER_PORT"] or "") < 1 << 16:
+            rank, world = int(given["RANK"] or ""), int(given["WORLD_SIZE"] or "")
+            if 0 <= rank < world and 0 < int(given["MASTER_PORT"] or "") < 1 << 16:
                 return rank, world
     raise ConfigError(
         "the launcher did not say which rank this is",
         where="environment",
-        found=", ".join(f"{name}={value}" for name, value in told.items() if value),
+        found=", ".join(f"{name}={value}" for name, value in given.items() if value),
         expected="RANK < WORLD_SIZE, MASTER_ADDR and MASTER_PORT",
         todo="unset RANK and WORLD_SIZE to run one process, or let `parallel.nproc` start the ranks",
     )
 
 
 def leads() -> bool:
-    """Tell whether this process is the one that writes what a run writes once: rank 0, or the only one."""
+    """Return whether this process writes what a run writes once: rank 0, or the only one."""
     found = place()
     return found is None or found[0] == 0
 
@@ -58,19 +58,22 @@ def leads() -> bool:
 def check_fits_machine(parallel: ParallelConfig, stage: str) -> None:
     """Raise ConfigError when `nproc` is more than this machine has devices, or memory for; a dry run may be larger."""
     where, todo = f"{stage}.parallel.nproc", "--dry-run and `freehold plan` show a mesh larger than this machine"
-    if parallel.device == "cpu":
+    # Counted without torch, which takes a second to import; other kinds of device are checked when torch is loaded.
+    devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if parallel.device == "cpu" or (parallel.device == "auto" and devices < parallel.nproc):
         check_memory_fits(parallel.nproc * RANK_BYTES, f"{parallel.nproc} processes", where, todo)
-    elif 0 < (devices := len(list(Path("/dev").glob("nvidia[0-9]*")))) < parallel.nproc:  # others: torch tells later
+    elif 0 < devices < parallel.nproc:
         raise ConfigError(
             "more processes than devices", where=where, found=parallel.nproc, expected=f"at most {devices}", todo=todo
         )
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on, from below those that systems hand out for outgoing connections.
+    """Return a port without a listener, from below those that systems use for outgoing connections.
 
     Ranks may take a minute to start, and one of those others would be taken meanwhile.
     """
+    # The system's own random numbers: a seeded generator would give two runs on one machine the same port.
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -85,7 +88,7 @@ class Rank:
         self.rank = rank
         self.beat_path, self.out, self.err = (folder / f"rank_{rank}.{kind}" for kind in ("json", "out", "txt"))
         with self.out.open("wb") as out, self.err.open("wb") as err:
-            # A process group of its own: a signal reaches it once, from the supervisor, and a kill all of it.
+            # A process group of its own: a signal reaches it once, from the supervisor, and a kill its children too.
             self.process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, process_group=0)
 
     def send(self, number: int) -> None:
@@ -96,6 +99,7 @@ class Rank:
 
     def last_lines(self, count: int) -> list[str]:
         """Return the end of what the rank said on stderr."""
+        # The end only: a rank may have written gigabytes.
         with self.err.open("rb") as file:
             file.seek(max(0, self.err.stat().st_size - 200 * count))
             return file.read().decode(errors="replace").splitlines()[-count:]
@@ -118,13 +122,15 @@ def start(command: Sequence[str], nproc: int, folder: Path) -> list[Rank]:
         for rank in range(nproc):
             ranks.append(Rank(rank, command, folder, {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
     except BaseException:
+        # Also for a signal: ranks that were started must not outlive this process.
         kill(ranks)
         raise
     return ranks
 
 
 def kill(ranks: Sequence[Rank]) -> None:
-    """End every rank at once, also those that are stopped, and wait until they are gone."""
+    """Kill every rank, also those that are stopped, and wait until they are gone."""
+    # SIGKILL: it reaches a stopped process, and a rank in a collective does not return to Python for others.
     for rank in ranks:
         rank.send(signal.SIGKILL)
     for rank in ranks:

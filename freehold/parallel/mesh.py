@@ -1,10 +1,10 @@
-"""Where this process stands among all of them, and the few things that all have to agree on.
+"""The coordinates of this process among all of them, and the few things that all have to agree on.
 
 Ranks are numbered pipeline stage first, then replicate, shard, context (innermost). FSDP treats shard x context as one
-axis, `fsdp`; expert ranks are the innermost part of it, so that those of a small group are on one machine:
+axis, `fsdp`; expert ranks are its innermost part, so that a small group of them is on one machine:
 
     dense   (pipeline, replicate, fsdp)         everything but experts
-    sparse  (pipeline, replicate, edp, expert)  experts: dealt over `expert`, sharded over `edp`; fsdp = edp x expert
+    sparse  (pipeline, replicate, edp, expert)  experts: sharded over `expert`, then over `edp`; fsdp = edp x expert
     tokens  (pipeline, replicate, shard, context)
 
 One process has no meshes and no process group: every method of `World` then returns what it was given.
@@ -37,6 +37,7 @@ class Place(NamedTuple):
 
 def place_of(rank: int, parallel: ParallelConfig) -> Place:
     """Return the coordinates of a rank."""
+    # Innermost first. Neighbours exchange most: chunks of a row, then shards, then copies, then pipeline stages.
     rank, context = divmod(rank, parallel.context)
     rank, shard = divmod(rank, parallel.shard)
     pipeline, replicate = divmod(rank, parallel.replicate)
@@ -50,10 +51,10 @@ class World:
         self.parallel, self.rank, self.size = parallel, rank, size
         self.place = place_of(rank, parallel)
         self.device = torch.device("cpu")
-        if parallel.device == "cuda":
+        if device_kind(parallel) == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         self.stream_dtype = torch.get_default_dtype()
-        """What one pipeline stage hands to the next; the plan sets it."""
+        """The dtype of what one pipeline stage sends to the next; the plan sets it."""
         self.dense: DeviceMesh | None = None
         self.sparse: DeviceMesh | None = None
         self.tokens: DeviceMesh | None = None
@@ -62,6 +63,7 @@ class World:
             self._build()
 
     def _build(self) -> None:
+        # One process needs none of this, and the import is slow.
         from torch.distributed.device_mesh import init_device_mesh
 
         p, kind = self.parallel, self.device.type
@@ -71,6 +73,7 @@ class World:
         self.sparse = init_device_mesh(
             kind, (p.pipeline, p.replicate, edp, p.expert), mesh_dim_names=("pp", "replicate", "edp", "ep")
         )
+        # Every rank takes part in making every group, also those it is not in, so the order is the same everywhere.
         self._stage = dense["replicate", "fsdp"]._flatten("stage").get_group()
         if p.context > 1:
             self.tokens = init_device_mesh(
@@ -109,6 +112,7 @@ class World:
 
     def sum_stages_(self, tensor: Tensor) -> Tensor:
         """Add, in place, over the stages of the pipeline."""
+        # Checked by degree, not by group: with one stage the group has one rank and the call would only cost time.
         if self.parallel.pipeline == 1:
             return tensor
         return self._reduce(tensor, "SUM", self.dense["pp"].get_group() if self.dense else None)
@@ -128,7 +132,8 @@ class World:
         return self._reduce(tensor, "SUM", None)
 
     def any(self, flag: bool) -> bool:
-        """Tell, alike on all processes, whether the flag is up on any of them."""
+        """Return whether the flag is set on any process; all processes get the same answer."""
+        # A read of the device: callers ask only where figures are read anyway.
         if self.size == 1:
             return flag
         return bool(self._reduce(torch.tensor(int(flag), device=self.device), "MAX", None))
@@ -144,12 +149,22 @@ class World:
         return tensor
 
 
+def device_kind(parallel: ParallelConfig) -> str:
+    """Return cpu or cuda for `parallel.device`; auto is cuda where each process of this machine has a device."""
+    if parallel.device != "auto":
+        return parallel.device
+    # Not every launcher says how many processes it started here; a rank knows at least its own number.
+    here = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0")) + 1)
+    return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= here else "cpu"
+
+
 def world(parallel: ParallelConfig, stage: str = "") -> World:
     """Return this process's world: alone, or in the process group that a launcher has opened.
 
     Raises ConfigError when the degrees do not multiply to the processes there are, or this one has no device.
     """
     place = f"{stage}.parallel" if stage else "parallel"
+    # Before any group is opened: NCCL would fail much later, with a message about a peer.
     if parallel.device == "cuda" and not int(os.environ.get("LOCAL_RANK", "0")) < torch.cuda.device_count():
         raise ConfigError(
             "there is no device for this process",
@@ -161,7 +176,7 @@ def world(parallel: ParallelConfig, stage: str = "") -> World:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         if parallel.devices > 1:
             raise ConfigError(
-                "one process cannot be spread",
+                "one process cannot hold a sharded model",
                 where=place,
                 found=parallel.product,
                 expected="as many processes",

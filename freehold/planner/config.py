@@ -1,4 +1,4 @@
-"""What a plan can be told: the model, how it is spread, the machine, and every assumption a number rests on."""
+"""What a plan can be configured with: model, degrees, machine, and every assumption that a number rests on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BatchConfig(Config):
 
     context_tokens: int = Field(4096, ge=8, description="length of a row")
     sequences: int = Field(0, ge=0, description="rows in one optimizer step, all devices (0: one a data rank)")
-    micro_sequences: int = Field(1, ge=0, description="rows in one forward pass of a data rank (0: all at once)")
+    micro_sequences: int = Field(1, ge=0, description="rows in one forward pass of a data rank (0: all of them)")
 
 
 class MachineConfig(Config):
@@ -37,7 +37,6 @@ class MachineConfig(Config):
     device: str = Field("h100", description="one of " + ", ".join(DEVICES))
     devices: int = Field(0, ge=0, description="devices there are (0: as many as the degrees need)")
     mfu: float = Field(0.35, gt=0, le=1, description="share of the peak FLOP/s that the arithmetic reaches")
-    mfu_error: float = Field(0.2, ge=0, lt=1, description="how wrong that may be, relative")
     overlap: float = Field(0.8, ge=0, le=1, description="share of communication hidden behind arithmetic")
     imbalance: float = Field(1.2, ge=1, description="busiest expert rank's tokens over the mean")
     dispatch: float = Field(
@@ -48,11 +47,9 @@ class MachineConfig(Config):
     )
     usd_hour: float | None = Field(None, ge=0, description="price of a device-hour; null: the table's")
     overhead: float = Field(1.0, ge=1, description="all money of the project over the rent of this run")
-    facility: float = Field(1.5, ge=1, description="watts at the meter for a watt of device (host, network, cooling)")
     interruptions_per_device_hour: float = Field(
         INTERRUPTIONS_PER_DEVICE_HOUR, ge=0, description="unexpected stops; default: Llama 3 405B's"
     )
-    restart_s: float = Field(600.0, ge=0, description="from a stop to the first new step")
     storage_bytes_s: float = Field(50e9, gt=0, description="bytes a second that storage takes from all devices")
     bubble: float = Field(1.0, ge=0, le=1, description="share of 1F1B's pipeline bubble that the schedule leaves")
 
@@ -122,7 +119,7 @@ class PlanConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _agree(self) -> PlanConfig:
-        """Refuse degrees that cannot be laid out."""
+        """Refuse degrees that do not fit model and batch."""
         if self.machine.devices:
             check_degrees(self.parallel, self.machine.devices, "devices (machine.devices)")
         validate_layout(

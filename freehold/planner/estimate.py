@@ -11,6 +11,7 @@ from freehold.core.config import fill, merge
 from freehold.core.errors import ConfigError
 from freehold.model.config import flops_per_token, parameter_counts
 from freehold.planner.config import PlanConfig
+from freehold.planner.hardware import FACILITY, MFU_ERROR, RESTART_S
 from freehold.planner.memory import (
     cache_bytes,
     gguf_bytes,
@@ -51,7 +52,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(config: PlanConfig) -> list[Traffic]:
-    """Return the communication of one optimizer step by axis; ranks are laid out context, shard, replicate, pipeline
+    """Return the communication of one optimizer step by axis; ranks are numbered context, shard, replicate, pipeline
     from the inside (`parallel/mesh.py`), and expert groups are neighbours, inside a machine as long as they fit.
     """
     m, p, machine, spec, b = config.model, config.parallel, config.machine, config.machine.spec, config.bytes_per_value
@@ -68,7 +69,7 @@ def traffic(config: PlanConfig) -> list[Traffic]:
             return
         inside = max(1, min(ranks, spec.per_node // stride))
         local = ranks * stride <= spec.per_node
-        # What all ranks of a machine need alike comes in once over all its cards; else only neighbours' parts stay off.
+        # What all ranks of a machine need comes in once over all its cards; else only neighbours' parts stay off.
         cards = inside if same else (ranks - 1) / max(ranks - inside, 1)
         rate = spec.node_bytes_s if local else min(spec.node_bytes_s, spec.network_bytes_s * cards)
         found.append(Traffic(axis, "node" if local else "network", ranks, received, received / rate))
@@ -157,15 +158,15 @@ def estimate(config: PlanConfig, *, judge: bool = True) -> dict[str, Any]:
     talk = sum(row.seconds for row in rows)
     exposed = talk - min(talk * machine.overlap, work)
     step = work + optimizer + bubble + exposed
-    bound = {"work": machine.mfu_error * work, "talk": LINK_ERROR * exposed, "optimizer": LINK_ERROR * optimizer}
+    bound = {"work": MFU_ERROR * work, "talk": LINK_ERROR * exposed, "optimizer": LINK_ERROR * optimizer}
     step_error = math.hypot(*bound.values()) / step
     figures |= {
         "step/tokens": Figure(step_tokens, "tokens"),
         "step/flops": Figure(flops * step_tokens, "FLOPs"),
-        "step/arithmetic": Figure(arithmetic, "s", machine.mfu_error),
+        "step/arithmetic": Figure(arithmetic, "s", MFU_ERROR),
         "step/memory_roof": Figure(moved / spec.memory_bytes_s, "s", MEMORY_ERROR),
         "step/optimizer": Figure(optimizer, "s", LINK_ERROR),
-        "step/bubble": Figure(bubble, "s", machine.mfu_error),
+        "step/bubble": Figure(bubble, "s", MFU_ERROR),
         "step/communication": Figure(talk, "s", LINK_ERROR),
         "step/exposed": Figure(exposed, "s", LINK_ERROR),
         "step/time": Figure(step, "s", step_error),
@@ -186,9 +187,7 @@ def estimate(config: PlanConfig, *, judge: bool = True) -> dict[str, Any]:
             "run/device_hours": Figure(hours, "device-hours", step_error),
             "run/rent": Figure(rent, "USD", money_error),
             "run/cost": Figure(rent * machine.overhead, "USD", money_error),
-            "run/energy": Figure(
-                hours * spec.watts * machine.facility / 1e6, "MWh", math.hypot(step_error, POWER_ERROR)
-            ),
+            "run/energy": Figure(hours * spec.watts * FACILITY / 1e6, "MWh", math.hypot(step_error, POWER_ERROR)),
             "run/mfu": Figure(
                 flops * config.tokens / (hours * 3600 * spec.flops), "of peak, stops included", step_error
             ),
@@ -226,13 +225,13 @@ def _risk(config: PlanConfig, counts: dict[str, int]) -> dict[str, Figure]:
     write = size / machine.storage_bytes_s
     rate = machine.interruptions_per_device_hour * p.devices / 3600
     every = math.sqrt(2 * write / rate) if rate else math.inf
-    lost = write / every + rate * (every / 2 + machine.restart_s) if rate else 0.0
+    lost = write / every + rate * (every / 2 + RESTART_S) if rate else 0.0
     if lost >= 1:
         raise ConfigError(
             "the run would never advance: stops come faster than it recovers",
             where="machine",
-            found=f"a stop every {1 / rate:,.0f} s, {machine.restart_s:,.0f} s to restart, {write:,.0f} s to save",
-            todo="raise machine.storage_bytes_s or lower machine.restart_s",
+            found=f"a stop every {1 / rate:,.0f} s, {RESTART_S:,.0f} s to restart, {write:,.0f} s to save",
+            todo="raise machine.storage_bytes_s or use fewer devices",
         )
     figures = {
         "risk/checkpoint": Figure(size, "bytes", 0.01),
@@ -246,7 +245,7 @@ def _risk(config: PlanConfig, counts: dict[str, int]) -> dict[str, Figure]:
 
 
 def fits(config: PlanConfig) -> bool:
-    """Tell whether the peak leaves the reserve of the device's memory free."""
+    """Return whether the peak leaves the reserve of the device's memory free."""
     return training_bytes(config)["peak"] <= (1 - RESERVE) * config.machine.spec.memory_bytes
 
 
@@ -283,7 +282,7 @@ def problems(config: PlanConfig, peak_bytes: float) -> list[str]:
 
 
 def changed(config: PlanConfig, change: dict[str, Any]) -> PlanConfig | None:
-    """Return the plan with `change` laid over it, or None when that cannot be laid out."""
+    """Return the plan with `change` applied, or None when degrees then do not fit."""
     try:
         return fill(PlanConfig, merge(config.model_dump(), change), "plan")
     except ConfigError:
@@ -310,7 +309,7 @@ def search(config: PlanConfig, devices: int = 0, keep: int = 5) -> list[PlanConf
             other = changed(config, {"parallel": degrees, "machine": {"devices": devices}, "batch": batch})
             if other is None or not fits(other):
                 continue
-            with contextlib.suppress(ConfigError):  # so many devices that the run would never advance
+            with contextlib.suppress(ConfigError):  # with this number of devices the run would never advance
                 speed = estimate(other, judge=False)["figures"]["step/tokens_per_device"].value
                 found.append((-speed, _spell({"parallel": degrees}), other))
             break

@@ -14,6 +14,13 @@ from typing import NamedTuple
 GB = 1e9
 """Bytes; memory is printed in GiB where a tool of the vendor would (2**30) and in GB for files."""
 
+MFU_ERROR = 0.2
+"""How wrong the share of the peak is that arithmetic reaches, relative; ours against published runs (docs/plan.md)."""
+FACILITY = 1.5
+"""Watts at the meter for a watt of device: host, network, cooling."""
+RESTART_S = 600.0
+"""From a stop to the first new step."""
+
 
 class Device(NamedTuple):
     """One accelerator (or this machine's CPU) and its share of the machine around it."""

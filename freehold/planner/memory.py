@@ -52,7 +52,7 @@ def training_bytes(config: PlanConfig, *, states: bool = True) -> dict[str, floa
     """Return the peak bytes of the fullest rank by part; the values add up to `peak`.
 
     The peak is the worst of four moments: at the loss, in the first and in the last block of the backward pass, and
-    at the optimizer's step. With `states=False` gradients and optimizer are left out: what a forward and backward
+    at the optimizer's step. With `states=False` gradients and optimizer are not counted: what a forward and backward
     alone needs the first time.
     Not counted: communication library buffers, allocator fragmentation, the device's own context.
     """
@@ -82,19 +82,19 @@ def training_bytes(config: PlanConfig, *, states: bool = True) -> dict[str, floa
     if config.machine.kernels == "plain":
         # Two copies in the compute dtype and two in float32: logits, their gradient, and the softmax between.
         logits = min(chunk, tokens) * m.vocab_size * (2 * b + 2 * 4)
-    else:  # a chunk becomes its own gradient in place while the one before still lies there; the head's gradient
+    else:  # a chunk becomes its own gradient in place while the one before is still there; the head's gradient
         logits = min(2 * chunk, tokens) * m.vocab_size * b + counts["head"] * (4 + b)
     busy = config.machine.imbalance if p.expert > 1 else 1.0
     exchange = 0.0
     if p.expert > 1 and moe_layers:
         exchange = 2 * tokens * m.num_experts_per_tok * m.hidden_size * b * busy
-    # Gradients of activations that lie side by side in the backward pass of a block: rows, gate, up and product.
+    # Gradients of activations that exist together in the backward pass of a block: rows, gate, up and product.
     rows = m.num_experts_per_tok * (2 * m.hidden_size + 3 * m.moe_intermediate_size) * busy if moe_layers else 0.0
     passing = max(rows, 3 * m.intermediate_size if dense_layers else 0) * b * tokens
     widest = max(
         expert_layer / p.expert + small_layer if moe_layers else 0, other + counts["dense_ffn"] if dense_layers else 0
     )
-    # With no group to gather from, all weights lie here in the compute dtype, beside their float32 masters.
+    # With no group to gather from, all weights are here in the compute dtype, next to their float32 masters.
     at_loss = float(ends * b if p.group > 1 else held * b)
     in_block = ends * b + 2 * widest * b if p.group > 1 else at_loss
     passes = min(config.micro_batches, 3)
@@ -133,7 +133,7 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 def qlora_bytes(config: PlanConfig, rank: int = 16) -> dict[str, float]:
     """Return the bytes of QLoRA on one device, one sequence at a time: 4-bit matrices, adapters with AdamW, recompute.
 
-    Adapters of `rank` lie on attention and on every expert; embedding, head, router and gains stay in bf16.
+    Adapters of `rank` belong to attention and on every expert; embedding, head, router and gains stay in bf16.
     """
     m, counts = config.model, parameter_counts(config.model, config.parts)
     d, h, k = m.hidden_size, m.query_width, m.key_width

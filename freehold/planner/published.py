@@ -1,7 +1,7 @@
-"""Runs that others published, as plans, and their figures to lay beside ours; every figure has its source.
+"""Runs that others published, as plans, and their figures to compare with ours; every figure has its source.
 
 AFMoE shapes come from `freehold.model.config`. The others are written in the same fields, `parts` saying what their
-layers count where they differ. Devices, degrees and MFU, where nobody published them, are our assumptions; see
+layers count where they differ. Devices, degrees and MFU, where no one published them, are our assumptions; see
 docs/plan.md.
 """
 
@@ -165,7 +165,7 @@ PUBLISHED: dict[str, list[Published]] = {
                 ("Q4_K_S", 225.0), ("Q4_K_M", 239.7), ("Q5_K_S", 274.4), ("Q5_K_M", 282.2),
             )
         ),
-        # Quoted for 4 and 3 bits without the type; laid beside the nearest.
+        # Quoted for 4 and 3 bits without the type; compared with the nearest.
         Published("files/Q4_K_S", 230e9, 0.05, "quoted size of the 4-bit GGUF, type not named"),
         Published("files/Q3_K_S", 175e9, 0.05, "quoted size of the 3-bit GGUF, type not named"),
         Published("serve/BF16", 955e9, 0.2, "vLLM recipe: device memory asked for, with headroom"),
@@ -182,7 +182,7 @@ PUBLISHED: dict[str, list[Published]] = {
         Published("parameters/total", 46.7e9, 0.005, MIXTRAL),
         Published("parameters/active", 12.9e9, 0.015, MIXTRAL),
     ],
-    "glm-4.5": [  # their counts take in the MTP layer (not planned here) and leave out embedding and head
+    "glm-4.5": [  # their counts take in the MTP layer (not planned here) and skip embedding and head
         Published("parameters/total", 355e9, 0.01, GLM),
         Published("parameters/active", 32e9, 0.04, GLM),
     ],

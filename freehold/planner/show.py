@@ -8,8 +8,10 @@ from freehold.core.config import fill
 from freehold.core.table import Table
 from freehold.planner.config import PlanConfig
 from freehold.planner.estimate import Figure, estimate
+from freehold.planner.hardware import FACILITY, MFU_ERROR
 from freehold.planner.published import PRESETS, PUBLISHED
 
+COMPARED = ("figure", "planned", "published", "off", "source")
 TITLES = {
     "parameters": "Parameters",
     "memory": "Memory of the fullest rank",
@@ -78,8 +80,8 @@ def tables(plan: dict[str, Any]) -> list[Table]:
         note = "Received by one rank in one step; bytes ± 10 %, seconds ± 30 %, before overlap."
         header = ("axis", "link", "among", "bytes", "time if nothing hides it")
         found.append(Table("Communication", header, rows, note, left=(0, 1)))
-    beside = comparison(plan)
-    if beside:
+    compared = comparison(plan)
+    if compared:
         rows = [
             [
                 row["figure"],
@@ -88,15 +90,14 @@ def tables(plan: dict[str, Any]) -> list[Table]:
                 f"{row['planned'] / row['published'] - 1:+.1%}",
                 row["source"],
             ]
-            for row in beside
+            for row in compared
         ]
-        found.append(Table("Beside what was published", ("figure", "planned", "published", "off", "source"), rows, "",
-                           left=(0, 4)))  # fmt: skip
+        found.append(Table("Compared with what was published", COMPARED, rows, "", left=(0, 4)))
     return found
 
 
 def comparison(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return our figure beside each published one of this preset; none for another shape or number of tokens."""
+    """Return our figure and each published one of this preset; none for another shape or number of tokens."""
     preset = PRESETS.get(plan["name"], {})
     asked = fill(PlanConfig, preset, "preset").model_dump(mode="json") if preset else {}
     if any(plan["config"][key] != asked.get(key) for key in ("model", "parts", "tokens")):
@@ -122,8 +123,8 @@ def assumptions(config: PlanConfig) -> str:
         f"Assumed: {p.devices:,} x {m.device} ({spec.flops / 1e12:,.4g} TFLOP/s dense bf16, "
         f"{spec.usd_hour:,.2f} USD an hour{'; ' + spec.note if spec.note else ''}), replicate {p.replicate} x shard "
         f"{p.shard} x context {p.context} x pipeline {p.pipeline}, expert {p.expert}, recompute {p.recompute}; "
-        f"arithmetic at {m.mfu:.1%} of peak ± {m.mfu_error:.0%}, {m.overlap:.0%} of communication hidden, busiest "
-        f"expert rank {m.imbalance:g} x the mean, all money {m.overhead:g} x the rent, {m.facility:g} W at the meter "
+        f"arithmetic at {m.mfu:.1%} of peak ± {MFU_ERROR:.0%}, {m.overlap:.0%} of communication hidden, busiest "
+        f"expert rank {m.imbalance:g} x the mean, all money {m.overhead:g} x the rent, {FACILITY:g} W at the meter "
         f"for a watt of device, a stop every {_hours(m.interruptions_per_device_hour)} device-hours."
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from freehold.core.document import Conversation
+from freehold.core.document import Conversation, said
 from freehold.core.errors import DataError
 from freehold.text import Why
 from freehold.text.words import Lookup, Words, longer, ngrams, read_batch, split_words, word_spans
@@ -78,7 +78,7 @@ def question_of(row: dict[str, Any]) -> str:
 class Questions:
     """The held-out questions, indexed by the hashes of their words.
 
-    A document holds a question when all of it is there, or one run of RUN_WORDS words of it (Brown et al. 2020,
+    A document holds a question when every word is there, or one run of RUN_WORDS of its words (Brown et al. 2020,
     appendix C), operators included. Runs that several questions have are the wording of an exercise, which training
     may share. Of a question with such runs, half of those that are its own must be there; and where those are the
     fewer, only the question as a whole counts.
@@ -161,12 +161,7 @@ class Questions:
 
     def in_conversations(self, rows: Sequence[Conversation]) -> list[Why | None]:
         """Return for each conversation the reason to drop it: a turn is or holds a question."""
-        turns = [
-            (number, str(message.get("role")), str(message.get("content") or ""))
-            for number, row in enumerate(rows)
-            for message in row.messages
-            if message.get("content")
-        ]
+        turns = [(number, role, text) for number, row in enumerate(rows) for role, text in said(row.messages)]
         texts = [text for _, _, text in turns]
         why: list[Why | None] = [None] * len(rows)
         for (number, role, text), held in zip(turns, self.in_documents(texts, read_batch(texts)), strict=True):

@@ -28,7 +28,7 @@ class Use(NamedTuple):
 
 
 class Requirement(NamedTuple):
-    """A distribution that a generator imports; another version of it would make other text."""
+    """A distribution that a generator imports; another version would make other text."""
 
     distribution: str
     version: str

@@ -1,4 +1,4 @@
-"""Documents' words as 64-bit hashes, a whole batch at once: counted, shingled and looked up with numpy, not strings."""
+"""Documents' words as 64-bit hashes, a batch together: counted, shingled and looked up with numpy, not strings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HALF = np.uint64(32)
 _INSIDE = np.array([b >= 0x80 or chr(b).isalnum() or b == ord("_") for b in range(256)])
 _INSIDE_TABLE = _INSIDE.tobytes()
 ASCII = bytes(range(128))
-# Keeps the first n bytes of eight, as they lie in memory.
+# Keeps the first n bytes of eight, in the order of memory.
 _FIRST = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 _LONG_BYTES = 64
 # A table by the low bits of a hash says "not among them" of almost every word without a search. It should be 32 times

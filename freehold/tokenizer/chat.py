@@ -46,7 +46,8 @@ def render_ids(
 ) -> tuple[list[int], list[bool]]:
     """Return a conversation as ids and, for each id, whether a model learns to say it.
 
-    Learned is what the assistant says: reasoning, content, calls and `<|im_end|>`. Special ids come from the
+    Learned is what the assistant says: reasoning, content, calls and `<|im_end|>`; not in a message whose `train` is
+    false. Special ids come from the
     template alone; a special token's name inside a message is ordinary text. Raises RequestError, naming the message,
     for an unknown role, content that is not text, or a malformed call or tool.
     """
@@ -112,20 +113,21 @@ def _pieces(
         yield from (special("</tools>"), special("<|im_end|>"), text("\n"))
     for index, (role, message) in enumerate(zip(roles, messages, strict=True)):
         if role == "assistant":
+            learned = message.get("train") is not False
             yield from (special("<|im_start|>"), text("assistant\n"))
             if message.get("reasoning_content"):
-                yield special("<think>", True)
-                yield text(f"\n{message['reasoning_content']}\n", True)
-                yield from (special("</think>", True), text("\n\n", True))
+                yield special("<think>", learned)
+                yield text(f"\n{message['reasoning_content']}\n", learned)
+                yield from (special("</think>", learned), text("\n\n", learned))
             if message.get("content"):
-                yield text(message["content"], True)
+                yield text(message["content"], learned)
             for number, call in enumerate(message.get("tool_calls") or ()):
                 if message.get("content") or number:
-                    yield text("\n", True)
-                yield special("<tool_call>", True)
-                yield text("\n" + _call(call, f"messages[{index}].tool_calls[{number}]") + "\n", True)
-                yield special("</tool_call>", True)
-            yield from (special("<|im_end|>", True), text("\n"))
+                    yield text("\n", learned)
+                yield special("<tool_call>", learned)
+                yield text("\n" + _call(call, f"messages[{index}].tool_calls[{number}]") + "\n", learned)
+                yield special("</tool_call>", learned)
+            yield from (special("<|im_end|>", learned), text("\n"))
         elif role == "tool":
             if index == 0 or roles[index - 1] != "tool":
                 yield from (special("<|im_start|>"), text("user\n"))

@@ -17,7 +17,7 @@ class CollapseConfig(Config):
 
     action: Literal["none", "raise_rate", "reinitialise", "roll_back"] = Field(
         "none",
-        description="besides the warning: none; a larger balance step for a while; draw the experts' routing again; or "
+        description="after the warning: none; a larger balance step for a while; draw the experts' routing again; or "
         "go back to a checkpoint from before it and skip the batches since",
     )
     warmup_steps: int = Field(100, ge=0, description="first steps of a run that are not watched: loads start uneven")
@@ -35,7 +35,7 @@ class SpikeConfig(Config):
 
     action: Literal["none", "skip", "roll_back"] = Field(
         "none",
-        description="besides the warning: none; skip the batch before it changes anything; or that, and roll back "
+        description="after the warning: none; skip the batch before it changes anything; or that, and roll back "
         "to a checkpoint from before when it does not help",
     )
     warmup_steps: int = Field(100, ge=0, description="first steps of a run that are not judged")
@@ -66,7 +66,7 @@ class TrainerConfig(Config):
     )
     tf32: bool = Field(False, description="CUDA: let float32 products use TF32")
     callbacks: tuple[str, ...] = Field(
-        (), description="where metrics go besides metrics.jsonl: tensorboard, wandb, or an entry point's name"
+        (), description="where metrics go in addition to metrics.jsonl: tensorboard, wandb, or an entry point's name"
     )
     log_every_steps: int = Field(10, ge=1, description="steps between lines of metrics")
     validate_every_steps: int = Field(200, ge=0, description="steps between validations (0: only at phase ends)")

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 
 from freehold.kernels import cpu as kernels
+from freehold.parallel.config import ParallelConfig
 from freehold.trainer.job import Job
+
+
+def describe(parallel: ParallelConfig, device: torch.device) -> str:
+    """Return the device of this process, and who chose it."""
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    chosen = " (auto: there is no CUDA device for each process)" if device.type == "cpu" else ", chosen by auto"
+    return f"{device}{name}{chosen if parallel.device == 'auto' else ''}"
 
 
 def prepare(job: Job, device: torch.device, seed: int) -> dict[str, Any]:

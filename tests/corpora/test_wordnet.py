@@ -67,9 +67,9 @@ def test_an_entry_is_read_as_its_senses() -> None:
 
 def test_no_wrong_choice_could_be_right() -> None:
     """Of the ten words two mean the same, and a third has a word in common with them."""
-    told = ["a bit of copper rod", "a bit of copper rod", "red as the copper is"]
-    told += [f"a bit of {letter * 7} rod" for letter in "defghij"]
-    lexicon = Lexicon([f"xy{c}\n    n 1: {text}" for c, text in zip("abcdefghij", told, strict=True)], 3)
+    definitions = ["a bit of copper rod", "a bit of copper rod", "red as the copper is"]
+    definitions += [f"a bit of {letter * 7} rod" for letter in "defghij"]
+    lexicon = Lexicon([f"xy{c}\n    n 1: {text}" for c, text in zip("abcdefghij", definitions, strict=True)], 3)
     assert len(lexicon.askable) == 10
     choices = {}
     for sense in lexicon.askable:
@@ -99,10 +99,10 @@ def test_insults_are_neither_asked_nor_offered_in_any_sense() -> None:
     ]
     lexicon = Lexicon(entries, 3)
     assert {sense.word for sense in lexicon.askable} == {"tidy", *(f"xy{c}" for c in "abcdefgh")}
-    told = [pair for sense in lexicon.askable for pair in lexicon.questions(sense)]
-    assert ("What is the opposite of the adjective “tidy”?", "messy") in told
-    assert any(answer == "trim" for _, answer in told)
-    assert not re.search("blick|blunk|whore|idiot", str(told))
+    asked = [pair for sense in lexicon.askable for pair in lexicon.questions(sense)]
+    assert ("What is the opposite of the adjective “tidy”?", "messy") in asked
+    assert any(answer == "trim" for _, answer in asked)
+    assert not re.search("blick|blunk|whore|idiot", str(asked))
 
 
 def test_a_word_is_no_insult_for_its_letters() -> None:
@@ -201,7 +201,7 @@ def test_questions_about_no_dictionary_are_refused(tmp_path: Path, key: str) -> 
         gather(tmp_path / "out", {"made": {"kind": "generated", key: 10}})
 
 
-def test_a_dictionary_that_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_dictionary_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = {
         "kind": "debian", "package": "dict-our", "version": "1", "file": "absent.deb", "sha256": "0" * 64,
         "members": ["*.dict.dz"], "reader": "dictd", "licence": "GPL-3.0-only", "refused": "drop",

@@ -51,7 +51,7 @@ class Ranks:
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
         """Call `function(*args)` on every rank; return the results by rank.
 
-        The function must lie at the top of a module. RankError holds the traceback of each rank that failed, or
+        The function must be at the top of a module. RankError holds the traceback of each rank that failed, or
         where the ranks were that did not answer; the world is closed then.
         """
         for pipe in self.pipes:
@@ -133,5 +133,5 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
             if answer[0]:
                 torch.distributed.destroy_process_group()
                 del answer
-                gc.collect()  # every group has threads that wake up all the time until nobody knows it any more
+                gc.collect()  # every group has threads that wake up all the time until no reference is left
             faulthandler.cancel_dump_traceback_later()

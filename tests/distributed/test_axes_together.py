@@ -1,4 +1,4 @@
-"""What the loop does beside its steps where rows are cut into chunks and layers into stages: validate, adopt, watch."""
+"""What the loop does between its steps on chunks of rows and stages of layers: validate, adopt, watch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def bits_alone():
     ("name", "changes"),
     [*((name, {}) for name in DEGREES), ("pp2-interleaved", {"recompute": True, "optim": {"matrices": "adamw"}})],
 )
-def test_every_process_knows_all_routing_and_validates_alike(ranks, name, changes):
+def test_every_process_knows_all_routing(ranks, name, changes):
     size = ParallelConfig(**DEGREES[name]).devices
     reports = ranks(size).run(run, DEGREES[name], changes)
     first = reports[0]
@@ -85,8 +85,8 @@ def test_stages_hand_on_bfloat16(ranks):
             assert np.linalg.norm(gradient - right) < 0.02 * np.linalg.norm(right), parameter
 
 
-def go_on(parallel, state, steps):
-    """Take over the state of one process after some steps, and take the next."""
+def resume(parallel, state, steps):
+    """Adopt the state of one process after some steps, and take the next."""
     trainer = toy.make(parallel)
     state = {part: {n: torch.from_numpy(t) for n, t in tensors.items()} for part, tensors in state.items()}
     trainer.checkpoints.adopt(state, Path())
@@ -97,7 +97,7 @@ def go_on(parallel, state, steps):
 
 
 @pytest.mark.parametrize("name", ["pp2-interleaved", "cp2"])
-def test_what_one_process_left_is_gone_on_with(ranks, name):
+def test_many_processes_resume_the_state_of_one(ranks, name):
     trainer = toy.make({})
     for batch in toy.batches()[:2]:
         trainer.train_step(batch)
@@ -106,7 +106,7 @@ def test_what_one_process_left_is_gone_on_with(ranks, name):
     }
     trainer.train_step(toy.batches()[2])
     found: dict[str, np.ndarray] = {}
-    for masters, biases in ranks(2).run(go_on, DEGREES[name], state, 2):
+    for masters, biases in ranks(2).run(resume, DEGREES[name], state, 2):
         found |= masters
         for layer, bias in biases.items():
             assert np.array_equal(bias, trainer.state.moe_layers[layer].expert_bias.numpy())

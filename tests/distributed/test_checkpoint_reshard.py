@@ -32,8 +32,8 @@ def whole():
     }
 
 
-def spread(tensor, mesh):
-    """Lay a tensor out as a plan would: stacks over both axes, matrices over one, small things everywhere."""
+def shard(tensor, mesh):
+    """Shard a tensor as a plan would: stacks over both axes, matrices over one, small things everywhere."""
     if tensor.ndim == 3:
         return distribute_tensor(tensor, mesh, [Shard(0), Shard(0)])
     if tensor.ndim == 2:
@@ -47,9 +47,9 @@ def mesh():
 
 
 def save(folder, background=False, room=None):
-    """Save, and zero the state at once; rank 1 may be left little room, as on a full disk."""
+    """Save, and zero the state immediately; rank 1 may be left little room, as on a full disk."""
     grid = mesh()
-    state = {part: {n: spread(t, grid) for n, t in tensors.items()} for part, tensors in whole().items()}
+    state = {part: {n: shard(t, grid) for n, t in tensors.items()} for part, tensors in whole().items()}
     saver = Saver(background=background)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     if room is not None and torch.distributed.get_rank() == 1:
@@ -59,7 +59,7 @@ def save(folder, background=False, room=None):
         saver.save(folder, state, MODEL, {"step": 3})
         for tensors in state.values():
             for tensor in tensors.values():
-                tensor.zero_()  # training goes on
+                tensor.zero_()  # training continues
         saver.wait()
     except (ArtifactError, CheckpointError) as error:
         return str(error)
@@ -69,11 +69,11 @@ def save(folder, background=False, room=None):
 
 
 def differing(folder):
-    """Read a checkpoint laid out for this world; return the names whose bits differ from what one process held."""
+    """Read a checkpoint sharded for this world; return the names whose bits differ from what one process held."""
     grid, expected = mesh(), whole()
     sizes = {f"{part}/{name}": t for part, tensors in expected.items() for name, t in tensors.items()}
     dcp.check(folder, shared=True)
-    found = dcp.load(folder, verify=False, empty=lambda key, size, dtype: spread(torch.zeros(size, dtype=dtype), grid))
+    found = dcp.load(folder, verify=False, empty=lambda key, size, dtype: shard(torch.zeros(size, dtype=dtype), grid))
     flat = {f"{part}/{name}": t for part, tensors in found.items() for name, t in tensors.items()}
     assert flat.keys() == sizes.keys()
     assert isinstance(flat["model/experts"], DTensor)
@@ -104,23 +104,23 @@ def test_the_same_state_gives_the_same_bytes(ranks, tmp_path):
     assert first == second
 
 
-def test_a_disk_that_refuses_one_rank_stops_all_and_leaves_what_was_there(ranks, tmp_path):
+def test_full_disk_of_one_rank_stops_all_and_keeps_the_old(ranks, tmp_path):
     ranks(2).run(save, tmp_path / "x")
     before = (tmp_path / "x" / "manifest.json").read_bytes()
-    told = ranks(2).run(save, tmp_path / "x", False, 64)
-    assert all("could not" in text for text in told), told
+    reported = ranks(2).run(save, tmp_path / "x", False, 64)
+    assert all("could not" in text for text in reported), reported
     assert (tmp_path / "x" / "manifest.json").read_bytes() == before
     assert not (tmp_path / "x.tmp").exists()
     assert ranks(2).run(differing, tmp_path / "x") == [[], []]  # and the ranks still talk
 
 
 def newest(folder):
-    told = []
-    found = dcp.last_good(folder, told.append)
-    return found and found.name, told
+    reported = []
+    found = dcp.last_good(folder, reported.append)
+    return found and found.name, reported
 
 
-def test_all_ranks_go_back_to_the_same_checkpoint_whoever_finds_the_damage(ranks, tmp_path):
+def test_ranks_agree_on_the_newest_undamaged_checkpoint(ranks, tmp_path):
     for step in (1, 2, 3):
         ranks(2).run(save, dcp.step_folder(tmp_path, step))
     for step, file in ((3, "__1_0.distcp"), (2, "__0_0.distcp")):
@@ -128,6 +128,6 @@ def test_all_ranks_go_back_to_the_same_checkpoint_whoever_finds_the_damage(ranks
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data if step == 3 else data[:-100])
-    (a, told), (b, _) = ranks(2).run(newest, tmp_path)
+    (a, reported), (b, _) = ranks(2).run(newest, tmp_path)
     assert a == b == "step_00000001"
-    assert ["__1_0.distcp" in told[0], "__0_0.distcp" in told[1]] == [True, True]
+    assert ["__1_0.distcp" in reported[0], "__0_0.distcp" in reported[1]] == [True, True]

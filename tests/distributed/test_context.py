@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import spread_case as case
+import sharded_case as case
 import torch
 import torch.distributed as dist
 
-from freehold.model import ops
-from freehold.model.attention import count_positions
+from freehold.model import blockwise
+from freehold.model.masks import count_positions
 from freehold.parallel.context import ContextParallel
 
 EXACT = 1e-13
@@ -29,7 +29,7 @@ class OwnDocumentsOnly(ContextParallel):
 
 
 class Restarted(ContextParallel):
-    """Rotary embedding that begins anew with each chunk."""
+    """Rotary embedding that begins again with each chunk."""
 
     def positions(self, input_ids):
         return count_positions(input_ids)
@@ -47,24 +47,25 @@ def own(counts):
     return counts
 
 
-def spread(how=ContextParallel, row_sum=over_ranks, recompute=False, block_tokens=None, **changes):
+def chunked(how=ContextParallel, row_sum=over_ranks, recompute=False, block_tokens=None, **changes):
     """Take the gradient of the batch in chunks; the first rank returns how far it is from that of one process."""
-    shape, usual = case.config(**changes), ops.BLOCK_TOKENS
+    shape, usual = case.config(**changes), blockwise.BLOCK_TOKENS
     model, whole = case.build(shape), case.batch()
     model.recompute = recompute
     context = how(dist.group.WORLD)
     context.apply(model)
     chunk = whole.part(columns=own_columns())
     try:
-        ops.BLOCK_TOKENS = block_tokens or usual
-        loss = case.loss_of(model, chunk, whole, row_sum=row_sum)
+        blockwise.BLOCK_TOKENS = block_tokens or usual
+        loads = {}
+        loss = case.loss_of(model, chunk, whole, loads, row_sum=row_sum)
         loss.backward()
     finally:
-        ops.BLOCK_TOKENS = usual
+        blockwise.BLOCK_TOKENS = usual
     found = case.Result(
         over_ranks(loss).item(),
         {name: over_ranks(gradient) for name, gradient in case.gradients(model).items()},
-        {name: over_ranks(counts) for name, counts in case.loads(model).items()},
+        {name: over_ranks(counts) for name, counts in loads.items()},
     )
     return case.difference(found, case.one_process(shape)) if dist.get_rank() == 0 else None
 
@@ -96,7 +97,7 @@ def test_chunks_equal_one_process(ranks, size, settings):
 
 
 def call(settings):
-    return spread(**settings)
+    return chunked(**settings)
 
 
 @pytest.mark.parametrize(
@@ -107,14 +108,14 @@ def test_this_test_would_see(ranks, wrong):
 
 
 def refuse():
-    model, chunk, told = case.build(case.config(sliding_window=14)), case.batch().part(columns=own_columns()), []
+    model, chunk, reported = case.build(case.config(sliding_window=14)), case.batch().part(columns=own_columns()), []
     ContextParallel(dist.group.WORLD).apply(model)
     for positions in (None, torch.arange(12)):
         try:
             model.hidden(chunk.ids, document_ids=chunk.documents, positions=positions)
         except ValueError as error:
-            told.append(str(error))
-    return told
+            reported.append(str(error))
+    return reported
 
 
 def test_what_a_chunk_cannot_do_is_refused_and_not_computed_wrong(ranks):

@@ -28,8 +28,8 @@ def make(folder, parallel, hidden=16):
     return Trainer(job, Log(quiet=True), seed=0)
 
 
-def go_on(folder, parallel, until):
-    """Go on from what is there to step `until`, save; return the losses of the steps taken."""
+def resume(folder, parallel, until):
+    """Resume from what is there to step `until`, save; return the losses of the steps taken."""
     trainer = make(folder, parallel)
     trainer.restore()
     losses = []
@@ -57,9 +57,9 @@ def equal(a, b, without=()):
 
 def test_four_then_two_then_three_processes(ranks, tmp_path):
     worlds = [(4, {"shard": 4, "expert": 2}, 2), (2, {"shard": 2, "expert": 2}, 4), (3, {"shard": 3}, 6)]
-    straight, losses = go_on(tmp_path / "one", {}, STEPS), []
+    straight, losses = resume(tmp_path / "one", {}, STEPS), []
     for size, parallel, until in worlds:
-        losses += ranks(size).run(go_on, tmp_path / "many", parallel, until)[0]
+        losses += ranks(size).run(resume, tmp_path / "many", parallel, until)[0]
     here, there = (dcp.step_folder(tmp_path / name / "checkpoints", STEPS) for name in ("one", "many"))
     one, many = dcp.check(here), dcp.check(there)
     assert many["data_sum"] == one["data_sum"] != "0" * 16  # no row lost, repeated or moved to another step
@@ -72,7 +72,7 @@ def test_four_then_two_then_three_processes(ranks, tmp_path):
 
 
 def test_what_one_world_wrote_another_reads_to_the_bit(ranks, tmp_path):
-    ranks(4).run(go_on, tmp_path, {"shard": 2, "replicate": 2, "expert": 2}, 2)
+    ranks(4).run(resume, tmp_path, {"shard": 2, "replicate": 2, "expert": 2}, 2)
     written = dcp.step_folder(tmp_path / "checkpoints", 2)
     for size, parallel in ((2, {"shard": 2}), (3, {"shard": 3}), (4, {"shard": 2, "pipeline": 2})):
         ranks(size).run(write_again, tmp_path, parallel, 2)
@@ -92,6 +92,6 @@ def refused(folder, parallel, hidden):
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_every_rank(ranks, tmp_path):
-    go_on(tmp_path, {}, 1)
-    for told in ranks(2).run(refused, tmp_path, {"shard": 2}, 48):
-        assert "another shape" in told
+    resume(tmp_path, {}, 1)
+    for reported in ranks(2).run(refused, tmp_path, {"shard": 2}, 48):
+        assert "another shape" in reported

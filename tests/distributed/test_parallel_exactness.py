@@ -1,4 +1,4 @@
-"""A spread model is the model of one process: losses, gradients, norm, weights, biases and moments after three steps.
+"""A sharded model is the model of one process: losses, gradients, norm, weights, biases and moments after three steps.
 
 Float64, so that a wrong factor shows as 0.5 and a right one as 1e-15. Biases follow from integer counts and agree to
 the bit.
@@ -18,7 +18,7 @@ from freehold.parallel.config import ParallelConfig
 
 
 def spread_run(parallel, dtype, changes, break_it=None):
-    """Run on a rank; the first of each pipeline stage returns all it has, the others what must be alike."""
+    """Run on a rank; the first of each pipeline stage returns all it has, the others what must be the same."""
     trainer = toy.make(parallel, dtype, **changes)
     if break_it:
         break_it(trainer)
@@ -225,5 +225,5 @@ def one_rank_has_no_number(poisoned):
 
 
 @pytest.mark.parametrize("poisoned", [0, 1])
-def test_a_step_without_finite_gradient_on_one_rank_is_skipped_on_all(ranks, poisoned):
+def test_step_not_finite_on_one_rank_is_skipped_on_all(ranks, poisoned):
     assert ranks(2).run(one_rank_has_no_number, poisoned) == [([0], True), ([0], True)]

@@ -1,4 +1,4 @@
-"""A spread run starts from, keeps and reads what one process would."""
+"""A sharded run starts from, keeps and reads what one process would."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def taken_and_given(parallel):
     state = trainer.checkpoints.tensors()
     whole = {part: {n: trainer.state.gathered(t) for n, t in tensors.items()} for part, tensors in state.items()}
     other.checkpoints.adopt(whole, trainer.job.folder)
-    # What the detectors remember is for `restore` to take over: it belongs to a run, not to weights.
+    # What the detectors remember is for `restore` to adopt: it belongs to a run, not to weights.
     mine, theirs = (
         {p: t for p, t in x.checkpoints.tensors().items() if p not in ("collapse", "spike")} for x in (trainer, other)
     )
@@ -68,7 +68,7 @@ def known_of_roll_backs(folder):
     return [trainer.progress.rolled_back(step) for step in range(3)]
 
 
-def test_ranks_leave_out_the_same_steps_though_one_does_not_see_the_decision_yet(ranks, tmp_path):
+def test_ranks_skip_the_same_steps_when_one_is_behind(ranks, tmp_path):
     assert ranks(2).run(known_of_roll_backs, tmp_path) == [[False, True, False]] * 2
 
 
@@ -89,7 +89,7 @@ def test_validation_is_shared_out_and_follows_the_weights(ranks):
             assert np.isclose(mine["val/bpb"], theirs["val/bpb"], rtol=1e-9)
 
 
-def routed_anew(parallel):
+def redrawn(parallel):
     trainer = toy.make(parallel)
     trainer.train_step(toy.part(trainer, toy.batches()[0]))
     layer = next(iter(trainer.state.moe_layers))
@@ -100,11 +100,11 @@ def routed_anew(parallel):
     return {n: trainer.state.gathered(t).detach().numpy() for n, t in names.items()}
 
 
-def test_routing_is_drawn_anew_as_in_one_process(ranks):
-    expected = routed_anew({})
+def test_routing_is_redrawn_as_in_one_process(ranks):
+    expected = redrawn({})
     stack = next(n for n in expected if n.endswith("experts.down_proj"))
     assert np.abs(expected[stack][1]).max() < 0.26 < np.abs(expected[stack][2]).max()
-    for found in ranks(4).run(routed_anew, DEGREES):
+    for found in ranks(4).run(redrawn, DEGREES):
         for name, values in expected.items():
             assert np.allclose(found[name], values, rtol=1e-9, atol=1e-12), name
 

@@ -1,4 +1,4 @@
-"""The harness itself: it must say which rank failed and why, must not hang, and must go on afterwards."""
+"""The harness itself: it must say which rank failed and why, must not hang, and must work afterwards."""
 
 import os
 import time
@@ -30,9 +30,9 @@ def test_a_world_runs_one_function_after_another(ranks):
 
 
 @pytest.mark.parametrize(
-    ("what", "told"), [("raise", "ValueError: on purpose"), ("die", "ended with code 7"), ("hang", "fail_on_one")]
+    ("what", "words"), [("raise", "ValueError: on purpose"), ("die", "ended with code 7"), ("hang", "fail_on_one")]
 )
-def test_a_failing_rank_is_named_and_the_next_world_works(ranks, what, told):
-    with pytest.raises(RankError, match=r"rank 1 of 2[\s\S]*" + told):
+def test_a_failing_rank_is_named_and_the_next_world_works(ranks, what, words):
+    with pytest.raises(RankError, match=r"rank 1 of 2[\s\S]*" + words):
         ranks(2).run(fail_on_one, what, timeout_s=2)
     assert ranks(2).run(add, 0) == [1, 1]

@@ -119,5 +119,5 @@ def train(trainer: Trainer) -> dict[str, Any]:
 
 
 def whole(trainer: Trainer, name: str, tensor: torch.Tensor) -> np.ndarray:
-    """Return the whole of which the tensor is this process's part."""
+    """Return the complete tensor of which this is the process's part."""
     return trainer.state.gathered(trainer.state.to_checkpoint(name, tensor)).detach().double().numpy().copy()

@@ -43,7 +43,7 @@ def installed() -> list[tuple[str, str, str]]:
     return found
 
 
-def test_licence_files_of_this_environment_bear_out_what_is_declared() -> None:
+def test_licence_files_of_this_environment_agree() -> None:
     rows = [(name, agreement(declared, licence_text(text))) for name, declared, text in installed()]
     assert len(rows) > 40
     agree = sum(result in {"agrees", "partly"} for _, result in rows) / len(rows)
@@ -52,12 +52,12 @@ def test_licence_files_of_this_environment_bear_out_what_is_declared() -> None:
     assert len(contradicted) <= 0.02 * len(rows), contradicted
 
 
-def test_a_licence_file_that_lies_is_caught_wherever_it_can_be_known() -> None:
-    # Every declaration beside the licence text of another distribution, where the two are of different kinds.
+def test_another_licence_text_is_found_wherever_possible() -> None:
+    # Every declaration next to the licence text of another distribution, where the two are of different kinds.
     texts = {declared: text for _, declared, text in installed() if declared in {"MIT", "Apache-2.0", "BSD-3-Clause"}}
     assert set(texts) == {"MIT", "Apache-2.0", "BSD-3-Clause"}
-    lies = [(says, of) for says in ("MIT", "Apache-2.0", "BSD-3-Clause", "GPL-3.0-only") for of in texts if says != of]
-    assert [pair for pair in lies if agreement(pair[0], licence_text(texts[pair[1]])) != "contradicts"] == []
+    wrong = [(says, of) for says in ("MIT", "Apache-2.0", "BSD-3-Clause", "GPL-3.0-only") for of in texts if says != of]
+    assert [pair for pair in wrong if agreement(pair[0], licence_text(texts[pair[1]])) != "contradicts"] == []
 
 
 @pytest.mark.parametrize(
@@ -144,13 +144,13 @@ def test_finds_no_restriction_where_there_is_none(text: str) -> None:
     assert restrictions(text) == []
 
 
-def test_a_description_tells_of_the_work_of_others() -> None:
+def test_a_description_names_the_work_of_others() -> None:
     for text in ("Contains rock lyrics.", "Friends tv-show transcripts", "Definitions were scraped from a web site."):
         assert restrictions(text) == []
         assert restrictions(text, foreign=True), text
 
 
-def test_a_form_that_nobody_filled_in() -> None:
+def test_an_empty_form_grants_nothing() -> None:
     assert unfilled("MIT License\n\nCopyright (c) [year] [fullname]\n")
     assert unfilled(MIT) == []
     assert unfilled(MIT + "How to apply these terms: <year> <name of author>") == []
@@ -184,7 +184,7 @@ def test_the_strictest_term_wins() -> None:
     assert weigh(CLAIM, [tag("Apache-2.0"), tag("ISC")]).licence == "Apache-2.0 AND ISC AND MIT"
 
 
-def test_where_nobody_claimed_the_text_s_own_word_stands() -> None:
+def test_without_a_claim_the_text_s_own_word_stands() -> None:
     around = Weighed("GPL-3.0-only", "medium", "licence file GPL-3.0-only in COPYING")
     assert weigh(around, [tag("MIT")], detected=True).licence == "MIT"
     assert weigh(around, [tag("MIT")], detected=True).confidence == "high"
@@ -225,7 +225,7 @@ License: Odd-1
 
 License: Odd-1
  .
- Nobody knows these terms.
+ No one knows these terms.
 """
 
 
@@ -269,12 +269,12 @@ def test_debian_names(name: str, expression: str) -> None:
     assert debian.spdx(name) == expression
 
 
-def test_a_copyright_file_that_lies_is_named() -> None:
+def test_a_contradicting_copyright_file_is_named() -> None:
     body = "".join(f" {line or '.'}\n" for line in MIT.splitlines())
-    lying = DEP5.replace("License: Expat\n", f"License: GPL-3+\n{body}")
+    wrong = DEP5.replace("License: Expat\n", f"License: GPL-3+\n{body}")
     honest = DEP5.replace("License: Expat\n", f"License: Expat\n{body}")
-    assert debian.parse(lying).of("a")[0].lies == "named GPL-3.0-or-later, but its text is that of MIT"  # type: ignore[union-attr,index]
-    assert debian.parse(honest).of("a")[0].lies == ""  # type: ignore[union-attr,index]
+    assert debian.parse(wrong).of("a")[0].contradiction == "named GPL-3.0-or-later, but its text is that of MIT"  # type: ignore[union-attr,index]
+    assert debian.parse(honest).of("a")[0].contradiction == ""  # type: ignore[union-attr,index]
 
 
 def test_an_unknown_name_is_what_its_text_is() -> None:

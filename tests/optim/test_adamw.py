@@ -66,7 +66,7 @@ def test_a_weight_without_gradient_is_left_alone():
     assert not optimizer.state
 
 
-def test_all_state_lies_where_the_weight_does():
+def test_all_state_is_on_the_device_of_the_weight():
     weights = {"lm_head.weight": torch.empty(4, 4, device="meta"), "a.weight": torch.empty(4, 4, device="meta")}
     for weight in weights.values():
         weight.grad = torch.empty_like(weight)

@@ -17,7 +17,7 @@ DEGREES = ["parallel.shard=2", "parallel.expert=2"]
 
 @pytest.fixture
 def machine(tmp_path):
-    """A PATH with what a cluster has and this machine has not; `freehold` tells its place, then does a dry run."""
+    """A PATH with what a cluster has and this machine has not; `freehold` prints its place, then does a dry run."""
     programs = {
         "scontrol": "echo node7; echo node8",
         "srun": "while [[ $1 == --* ]]; do shift; done; "
@@ -47,7 +47,7 @@ def test_slurm(machine):
     assert do(["bash", script, RECIPE, "parallel.shards=2"], env).returncode == 2
 
 
-def test_slurm_asks_for_as_many_processes_as_its_example_spreads_over():
+def test_slurm_asks_for_the_processes_its_example_needs():
     text = (ROOT / "examples" / "slurm.sh").read_text()
     asked = {k: int(v) for k, v in (w.split("=") for w in text.split() if w.startswith(("--nodes=", "--ntasks-per")))}
     replicate, shard = (int(w.split("=")[1]) for w in text.split() if w.startswith(("parallel.rep", "parallel.sh")))
@@ -85,7 +85,7 @@ def test_kubernetes_notices_what_ends_before_it_looks(tmp_path, rank_does, code)
     assert (done.returncode, done.stderr) == (code, "")
 
 
-def test_kubernetes_counts_its_processes_alike_everywhere():
+def test_kubernetes_counts_its_processes_the_same_everywhere():
     spec, container, env = job()
     spec, degrees = spec["spec"], dict(a.split("=") for a in container["args"] if "=" in a)
     world = int(env["WORLD_SIZE"])

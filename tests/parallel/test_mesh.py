@@ -26,7 +26,7 @@ def test_ranks_are_numbered_with_context_innermost():
     assert places[-1] == (1, 1, 2, 1)
 
 
-def test_every_row_is_read_once_by_the_ranks_of_each_piece_of_context():
+def test_every_row_is_read_once_by_each_context_rank():
     parallel = ParallelConfig(replicate=2, shard=2, context=2)
     rows = list(range(8))
     read = [tuple(rows[World(parallel, rank).rows(8)]) for rank in range(8)]
@@ -40,7 +40,7 @@ def test_one_process_is_a_world_without_a_group():
     assert not alone.any(False)
 
 
-def test_one_process_is_not_spread():
+def test_one_process_is_not_sharded():
     with pytest.raises(ConfigError, match=r"pretrain\.parallel\.nproc=4"):
         world(ParallelConfig(shard=4), "pretrain")
 
@@ -63,7 +63,7 @@ def test_degrees_must_multiply():
         ({"nproc": 4}, {}, "pretrain.parallel"),
     ],
 )
-def test_what_cannot_be_dealt_names_its_key(degrees, batch, where):
+def test_what_does_not_divide_names_its_key(degrees, batch, where):
     batch = {"context_tokens": 512, "sequences": 8, "micro_sequences": 0} | batch
     with pytest.raises(ConfigError) as error:
         validate_layout(ParallelConfig(**degrees), MODEL, **batch, stage="pretrain")
@@ -86,14 +86,14 @@ def test_a_mesh_larger_than_this_machine_is_not_started(monkeypatch):
         world(ParallelConfig(device="cuda"), "align")
 
 
-def test_what_can_be_seen_without_the_checkpoint_is_refused_in_the_recipe():
+def test_recipe_refuses_what_needs_no_checkpoint_to_see():
     with pytest.raises(ConfigError, match=r"align\.parallel\.nproc"):
         fill(AlignConfig, {"parallel": {"nproc": 2, "shard": 3}}, "align")
     with pytest.raises(ConfigError, match=r"align\.batch\.sequences"):
         fill(AlignConfig, {"parallel": {"shard": 3}, "batch": {"sequences": 4}}, "align")
 
 
-def test_ranks_that_cannot_meet_are_told_where_they_tried(monkeypatch, tmp_path):
+def test_ranks_that_cannot_meet_say_where_they_tried(monkeypatch, tmp_path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -25,12 +25,12 @@ def parallelize(parallel, sequences, micro_sequences):
     [
         ({"pipeline": 2}, 8, 0, "batch.micro_sequences", "1 passes of 8 rows on each data rank, through 2 ranks"),
         ({"pipeline": 4, "shard": 2}, 8, 2, "batch.micro_sequences", "2 passes of 2 rows"),
-        ({"pipeline": 2, "schedule": "interleaved"}, 5, 1, "batch.micro_sequences", "a multiple of it"),
+        ({"pipeline": 2, "schedule": "interleaved"}, 5, 1, "batch.micro_sequences", "a multiple of 2"),
         ({"pipeline": LAPTOP.num_hidden_layers + 1}, 64, 1, "parallel.pipeline", "more stages than layers"),
         ({"pipeline": LAPTOP.num_hidden_layers, "schedule": "interleaved"}, 64, 1, "parallel.pipeline", "stages"),
     ],
 )
-def test_what_does_not_fill_a_pipeline_is_told(parallel, sequences, micro, where, words):
+def test_what_does_not_fill_a_pipeline_is_refused(parallel, sequences, micro, where, words):
     with pytest.raises(ConfigError, match=words) as raised:
         parallelize(parallel, sequences, micro)
     assert raised.value.where == f"pretrain.{where}"

@@ -1,4 +1,4 @@
-"""What needs no processes: real clusters laid out on paper, and what a CUDA device would be given."""
+"""What needs no processes: real clusters on paper, and what a CUDA device would be given."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def fake_ranks():
         ("mini", {"replicate": 4, "shard": 128, "expert": 8}, 0, 26_123_970_560, 204_093_520, None),
     ],
 )
-def test_a_cluster_is_laid_out_on_meta_tensors(fake_ranks, preset, degrees, rank, total, sharded_gains, experts):
+def test_a_cluster_is_sharded_on_meta_tensors(fake_ranks, preset, degrees, rank, total, sharded_gains, experts):
     parallel = ParallelConfig(**degrees)
     fake_ranks(rank, parallel.devices)
     with torch.device("meta"):
@@ -52,7 +52,7 @@ def test_a_cluster_is_laid_out_on_meta_tensors(fake_ranks, preset, degrees, rank
     assert over_edp.dim == 0  # whole matrices: Muon needs no company
 
 
-def test_a_cuda_device_is_given_grouped_products_and_asked_for_no_counts():
+def test_cuda_gets_grouped_products_and_is_asked_for_no_counts():
     called = []
 
     class Calls(TorchDispatchMode):

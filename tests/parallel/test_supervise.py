@@ -12,7 +12,7 @@ import pytest
 
 from freehold.core.errors import ConfigError
 from freehold.core.machine import disk_error
-from freehold.parallel import launch
+from freehold.parallel import launch, relaunch
 from freehold.parallel import supervise as supervise_module
 from freehold.parallel.config import SuperviseConfig
 from freehold.parallel.supervise import RankError, Supervisor, WorldFailed
@@ -37,7 +37,7 @@ for step in range(first, 6):
 heartbeat.beat(6, "done")
 print(json.dumps({"counts": os.environ["MASTER_PORT"]}))
 """
-TELL_FULL = (
+REPORT_FULL = (
     'print(json.dumps({"error": {"what": f"could not write or read: {os.strerror(28)}", "where": "checkpoint"}}));'
     " sys.exit(2)"
 )
@@ -54,7 +54,7 @@ def supervise(tmp_path):
             [sys.executable, "-c", code], 2, tmp_path / "log", SuperviseConfig(**config),
             newest_step=lambda: int(checkpoint.read_text()) if checkpoint.exists() else -1,
             documents_of=lambda step: [{"id": f"document {step}", "source": "sotu", "licence": "CC0-1.0"}],
-            say=said.append,
+            say=said.append, echo=said.append,
         )  # fmt: skip
         return supervisor.run()
 
@@ -77,7 +77,7 @@ def test_two_ranks_end_well_and_rank_0_answers(supervise):
     assert not list((supervise.folder / "log").glob("post_mortem*"))
 
 
-def test_a_killed_rank_is_named_and_a_new_world_goes_on_at_a_new_port(supervise):
+def test_killed_rank_is_named_and_a_new_world_resumes(supervise):
     supervise("""
         if world == 1 and step == 3:
             if rank == 1:
@@ -86,14 +86,17 @@ def test_a_killed_rank_is_named_and_a_new_world_goes_on_at_a_new_port(supervise)
             time.sleep(0.3)
             sys.exit("RuntimeError: Connection closed by peer [127.0.0.1]")
     """)
-    told = post_mortem(supervise)
-    assert told["blamed_ranks"] == [1]
-    assert "rank 1 was ended by SIGKILL" in told["what"]
-    assert (told["steps_done"], told["newest_checkpoint_step"], told["decision"]) == (3, 2, "start again from step 2")
-    assert told["documents_of_the_running_step"][0] == {"id": "document 3", "source": "sotu", "licence": "CC0-1.0"}
-    assert [r["ending"] for r in told["ranks"]] == ["exit code 1", "signal SIGKILL"]
-    assert told["ranks"][1]["last_lines"] == ["the last thing I said"]
+    found = post_mortem(supervise)
+    assert found["blamed_ranks"] == [1]
+    assert "rank 1 was ended by SIGKILL" in found["what"]
+    assert (found["steps_done"], found["newest_checkpoint_step"]) == (3, 2)
+    assert found["decision"] == "start again from step 2"
+    assert found["documents_of_the_running_step"][0] == {"id": "document 3", "source": "sotu", "licence": "CC0-1.0"}
+    assert [r["ending"] for r in found["ranks"]] == ["exit code 1", "signal SIGKILL"]
+    assert found["ranks"][1]["last_lines"] == ["the last thing I said"]
     assert (supervise.folder / "seen").read_text().split() == list("01232345")
+    assert [line for line in supervise.said if "Connection closed" in line] == []
+    assert supervise.said[0].startswith("rank 1 was ended by SIGKILL")
 
 
 def test_a_peers_complaint_does_not_hide_who_failed(supervise):
@@ -101,12 +104,12 @@ def test_a_peers_complaint_does_not_hide_who_failed(supervise):
         if world == 1 and step == 2:
             sys.exit("RuntimeError: Connection reset by peer" if rank == 0 else "ValueError: mine")
     """)
-    told = post_mortem(supervise)
-    assert told["blamed_ranks"] == [1]
-    assert "ValueError: mine" in told["what"]
+    found = post_mortem(supervise)
+    assert found["blamed_ranks"] == [1]
+    assert "ValueError: mine" in found["what"]
 
 
-def test_a_stopped_rank_is_named_though_nobody_moves(supervise):
+def test_stopped_rank_is_named_when_no_rank_moves(supervise):
     supervise(
         """
         if world == 1 and step == 3:
@@ -114,10 +117,10 @@ def test_a_stopped_rank_is_named_though_nobody_moves(supervise):
         """,
         hang_s=1.5,
     )
-    told = post_mortem(supervise)
-    assert told["blamed_ranks"] == [1]
-    assert "rank 1 is stopped (SIGSTOP)" in told["what"]
-    assert [r["ending"] for r in told["ranks"]] == ["ended by the supervisor"] * 2
+    found = post_mortem(supervise)
+    assert found["blamed_ranks"] == [1]
+    assert "rank 1 is stopped (SIGSTOP)" in found["what"]
+    assert [r["ending"] for r in found["ranks"]] == ["ended by the supervisor"] * 2
 
 
 def test_a_rank_that_stays_behind_is_named_with_its_stack(supervise):
@@ -135,12 +138,12 @@ def test_a_rank_that_stays_behind_is_named_with_its_stack(supervise):
         """,
         hang_s=1.5,
     )
-    told = post_mortem(supervise)
-    assert told["blamed_ranks"] == [0]
-    assert any("stuck_here" in line for line in told["ranks"][0]["last_lines"])
+    found = post_mortem(supervise)
+    assert found["blamed_ranks"] == [0]
+    assert any("stuck_here" in line for line in found["ranks"][0]["last_lines"])
 
 
-def test_a_users_mistake_is_told_once_and_not_tried_again(supervise):
+def test_reported_mistake_ends_the_run_without_retry(supervise):
     with pytest.raises(RankError, match="no such thing") as caught:
         supervise("""
             print(json.dumps({"error": {"what": "no such thing", "where": "recipe"}}))
@@ -151,14 +154,14 @@ def test_a_users_mistake_is_told_once_and_not_tried_again(supervise):
 
 
 def test_a_full_disk_is_waited_for(supervise):
-    assert "counts" in json.loads(supervise(f"if step == 2 and world == 1: {TELL_FULL}"))
+    assert "counts" in json.loads(supervise(f"if step == 2 and world == 1: {REPORT_FULL}"))
     assert [e["event"] for e in events(supervise)] == ["started", "failed", "started", "finished"]
     assert "starting again from step 0 in 2 s" in supervise.said[-1]
 
 
 def test_a_disk_that_stays_full_ends_the_run(supervise):
     with pytest.raises(RankError, match=os.strerror(28)):
-        supervise(TELL_FULL, disk_wait_s=1)
+        supervise(REPORT_FULL, disk_wait_s=1)
     assert [e["decision"] for e in events(supervise) if e["event"] == "failed"] == [
         "start again from step 0", "give up",
     ]  # fmt: skip
@@ -171,7 +174,7 @@ def test_gives_up_when_no_world_makes_a_checkpoint(supervise):
     assert "RuntimeError: always" in post_mortem(supervise, 3)["what"]
 
 
-def test_any_number_of_failures_is_survived_while_checkpoints_are_made(supervise):
+def test_failures_do_not_count_while_checkpoints_are_made(supervise):
     supervise("if step == 2 * world and world < 3: sys.exit('RuntimeError: again')", max_relaunches=0)
     assert len(list((supervise.folder / "log").glob("post_mortem*"))) == 2
 
@@ -191,7 +194,7 @@ def test_a_slow_rank_is_named_and_left_alone(supervise):
     assert [e["rank"] for e in events(supervise) if e["event"] == "slow"] == [1]
 
 
-def test_asked_to_stop_the_ranks_may_save_and_nothing_is_started_again(supervise):
+def test_ranks_asked_to_stop_may_save_and_nothing_restarts(supervise):
     with pytest.raises(KeyboardInterrupt):
         supervise("""
             def save(*_):
@@ -242,12 +245,12 @@ def test_a_signal_is_not_sent_to_a_process_that_has_gone(tmp_path):
 
 def test_waiting_for_room_uses_up_no_relaunch(supervise, monkeypatch):
     monkeypatch.setattr(Supervisor, "_pause", lambda self, seconds: None)
-    supervise(f"if world <= 3: {TELL_FULL}\nif world == 4: sys.exit(1)", max_relaunches=1)
+    supervise(f"if world <= 3: {REPORT_FULL}\nif world == 4: sys.exit(1)", max_relaunches=1)
     assert [e["event"] for e in events(supervise)].count("started") == 5
 
 
-def test_a_mistake_told_on_a_full_disk_is_a_mistake(supervise, monkeypatch):
-    monkeypatch.setattr(supervise_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+def test_reported_mistake_on_a_full_disk_is_a_mistake(supervise, monkeypatch):
+    monkeypatch.setattr(relaunch.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(RankError, match="no such thing"):
         supervise("""
             print(json.dumps({"error": {"what": "no such thing", "where": "recipe"}}))
@@ -256,8 +259,8 @@ def test_a_mistake_told_on_a_full_disk_is_a_mistake(supervise, monkeypatch):
     assert [event["event"] for event in events(supervise)] == ["started", "failed"]
 
 
-def test_a_disk_too_full_for_a_word_is_waited_for(supervise, monkeypatch):
-    """Ranks that cannot tell, a post-mortem and a new world that cannot be written: none of it ends the run."""
+def test_disk_too_full_for_an_error_is_waited_for(supervise, monkeypatch):
+    """Ranks without a word, a post-mortem and a world that cannot be written: none of these ends the run."""
     free, refused = [0], OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     start, write = launch.start, supervise_module.write_json
 
@@ -274,7 +277,7 @@ def test_a_disk_too_full_for_a_word_is_waited_for(supervise, monkeypatch):
 
     monkeypatch.setattr(launch, "start", no_room)
     monkeypatch.setattr(supervise_module, "write_json", no_story)
-    monkeypatch.setattr(supervise_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    monkeypatch.setattr(relaunch.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
     assert "counts" in json.loads(supervise("if step == 2 and world == 1: sys.exit(1)", max_relaunches=0))
     decisions = [(e["event"], e.get("what")) for e in events(supervise)]
     assert [name for name, _ in decisions] == ["started", "failed", "failed", "started", "finished"]

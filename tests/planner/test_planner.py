@@ -35,7 +35,7 @@ def figures_of(name: str, **change: object) -> dict[str, estimate.Figure]:
     return estimate.estimate(plan_of(name, **change))["figures"]
 
 
-# --- beside what was published ------------------------------------------------------------------------------------
+# --- compared with what was published ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -127,7 +127,7 @@ def test_qlora_base_is_four_bits_and_the_rest_is_not():
 
 
 def kept_by_autograd(model_config: dict, tokens: int = 48) -> float:
-    """Return the bytes a token leaves saved for the backward pass, parameters left out."""
+    """Return the bytes a token leaves saved for the backward pass, without parameters."""
     config = fill(type(SHAPES["laptop"]), model_config, "model")
     model = Afmoe(config)
     model.init_weights(torch.Generator().manual_seed(0))
@@ -229,7 +229,7 @@ def test_experts_are_sharded_whole():
     assert memory.training_bytes(even)["masters"] == pytest.approx(4 * counts["total"] / 512, rel=1e-9)
 
 
-def test_chunks_of_a_row_lie_on_neighbours_as_the_mesh_lays_them_out():
+def test_chunks_of_a_row_are_on_neighbours_as_in_the_mesh():
     whole = plan_of("large", batch={"context_tokens": 32768}, parallel={"shard": 32, "context": 4})
     assert [place_of(rank, whole.parallel)[:3] for rank in range(5)] == [(0, 0, 0)] * 4 + [(0, 0, 1)]
     assert next(row.link for row in estimate.traffic(whole) if row.axis == "context") == "node"
@@ -251,7 +251,7 @@ def test_traffic_by_axis():
 
 
 def test_rows_between_machines_cross_the_network_alone():
-    """64 expert ranks on 8 machines: 56 of a rank's 63 partners are elsewhere, and nobody wants the same rows."""
+    """64 expert ranks on 8 machines: 56 of a rank's 63 partners are elsewhere, and no two want the same rows."""
     row = next(r for r in estimate.traffic(plan_of("large", parallel={"expert": 64})) if r.axis == "expert")
     assert row.link == "network"
     assert row.seconds == pytest.approx(row.received_bytes * 56 / 63 / DEVICES["b300"].network_bytes_s)
@@ -353,8 +353,8 @@ def test_search_proposes_degrees_that_fit():
     ("change", "where", "said"),
     [
         ({"machine": {"devices": 1000}}, "parallel", "do not multiply to the devices"),
-        ({"parallel": {"expert": 24, "shard": 48}}, "parallel.expert", "cannot be dealt evenly"),
-        ({"parallel": {"expert": 64, "shard": 96}}, "parallel.expert", "inside shard x context"),
+        ({"parallel": {"expert": 24, "shard": 48}}, "parallel.expert", "do not divide evenly"),
+        ({"parallel": {"expert": 64, "shard": 96}}, "parallel.expert", "part of shard x context"),
         ({"parallel": {"context": 4}}, "parallel.context", "shorter than the window"),
         ({"parallel": {"pipeline": 61}}, "parallel.pipeline", "more stages than layers"),
         ({"batch": {"sequences": 1000}}, "batch.sequences", "rows of a step"),

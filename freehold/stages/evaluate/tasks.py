@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def do_tasks(
     loaded: Loaded, tasks: dict[str, list[Item]], config: EvaluateConfig, log: Log, name: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the scores per task, per part of it and overall, and one row an item: asked, expected, answered."""
+    """Return the scores per task, per part of a task and overall, and one row an item: asked, expected, answered."""
     by_task: dict[str, Any] = {}
     everything: list[dict[str, Any]] = []
     for task, items in tasks.items():

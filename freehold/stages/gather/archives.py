@@ -34,7 +34,7 @@ DAMAGE = (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, zlib.error, l
 
 @dataclass(frozen=True)
 class Entry:
-    """One member of an archive, in the order they lie there."""
+    """One member of an archive, in the order of the archive."""
 
     path: str
     problem: str
@@ -45,7 +45,7 @@ class Entry:
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that raises once more than `limit` bytes came out of it: the unpacked side of an archive."""
+    """A stream that raises once more than `limit` bytes were read: the unpacked side of an archive."""
 
     def __init__(self, inner: BinaryIO, limit: int, where: Path) -> None:
         self.inner, self.left, self.limit, self.where = inner, limit, limit, where
@@ -181,7 +181,7 @@ def _problem(path: str, regular: bool) -> str:
 
 
 def _unpacked(file: BinaryIO) -> BinaryIO:
-    """Return the unpacked stream of a compressed one, told by its first bytes."""
+    """Return the unpacked stream of a compressed one, recognised by its first bytes."""
     head = file.peek(6)[:6]  # type: ignore[attr-defined]
     if head.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]

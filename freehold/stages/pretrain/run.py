@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from freehold.core.errors import CheckpointError, ConfigError
 from freehold.core.machine import check_memory_fits
 from freehold.data.buffer import text_order
 from freehold.data.exposure import ROW_BYTES, write_trace
-from freehold.data.loader import PhaseRows, consumed_by
+from freehold.data.loader import PhaseRows, TextOrder, consumed_by
 from freehold.data.shards import ShardSet
 from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
@@ -26,17 +27,52 @@ from freehold.trainer.validate import HeldOut, held_out, validator
 
 def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
     """Train to the end of the last phase; resumable at any step. Returns steps, tokens and epochs per source."""
-    rows = sum(phase.steps for phase in config.phases.values()) * config.batch.sequences
-    check_memory_fits(rows * ROW_BYTES, "the order of the rows", "pretrain.phases")
     # Verified: tokens are what a checkpoint will claim to have seen.
     shards = ShardSet.load(work.input("tokenize") / "tokens", verify=True)
-    without = quarantined(config.quarantine)
-    data = shards.identity("train", without)
-    model = with_vocabulary(config.model, shards.vocab_size)
+    model = with_vocabulary(config.model, shards.vocab_size, padded=bool(config.parent))
     parent = read_parent(config, model, shards.tokenizer_sha256) if config.parent else None
     # Nothing to train: the parent is the result.
     if parent is not None and not config.phases:
         return keep(parent.folder, parent.facts, work) if work.leads else {}
+    text = read_text(config, shards, parent, work)
+    stage = Stage(
+        name="pretrain",
+        model=model,
+        order=text.order,
+        schedule=text.schedule,
+        tokenizer=work.input("tokenize") / "tokenizer",
+        facts={"tokenizer_sha256": shards.tokenizer_sha256, **text.facts},
+        start=parent.start() if parent is not None else Start(),
+        validate=lambda world: validator(validation_rows(config, shards), world),
+    )
+    counts = train_stage(stage, config, work)
+    return {"steps": counts["steps"], **text.counts(config), **counts}
+
+
+@dataclass(frozen=True)
+class Text:
+    """The rows that a run reads, step by step."""
+
+    order: TextOrder
+    schedule: Schedule
+    facts: dict[str, Any]
+    """What a checkpoint records of them."""
+
+    def counts(self, config: PretrainConfig) -> dict[str, Any]:
+        """Return what the manifest says of them."""
+        return {
+            "tokens": self.schedule.total_steps * config.batch.step_tokens,
+            "epochs": {name: round(epochs, 4) for name, epochs in self.order.epochs().items()},
+            "mixture": [asdict(share) for share in self.order.shares],
+        }
+
+
+def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, work: Workspace) -> Text:
+    """Return the order of the text, which continues where the parent stopped reading; prints its summary."""
+    rows = sum(phase.steps for phase in config.phases.values()) * config.batch.sequences
+    check_memory_fits(rows * ROW_BYTES, "the order of the rows", "pretrain.phases")
+    without = quarantined(config.quarantine)
+    data = shards.identity("train", without)
     consumed = parent.position(config, data, work) if parent is not None else None
     schedule = Schedule(config.phases, first_step=parent.facts["step"] if parent is not None else 0)
     order = text_order(
@@ -50,31 +86,10 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
     )
     for line in order.summary():
         work.log.say(f"  {line}")
-    stage = Stage(
-        name="pretrain",
-        model=model,
-        order=order,
-        schedule=schedule,
-        tokenizer=work.input("tokenize") / "tokenizer",
-        facts={
-            "tokenizer_sha256": shards.tokenizer_sha256,
-            "order": config.batch.order.model_dump(),
-            "data": data,
-            # The parent alone knows where its first phase began.
-            "consumed": ({str(schedule.first_step): consumed} if consumed else {})
-            | {str(end): order.consumed_at(end) for end in schedule.ends().values()},
-        },
-        start=parent.start() if parent is not None else Start(),
-        validate=lambda world: validator(validation_rows(config, shards), world),
-    )
-    counts = train_stage(stage, config, work)
-    return {
-        "steps": counts["steps"],
-        "tokens": schedule.total_steps * config.batch.step_tokens,
-        "epochs": {name: round(epochs, 4) for name, epochs in order.epochs().items()},
-        "mixture": [asdict(share) for share in order.shares],
-        **counts,
-    }
+    # A later run may branch off any phase's end. Only the parent knows where its own first phase began.
+    at_ends = {str(end): order.consumed_at(end) for end in schedule.ends().values()}
+    first = {str(schedule.first_step): consumed} if consumed else {}
+    return Text(order, schedule, {"order": config.batch.order.model_dump(), "data": data, "consumed": first | at_ends})
 
 
 @dataclass(frozen=True)
@@ -87,10 +102,16 @@ class Parent:
     def start(self) -> Start:
         """Return what the first step starts from."""
         digest = read_manifest(self.folder)["content_sha256"]
+        if dcp.is_imported(self.folder):  # weights alone: optimizer and balancing start from nothing
+            return Start(
+                parent=digest, tokens=self.facts["tokens"], weights=dcp.read_model(self.folder, verify=False)[1]
+            )
         return Start(parent=digest, tokens=self.facts["tokens"], checkpoint=self.folder)
 
     def position(self, config: PretrainConfig, data: dict[str, str], work: Workspace) -> Any:
         """Return what the parent consumed of each source; None when its order was another. Warns of other text."""
+        if dcp.is_imported(self.folder):
+            return None
         consumed: dict[str, int] | None = consumed_by(self.facts)
         if self.facts.get("order", {"kind": "stream"}) != config.batch.order.model_dump():
             consumed = None
@@ -151,7 +172,7 @@ def quarantined(path: str) -> frozenset[str]:
 def keep(parent: Path, facts: dict[str, Any], work: Workspace) -> dict[str, Any]:
     """Take the parent over as it is, with what is known of its steps: no phase is left to train."""
     with atomic_folder(work.folder / parent.name) as folder:
-        shutil.copytree(parent, folder, dirs_exist_ok=True)
+        shutil.copytree(parent, folder, copy_function=_linked, dirs_exist_ok=True)
     traced = parent.parent / "trace.parquet"
     if traced.exists():
         shutil.copyfile(traced, work.folder / traced.name)
@@ -167,12 +188,21 @@ def keep(parent: Path, facts: dict[str, Any], work: Workspace) -> dict[str, Any]
     }
 
 
-def with_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
+def _linked(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def with_vocabulary(model: ModelConfig, vocab_size: int, *, padded: bool = False) -> ModelConfig:
     """Return the shape, checked against the tokenizer's vocabulary.
 
-    Raises ConfigError when the model has fewer or more rows than the tokenizer has ids.
+    Raises ConfigError when the model has fewer rows than the tokenizer has ids; more are for published models alone,
+    whose rows are padded to a multiple of 128.
     """
-    if model.vocab_size != vocab_size:
+    if model.vocab_size < vocab_size or (model.vocab_size > vocab_size and not padded):
         raise ConfigError(
             "the model and the tokenizer disagree about the vocabulary",
             where="pretrain.model.vocab_size",

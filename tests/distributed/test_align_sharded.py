@@ -69,7 +69,7 @@ def assert_equal(run, alone):
     assert (run / "trace.parquet").read_bytes() == (alone / "trace.parquet").read_bytes()
 
 
-def test_two_processes_end_with_the_weights_of_one_and_one_goes_on_for_them(ranks, inputs, tmp_path, tiny_model):
+def test_two_processes_end_with_the_weights_of_one(ranks, inputs, tmp_path, tiny_model):
     fine_tune(inputs, tmp_path / "one", {}, leads=True)
     assert apart(dcp.load(tmp_path / "one" / "preview")["model"], tiny_model.state_dict()) > 0.01
     ranks(2).run(fine_tune, inputs, tmp_path / "two", {"shard": 2, "expert": 2})
