@@ -264,8 +264,8 @@ class _Slice(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, self._length)[whence])
+    def seek(self, offset: int, origin: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, self._length)[origin])
         return self._at
 
     def tell(self) -> int:
