@@ -302,7 +302,7 @@ def find_payload(handle: int, chunk: Chunk, dtype: str, where: str) -> Payload:
         start = data.header_offset + 30 + names
         if local[:4] != b"PK\3\4" or start + data.file_size > chunk.length:
             raise ValueError("data outside the archive")
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, AttributeError, OSError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
         raise _invalid(where, f"{type(error).__name__}: {error}", f"one {dtype} tensor {chunk.sizes}") from error
     return Payload(chunk.start + start, tuple(strides))
 
