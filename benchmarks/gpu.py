@@ -189,7 +189,9 @@ def time_step(shape: Any, rows: int, tokens: int, device: str) -> dict[str, Any]
             reset_peak(device)
             trainer = train_step.ours(shape, "bfloat16", rows, Path(folder), device=device, compiled=compiled)
             if weights is None:
-                weights = {n: t.detach().float().cpu().clone() for n, t in trainer.checkpoints.tensors()["model"].items()}
+                model = trainer.checkpoints.tensors()["model"]
+                # Copies: on a CPU they would be the tensors that the steps below change.
+                weights = {n: t.detach().float().cpu().clone() for n, t in model.items()}
             first = trainer.train_step(batch)
             seconds = repeat(lambda t=trainer: t.train_step(batch), repeats, device)
             found["ours+compile" if compiled else "ours"] = {
