@@ -110,7 +110,7 @@ def build(args: argparse.Namespace, shards: ShardSet, experts: int, balance: Bal
 def run_case(args: argparse.Namespace, shards: ShardSet, experts: int, rule: str, rate: float) -> dict[str, Any]:
     """Train one case and return what happened, with arrays `load` and `bias` [steps, layers, E]."""
     trainer = build(args, shards, experts, rule_config(rule, rate))
-    layers = list(trainer.model.moe_layers().values())
+    layers = list(trainer.state.moe_layers.values())
     loads, biases, losses = [], [], []
     load_before, cpu, wall = os.getloadavg()[0], time.process_time(), time.monotonic()
     for step in range(args.steps):

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from freehold.core.code import PACKAGE, imports, module_path
+from freehold.run.layout import WALK
 
 # A module imports rooms of a lower rank only; a room may have its rank before it exists.
 RANKS = {
@@ -133,6 +135,37 @@ def test_room_reads_only_the_config_of_others(room, others):
         for other in others:
             ours = {name for name in imports(path) if name.startswith(other)}
             assert all(name.startswith(f"{other}.config") for name in ours), f"{path}: {ours}"
+
+
+RUN_ROOMS = [path for path in FILES if place(path).startswith(("run/", "cli/")) and place(path) != "run/layout.py"]
+RUN_FILE = re.compile(
+    "(resolved|answer|results|tables|parity|trainer|timing|sources|drops|trace|metrics|answers|report)"
+    r"\.(yaml|json|jsonl|parquet|md|png)"
+)
+
+
+def literals(path: Path) -> list[str]:
+    """Return the texts that name a stage, a path inside a run or one of its files; docstrings do not count."""
+    tree = ast.parse(path.read_text())
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
+    ]
+    stages = "|".join(WALK)
+    return [t for t in texts if re.fullmatch(rf"({stages})(/\S*)?", t) or RUN_FILE.fullmatch(t)]
+
+
+@pytest.mark.parametrize("path", RUN_ROOMS, ids=place)
+def test_stages_and_run_files_are_named_in_layout_only(path):
+    assert not literals(path)
+
+
+def test_stage_literal_is_found(tmp_path):
+    source = tmp_path / "a.py"
+    source.write_text('"""pretrain"""\ni = run / "pretrain" / "metrics.jsonl"\nj = "align/preview"\nk = "export it"\n')
+    assert sorted(literals(source)) == ["align/preview", "metrics.jsonl", "pretrain"]
 
 
 def test_no_relative_imports():

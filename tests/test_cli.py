@@ -111,7 +111,7 @@ print('{"signals": %s}' % [int(number) for number in seen])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_for_the_walk_reaches_the_stage_once_and_is_waited_for(number, tmp_path, capsys):
+def test_a_signal_reaches_the_stage_once_and_is_awaited(number, tmp_path, capsys):
     ready = tmp_path / "ready"
 
     def press() -> None:

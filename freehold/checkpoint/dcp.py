@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from freehold.checkpoint import hf
 from freehold.core.artifact import (
     MANIFEST,
     atomic_folder,
@@ -183,9 +184,21 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_model(folder: Path, *, verify: bool = True) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return the config and the model's tensors (float32 masters, expert biases) of a checkpoint."""
+    """Return the config and the model's tensors (float32 masters, expert biases) of a checkpoint.
+
+    The tensors of an imported model come in the dtypes they were published in.
+    """
+    if is_imported(folder):
+        if verify:
+            check(folder)
+        return hf.load_hf(folder)
     state = load(folder, ["model"], verify=verify)
     return read_config(folder), state["model"]
+
+
+def is_imported(folder: Path) -> bool:
+    """Return whether a checkpoint holds weights in HF form, as they were published, and nothing of a training."""
+    return not (folder / STATE).exists() and (folder / MANIFEST).exists()
 
 
 def match_keys(found: Iterable[str], expected: Iterable[str], folder: Path) -> None:

@@ -8,7 +8,7 @@ refused by name.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -163,13 +163,53 @@ def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
     Expert biases come back in fp32. Raises CheckpointError naming what is missing, left over or misshapen.
     """
-    config = from_hf_dict(read_json(folder / "config.json", CheckpointError, None), str(folder / "config.json"))
+    config = read_shape(folder)
     table = key_table(config)
-    expected = {name: shape for entry in table for name, shape in entry.shapes().items()}
-    files = _indexed(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
+    with _opened(folder) as where:
+        _account_files(table, where, folder)
+        state = {}
+        for entry in table:
+            tensor = entry.from_disk({name: where[name].get_tensor(name) for name in entry.theirs})
+            state[entry.ours] = tensor.float() if entry.ours.endswith(".expert_bias") else tensor
+    return config, state
+
+
+def check_hf(folder: Path) -> ModelConfig:
+    """Return the shape of a folder in HF form, whose tensors have the right names and shapes; reads none of them."""
+    config = read_shape(folder)
+    with _opened(folder) as where:
+        _account_files(key_table(config), where, folder)
+    return config
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a folder in HF form by their names there, one in memory at a time."""
+    with _opened(folder) as where:
+        for name, file in where.items():
+            yield name, file.get_tensor(name)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the names of a folder's files of weights, in order."""
+    return _indexed(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
+
+
+def count_tensors(config: ModelConfig) -> int:
+    """Return how many tensors a model of this shape has on disk."""
+    return sum(len(entry.theirs) for entry in key_table(config))
+
+
+def read_shape(folder: Path) -> ModelConfig:
+    """Return the shape that a folder's `config.json` describes."""
+    return from_hf_dict(read_json(folder / "config.json", CheckpointError, None), str(folder / "config.json"))
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[dict[str, safe_open]]:
+    """Open the files of weights; yield which of them holds each tensor."""
     with contextlib.ExitStack() as stack:
         where: dict[str, safe_open] = {}
-        for file in files:
+        for file in files_of(folder):
             if not (folder / file).is_file():
                 raise CheckpointError("a file of weights is missing", where=folder, found="nothing", expected=file)
             try:
@@ -177,12 +217,12 @@ def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             except SafetensorError as error:
                 raise CheckpointError("not a safetensors file", where=folder / file, found=error) from error
             where |= dict.fromkeys(opened.keys(), opened)
-        _account(expected, {k: torch.Size(f.get_slice(k).get_shape()) for k, f in where.items()}, folder)
-        state = {}
-        for entry in table:
-            tensor = entry.from_disk({name: where[name].get_tensor(name) for name in entry.theirs})
-            state[entry.ours] = tensor.float() if entry.ours.endswith(".expert_bias") else tensor
-    return config, state
+        yield where
+
+
+def _account_files(table: list[Entry], where: dict[str, safe_open], folder: Path) -> None:
+    expected = {name: shape for entry in table for name, shape in entry.shapes().items()}
+    _account(expected, {k: torch.Size(f.get_slice(k).get_shape()) for k, f in where.items()}, folder)
 
 
 def _account(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], where: object) -> None:

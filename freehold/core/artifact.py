@@ -30,7 +30,7 @@ PREVIEW = "log/trace.parquet"
 """Where a training stage writes, before its first step, which documents each step will see."""
 # What a stage writes for people, or about time: never part of what it made.
 NOT_CONTENT = {MANIFEST, "metrics.jsonl", "resolved.yaml", "timing.json", KEY, "answers.jsonl"}
-# The packages whose version can change bytes; those not installed are left out of the record.
+# The packages whose version can change bytes; those not installed are not in the record.
 VERSIONED = [
     "torch",
     "numpy",
@@ -240,7 +240,7 @@ def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Workspace:
-    """What a stage is given besides its config: where to write, what to read, whom to tell.
+    """What a stage is given in addition to its config: where to write, what to read, where to log.
 
     `inputs` maps a stage's name to its finished folder. A stage writes only below `folder`; the walk
     writes the manifest from what `run` returns (counts).

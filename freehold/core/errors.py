@@ -2,7 +2,7 @@
 
 
 class FreeholdError(Exception):
-    """A mistake of the user's or of the user's machine, told so that it can be mended.
+    """A mistake of the user's or of the user's machine, described so that it can be corrected.
 
     Our own bugs are never wrapped in this class: they propagate with their traceback.
     """

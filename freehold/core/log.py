@@ -58,7 +58,7 @@ class Log:
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
         line = (json.dumps({"step": step, **clean}) + "\n").encode()
         with (self.folder / "metrics.jsonl").open("ab", buffering=0) as file:
-            before = file.tell()
+            before = file.seek(0, 2)
             try:
                 written = file.write(line)
             except OSError:
@@ -114,7 +114,7 @@ class Log:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a `metrics.jsonl`; a last line cut off by a kill is left out. ArtifactError when it is something else."""
+    """Read a `metrics.jsonl`; a last line cut off by a kill is skipped. ArtifactError when it is something else."""
     rows = []
     if path.exists():
         try:

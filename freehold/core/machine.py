@@ -33,7 +33,7 @@ def machine_limits(path: Path | None = None) -> Iterator[None]:
     except FreeholdError:
         raise
     except Exception as error:
-        # Some libraries tell of a full disk or of full memory in classes of their own: by these words alone.
+        # Some libraries report a full disk or of full memory in classes of their own: by these words alone.
         if "No space left" in str(error):
             error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), getattr(error, "filename", None))
         if isinstance(error, OSError) and error.errno in REFUSALS:
@@ -51,7 +51,7 @@ def machine_limits(path: Path | None = None) -> Iterator[None]:
 def disk_error(error: OSError, path: Path) -> ArtifactError:
     """Turn an OSError while reading or writing into an error that names the place and, on a full disk, its space."""
     what = f"could not write or read: {error.strerror or error}"
-    again = "nothing written before was touched, run again to go on"
+    again = "nothing written before was touched, run again to continue"
     if error.errno not in FULL:
         return ArtifactError(what, where=path, todo=f"mend that, or choose another `runs_dir`; {again}")
     parent = next(p for p in [path, *path.parents] if os.path.exists(p))  # pathlib's raises where it may not look

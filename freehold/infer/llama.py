@@ -115,8 +115,8 @@ class Llama:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").splitlines()
         # llama.cpp marks its errors: `<time> E <where>: <what>`.
-        told = [line for line in lines if line.split(" ")[1:2] == ["E"]] or lines
-        return ArtifactError(what, where=self.path, found="\n            ".join([str(found), *told[-LOG_LINES:]]))
+        errors = [line for line in lines if line.split(" ")[1:2] == ["E"]] or lines
+        return ArtifactError(what, where=self.path, found="\n            ".join([str(found), *errors[-LOG_LINES:]]))
 
 
 def _serve(path: str, context_tokens: int, threads: int, exact: bool) -> None:

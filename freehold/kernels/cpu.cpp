@@ -148,7 +148,7 @@ template <> inline void multiply_add<bf16>(vector& sum, word a, words b) {
 inline void store(float* to, vector x, bool add) { store(to, add ? load(to) + x : x); }
 inline void store(bf16* to, vector x, bool) { store(to, x); }
 
-// The left side of a product: word (row, step) lies at data + row * row_bytes + step * step_bytes.
+// The left side of a product: word (row, step) is at data + row * row_bytes + step * step_bytes.
 struct Left {
     const char* data;
     int64_t row_bytes, step_bytes;
@@ -372,7 +372,7 @@ template <class T> void silu_product(const T* both, T* product, int64_t rows, in
 }
 
 // y = down(silu(gate(x)) * up(x)) for rows sorted by expert; `both` keeps gate(x) and up(x), [rows, 2 inner].
-// Matrices of expert e lie at gate + e * stride, up + e * stride and down + e * width * inner.
+// Matrices of expert e are at gate + e * stride, up + e * stride and down + e * width * inner.
 template <class T>
 void swiglu(int threads, const T* x, const int64_t* counts, int64_t experts, const T* gate, const T* up, int64_t stride,
             const T* down, T* both, T* y, int64_t width, int64_t inner) {
@@ -424,7 +424,7 @@ void swiglu_backward(int threads, const T* dy, const T* x, const T* both, const 
         if (!dx) return;
         pack_straight(gate + e * stride, width, inner, width, packed);
         pack_straight(up + e * stride, width, inner, width, packed + size);
-        // Panel by panel the steps of gate and up lie apart, so their products are summed in two passes.
+        // Panel by panel the steps of gate and up are apart, so their products are summed in two passes.
         float* sums = scratch<float>(2, rows * width);
         const T* d = dboth + first * 2 * inner;
         int64_t steps = steps_of<T>(inner);
@@ -802,7 +802,7 @@ void adamw(int threads, const T* gradient, float* weight, float* mean, float* sq
     });
 }
 
-// Move a momentum by a gradient that counts `scale` times, and write what is to be orthogonalised in bfloat16.
+// Move a momentum by a gradient that counts `scale` times, and write the update, not yet orthogonalised, in bfloat16.
 template <class T>
 void muon_momentum(int threads, const T* gradient, float* momentum, bf16* update, float scale, float decay,
                    int64_t nesterov, int64_t size) {
@@ -850,8 +850,8 @@ void symmetric_product(Left a, const word* b, int64_t steps, int64_t n, float* r
     }
 }
 
-// Draw the singular values of each of n matrices [height, width] towards 1, in place: with X the matrix, lying down if it
-// stands, and G = X X^T, X <- a X + (b G + c G G) X for each of the `steps` triples (a, b, c), after scaling to Frobenius
+// Draw the singular values of each of n matrices [height, width] towards 1, in place: with X the matrix, or its
+// transpose if it is tall, and G = X X^T, X <- a X + (b G + c G G) X for each of the `steps` triples (a, b, c), after scaling to Frobenius
 // norm 1.
 template <class T>
 void orthogonalize(int threads, T* matrices, const float* coefficients, int64_t steps, int64_t n, int64_t height,

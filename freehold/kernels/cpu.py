@@ -2,7 +2,7 @@
 
 They need a C++ compiler (c++, g++ or clang++, $CXX, or the `ziglang` package) and a CPU with AVX-512; bfloat16 needs
 its bf16 instructions too. Where something is missing `available` says False, ops.py takes PyTorch's own way, and
-`describe` tells why. FREEHOLD_NATIVE=0 switches them off. Each operator has a fake form (shapes without data, for
+`describe` says why. FREEHOLD_NATIVE=0 switches them off. Each operator has a fake form (shapes without data, for
 `torch.compile`) and a gradient; what they compute is documented in ops.py, which holds the references.
 """
 
@@ -49,20 +49,20 @@ def _openmp() -> ctypes.CDLL | None:
 
 
 def available(x: Tensor, *widths: int) -> bool:
-    """Tell whether the kernels take tensors like `x` with rows of these widths; a refused shape is told once."""
+    """Return whether the kernels take tensors like `x` with rows of these widths; a refused shape is reported once."""
     return x.device.type == "cpu" and _computes(x.dtype, *widths)
 
 
 @torch.compiler.assume_constant_result
 def _computes(dtype: torch.dtype, *widths: int) -> bool:
-    """Tell whether the kernels take a dtype and widths; a compiled layer asks when it is traced."""
+    """Return whether the kernels take a dtype and widths; a compiled layer asks when it is traced."""
     library = _library()
     if isinstance(library, str):
         return False
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and library.freehold_bf16()):
         return False
     if any(width % WIDTH_MULTIPLE for width in widths):
-        _tell_of_widths()
+        _report_widths()
         return False
     return True
 
@@ -85,7 +85,7 @@ def describe(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _tell_of_widths() -> None:
+def _report_widths() -> None:
     """Print, once, that some rows are not for the kernels."""
     line = f"row widths that are no multiples of {WIDTH_MULTIPLE} run on PyTorch's operators"
     print(f"kernels: {line}", file=sys.stderr)
@@ -364,7 +364,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float, z_loss: float)
 
 @_operator("orthogonalize_(Tensor(a!) matrices, Tensor coefficients) -> ()", lambda matrices, coefficients: None)
 def orthogonalize_(matrices: Tensor, coefficients: Tensor) -> None:
-    """Take the Newton-Schulz steps [s, 3] (float32) on each matrix [n, r, c] in place, a tall one lying down."""
+    """Take the Newton-Schulz steps [s, 3] (float32) on each matrix [n, r, c] in place, a tall one transposed."""
     _call("orthogonalize", matrices, matrices, coefficients, len(coefficients), *matrices.shape)
 
 
@@ -404,7 +404,7 @@ def adamw_(
 def muon_momentum_(
     momentum: Tensor, gradient: Tensor, update: Tensor, scale: float, decay: float, nesterov: bool
 ) -> None:
-    """Move a momentum by `scale` times the gradient; write what is to be orthogonalised to `update` (bfloat16)."""
+    """Move a momentum by `scale` times the gradient; write the raw update to `update` (bfloat16)."""
     _call(
         "muon_momentum", gradient, gradient.contiguous(), momentum, update, scale, decay, nesterov, momentum.numel()
     )  # fmt: skip

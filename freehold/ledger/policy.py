@@ -66,7 +66,7 @@ Place = Annotated[str, Field(pattern=r"^[A-Z]{2}$")]
 
 
 class UseRule(Config):
-    """Lists for one use, laid over those of the policy; refuse wins over review, review over allow."""
+    """Lists for one use, merged over those of the policy; refuse wins over review, review over allow."""
 
     allow: tuple[LicenceId, ...] = Field(default=(), description="ids free for this use")
     review: tuple[LicenceId, ...] = Field(default=(), description="ids a person decides on before this use")
@@ -74,13 +74,14 @@ class UseRule(Config):
 
 
 class Note(Config):
-    """What is particular about some licences in one jurisdiction; told with every verdict on them."""
+    """What is particular about some licences in one jurisdiction; shown with every verdict on them."""
 
     where: str = Field(pattern=r"^[A-Z]{2}$", description="EU, or a country as ISO 3166 has it")
     licences: tuple[str, ...] = Field(description="globs over SPDX ids")
     note: str = Field(min_length=1, description="what a person should know")
     decision: Literal["review", "refuse"] | None = Field(
-        default=None, description="what follows when this is one of the policy's `jurisdictions`; null: it is only told"
+        default=None,
+        description="what follows when this is one of the policy's `jurisdictions`; null: only shown",
     )
 
 
@@ -109,7 +110,7 @@ NOTES = (
 class Policy(Config):
     """Which licences may enter, and what the model made of them must be free to do.
 
-    `file: PATH` takes the keys of a YAML file; what stands beside it is laid over them.
+    `file: PATH` takes the keys of a YAML file; the other keys are merged over them.
     """
 
     allow: tuple[LicenceId, ...] = Field(
@@ -124,7 +125,7 @@ class Policy(Config):
         default=("train", "distill", "redistribute", "commercial"),
         description="what the text and the model must be usable for; a licence that forbids one of them is refused",
     )
-    by_use: dict[Use, UseRule] = Field(default={}, description="lists for one use alone, laid over those above")
+    by_use: dict[Use, UseRule] = Field(default={}, description="lists for one use alone, merged over those above")
     jurisdictions: tuple[Place, ...] = Field(
         default=(),
         description="where the model will be used, EU or a country as ISO 3166 has it: notes with a decision for one "
@@ -264,7 +265,7 @@ def judged(row: Row, policy: Policy, seen: dict[tuple[str, ...], Verdict]) -> Ve
 def refusal(stopped: list[tuple[Any, Verdict]], what: str) -> LicenceError:
     """Return the error that names rows (or claims) the policy stopped, and why."""
     lines = [
-        f"{v.decision}: {r.source}, {r.path or '(all of it)'}: wrapper {r.wrapper_licence or 'unknown'}, "
+        f"{v.decision}: {r.source}, {r.path or '(all rows)'}: wrapper {r.wrapper_licence or 'unknown'}, "
         f"content {r.licence or 'unknown'}: {v.reason}"
         for r, v in stopped[:10]
     ]
@@ -305,7 +306,7 @@ def _judge_symbol(symbol: Any, policy: Policy) -> Verdict:
     # An exception (WITH) only gives more permission, so the licence before it decides.
     key = str(getattr(symbol, "license_symbol", symbol).key)
     found = {use: _judge_use(key, use, policy) for use in policy.uses}
-    # Of reasons as strong, what the licence itself forbids is told before what a list says.
+    # Of reasons as strong, what the licence itself forbids is named before what a list says.
     decision, reason, _ = max(
         found.values(), key=lambda d: (SEVERITY[d[0]], d[2]), default=(*_judge_lists(key, policy), False)
     )

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from freehold.model.attention import Attention, Cache, Context, Mask, build_masks, count_positions
+from freehold.model.attention import Attention, Cache, Context
 from freehold.model.config import ModelConfig
 from freehold.model.layers import Embedding, Linear, RMSNorm, SwiGLU, rotary
+from freehold.model.masks import Mask, build_masks, count_positions
 from freehold.model.moe import MoE, Routing
 
 
@@ -129,12 +130,8 @@ class Afmoe(nn.Module):
                 h, routing = checkpoint(block, h, context, use_reentrant=False)
             else:
                 h, routing = block(h, context)
-            if isinstance(block.mlp, MoE):
-                block.mlp.last_router_logit_max = routing.logits.detach().amax()
-                if self.training:
-                    block.mlp.load_counts += routing.counts
-                if routings is not None:
-                    routings.append(routing)
+            if routing is not None and routings is not None:
+                routings.append(routing)
         return trunk.norm(h) if numbers[-1] == config.num_hidden_layers - 1 else h
 
     def compile_layers(self, backend: str = "inductor") -> None:
@@ -175,7 +172,6 @@ class Afmoe(nn.Module):
             parameters[name].copy_(values)
         for moe in self.moe_layers().values():
             moe.expert_bias.zero_()
-            moe.load_counts.zero_()
 
     def to_compute(self, dtype: torch.dtype) -> Afmoe:
         """Cast the matrices to the dtype to compute in; gains and `expert_bias` stay fp32. Returns the model."""

@@ -21,7 +21,7 @@ from freehold.core.errors import ConfigError
 LayerType = Literal["sliding_attention", "full_attention"]
 
 # The published shapes. A field that can be derived from others (route_scale of a new shape, layer_types,
-# initializer_range) is left out, so that an override of what it depends on derives it anew.
+# initializer_range) is absent, so that an override of what it depends on derives it again.
 _TRINITY: dict[str, Any] = {"vocab_size": 200192, "head_dim": 128}
 SHAPES: dict[str, dict[str, Any]] = {
     "nano": _TRINITY | {
@@ -71,7 +71,7 @@ class ModelConfig(Config):
     intermediate_size: int = Field(gt=0, description="Width of the dense feed-forward of the first layers.")
     moe_intermediate_size: int = Field(gt=0, description="Width of one routed expert.")
     num_hidden_layers: int = Field(gt=0, description="Layers in all, dense ones included.")
-    num_dense_layers: int = Field(ge=0, description="So many first layers have a dense feed-forward.")
+    num_dense_layers: int = Field(ge=0, description="Number of first layers with a dense feed-forward.")
     num_attention_heads: int = Field(gt=0, description="Query heads.")
     num_key_value_heads: int = Field(gt=0, description="Key and value heads; divides the query heads.")
     head_dim: int = Field(gt=0, multiple_of=2, description="Width of one head; heads x head_dim need not equal d.")
@@ -103,7 +103,7 @@ class ModelConfig(Config):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _derive(cls, data: Any) -> Any:
-        """Lay the keys over their preset and fill in what follows from the others."""
+        """Merge the keys into their preset and fill in what follows from the others."""
         if not isinstance(data, dict):
             return data
         data = {k: v for k, v in data.items() if v is not None}
@@ -244,7 +244,7 @@ def flops_per_token(config: ModelConfig, context_tokens: int, parts: Mapping[str
     """Return the FLOPs of training on one token (forward and backward) in sequences of `context_tokens`.
 
     6 x matrix parameters a token meets (head included, embedding look-up not) + 12 x query width x keys seen,
-    averaged over the sequence. A forward pass alone is a third of it. `parts` as in `parameter_counts`.
+    averaged over the sequence. A forward pass alone is a third. `parts` as in `parameter_counts`.
     """
     counts = parameter_counts(config, parts)
     norms = config.num_hidden_layers * counts["norms_per_layer"] + config.hidden_size

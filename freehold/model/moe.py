@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from freehold.model import ops
 from freehold.model.config import ModelConfig
 from freehold.model.layers import Linear, SwiGLU
+from freehold.model.rows import route
 
 
 class Dispatcher(Protocol):
@@ -40,12 +41,17 @@ class LocalDispatcher:
 
 
 class Routing(NamedTuple):
-    """What the router of one layer decided for the tokens of one forward pass."""
+    """What the router of one layer decided for the tokens of one forward pass: all that balancing and replay need.
+
+    A NamedTuple, because FSDP and torch.compile look into tuples for tensors with a gradient, and not into dataclasses.
+    """
 
     logits: Tensor
     """[N, E] fp32, in the graph: what a loss on the routing reads"""
     chosen: Tensor
-    """[N, k] experts of each token"""
+    """int64 [N, k] experts of each token, the best first"""
+    weights: Tensor
+    """[N, k] fp32, in the graph: how much each counts"""
     counts: Tensor
     """int64 [E] assignments per expert, of tokens that count"""
 
@@ -90,12 +96,10 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """A shared expert that is always on, plus the chosen experts weighted by the router.
 
-    `expert_bias` is fp32 whatever the model is cast to: its steps are too small for bf16. `load_counts` is
-    the number of (token, expert) assignments since it was last zeroed; `Afmoe` adds to it in training mode.
+    `expert_bias` is fp32 whatever the model is cast to: its steps are too small for bf16.
     """
 
     expert_bias: Tensor
-    load_counts: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -104,8 +108,6 @@ class MoE(nn.Module):
         self.shared_experts = SwiGLU(config.hidden_size, config.moe_intermediate_size * config.num_shared_experts)
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
-        self.register_buffer("load_counts", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
-        self.last_router_logit_max: Tensor | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoE:
         """Follow the model to another device, but not to another precision."""
@@ -121,12 +123,12 @@ class MoE(nn.Module):
         logits, weights, chosen = self.router(flat, self.expert_bias)
         experts = self.expert_bias.numel()
         counts = _loads(chosen, experts)
-        path = ops.route(chosen)
+        path = route(chosen)
         rows, local_counts, context = self.dispatcher.dispatch(ops.gather(flat, path), counts)
         results = self.dispatcher.combine(self.experts(rows, local_counts), context)
         out = ops.combine(results, path, weights, self.shared_experts(flat))
         counted = counts if token_mask is None else _loads(chosen, experts, token_mask)
-        return out.view_as(x), Routing(logits, chosen, counted)
+        return out.view_as(x), Routing(logits, chosen, weights, counted)
 
 
 def _loads(chosen: Tensor, experts: int, token_mask: Tensor | None = None) -> Tensor:

@@ -15,10 +15,11 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
-from freehold.model import ops
+from freehold.model import blockwise
 from freehold.model.afmoe import Afmoe
-from freehold.model.attention import Attention, Mask, attend
+from freehold.model.attention import Attention, attend
 from freehold.model.config import ModelConfig
+from freehold.model.masks import Mask
 
 
 class ContextParallel:
@@ -67,8 +68,10 @@ class ContextParallel:
                 allowed = (seen & (distance < window))[:, :, first:]
             allowed = allowed[:, None]  # [B, 1, C, S]
             # The same rule as on one device, so that both take the same path and give the same bits.
-            blockwise = device.type == "cpu" and ops.BLOCK_TOKENS < allowed.shape[-1] <= ops.BLOCKWISE_MAX_TOKENS
-            masks[kind] = Mask(allowed, False, window, ops.attention_blocks(allowed) if blockwise else None)
+            as_blocks = (
+                device.type == "cpu" and blockwise.BLOCK_TOKENS < allowed.shape[-1] <= blockwise.BLOCKWISE_MAX_TOKENS
+            )
+            masks[kind] = Mask(allowed, False, window, blockwise.attention_blocks(allowed) if as_blocks else None)
         return masks
 
     def halo_tokens(self, window: int, chunk: int) -> int:

@@ -1,6 +1,6 @@
-"""What a run's ledger says of its data, gathered once for every document that is made of it.
+"""What a run's ledger says of its data, gathered once for every document made from them.
 
-Everything here is read from manifests, reports and tables; what none of them holds is left out, and the documents say
+Everything here is read from manifests, reports and tables; what none of them holds is skipped, and the documents say
 that it is unknown. What only people know (who publishes the model, under which name) comes from a file of statements.
 """
 
@@ -14,13 +14,15 @@ from pydantic import Field
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.config import Config, fill, load_yaml
 from freehold.core.errors import ArtifactError
-from freehold.run.trace import TRAINING, Tables, read_checkpoints, readable
+from freehold.run.checkpoints import read_checkpoints
+from freehold.run.layout import CURATE, GATHER, RunFolder, training
+from freehold.run.tables import Tables, readable
 
 LENGTHS = [0, *(4**n for n in range(2, 12))]
 """Edges of the classes of document length, bytes."""
 
 
-class Told(Config):
+class Statements(Config):
     """Statements of the provider that no ledger can hold; what is not stated stays unknown."""
 
     provider: str = Field("", description="name and contact details of who provides the model")
@@ -37,27 +39,28 @@ class Told(Config):
     illegal_content: str = Field("", description="measures to keep illegal content out")
 
 
-def read_told(path: Path | None) -> Told:
+def read_statements(path: Path | None) -> Statements:
     """Read a YAML file of statements; ConfigError for a key that is none of ours."""
-    return Told() if path is None else fill(Told, load_yaml(path), str(path))
+    return Statements() if path is None else fill(Statements, load_yaml(path), str(path))
 
 
 def facts(run_folder: Path) -> dict[str, Any]:
     """Return what the run recorded of its data; ArtifactError when curate has not finished."""
-    if not (run_folder / "curate" / MANIFEST).exists():
+    run = RunFolder(run_folder)
+    if not run.finished(CURATE):
         raise ArtifactError(
             "nothing to describe: the run has no finished corpus",
-            where=run_folder / "curate",
+            where=run.stage(CURATE),
             expected=MANIFEST,
             todo="run `freehold run RECIPE` first",
         )
-    curate = read_manifest(run_folder / "curate")
-    report = run_folder / "curate" / "report.json"
+    curate = read_manifest(run.stage(CURATE))
+    report = run.curate_report
     config = curate.get("config", {})
     with readable(run_folder), Tables(run_folder) as tables:
         shards = "(select id, sum(tokens)::bigint tokens, sum(bytes)::bigint bytes from shards group by id)"
         tables.connection.execute(
-            # What was rewritten is told by the sources of its seeds: their ids would fill pages.
+            # What was rewritten is named by the sources of its seeds: their ids would fill pages.
             "create table corpus as select rights.* replace (coalesce(seed.source, rights.synthetic_from)"
             " as synthetic_from), kept.split,"
             " case when rights.kind = 'conversation' then 'conversations' else 'documents' end rows_of, tokens, bytes"
@@ -110,15 +113,21 @@ def facts(run_folder: Path) -> dict[str, Any]:
     result["created"] = curate.get("created", "")
     result["training"] = {
         stage: {key: manifest["counts"].get(key) for key in ("steps", "epochs")}
-        | {"began": _began(run_folder / stage, manifest)}
-        for stage in TRAINING
-        if (run_folder / stage / MANIFEST).exists()
-        for manifest in [read_manifest(run_folder / stage)]
+        | {"began": str(manifest.get("created", ""))[:10]}  # when it was finished: the only day its manifest holds
+        for stage in training()
+        if run.finished(stage)
+        for manifest in [read_manifest(run.stage(stage))]
     }
     result["checkpoints"] = [
-        {key: c[key] for key in ("path", "stage_type", "step", "content_sha256")} | {"outside": c["outside"]}
+        {
+            "path": c.path,
+            "stage_type": c.stage_type,
+            "step": c.step,
+            "content_sha256": c.content_sha256,
+            "outside": c.outside,
+        }
         for c in read_checkpoints(run_folder)
-        if c["path"].count("/") == 1
+        if c.named
     ]
     return result
 
@@ -127,14 +136,9 @@ def _first(mapping: dict[str, Any]) -> Any:
     return next(iter(mapping.values()), {"steps": []})
 
 
-def _began(folder: Path, manifest: dict[str, Any]) -> str:
-    """Return the day on which a stage was finished: the only one its manifest holds."""
-    return str(manifest.get("created", ""))[:10]
-
-
 def _sources(run_folder: Path, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return every source that was gathered, with what is left of it."""
-    path = run_folder / "gather" / "sources.json"
+    """Return every source that was gathered, with what is left."""
+    path = RunFolder(run_folder).sources
     gathered = read_json(path) if path.exists() else {}
     names = sorted({*gathered, *(row["source"] for row in kept)})
     rows = []
@@ -181,7 +185,8 @@ def _languages(config: dict[str, Any], kinds: list[dict[str, Any]]) -> list[dict
 
 
 def _policy(run_folder: Path) -> dict[str, Any]:
-    if not (run_folder / "gather" / MANIFEST).exists():
+    run = RunFolder(run_folder)
+    if not run.finished(GATHER):
         return {}
-    policy: dict[str, Any] = read_manifest(run_folder / "gather").get("config", {}).get("policy", {})
+    policy: dict[str, Any] = read_manifest(run.stage(GATHER)).get("config", {}).get("policy", {})
     return policy

@@ -7,7 +7,7 @@ Field names and their order follow
 - the Croissant Format Specification 1.0 of MLCommons, https://docs.mlcommons.org/croissant/docs/croissant-spec.html.
 
 They are drafts for a person to sign, not legal advice. What no ledger holds is taken from the provider's statements
-(`card.Told`) or said to be unknown. The same run gives the same text.
+(`card.Statements`) or said to be unknown. The same run gives the same text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 from freehold.core.artifact import sha256_json, write_atomic
 from freehold.core.document import Conversation, Document
 from freehold.core.table import Table
-from freehold.run.card import Told
+from freehold.run.card import Statements
+from freehold.run.layout import CURATE, PRETRAIN
 
 UNKNOWN = "unknown: the ledger does not hold it, and it was not stated"
 PICTURE = "data.png"
@@ -31,9 +32,9 @@ PUBLIC = {"package": "Python distribution", "sdist": "source archive", "stdlib":
 OWN = ("folder", "jsonl")
 
 
-def make(facts: dict[str, Any], told: Told, kinds: Sequence[str]) -> dict[str, str]:
+def make(facts: dict[str, Any], stated: Statements, kinds: Sequence[str]) -> dict[str, str]:
     """Return the text of each document by file name; `kinds` are keys of `MAKERS`."""
-    return {MAKERS[kind][0]: MAKERS[kind][1](facts, told) for kind in kinds}
+    return {MAKERS[kind][0]: MAKERS[kind][1](facts, stated) for kind in kinds}
 
 
 def difference(old: dict[str, str], new: dict[str, str], names: tuple[str, str] = ("before", "now")) -> str:
@@ -46,7 +47,7 @@ def difference(old: dict[str, str], new: dict[str, str], names: tuple[str, str] 
 
 
 def read(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return the documents that lie in a folder."""
+    """Return the documents that are in a folder."""
     return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).exists()}
 
 
@@ -56,7 +57,7 @@ def write(folder: Path, texts: dict[str, str]) -> None:
         write_atomic(folder / name, text)
 
 
-def data_card(facts: dict[str, Any], told: Told) -> str:
+def data_card(facts: dict[str, Any], stated: Statements) -> str:
     """Return the data card: what is in the corpus, under which licences, what was taken out and why, what was read."""
     totals = {
         key: sum(row[key] for row in facts["splits"]) for key in ("documents", "conversations", "bytes", "tokens")
@@ -67,8 +68,8 @@ def data_card(facts: dict[str, Any], told: Told) -> str:
         f"{_n(totals['bytes'])} bytes of documents, {_n(totals['tokens'])} tokens. {_basis(facts)}\n",
         f"![Sources, licences, lengths, languages, drops and what training read]({PICTURE})\n",
     ]
-    read = {row["source"]: row for row in facts["read"] if row["stage"] == "pretrain"}
-    unread = 0 if "pretrain" in facts["training"] else None
+    read = {row["source"]: row for row in facts["read"] if row["stage"] == PRETRAIN}
+    unread = 0 if PRETRAIN in facts["training"] else None
     rows = [
         [
             row["source"], row["version"], row["kind"], ", ".join(row["licences"]) or "unknown",
@@ -122,7 +123,7 @@ def data_card(facts: dict[str, Any], told: Told) -> str:
     return "\n".join(parts)
 
 
-def eu_summary(facts: dict[str, Any], told: Told) -> str:
+def eu_summary(facts: dict[str, Any], stated: Statements) -> str:
     """Return the public summary of training content, section by section as the template of the AI Office."""
     tokens = sum(row["train_tokens"] for row in facts["sources"])
     size = next((text for most, text in SIZES if tokens < most), "more than 10 trillion tokens")
@@ -132,7 +133,7 @@ def eu_summary(facts: dict[str, Any], told: Told) -> str:
     models = sorted({row["teacher"] for row in facts["origins"] if row["teacher"]})
     programs = [row for row in sources if row["kind"] == "generated"]
     outside = sorted({c["outside"] for c in facts["checkpoints"] if c["outside"]})
-    model = told.model_name or f"run {facts['run']}: " + (
+    model = stated.model_name or f"run {facts['run']}: " + (
         ", ".join(f"{c['stage_type'] or c['path']} {c['content_sha256'][:12]}" for c in facts["checkpoints"])
         or "no model"
     )
@@ -147,16 +148,16 @@ def eu_summary(facts: dict[str, Any], told: Told) -> str:
         "",
         "## 1. General information",
         "### 1.1. Provider identification",
-        _field("Provider name and contact details", told.provider),
-        _field("Authorised representative name and contact details", told.representative),
+        _field("Provider name and contact details", stated.provider),
+        _field("Authorised representative name and contact details", stated.representative),
         "### 1.2. Model identification",
         _field("Versioned model name(s)", model),
         _field(
             "Model dependencies",
-            f"goes on from a checkpoint of another run, content {', '.join(outside)}" if outside
+            f"continues from a checkpoint of another run, content {', '.join(outside)}" if outside
             else "none: trained from random weights" if facts["checkpoints"] else "",
         ),
-        _field("Date of placement of the model on the Union market", told.placed_on_market),
+        _field("Date of placement of the model on the Union market", stated.placed_on_market),
         "### 1.3. Modalities, overall training data size and other characteristics",
         _field("Modality", "text"),
         _field("Training data size", f"{size} ({_n(tokens)} tokens for training)" if tokens else ""),
@@ -174,7 +175,7 @@ def eu_summary(facts: dict[str, Any], told: Told) -> str:
         ),
         "### 2.2. Private non-publicly available datasets obtained from third parties",
         "#### 2.2.1. Datasets commercially licensed by rightsholders or their representatives",
-        _field("Have you concluded licensing agreements?", told.purchased_or_licensed),
+        _field("Have you concluded licensing agreements?", stated.purchased_or_licensed),
         "#### 2.2.2. Private datasets obtained from other third parties",
         *(
             f"- {row['source']}: the provider's own {row['kind']}, {_n(row['documents'])} documents, "
@@ -188,7 +189,7 @@ def eu_summary(facts: dict[str, Any], told: Told) -> str:
             "not by this program, which reads packages, archives and folders; how others collected those is unknown",
         ),
         "### 2.4. User data",
-        _field("Was data from user interactions used?", told.user_data or ("" if own else "no source holds any")),
+        _field("Was data from user interactions used?", stated.user_data or ("" if own else "no source holds any")),
         "### 2.5. Synthetic data",
         _field("Was synthetic AI-generated data used?", "yes" if models else _no_model(own)),
         *(f"- written by {name}" for name in models),
@@ -202,11 +203,11 @@ def eu_summary(facts: dict[str, Any], told: Told) -> str:
         *([] if programs else ["- none"]),
         "## 3. Data processing aspects",
         "### 3.1. Respect of reservation of rights from text and data mining exception or limitation",
-        _field("Signatory of the code of practice", told.code_of_practice),
-        _field("Measures", told.reservation_of_rights),
+        _field("Signatory of the code of practice", stated.code_of_practice),
+        _field("Measures", stated.reservation_of_rights),
         _field("Measure of the ledger", _gate(facts)),
         "### 3.2. Removal of illegal content",
-        _field("Measures", told.illegal_content),
+        _field("Measures", stated.illegal_content),
         "### 3.3. Other information",
         _field("Processing", _chain(facts)),
         _field("Personal data", _privacy(facts)),
@@ -214,7 +215,7 @@ def eu_summary(facts: dict[str, Any], told: Told) -> str:
     return _markdown(lines)
 
 
-def ab2013(facts: dict[str, Any], told: Told) -> str:
+def ab2013(facts: dict[str, Any], stated: Statements) -> str:
     """Return the documentation that section 3111(a) of the California Civil Code asks for, item by item."""
     totals = {key: sum(row[key] for row in facts["splits"]) for key in ("documents", "conversations", "tokens")}
     free = [row for row in facts["licences"] if _public_domain(row["licence"])]
@@ -229,20 +230,20 @@ def ab2013(facts: dict[str, Any], told: Told) -> str:
     )  # fmt: skip
     items = [
         ("Sources or owners of the datasets", "; ".join(f"{r['source']} ({r['version']})" for r in facts["sources"])),
-        ("How the datasets further the intended purpose", told.purpose),
+        ("How the datasets further the intended purpose", stated.purpose),
         ("Number of data points", f"{_n(totals['documents'])} documents ({_n(totals['tokens'])} tokens) and "
          f"{_n(totals['conversations'])} conversations"),
         ("Types of data points", f"unlabelled text: {_rows_by(facts['kinds'], 'kind')}"),
         ("Whether data are protected by copyright, trademark or patent, or entirely in the public domain",
          ("entirely in the public domain" if len(free) == len(facts["licences"]) else "partly under licences")
          + f": {_rows_by(facts['licences'], 'licence')}; trademarks and patents: {UNKNOWN}"),
-        ("Whether the datasets were purchased or licensed", told.purchased_or_licensed
+        ("Whether the datasets were purchased or licensed", stated.purchased_or_licensed
          or f"by agreement or purchase: {UNKNOWN}; public licences as above"),
         ("Whether the datasets include personal information (section 1798.140(v))", _privacy(facts)),
         ("Whether the datasets include aggregate consumer information (section 1798.140(b))", ""),
         ("Cleaning, processing or other modification, and its purpose", _chain(facts)),
-        ("Time period of collection, and whether it goes on",
-         f"acquired {dates[0]} to {dates[-1]}; not going on: the corpus is fixed by its hash "
+        ("Time period of collection, and whether it continues",
+         f"acquired {dates[0]} to {dates[-1]}; not continuing: the corpus is fixed by its hash "
          f"{facts['content_sha256'][:16]}; when the texts themselves were written is {UNKNOWN}" if dates else ""),
         ("Dates the datasets were first used during development",
          f"no later than {first[0]}, when the first training stage was finished" if first else ""),
@@ -259,7 +260,7 @@ def ab2013(facts: dict[str, Any], told: Told) -> str:
     return _markdown(lines)
 
 
-def croissant(facts: dict[str, Any], told: Told) -> str:
+def croissant(facts: dict[str, Any], stated: Statements) -> str:
     """Return the corpus as Croissant 1.0 metadata: one FileObject and one RecordSet for each parquet file."""
     files, records = [], []
     for name, record in sorted(facts["files"].items()):
@@ -268,7 +269,7 @@ def croissant(facts: dict[str, Any], told: Told) -> str:
                 "@type": "cr:FileObject",
                 "@id": name,
                 "name": name,
-                "contentUrl": f"curate/{name}",
+                "contentUrl": f"{CURATE}/{name}",
                 "contentSize": f"{record['bytes']} B",
                 "encodingFormat": "application/x-parquet",
                 "sha256": record["sha256"],
@@ -304,10 +305,10 @@ def croissant(facts: dict[str, Any], told: Told) -> str:
         + _chain(facts),
         "license": sorted(row["licence"] for row in facts["licences"]),
         # A name made of the content's hash holds wherever the corpus is put.
-        "url": told.url or f"urn:sha256:{facts['content_sha256']}",
+        "url": stated.url or f"urn:sha256:{facts['content_sha256']}",
         "identifier": f"urn:sha256:{facts['content_sha256']}",
-        "creator": {"@type": "sc:Organization", "name": told.provider or UNKNOWN},
-        "datePublished": told.published or UNKNOWN,
+        "creator": {"@type": "sc:Organization", "name": stated.provider or UNKNOWN},
+        "datePublished": stated.published or UNKNOWN,
         "dateCreated": facts["created"],
         "isLiveDataset": False,
         "distribution": files,
@@ -334,7 +335,7 @@ CONTEXT = {
     "sc": "https://schema.org/",
     "source": "cr:source",
 }
-MAKERS: dict[str, tuple[str, Callable[[dict[str, Any], Told], str]]] = {
+MAKERS: dict[str, tuple[str, Callable[[dict[str, Any], Statements], str]]] = {
     "data": ("data.md", data_card),
     "eu": ("eu-training-content.md", eu_summary),
     "ab2013": ("ab2013.md", ab2013),

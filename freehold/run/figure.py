@@ -33,7 +33,7 @@ STYLE: Any = {
 HEAT_COLUMNS = 100
 """Most step bins of the heat map; more steps than that are summed."""
 HEAT_LAYERS = 6
-"""Most layers of the heat map; of more, so many are shown, evenly spaced, the first and the last among them."""
+"""Most layers of the heat map; of more, that many are shown, evenly spaced, the first and the last among them."""
 
 
 def draw(rows: list[dict[str, Any]], results: dict[str, Any]) -> bytes:
@@ -77,7 +77,7 @@ def draw_plan(plan: dict[str, Any]) -> bytes:
     figures = {name: (f["value"], f["value"] * f["error"]) for name, f in plan["figures"].items()}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 4.2), dpi=130, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
-        memory, step, beside = figure.subplots(1, 3, width_ratios=(1.1, 1.1, 1))
+        memory, step, ratio = figure.subplots(1, 3, width_ratios=(1.1, 1.1, 1))
         parts = ("weights", "masters", "gradients", "optimizer", "activations", "logits", "all_to_all")
         _stack(memory, [(part, figures[f"memory/{part}"][0] / 2**30) for part in parts], "GiB",
                figures["memory/peak"][1] / 2**30)  # fmt: skip
@@ -89,16 +89,16 @@ def draw_plan(plan: dict[str, Any]) -> bytes:
         _stack(step, times, "s", figures["step/time"][1])
         step.set_title("One optimizer step")
         rows = plan["published"]
-        beside.set_title("Ours over the published figure")
+        ratio.set_title("Ours over the published figure")
         if not rows:
-            _note(beside, "nothing published to lay beside it")
+            _note(ratio, "nothing published to compare with")
         for y, row in enumerate(rows):
             wrong = figures[row["figure"]][1] / row["published"]
-            beside.errorbar(row["planned"] / row["published"], y, xerr=wrong, fmt="o", color=BLUE, capsize=3)
+            ratio.errorbar(row["planned"] / row["published"], y, xerr=wrong, fmt="o", color=BLUE, capsize=3)
         if rows:
-            beside.axvline(1, color=MUTED, linewidth=1)
-            beside.set_yticks(range(len(rows)), [row["figure"] for row in rows])
-            beside.invert_yaxis()
+            ratio.axvline(1, color=MUTED, linewidth=1)
+            ratio.set_yticks(range(len(rows)), [row["figure"] for row in rows])
+            ratio.invert_yaxis()
         return png(figure)
 
 
@@ -200,7 +200,7 @@ def heat_map(rows: list[dict[str, Any]]) -> tuple[list[str], np.ndarray, np.ndar
     binned = np.add.reduceat(loads, starts, axis=0)
     steps = np.array([row["step"] for row in kept])
     relative = binned / np.maximum(binned.mean(axis=2, keepdims=True), 1e-9)
-    # A row tells of the steps since the row before it.
+    # A row covers the steps since the row before it.
     return names, np.append(np.append(0, steps)[starts], steps[-1]), relative
 
 
@@ -265,7 +265,7 @@ def _heat(axes: Axes, below: list[Axes], rows: list[dict[str, Any]]) -> None:
         axes.axhline(layer * experts, color="white", linewidth=3)
     axes.set_yticks([(i + 0.5) * experts for i in range(layers)], [f"layer {n}" for n in names])
     axes.invert_yaxis()
-    # Beside both axes of the column, so that their steps stay one above the other.
+    # Next to both axes of the column, so that their steps stay one above the other.
     place: Any = {"ax": [axes, *below], "shrink": 0.36, "aspect": 24, "pad": 0.015, "anchor": (0, 0.95)}
     bar = axes.figure.colorbar(mesh, **place, ticks=[0, 0.5, 1, 1.5, 2])
     bar.ax.set_yticklabels(["0", "0.5", "1", "1.5", "≥ 2"])

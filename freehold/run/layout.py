@@ -17,7 +17,11 @@ if TYPE_CHECKING:  # pydantic takes longer than all of `freehold --help`
 
 GATHER, CURATE, REPHRASE, TOKENIZE = "gather", "curate", "rephrase", "tokenize"
 PRETRAIN, ALIGN, EVALUATE, EXPORT, SERVE = "pretrain", "align", "evaluate", "export", "serve"
-CHAT = "chat"
+CHAT, IMPORT = "chat", "import"
+METRICS = "metrics.jsonl"
+"""A stage's figures by step."""
+TRAINER_FACTS = "trainer.json"
+"""What a checkpoint says of its training."""
 
 Gate = Literal["", "mixture", "alignment set", "export"]
 
@@ -93,6 +97,10 @@ WALK: dict[str, Stage] = _table(
 """Each stage of the walk, in order."""
 TALK = Stage(CHAT, "talk to a model in the terminal")
 """Declared like a stage, but no part of the walk."""
+PUBLISHED = Stage(
+    IMPORT, "a published AFMoE folder -> a checkpoint that every stage takes", package="freehold.stages.importing"
+)
+"""The root of another lineage: a run folder of its own, no part of a walk."""
 KEPT_WHEN_MADE_AGAIN = {"log", "answers.jsonl"}
 """Names that stay when a stage is made again: what was said, and what a teacher answered, by its request."""
 EXPORTED = "align/preview"
@@ -137,7 +145,7 @@ class RunFolder:
 
     def any_finished(self) -> bool:
         """Return whether a stage is finished: what makes a folder a run."""
-        return any(self.finished(name) for name in WALK)
+        return any(self.finished(name) for name in (*WALK, IMPORT))
 
     def key(self, name: str) -> Path:
         """Return what a started stage was started with."""
@@ -149,7 +157,11 @@ class RunFolder:
 
     def metrics(self, name: str) -> Path:
         """Return a stage's figures by step."""
-        return self.root / name / "metrics.jsonl"
+        return self.root / name / METRICS
+
+    def timing(self, name: str) -> Path:
+        """Return how long a stage took."""
+        return self.root / name / "timing.json"
 
     def trace(self, name: str) -> Path:
         """Return which steps of a training stage saw which document."""
@@ -170,7 +182,7 @@ class RunFolder:
     def trainer_facts(self, name: str) -> list[Path]:
         """Return the facts of every checkpoint of a training stage: named ones, then those of a step."""
         folder = self.root / name
-        return [*folder.glob("*/trainer.json"), *folder.glob("checkpoints/*/trainer.json")]
+        return [*folder.glob(f"*/{TRAINER_FACTS}"), *folder.glob(f"checkpoints/*/{TRAINER_FACTS}")]
 
     @property
     def sources(self) -> Path:

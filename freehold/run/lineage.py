@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from freehold.core.artifact import MANIFEST, read_json, read_manifest, sha256_json
 from freehold.core.errors import ArtifactError
-from freehold.run.layout import EVALUATE, EXPORTED, SERVE, WALK
-from freehold.run.trace import read_checkpoints
+from freehold.run.checkpoints import Checkpoint, exported_checkpoint, read_checkpoints
+from freehold.run.layout import (
+    ALIGN,
+    CURATE,
+    EVALUATE,
+    EXPORT,
+    GATHER,
+    PRETRAIN,
+    REPHRASE,
+    SERVE,
+    TOKENIZE,
+    WALK,
+    RunFolder,
+)
 
 # The stages that make something others are made from: neither an evaluation nor an answer of the server is.
 STAGES = tuple(name for name in WALK if name not in (EVALUATE, SERVE))
@@ -60,106 +71,122 @@ class Graph:
 
 def lineage(run_folder: Path) -> Graph:
     """Read a run's manifests into a graph; ArtifactError when the folder holds no finished stage."""
-    manifests = {}
-    for stage in STAGES:
-        if (run_folder / stage / MANIFEST).exists():
-            manifests[stage] = read_manifest(run_folder / stage)
+    run = RunFolder(run_folder)
+    manifests = {stage: read_manifest(run.stage(stage)) for stage in STAGES if run.finished(stage)}
     if not manifests:
         raise ArtifactError(
             "not a run: it holds no finished stage",
             where=run_folder,
-            expected=f"gather/{MANIFEST}",
+            expected=f"{GATHER}/{MANIFEST}",
             todo="run `freehold run RECIPE` first, or name another run folder",
         )
-    graph = Graph(run_folder.name)
-    graph.missing = [f"{s}: not finished" for s in STAGES if s not in manifests and not WALK[s].optional]
-    present = {stage: str(manifest["content_sha256"]) for stage, manifest in manifests.items()}
+    builder = _Builder(run, manifests)
+    builder.add_data()
+    builder.add_checkpoints()
+    builder.add_exports()
+    builder.add_missing()
+    return builder.graph
 
-    def add(node: Node) -> str:
-        graph.nodes.append(node)
+
+class _Builder:
+    """Fills a graph stage by stage, in the order of the walk."""
+
+    def __init__(self, run: RunFolder, manifests: dict[str, dict[str, Any]]) -> None:
+        self.run, self.manifests = run, manifests
+        self.graph = Graph(run.root.name)
+        self.graph.missing = [f"{s}: not finished" for s in STAGES if s not in manifests and not WALK[s].optional]
+        self.checkpoints = read_checkpoints(run.root)
+        self.labels = {c.content_sha256: c.label for c in self.checkpoints if c.named}
+
+    def add(self, node: Node) -> str:
+        """Add a node; return its name."""
+        self.graph.nodes.append(node)
         return node.name
 
-    def stage_edge(origin: str, made: str, stage: str, needs: str) -> None:
+    def tie(self, origin: str, made: str, recorded: str = "", matches: bool = True) -> None:
+        """Add an edge."""
+        self.graph.edges.append(Edge(origin, made, recorded, matches))
+
+    def stage_edge(self, origin: str, made: str, stage: str, needs: str) -> None:
         """Tie `made`, written by `stage`, to `origin`, written by `needs`, by the stages' hashes."""
-        recorded = str(manifests.get(stage, {}).get("inputs", {}).get(needs, ""))
-        known = bool(recorded) and needs in present
-        graph.edges.append(Edge(origin, made, recorded, recorded == present[needs] if known else not recorded))
+        recorded = str(self.manifests.get(stage, {}).get("inputs", {}).get(needs, ""))
+        known = bool(recorded) and needs in self.manifests
+        self.tie(origin, made, recorded, recorded == self.manifests[needs]["content_sha256"] if known else not recorded)
 
-    if "gather" in manifests:
-        gather = add(_stage_node("gather", manifests["gather"], "documents"))
-        for name, version, licence in _sources(run_folder / "gather" / "sources.json"):
-            add(Node(f"source {name}", "source", f"{version} {licence}".strip()))
-            graph.edges.append(Edge(f"source {name}", gather))
-    if "curate" in manifests:
-        add(_stage_node("curate", manifests["curate"], "documents"))
-        stage_edge("gather", "curate", "curate", "gather")
-    teacher = manifests.get("rephrase", {}).get("counts", {}).get("teacher", "")
-    if teacher:
-        add(_stage_node("rephrase", manifests["rephrase"], "documents"))
-        stage_edge("curate", "rephrase", "rephrase", "curate")
-        add(Node(f"teacher {teacher}", "teacher", "wrote documents again"))
-        graph.edges.append(Edge(f"teacher {teacher}", "rephrase"))
-    if "tokenize" in manifests:
-        for part in ("tokenizer", "tokens"):
-            add(_part(part, part, manifests["tokenize"], f"{part}/"))
-            stage_edge("curate", part, "tokenize", "curate")
-            if teacher:
-                stage_edge("rephrase", part, "tokenize", "rephrase")
-        graph.edges.append(Edge("tokenizer", "tokens"))
-    named: dict[str, list[str]] = {"pretrain": [], "align": []}
-    checkpoints = read_checkpoints(run_folder)
-    names = {c["content_sha256"]: c["stage_type"] or c["path"] for c in checkpoints if c["path"].count("/") == 1}
-    for checkpoint in checkpoints:
-        if checkpoint["path"].count("/") > 1:
-            continue
-        stage, name = checkpoint["stage"], checkpoint["stage_type"] or checkpoint["path"]
-        detail = f"{checkpoint['path']}, {checkpoint['step']:,} steps, phase {checkpoint['phase']}"
-        add(Node(name, "checkpoint", detail, checkpoint["content_sha256"], checkpoint["created"]))
-        parent = checkpoint["parent"]
-        if named[stage]:
-            # A later phase goes on where the one before it ended, in the same stage.
-            graph.edges.append(Edge(named[stage][-1], name))
-        elif parent in names:
-            graph.edges.append(Edge(names[parent], name, parent))
-        elif parent and named["pretrain"] and stage == "align":
-            graph.edges.append(Edge(named["pretrain"][-1], name, parent, matches=False))
+    def add_data(self) -> None:
+        """Add sources, documents, teacher, tokenizer and tokens."""
+        if GATHER in self.manifests:
+            self.add(_stage_node(GATHER, self.manifests[GATHER], "documents"))
+            for name, version, licence in _sources(self.run.sources):
+                self.add(Node(f"source {name}", "source", f"{version} {licence}".strip()))
+                self.tie(f"source {name}", GATHER)
+        if CURATE in self.manifests:
+            self.add(_stage_node(CURATE, self.manifests[CURATE], "documents"))
+            self.stage_edge(GATHER, CURATE, CURATE, GATHER)
+        teacher = self.manifests.get(REPHRASE, {}).get("counts", {}).get("teacher", "")
+        if teacher:
+            self.add(_stage_node(REPHRASE, self.manifests[REPHRASE], "documents"))
+            self.stage_edge(CURATE, REPHRASE, REPHRASE, CURATE)
+            self.add(Node(f"teacher {teacher}", "teacher", "wrote documents again"))
+            self.tie(f"teacher {teacher}", REPHRASE)
+        if TOKENIZE in self.manifests:
+            for part in ("tokenizer", "tokens"):
+                self.add(_part(part, part, self.manifests[TOKENIZE], f"{part}/"))
+                self.stage_edge(CURATE, part, TOKENIZE, CURATE)
+                if teacher:
+                    self.stage_edge(REPHRASE, part, TOKENIZE, REPHRASE)
+            self.tie("tokenizer", "tokens")
+
+    def add_checkpoints(self) -> None:
+        """Add the named checkpoints, each with its parent and what its stage read."""
+        before: dict[str, str] = {}
+        for checkpoint in (c for c in self.checkpoints if c.named):
+            stage, name = checkpoint.stage, checkpoint.label
+            detail = f"{checkpoint.path}, {checkpoint.step:,} steps, phase {checkpoint.phase}"
+            self.add(Node(name, "checkpoint", detail, checkpoint.content_sha256, checkpoint.created))
+            self._add_parent(checkpoint, before)
+            if stage in self.manifests and stage == PRETRAIN:
+                self.stage_edge("tokens", name, PRETRAIN, TOKENIZE)
+            elif stage in self.manifests:
+                self.stage_edge(CURATE, name, stage, CURATE)
+                self.stage_edge("tokenizer", name, stage, TOKENIZE)
+            before[stage] = name
+
+    def _add_parent(self, checkpoint: Checkpoint, before: dict[str, str]) -> None:
+        """Tie a checkpoint to the one it was started from; `before` is the last one of each stage."""
+        name, parent = checkpoint.label, checkpoint.parent
+        if checkpoint.stage in before:
+            # A later phase continues where the one before it ended, in the same stage.
+            self.tie(before[checkpoint.stage], name)
+        elif parent in self.labels:
+            self.tie(self.labels[parent], name, parent)
+        elif parent and PRETRAIN in before and checkpoint.stage == ALIGN:
+            self.tie(before[PRETRAIN], name, parent, matches=False)
         elif parent:
-            add(Node(f"outside {parent[:12]}", "outside", "a checkpoint of another run", parent))
-            graph.edges.append(Edge(f"outside {parent[:12]}", name, parent))
-        if stage in manifests:
-            if stage == "pretrain":
-                stage_edge("tokens", name, "pretrain", "tokenize")
-            else:
-                stage_edge("curate", name, "align", "curate")
-                stage_edge("tokenizer", name, "align", "tokenize")
-        named[stage].append(name)
-    if "export" in manifests:
-        exported = manifests["export"].get("config", {}).get("checkpoint", EXPORTED)
-        origin = next((c["stage_type"] or c["path"] for c in checkpoints if c["path"] == exported), exported)
-        _add_exports(graph, manifests["export"], add, stage_edge, origin, exported.partition("/")[0])
-    existing = {node.name for node in graph.nodes}
-    for name in sorted({edge.origin for edge in graph.edges} - existing):
-        add(Node(name, "missing", "not in this run folder any more"))
-    return graph
+            outside = self.add(Node(f"outside {parent[:12]}", "outside", "a checkpoint of another run", parent))
+            self.tie(outside, name, parent)
 
+    def add_exports(self) -> None:
+        """Add the Hugging Face folder and the GGUF files."""
+        manifest = self.manifests.get(EXPORT)
+        if manifest is None:
+            return
+        exported = exported_checkpoint(manifest)
+        stage = exported.partition("/")[0]
+        origin = next((c.label for c in self.checkpoints if c.path == exported), exported)
+        if any(name.startswith("hf/") for name in manifest["files"]):
+            self.stage_edge(origin, self.add(_part("HF export", "hf", manifest, "hf/")), EXPORT, stage)
+        for name in sorted(name for name in manifest["files"] if name.endswith(".gguf")):
+            record, made = manifest["files"][name], name.rpartition("/")[2]
+            detail = f"{EXPORT}/{name}, {record['bytes'] / 1e6:,.1f} MB"
+            self.add(Node(made, "gguf", detail, record["sha256"], manifest.get("created", "")))
+            self.stage_edge(origin, made, EXPORT, stage)
 
-def _add_exports(
-    graph: Graph,
-    manifest: dict[str, Any],
-    add: Callable[[Node], str],
-    stage_edge: Callable[[str, str, str, str], None],
-    origin: str,
-    stage: str,
-) -> None:
-    """Add the Hugging Face folder and the GGUF files, made from the checkpoint node `origin` of `stage`."""
-    if any(name.startswith("hf/") for name in manifest["files"]):
-        add(_part("HF export", "hf", manifest, "hf/"))
-        stage_edge(origin, "HF export", "export", stage)
-    for name in sorted(name for name in manifest["files"] if name.endswith(".gguf")):
-        record = manifest["files"][name]
-        detail = f"export/{name}, {record['bytes'] / 1e6:,.1f} MB"
-        add(Node(name.rpartition("/")[2], "gguf", detail, record["sha256"], manifest.get("created", "")))
-        stage_edge(origin, name.rpartition("/")[2], "export", stage)
+    def add_missing(self) -> None:
+        """Add a node for each origin that is not in the folder any more."""
+        existing = {node.name for node in self.graph.nodes}
+        for name in sorted({edge.origin for edge in self.graph.edges} - existing):
+            self.add(Node(name, "missing", "not in this run folder any more"))
 
 
 def _stage_node(stage: str, manifest: dict[str, Any], counted: str) -> Node:
@@ -200,7 +227,7 @@ def _tree(graph: Graph, width: int) -> str:
     for edge in graph.edges:
         origins.setdefault(edge.made, []).append(edge)
     place = {node.name: number for number, node in enumerate(graph.nodes)}
-    # A node hangs below the newest thing it was made from; what else went into it is written beside it.
+    # A node hangs below the newest thing it was made from; what else went into it is named in its line.
     below: dict[str, list[Node]] = {}
     main: dict[str, str] = {}
     for node in graph.nodes:
@@ -214,8 +241,8 @@ def _tree(graph: Graph, width: int) -> str:
         text = node.name + (f"  {node.content_sha256[:12]}" if node.content_sha256 else "")
         text += f"  {node.created}" if node.created else ""
         text += f"  {node.detail}" if node.detail else ""
-        beside = [e.origin for e in edges if e.origin != main[node.name] and not e.origin.startswith("source ")]
-        text += f"  (also from {', '.join(beside)})" if beside else ""
+        also = [e.origin for e in edges if e.origin != main[node.name] and not e.origin.startswith("source ")]
+        text += f"  (also from {', '.join(also)})" if also else ""
         for edge in edges:
             if not edge.matches:
                 text += f"  CHANGED: made from {edge.origin} {edge.recorded[:12]}, which is not the one here"
@@ -224,7 +251,7 @@ def _tree(graph: Graph, width: int) -> str:
     def grow(tree: Tree, name: str) -> None:
         for node in below.get(name, []):
             branch = tree.add(label(node))
-            if node.name == "gather":
+            if node.name == GATHER:
                 for source in (n for n in graph.nodes if n.kind == "source"):
                     branch.add(f"{source.name}  {source.detail}")
             grow(branch, node.name)

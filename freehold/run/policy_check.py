@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from freehold.ledger.policy import SEVERITY, Claim, Decision, Policy, Verdict, judge_row, refusal
+from freehold.run.checkpoints import read_checkpoints
 from freehold.run.layout import CURATE, WALK, RunFolder
-from freehold.run.trace import Tables, learned_from, listed, read_checkpoints, readable
+from freehold.run.tables import Tables, readable
+from freehold.run.trace import learned_from
 
 RIGHTS = "source, source_version, kind, wrapper_licence, licence, licence_evidence, licence_confidence, teacher"
 
@@ -42,12 +44,12 @@ def corpus(
 
     `rewritten` is the policy for what a teacher wrote, when it has one of its own.
     """
-    chosen = ["split = 'train'"]
-    chosen += [f"source in {listed(sorted(sources))}"] if sources else []
-    if kind:
-        chosen.append("kind = 'conversation'" if kind == "conversation" else "kind <> 'conversation'")
+    rows = (
+        "kept_rights where split = 'train' and (len($sources::varchar[]) = 0 or list_contains($sources, source))"
+        " and ($kind = '' or (kind = 'conversation') = ($kind = 'conversation'))"
+    )
     with readable(run_folder), Tables(run_folder) as tables:
-        return _judged(tables, "kept_rights where " + " and ".join(chosen), policy, rewritten)
+        return _judged(tables, rows, policy, rewritten, sources=sorted(sources), kind=kind)
 
 
 def checkpoint(run_folder: Path, path: str, policy: Policy, rewritten: Policy | None = None) -> list[Group]:
@@ -76,7 +78,7 @@ def before_stage(
     """Stop a stage whose rows the policy does not let through: a mixture, an alignment set, an export.
 
     `config` is the stage's own, `rewritten` the policy for what a teacher wrote. An export is judged for the uses it
-    names (`uses`) besides those of the policy.
+    names (`uses`) and those of the policy.
     """
     gate = WALK[stage].gate
     if not gate or not RunFolder(run_folder).finished(CURATE):
@@ -88,13 +90,13 @@ def before_stage(
         hold("the mixture", corpus(run_folder, policy, rewritten, sources=tuple(named), kind="document"))
     elif gate == "alignment set":
         hold("the alignment set", corpus(run_folder, policy, kind="conversation"))
-    elif gate == "export":
+    else:
         wanted, of_rewritten = (
             one.model_copy(update={"uses": tuple(dict.fromkeys([*one.uses, *config.get("uses", ())]))})
             for one in (policy, rewritten or policy)
         )
         named_path = str(config.get("checkpoint", ""))
-        if any(c["path"] == named_path for c in read_checkpoints(run_folder)):
+        if any(c.path == named_path for c in read_checkpoints(run_folder)):
             hold("the export", checkpoint(run_folder, named_path, wanted, of_rewritten))
 
 
@@ -121,13 +123,13 @@ def table(groups: list[Group]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-SEVERITY[row["decision"]], row["source"], row["licence"]))
 
 
-def _judged(tables: Tables, rows: str, policy: Policy, rewritten: Policy | None) -> list[Group]:
+def _judged(tables: Tables, rows: str, policy: Policy, rewritten: Policy | None, **values: Any) -> list[Group]:
     tables.with_all_columns()
     weighed = "licence_confidence" in tables.column_names(rows.partition(" ")[0])
     columns = RIGHTS if weighed else RIGHTS.replace("licence_confidence", "'' licence_confidence")
     groups = []
     for row in tables.rows(
-        f"select {columns}, count(*) documents, min(path) path from {rows} group by all order by all"
+        f"select {columns}, count(*) documents, min(path) path from {rows} group by all order by all", **values
     ):
         about = {key: row.pop(key) for key in ("kind", "teacher", "documents")}
         claim = Claim(**{key: value or "" for key, value in row.items()})

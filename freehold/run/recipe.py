@@ -69,7 +69,7 @@ class StagePlan:
     def key(self) -> dict[str, Any]:
         """Return all that decides the stage's bytes by contract: config, seed, contract versions, inputs' content.
 
-        Degrees of parallelism are not part of it: they change the order of sums only, a run may continue with other
+        Degrees of parallelism do not belong to it: they change the order of sums only, a run may continue with other
         ones, and each checkpoint records its own. Raises ArtifactError when an input is not finished.
         """
         return {

@@ -1,6 +1,6 @@
 """What a run made, as a picture (report.png), a page (report.md) and a text for the terminal.
 
-Reads only what the stages left in the run folder; a part whose stage has not run is left out with a note.
+Reads only what the stages left in the run folder; a part whose stage has not run is skipped with a note.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from freehold.core.errors import ArtifactError
 from freehold.core.log import read_metrics
 from freehold.core.machine import program
 from freehold.core.table import Table
-from freehold.run.layout import NAMED, WALK, RunFolder
+from freehold.run.layout import ALIGN, EXPORT, NAMED, PRETRAIN, TRAINER_FACTS, WALK, RunFolder, training
 from freehold.stages.evaluate.table import tables as evaluation_tables
 
 # Figures of parity.json that are shown, and under which name.
@@ -30,26 +30,27 @@ PARITY = {
 
 def write_report(run_folder: Path) -> Path:
     """Write report.png (when there are training metrics) and report.md; return the path of report.md."""
-    if not RunFolder(run_folder).any_finished():
+    run = RunFolder(run_folder)
+    if not run.any_finished():
         raise ArtifactError("not a run folder: no stage has finished in it", where=run_folder, todo="see runs/")
     rows = training_rows(run_folder)
-    picture = run_folder / "report.png"
+    picture = run.picture
     if not rows:
         picture.unlink(missing_ok=True)  # of an earlier run
     else:
         from freehold.run.figure import draw
 
-        write_atomic(picture, draw(rows, _read_json(run_folder / "evaluate" / "results.json")))
+        write_atomic(picture, draw(rows, _read_json(RunFolder(run_folder).evaluation)))
     parts = [f"# Run `{run_folder.name}`\n"]
     parts.append("![Loss, learning rate, expert load, balance and router over training](report.png)\n" if rows else "")
     parts += [table.markdown() for table in tables(run_folder)]
-    answer = _read_json(run_folder / "serve" / "answer.json")
+    answer = _read_json(RunFolder(run_folder).answer)
     if answer:
         parts.append(f"## A question to the server\n\n> {answer['question']}\n\n{_quoted(answer['answer'])}\n")
     missing = _missing(run_folder)
     if missing:
         parts.append(f"Not in this report, for the stage has not finished: {', '.join(missing)}.\n")
-    path = run_folder / "report.md"
+    path = run.report
     write_atomic(path, "\n".join(part for part in parts if part))
     return path
 
@@ -78,12 +79,12 @@ def summary(run_folder: Path, width: int = 118) -> str:
         for row in table.rows:
             shown.add_row(*(Text(cell) for cell in row))
         console.print(shown)
-    answer = _read_json(run_folder / "serve" / "answer.json")
+    answer = _read_json(RunFolder(run_folder).answer)
     if answer:
         console.print(Text(f"asked the server: {answer['question']}\nit answered:      {answer['answer']}"))
     missing = _missing(run_folder)
     if missing:
-        console.print(Text(f"not finished, so left out: {', '.join(missing)}"))
+        console.print(Text(f"not finished, so not shown: {', '.join(missing)}"))
     else:
         console.print(Text("\n".join(["", "next:", *(f"  {line}" for line in next_commands(run_folder))])))
     return out.getvalue()
@@ -91,25 +92,25 @@ def summary(run_folder: Path, width: int = 118) -> str:
 
 def next_commands(run_folder: Path) -> list[str]:
     """Return what a user may want to type after a finished run."""
-    quantized = sorted((run_folder / "export" / "gguf").glob("*Q8_0.gguf"))
+    run = RunFolder(run_folder)
     freehold = program()
     return [
         f"{freehold} chat {run_folder}",
         f"{freehold} serve {run_folder} --port 8000",
-        *(f"{freehold} serve {path}" for path in quantized),
+        *(f"{freehold} serve {path}" for path in run.gguf("Q8_0")),
         f"{freehold} trace sotu --run {run_folder}"
-        if (run_folder / "tokenize/tokens/sotu.train.bin").exists()
+        if run.shard("sotu").exists()
         else f"{freehold} trace --step 1 --run {run_folder}",
         f"{freehold} lineage {run_folder}",
-        f"report: {run_folder / 'report.md'}, picture: {run_folder / 'report.png'}",
+        f"report: {run.report}, picture: {run.picture}",
     ]
 
 
 def training_rows(run_folder: Path) -> list[dict[str, Any]]:
     """Return the metrics of pretraining, then those of alignment with steps counted on, as the phase SFT."""
-    rows = read_metrics(run_folder / "pretrain" / "metrics.jsonl")
+    rows = read_metrics(RunFolder(run_folder).metrics(PRETRAIN))
     last = max((row["step"] for row in rows), default=0)
-    for row in read_metrics(run_folder / "align" / "metrics.jsonl"):
+    for row in read_metrics(RunFolder(run_folder).metrics(ALIGN)):
         rows.append({**row, "step": last + row["step"], "phase": "SFT"})
     return rows
 
@@ -117,7 +118,7 @@ def training_rows(run_folder: Path) -> list[dict[str, Any]]:
 def tables(run_folder: Path) -> list[Table]:
     """Return every table there is something to fill with."""
     found = [_made(run_folder), _training(run_folder), _mixture(run_folder)]
-    results = _read_json(run_folder / "evaluate" / "results.json")
+    results = _read_json(RunFolder(run_folder).evaluation)
     if results:
         found += evaluation_tables(results)
     found += [_balance(run_folder), _parity(run_folder), _licences(run_folder)]
@@ -127,7 +128,7 @@ def tables(run_folder: Path) -> list[Table]:
 def _made(run_folder: Path) -> Table:
     rows = []
     for name in WALK:
-        manifest = _read_json(run_folder / name / MANIFEST)
+        manifest = _read_json(RunFolder(run_folder).manifest(name))
         if manifest:
             seconds = f"{manifest['seconds']:,.1f}" if "seconds" in manifest else ""
             memory = f"{manifest['peak_memory_bytes'] / 1e9:.2f}" if "peak_memory_bytes" in manifest else ""
@@ -135,21 +136,21 @@ def _made(run_folder: Path) -> Table:
     for relative in NAMED:
         manifest = _read_json(run_folder / relative / MANIFEST)
         if manifest:
-            what = _read_json(run_folder / relative / "trainer.json").get("stage_type", relative)
+            what = _read_json(run_folder / relative / TRAINER_FACTS).get("stage_type", relative)
             rows.append([what, relative + "/", manifest["content_sha256"][:12], "", ""])
-    files = _read_json(run_folder / "export" / MANIFEST).get("files", {})
+    files = _read_json(RunFolder(run_folder).manifest(EXPORT)).get("files", {})
     for name, record in sorted(files.items()):
         if name.endswith((".gguf", ".safetensors")):
             kind = "HF" if name.endswith(".safetensors") else "GGUF"
             size = f"{kind} {name.rpartition('/')[2]} ({record['bytes'] / 1e6:,.1f} MB)"
-            rows.append([size, f"export/{name}", record["sha256"][:12], "", ""])
+            rows.append([size, f"{EXPORT}/{name}", record["sha256"][:12], "", ""])
     return Table("What was made", ["what", "where", "sha256", "seconds", "peak GB"], rows, left=(0, 1, 2))
 
 
 def _training(run_folder: Path) -> Table:
     rows = []
-    for name in ("pretrain", "align"):
-        metrics = read_metrics(run_folder / name / "metrics.jsonl")
+    for name in training():
+        metrics = read_metrics(RunFolder(run_folder).metrics(name))
         losses = [row["loss/mean"] for row in metrics if row.get("loss/mean") is not None]
         if not losses:
             continue
@@ -173,7 +174,7 @@ def _training(run_folder: Path) -> Table:
 
 
 def _mixture(run_folder: Path) -> Table:
-    counts = _read_json(run_folder / "pretrain" / MANIFEST).get("counts", {})
+    counts = _read_json(RunFolder(run_folder).manifest(PRETRAIN)).get("counts", {})
     shares = counts.get("mixture", [])
     phases = list(dict.fromkeys(share["phase"] for share in shares))
     rows = []
@@ -187,7 +188,7 @@ def _mixture(run_folder: Path) -> Table:
 
 def _balance(run_folder: Path) -> Table:
     rows = []
-    metrics = read_metrics(run_folder / "pretrain" / "metrics.jsonl")
+    metrics = read_metrics(RunFolder(run_folder).metrics(PRETRAIN))
     for key in sorted({k for row in metrics for k in row if k.startswith("moe/max_vio")}, key=_by_layer):
         number = key.partition("moe/max_vio")[2]
         values = _values(metrics, key)
@@ -218,16 +219,16 @@ def _late(values: list[float]) -> float | None:
 
 
 def _parity(run_folder: Path) -> Table:
-    parity = _read_json(run_folder / "export" / "parity.json")
+    parity = _read_json(RunFolder(run_folder).parity)
     exports = parity.get("exports", {})
     shown = {key: name for key, name in PARITY.items() if any(key in record for record in exports.values())}
     rows = [[name, *(_figure(record.get(key)) for key in shown)] for name, record in exports.items()]
     note = f"Against {parity['reference']}." if "reference" in parity else ""
-    return Table("Parity of the exports", ["export", *shown.values()], rows, note)
+    return Table("Parity of the exports", ["file", *shown.values()], rows, note)
 
 
 def _licences(run_folder: Path) -> Table:
-    sources = _read_json(run_folder / "gather" / "sources.json")
+    sources = _read_json(RunFolder(run_folder).sources)
     rows = []
     for name, record in sorted(sources.items()):
         if "left_out" in record:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from freehold.core.artifact import PREVIEW
-from freehold.run.trace import readable
+from freehold.run.layout import CURATE, RunFolder
+from freehold.run.tables import readable
 
 
 def documents_of_step(stage_folder: Path, step: int) -> list[dict[str, Any]]:
@@ -16,11 +16,12 @@ def documents_of_step(stage_folder: Path, step: int) -> list[dict[str, Any]]:
     """
     import duckdb
 
-    traced = stage_folder / PREVIEW
+    run = RunFolder(stage_folder.parent)
+    traced = run.preview(stage_folder.name)
     if not traced.exists():
         return []
-    kept = sorted(path for kind in ("documents", "conversations") for path in _tables(stage_folder, kind))
-    with readable(stage_folder.parent), duckdb.connect(":memory:") as connection:
+    kept = run.tables(CURATE)
+    with readable(run.root), duckdb.connect(":memory:") as connection:
         rights = "select null::varchar id, null::varchar licence where false"
         if kept:
             rights = "select id, licence from read_parquet($kept, union_by_name = true)"
@@ -33,7 +34,3 @@ def documents_of_step(stage_folder: Path, step: int) -> list[dict[str, Any]]:
         )
         names = [column[0] for column in result.description or []]
         return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
-
-
-def _tables(stage_folder: Path, kind: str) -> list[Path]:
-    return list((stage_folder.parent / "curate" / kind).glob("*.parquet"))

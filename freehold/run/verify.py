@@ -1,8 +1,8 @@
-"""`freehold verify-resume`: kill a recipe's training, go on, and compare everything with a run that was left alone.
+"""`freehold verify-resume`: kill a recipe's training, resume it, and compare everything with a run that was left alone.
 
 The recipe's own model, data, optimizer and phases are used, with the phases shortened to the steps asked for. One run
-goes straight through. Another is killed with SIGKILL, all its processes at once, as soon as its checkpoint of step N is
-there. Copies of what it left then go on, each with another number of processes, to the same last step.
+goes straight through. Another is killed with SIGKILL, all its processes together, as soon as its checkpoint of step N
+is there. Copies of what it left then continue, each with another number of processes, to the same last step.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from freehold.core.artifact import MANIFEST
 from freehold.core.errors import ConfigError, FreeholdError
 from freehold.core.table import Table
 from freehold.parallel.config import ParallelConfig
+from freehold.run.layout import METRICS, before, newest_step
 from freehold.run.layout import PRETRAIN as STAGE
-from freehold.run.layout import before, newest_step
 from freehold.run.recipe import Plan, resolve
 
 SAME = ("step", "tokens", "phase", "skipped_steps", "data_sum")
-"""What a checkpoint tells of its run that has to be the same however it was spread."""
+"""What a checkpoint records of its run that has to be the same with any number of processes."""
 
 
 class VerifyFailed(FreeholdError):
@@ -41,9 +41,9 @@ def verify_resume(
 ) -> dict[str, Any]:
     """Return what was compared and whether it `passed`; see `table` for people.
 
-    `worlds` are the numbers of processes to go on with, beside the recipe's own. With as many processes as before
-    every tensor must have the same bits; with others sums are taken in another order, and no tensor of the model may
-    differ by more than `tolerance` of its norm. Raises ConfigError when the batch cannot be dealt to a world, and
+    `worlds` are the numbers of processes to resume with, in addition to the recipe's own. With the same
+    number every tensor must have the same bits; with others sums are taken in another order, and no tensor may
+    differ by more than `tolerance` of its norm. Raises ConfigError when the batch cannot be divided over a world, and
     VerifyFailed when a run does not end.
     """
     if more < 2 or first < 1:
@@ -152,8 +152,8 @@ def table(answer: dict[str, Any]) -> str:
         rows.append([str(world["processes"]), "loss of each step", "", f"within {world['loss_difference']:.1e} nats"])
     what = (
         f"{answer['recipe']}: killed after its checkpoint of step {answer['killed_at_checkpoint']} with "
-        f"{answer['processes']} process{'es' * (answer['processes'] > 1)}, gone on to step "
-        f"{answer['first_steps'] + answer['more_steps']}, beside a run that was left alone"
+        f"{answer['processes']} process{'es' * (answer['processes'] > 1)}, resumed to step "
+        f"{answer['first_steps'] + answer['more_steps']}, compared with a run that was left alone"
     )
     failed = [str(world["processes"]) for world in answer["worlds"] if not world["passed"]]
     verdict = (
@@ -186,8 +186,7 @@ def _loss_difference(one: Path, other: Path, first: int) -> float:
     from freehold.core.log import read_metrics
 
     losses = [
-        {r["step"]: r["loss/mean"] for r in read_metrics(f / "metrics.jsonl") if r.get("loss/mean")}
-        for f in (one, other)
+        {r["step"]: r["loss/mean"] for r in read_metrics(f / METRICS) if r.get("loss/mean")} for f in (one, other)
     ]
     both = [step for step in losses[0] if step > first and step in losses[1]]
     return max((abs(losses[0][step] - losses[1][step]) for step in both), default=0.0)
@@ -214,7 +213,7 @@ def _shortened(recipe: Plan, first: int, more: int) -> list[str]:
 
 
 def _degrees(own: ParallelConfig, processes: int) -> list[str]:
-    """Return overrides that spread a run over so many processes: the recipe's degrees where they fit, data else."""
+    """Return overrides that shard a run over that many processes: the recipe's degrees where they fit, data else."""
     if processes == own.devices:
         return []
     rest, degrees = processes, {}
@@ -232,14 +231,14 @@ def _freehold(*arguments: str) -> None:
     command = [sys.executable, "-m", "freehold.cli", *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        told: dict[str, Any] = {}
+        error: dict[str, Any] = {}
         with contextlib.suppress(ValueError, KeyError, IndexError):
-            told = json.loads(done.stdout.splitlines()[-1])["error"]
+            error = json.loads(done.stdout.splitlines()[-1])["error"]
         raise VerifyFailed(
             f"a run did not end well (exit code {done.returncode})",
             where=" ".join(["freehold", *arguments]),
-            found=told.get("what") or "\n".join(done.stderr.splitlines()[-5:]),
-            todo=told.get("todo"),
+            found=error.get("what") or "\n".join(done.stderr.splitlines()[-5:]),
+            todo=error.get("todo"),
         )
 
 

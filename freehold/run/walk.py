@@ -177,7 +177,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Write timing and manifest of a stage whose work is done."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    timing = stage.folder / "timing.json"
+    timing = stage.run.timing(stage.name)
     earlier = read_json(timing) if timing.exists() else {}
     write_json(timing, {**earlier, "total_s": round(seconds, 1), "peak_memory_bytes": peak})
     manifest = write_manifest(

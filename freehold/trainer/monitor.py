@@ -26,22 +26,20 @@ import torch
 from torch import Tensor
 
 from freehold.model.config import flops_per_token
-from freehold.model.moe import MoE
 from freehold.optim.balance import max_violation
 from freehold.parallel.mesh import World
 from freehold.trainer.job import Job
 
 
-@dataclass
-class RoutedElsewhere:
-    """What every process keeps of a MoE layer of another pipeline stage: loads and bias, which move the same way."""
+@dataclass(frozen=True)
+class Routed:
+    """What every process keeps of each MoE layer, also of one that another pipeline stage holds."""
 
     expert_bias: Tensor
+    """fp32 [E]; of a layer that is here its own buffer"""
     load_counts: Tensor
-    last_router_logit_max: Tensor | None = None
-
-
-Routed = MoE | RoutedElsewhere
+    """int64 [E], (token, expert) assignments of the step"""
+    here: bool
 
 
 class LoadMonitor:

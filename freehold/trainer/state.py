@@ -21,7 +21,7 @@ from freehold.optim.build import Optimizers
 from freehold.parallel.mesh import World
 from freehold.trainer.collapse import Alarm, reinitialise
 from freehold.trainer.job import Job
-from freehold.trainer.monitor import Routed, RoutedElsewhere
+from freehold.trainer.monitor import Routed
 
 
 class TrainState(abc.ABC):
@@ -192,7 +192,7 @@ class TrainState(abc.ABC):
     def copy_biases(self, model: Mapping[str, Tensor]) -> None:
         """Copy the expert biases of layers that other pipeline stages hold."""
         for name, layer in self.moe_layers.items():
-            if isinstance(layer, RoutedElsewhere):
+            if not layer.here:
                 layer.expert_bias.copy_(model[f"{name}.expert_bias"])
 
     # -- collapse ----------------------------------------------------------------------------------------------
@@ -222,6 +222,17 @@ def build_state(job: Job, world: World, seed: int, weights: Mapping[str, Tensor]
     return ShardedState(job, world, seed, weights)
 
 
+def _routed(model: Afmoe, whole: Afmoe, world: World) -> dict[str, Routed]:
+    """Return what is kept of each MoE layer of the whole model, of which `model` is the part that is here."""
+    here, layers = model.moe_layers(), {}
+    # In the order of the whole model, the same on all ranks: collectives stack them.
+    for name, layer in whole.moe_layers().items():
+        # Loads and biases are a few numbers: every stage keeps those of all layers, so all move the same way.
+        bias = here[name].expert_bias if name in here else torch.zeros_like(layer.expert_bias, device=world.device)
+        layers[name] = Routed(bias, torch.zeros_like(bias, dtype=torch.int64), name in here)
+    return layers
+
+
 class WholeState(TrainState):
     """Everything is here: a tensor is its own checkpoint form."""
 
@@ -235,7 +246,7 @@ class WholeState(TrainState):
             self.model.load_state_dict(weights)
         # After the weights are there: the same generator gives the same numbers on every device.
         self.model.to(world.device)
-        self.moe_layers = dict(self.model.moe_layers())
+        self.moe_layers = _routed(self.model, self.model, world)
         # float32: a bfloat16 weight is too coarse for the updates of a late, small learning rate.
         self.masters = {n: p.detach().requires_grad_() for n, p in self.model.named_parameters()}
         # Replaces the storage of matrices; where it does not, master and weight stay one tensor.
@@ -295,9 +306,8 @@ class ShardedState(TrainState):
         # Fresh memory holds anything; parameters are filled below, buffers here.
         for layer in self.model.moe_layers().values():
             layer.expert_bias.zero_()
-            layer.load_counts.zero_()
         self.shards = ShardedTensors(self.model, world)
-        self.moe_layers = self._moe_layers(whole)
+        self.moe_layers = _routed(self.model, whole, world)
         if weights is not None:
             dcp.match_keys(weights, whole.state_dict(), job.folder)
             self.copy_biases(weights)
@@ -310,18 +320,6 @@ class ShardedState(TrainState):
         # The shards themselves: what an optimizer writes there is what FSDP gathers next.
         self.masters = self.shards.masters()
         self._finish()
-
-    def _moe_layers(self, whole: Afmoe) -> dict[str, Routed]:
-        here: Mapping[str, Routed] = self.model.moe_layers()
-        layers: dict[str, Routed] = {}
-        for name, layer in whole.moe_layers().items():
-            # Loads and biases are a few numbers: every stage keeps those of all layers, so all move the same way.
-            bias, counts = (
-                torch.zeros_like(t, device=self.world.device) for t in (layer.expert_bias, layer.load_counts)
-            )
-            # In the order of the whole model, the same on all ranks: collectives stack them.
-            layers[name] = here.get(name, RoutedElsewhere(bias, counts))
-        return layers
 
     def _new_optimizers(self) -> Optimizers:
         """Return optimizers whose Muon gathers each matrix on one rank before it is orthogonalised."""

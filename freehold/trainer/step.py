@@ -128,8 +128,6 @@ class ForwardBackward:
         self.state.model.train()
         for layer in self.state.moe_layers.values():
             layer.load_counts.zero_()
-            # Of a layer that another pipeline stage holds it stays None.
-            layer.last_router_logit_max = None
         passes = _Passes(self, {name: 1 / at_least_one(count) for name, count in counts.items()})
         if self.job.parallel.pipeline > 1:
             self._pipe(batch, passes)
@@ -214,7 +212,20 @@ class ForwardBackward:
 
 
 class _Routings(list[Routing]):
-    """A list that stays one object: FSDP rebuilds plain lists that it finds among arguments."""
+    """Takes the routing of each MoE layer of a pass as it comes, in the order of `names`.
+
+    A class of its own, because FSDP rebuilds plain lists that it finds among arguments.
+    """
+
+    def __init__(self, passes: _Passes, names: Sequence[str]) -> None:
+        super().__init__()
+        self.passes, self.names = passes, iter(names)
+
+    def append(self, routing: Routing) -> None:
+        """Count it; keep it only for a loss on it, since its logits then live until the backward pass."""
+        self.passes.count(next(self.names), routing)
+        if self.passes.job.balance.has_loss:
+            super().append(routing)
 
 
 class _Passes:
@@ -243,14 +254,11 @@ class _Passes:
 
         Returns what leaves them, [B, T, d], and the loss on their routing, if the recipe has one.
         """
-        # Kept only for a loss on them: their logits live until the backward pass.
-        routings = _Routings() if self.job.balance.has_loss else None
+        here = self.state.moe_layers
+        # With several pipeline stages on a rank, a pass runs some of the layers that are here.
+        names = [n for n, layer in here.items() if layer.here and (layers is None or int(n.split(".")[2]) in layers)]
+        routings = _Routings(self, names)
         hidden = self.state.model.hidden(x, document_ids=documents, routings=routings, layers=layers)
-        for name, layer in self.state.moe_layers.items():
-            largest = layer.last_router_logit_max
-            if largest is not None:
-                # A running maximum on the device; NaN stays NaN and shows in the metrics.
-                self.logit_max[name] = torch.maximum(largest, self.logit_max.get(name, largest))
         # Also where this stage has no MoE layer.
         if not routings:
             return hidden, None
@@ -264,6 +272,13 @@ class _Passes:
         self._add("loss/sequence", router.sequence)
         self._add("loss/router_z", router.z)
         return hidden, router.total
+
+    def count(self, name: str, routing: Routing) -> None:
+        """Add one layer's routing of one micro-batch to the loads of the step."""
+        self.state.moe_layers[name].load_counts.add_(routing.counts)
+        largest = routing.logits.detach().amax()
+        # A running maximum on the device; NaN stays NaN and shows in the metrics.
+        self.logit_max[name] = torch.maximum(largest, self.logit_max.get(name, largest))
 
     def loss(self, hidden: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of what left the last layer, [B, T, d]; a scalar."""

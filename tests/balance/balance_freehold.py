@@ -121,7 +121,8 @@ class FreeholdAdapter:
 
             return hook
 
-        hooks = [moe.router.register_forward_hook(keep(layer)) for layer, moe in self.moe.items()]
+        routers = {int(name.split(".")[2]): moe.router for name, moe in model.moe_layers().items()}
+        hooks = [router.register_forward_hook(keep(layer)) for layer, router in routers.items()]
         hidden = model.hidden(rows.ids, document_ids=rows.documents)
         for hook in hooks:
             hook.remove()

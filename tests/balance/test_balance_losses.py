@@ -21,7 +21,7 @@ def routing(*chosen, experts=4):
     """Each token chooses one expert at score 3/4, the others have 1/4: shares of 1/2 and 1/6."""
     logits = torch.full((len(chosen), experts), 0.25).logit()
     logits[torch.arange(len(chosen)), list(chosen)] = torch.tensor(0.75).logit()
-    return Routing(logits, torch.tensor(chosen)[:, None], torch.zeros(experts))
+    return Routing(logits, torch.tensor(chosen)[:, None], torch.ones(len(chosen), 1), torch.zeros(experts))
 
 
 def test_sequence_loss_by_hand():

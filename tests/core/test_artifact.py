@@ -131,7 +131,7 @@ def test_libraries_that_run_out_of_memory(allocate):
         allocate()
 
 
-def test_more_than_the_memory_is_told_before():
+def test_more_than_the_memory_is_refused_first():
     check_memory_fits(10**6, "little", "x")
     with pytest.raises(ConfigError, match="much: about 1,000,000 GB"):
         check_memory_fits(10**15, "much", "x")

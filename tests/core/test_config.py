@@ -78,7 +78,7 @@ def test_removed_key_names_its_constant(monkeypatch):
     assert constant in error.value.todo
 
 
-def test_unknown_key_beside_a_missing_one_is_the_one_that_is_named():
+def test_unknown_key_is_named_before_a_missing_one():
     with pytest.raises(ConfigError, match="did you mean `steps`"):
         fill(PretrainConfig, {"phases": {"stable": {"step": 24}}}, "pretrain")
 

@@ -81,10 +81,11 @@ def routing_loss(routings: list[Any], documents: Tensor, whole: Rows, **across: 
     return router_losses(BALANCE, routings, documents != PADDING, scale=scales(whole)[1], **across).total
 
 
-def loss_of(model: Afmoe, rows: Rows, whole: Rows, **across: Any) -> Tensor:
-    """Return all losses of some rows, or of a chunk of them."""
+def loss_of(model: Afmoe, rows: Rows, whole: Rows, loads: dict[str, Tensor], **across: Any) -> Tensor:
+    """Return all losses of some rows, or of a chunk of them; add their expert loads."""
     routings: list[Any] = []
     hidden = model.hidden(rows.ids, document_ids=rows.documents, routings=routings)
+    add_loads(loads, model, routings)
     return head_loss(model, hidden, rows.targets, whole) + routing_loss(routings, rows.documents, whole, **across)
 
 
@@ -92,11 +93,12 @@ def loss_of(model: Afmoe, rows: Rows, whole: Rows, **across: Any) -> Tensor:
 def one_process(shape: ModelConfig, micro_rows: int = 4) -> Result:
     """Train nothing, but take the gradient of the whole batch on one device."""
     model, whole, loss = build(shape), batch(), 0.0
+    loads: dict[str, Tensor] = {}
     for start in range(0, len(whole.ids), micro_rows):
-        part = loss_of(model, whole.part(slice(start, start + micro_rows)), whole)
+        part = loss_of(model, whole.part(slice(start, start + micro_rows)), whole, loads)
         part.backward()
         loss += part.item()
-    return Result(loss, gradients(model), loads(model))
+    return Result(loss, gradients(model), loads)
 
 
 def gradients(model: Afmoe) -> dict[str, Tensor]:
@@ -104,9 +106,11 @@ def gradients(model: Afmoe) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def loads(model: Afmoe) -> dict[str, Tensor]:
-    """Return the expert loads of each MoE layer."""
-    return {name: layer.load_counts for name, layer in model.moe_layers().items()}
+def add_loads(loads: dict[str, Tensor], model: Afmoe, routings: list[Any], layers: Any = None) -> None:
+    """Add the expert loads of a pass over some layers (None: all) to those of each MoE layer by name."""
+    names = [n for n in model.moe_layers() if layers is None or int(n.split(".")[2]) in layers]
+    for name, routing in zip(names, routings, strict=True):
+        loads[name] = loads.get(name, 0) + routing.counts
 
 
 def difference(found: Result, expected: Result) -> tuple[float, float, bool]:

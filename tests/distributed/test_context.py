@@ -7,8 +7,8 @@ import sharded_case as case
 import torch
 import torch.distributed as dist
 
-from freehold.model import ops
-from freehold.model.attention import count_positions
+from freehold.model import blockwise
+from freehold.model.masks import count_positions
 from freehold.parallel.context import ContextParallel
 
 EXACT = 1e-13
@@ -49,22 +49,23 @@ def own(counts):
 
 def chunked(how=ContextParallel, row_sum=over_ranks, recompute=False, block_tokens=None, **changes):
     """Take the gradient of the batch in chunks; the first rank returns how far it is from that of one process."""
-    shape, usual = case.config(**changes), ops.BLOCK_TOKENS
+    shape, usual = case.config(**changes), blockwise.BLOCK_TOKENS
     model, whole = case.build(shape), case.batch()
     model.recompute = recompute
     context = how(dist.group.WORLD)
     context.apply(model)
     chunk = whole.part(columns=own_columns())
     try:
-        ops.BLOCK_TOKENS = block_tokens or usual
-        loss = case.loss_of(model, chunk, whole, row_sum=row_sum)
+        blockwise.BLOCK_TOKENS = block_tokens or usual
+        loads = {}
+        loss = case.loss_of(model, chunk, whole, loads, row_sum=row_sum)
         loss.backward()
     finally:
-        ops.BLOCK_TOKENS = usual
+        blockwise.BLOCK_TOKENS = usual
     found = case.Result(
         over_ranks(loss).item(),
         {name: over_ranks(gradient) for name, gradient in case.gradients(model).items()},
-        {name: over_ranks(counts) for name, counts in case.loads(model).items()},
+        {name: over_ranks(counts) for name, counts in loads.items()},
     )
     return case.difference(found, case.one_process(shape)) if dist.get_rank() == 0 else None
 

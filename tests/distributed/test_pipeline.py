@@ -34,14 +34,13 @@ def staged(stages, micro_rows, static=True, steps=2, attach=attach_loss):
         pipeline.PipelineStage = usual
     keep_layers(model, pipe.stages.values())
     for _ in range(steps):
-        losses = []
+        losses, loads = [], {}
         model.zero_grad()
-        for counts in case.loads(model).values():
-            counts.zero_()
 
-        def forward(x, documents, layers, losses=losses):
+        def forward(x, documents, layers, losses=losses, loads=loads):
             routings = []
             hidden = model.hidden(x, document_ids=documents, routings=routings, layers=layers)
+            case.add_loads(loads, model, routings, layers)
             if not routings:
                 return hidden
             losses.append(case.routing_loss(routings, documents, whole))
@@ -54,7 +53,7 @@ def staged(stages, micro_rows, static=True, steps=2, attach=attach_loss):
         pipe.step(*whole, forward=forward, loss=loss)
     total = torch.stack([x.detach().double() for x in losses]).sum() if losses else torch.zeros((), dtype=torch.float64)
     dist.all_reduce(total)
-    return total.item(), case.gradients(model), case.loads(model), list(model.state_dict())
+    return total.item(), case.gradients(model), loads, list(model.state_dict())
 
 
 def together(parts):

@@ -53,7 +53,7 @@ def test_rows_of_different_lengths_share_a_batch(tiny_model, pieces):
 
 
 @torch.no_grad()
-def test_decoding_goes_on_from_a_ragged_prefill(tiny_model):
+def test_decoding_continues_a_ragged_prefill(tiny_model):
     tokens, lengths = ids(3, 40), [20, 4, 9]
     cache = KVCache(tiny_model.config, 3, 64)
     positions = torch.arange(20).expand(3, 20)

@@ -95,7 +95,7 @@ def test_score_names_the_best_tokens(engine):
         assert top[0] == (token, logprob)  # exactly: who compares them must see that the token was the best
 
 
-def test_weights_are_read_anew(tiny_model):
+def test_weights_are_read_at_every_call(tiny_model):
     import copy
 
     model = copy.deepcopy(tiny_model).train()

@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freehold.kernels import cpu
-from freehold.model import ops
+from freehold.model import reference
+from freehold.model.attention import attend
+from freehold.model.masks import Mask, first_seen
+from freehold.model.rows import route
 from freehold.optim import muon
 
 # What fp32 sums, and one rounding of each number to bfloat16 on the way in and out, can cost.
@@ -65,7 +68,7 @@ def test_experts(dtype: torch.dtype, counts: list[int]) -> None:
     weights = [random(experts, 2 * 48, 32, dtype=dtype, seed=2) / 6, random(experts, 32, 48, dtype=dtype, seed=3) / 7]
     compare(
         lambda x, *w: cpu.experts(x, numbers, *w)[0],
-        lambda x, *w: ops.grouped_swiglu_reference(x, numbers, *w),
+        lambda x, *w: reference.grouped_swiglu(x, numbers, *w),
         [x, *weights],
     )
 
@@ -74,7 +77,7 @@ def test_experts(dtype: torch.dtype, counts: list[int]) -> None:
 def test_feed_forward(dtype: torch.dtype) -> None:
     weights = [random(*shape, dtype=dtype, seed=n) / 6 for n, shape in enumerate([(80, 32), (80, 32), (32, 80)])]
     x = random(3, 190, 32, dtype=dtype, seed=5)
-    compare(lambda *a: cpu.feed_forward(*a)[0], ops.feed_forward_reference, [x, *weights])
+    compare(lambda *a: cpu.feed_forward(*a)[0], reference.feed_forward, [x, *weights])
 
 
 @DTYPES
@@ -94,11 +97,11 @@ def test_attention(
     q, k, v = (random(batch, h, tokens, width, dtype=dtype, seed=h + n) for n, h in enumerate((heads, groups, groups)))
     place = torch.arange(tokens)
     documents = (place // 50).expand(batch, -1)
-    start = ops.first_seen(tokens, window, documents, batch)
+    start = first_seen(tokens, window, documents, batch)
     assert start is not None
     allowed = (place >= start[..., None]) & (place <= place[:, None])
     compare(
-        lambda q, k, v: ops.interval_attention(q, k, v, start),
+        lambda q, k, v: attend(q, k, v, Mask(None, False, None, start=start)),
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None], enable_gqa=True),
         [q, k, v],
     )
@@ -118,7 +121,7 @@ def test_norm_and_rotation(dtype: torch.dtype) -> None:
 
     def plain(x: Tensor) -> Tensor:
         y = F.rms_norm(x, (64,), gain.double(), 1e-5).transpose(1, 2)
-        return ops.rotate_reference(y, cos.double(), sin.double()).transpose(1, 2)
+        return reference.rotate(y, cos.double(), sin.double()).transpose(1, 2)
 
     compare(lambda x: cpu.norm(x, gain, 1e-5, cos, sin), plain, [x])
 
@@ -127,17 +130,17 @@ def test_norm_and_rotation(dtype: torch.dtype) -> None:
 def test_gate_gather_and_combine(dtype: torch.dtype) -> None:
     x, gate = random(65, 48, dtype=dtype, seed=1), 4 * random(65, 48, dtype=dtype, seed=2)
     compare(cpu.gated, lambda x, g: x * g.sigmoid(), [x, gate])
-    path = ops.route(torch.randint(0, 6, (65, 3), generator=torch.Generator().manual_seed(3)))
-    compare(lambda x: cpu.gather(x, path.token, path.inverse), lambda x: ops.gather_reference(x, path), [x])
+    path = route(torch.randint(0, 6, (65, 3), generator=torch.Generator().manual_seed(3)))
+    compare(lambda x: cpu.gather(x, path.token, path.inverse), lambda x: reference.gather(x, path), [x])
     y, base, weights = random(195, 48, dtype=dtype, seed=4), random(65, 48, dtype=dtype, seed=5), torch.rand(65, 3)
     compare(
         lambda y, b: cpu.combine(y, path.inverse, weights, b),
-        lambda y, b: ops.combine_reference(y, path, weights.double(), b),
+        lambda y, b: reference.combine(y, path, weights.double(), b),
         [y, base],
     )
     leaf, exact = weights.clone().requires_grad_(), weights.double().requires_grad_()
     cpu.combine(y, path.inverse, leaf, base).sum().backward()
-    ops.combine_reference(y.double(), path, exact, base.double()).sum().backward()
+    reference.combine(y.double(), path, exact, base.double()).sum().backward()
     torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-4)
 
 
@@ -199,7 +202,7 @@ def test_registered_as_pytorch_wants_it(dtype: torch.dtype) -> None:
         return random(*shape, dtype=dtype, seed=len(shape)).requires_grad_()
 
     counts, start = torch.tensor([5, 0, 30]), torch.zeros(2, 20, dtype=torch.int32)
-    path = ops.route(torch.arange(70).view(35, 2) % 3)
+    path = route(torch.arange(70).view(35, 2) % 3)
     for operator, arguments in (
         (cpu.linear, (leaf(40, 16), leaf(32, 16))),
         (cpu.experts, (leaf(35, 16), counts, leaf(3, 32, 16), leaf(3, 16, 16))),
@@ -237,7 +240,7 @@ def run(tmp_path: Path, width: int = 16, **environment: str) -> tuple[str, str]:
     return done.stdout.strip(), done.stderr.strip()
 
 
-def test_a_failing_compiler_is_told_and_its_log_kept(tmp_path: Path) -> None:
+def test_failing_compiler_is_named_and_its_log_kept(tmp_path: Path) -> None:
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("this CPU has no AVX-512, so nothing is compiled")
     compiler = tmp_path / "broken"
@@ -255,8 +258,21 @@ def test_they_can_be_switched_off(tmp_path: Path) -> None:
     assert run(tmp_path, FREEHOLD_NATIVE="0") == ("PyTorch (switched off by FREEHOLD_NATIVE=0)", "")
 
 
-def test_a_shape_they_do_not_take_is_told_once(tmp_path: Path) -> None:
+def test_unsupported_shape_is_reported_once(tmp_path: Path) -> None:
     if not cpu.available(torch.empty(1)):
         pytest.skip(cpu.describe(torch.float32))
-    _, told = run(tmp_path, width=24, XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME", ""))
-    assert told == "kernels: row widths that are no multiples of 16 run on PyTorch's operators"
+    _, reported = run(tmp_path, width=24, XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME", ""))
+    assert reported == "kernels: row widths that are no multiples of 16 run on PyTorch's operators"
+
+
+def test_without_home_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user id that is not in /etc/passwd, and no HOME: a container that is started with any user."""
+    from freehold.kernels import build
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(build.UnavailableError, match="set HOME or XDG_CACHE_HOME"):
+        build.load(cpu.SOURCE, cpu.FLAGS, "native")

@@ -141,7 +141,7 @@ def test_other_packages_are_not_known_against() -> None:
     assert normalised_name("Foo__Bar.baz") == "foo-bar-baz"
 
 
-def test_lists_of_one_use_lie_over_the_others() -> None:
+def test_lists_of_one_use_override_the_others() -> None:
     policy = Policy.model_validate(
         {
             "uses": ["train", "redistribute"],
@@ -173,12 +173,12 @@ def test_what_a_licence_forbids_wins_over_any_list(licence: str, use: str) -> No
     assert f"`{use}`" in judge(licence, policy).reason
 
 
-def test_notes_are_told_and_decide_only_where_the_model_is_used() -> None:
+def test_notes_decide_only_where_the_model_is_used() -> None:
     note = {"where": "CH", "licences": ["CC-BY-*", "Unlicense"], "note": "ask first", "decision": "refuse"}
-    told = Policy.model_validate({"notes": [note]})
-    assert judge("Unlicense", told).decision == "allow"
-    assert judge("Unlicense", told).notes == ("CH: ask first",)
-    assert judge("MIT", told).notes == ()
+    noted = Policy.model_validate({"notes": [note]})
+    assert judge("Unlicense", noted).decision == "allow"
+    assert judge("Unlicense", noted).notes == ("CH: ask first",)
+    assert judge("MIT", noted).notes == ()
     there = Policy.model_validate({"notes": [note], "jurisdictions": ["CH"]})
     assert judge("Unlicense", there).decision == "refuse"
     assert "in CH: ask first" in judge("Unlicense", there).reason

@@ -10,22 +10,23 @@ from freehold.model.afmoe import Afmoe
 from freehold.model.moe import Routing
 
 
-def loads(model: Afmoe) -> Tensor:
-    return torch.stack([moe.load_counts for moe in model.moe_layers().values()])
+def loads(model: Afmoe, *arguments: Tensor, **more: Tensor) -> Tensor:
+    """Run a forward pass; return what each MoE layer says about its tokens, [layers, E]."""
+    routings: list[Routing] = []
+    model.hidden(*arguments, routings=routings, **more)
+    return torch.stack([routing.counts for routing in routings])
 
 
 def ids() -> Tensor:
     return torch.randint(13, 96, (2, 21), generator=torch.Generator().manual_seed(2))
 
 
-def test_every_assignment_of_every_token_is_counted_and_added_up(model: Afmoe) -> None:
+def test_every_assignment_of_every_token_is_counted(model: Afmoe) -> None:
     assert list(model.moe_layers()) == [f"model.layers.{i}.mlp" for i in range(1, 5)]
-    model(ids())
-    once = loads(model)
+    once = loads(model, ids())
     assert once.dtype == torch.int64
     assert (once.sum(1) == 2 * 21 * 3).all()
-    model.hidden(ids())
-    assert torch.equal(loads(model), 2 * once)
+    assert torch.equal(loads(model.eval(), ids()), once)
 
 
 def test_counts_are_those_of_the_router(model: Afmoe) -> None:
@@ -49,34 +50,24 @@ def test_weights_come_from_unbiased_scores_and_have_the_scale(model: Afmoe) -> N
     torch.testing.assert_close(weights, 2.3 * scores / scores.sum(1, keepdim=True))
 
 
-def test_padding_and_masked_tokens_are_not_counted_and_change_nothing_for_others(model: Afmoe) -> None:
+def test_padding_and_masked_tokens_are_not_counted(model: Afmoe) -> None:
     documents = torch.zeros(2, 21, dtype=torch.int64)
     documents[0, 15:] = -1
     mask = torch.ones(2, 21, dtype=torch.bool)
     mask[1, :4] = False
-    model(ids(), document_ids=documents, token_mask=mask)
-    both = loads(model)
+    both = loads(model, ids(), document_ids=documents, token_mask=mask)
     assert (both.sum(1) == (15 + 17) * 3).all()
-    for moe in model.moe_layers().values():
-        moe.load_counts.zero_()
-    model(ids()[:1, :15])
-    model(ids()[1:], token_mask=mask[1:])
-    assert torch.equal(loads(model), both)
-
-
-def test_nothing_is_counted_in_eval_mode(model: Afmoe) -> None:
-    model.eval()
-    model(ids())
-    assert loads(model).sum() == 0
+    assert torch.equal(loads(model, ids()[:1, :15]) + loads(model, ids()[1:], token_mask=mask[1:]), both)
 
 
 def test_recompute_gives_the_same_gradients_and_counts_once(model: Afmoe) -> None:
     def step() -> tuple[dict[str, Tensor], Tensor]:
         model.zero_grad()
-        for moe in model.moe_layers().values():
-            moe.load_counts.zero_()
-        F.cross_entropy(model(ids()).flatten(0, 1), ids().flatten()).backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, loads(model)
+        routings: list[Routing] = []
+        logits = model.lm_head(model.hidden(ids(), routings=routings))
+        F.cross_entropy(logits.flatten(0, 1), ids().flatten()).backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return gradients, torch.stack([routing.counts for routing in routings])
 
     plain, counts = step()
     model.recompute = True
@@ -99,11 +90,12 @@ def test_recompute_gives_the_same_gradients_and_counts_once(model: Afmoe) -> Non
 
 def test_compiled_layers_give_the_same_gradients_and_counts(model: Afmoe) -> None:
     def step() -> tuple[dict[str, Tensor], Tensor]:
-        for moe in model.moe_layers().values():
-            moe.load_counts.zero_()
-        logits = model(ids(), token_mask=torch.arange(ids().shape[1]).expand_as(ids()) > 3)
+        routings: list[Routing] = []
+        mask = torch.arange(ids().shape[1]).expand_as(ids()) > 3
+        logits = model.lm_head(model.hidden(ids(), token_mask=mask, routings=routings))
         gradients = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), ids().flatten()), [*model.parameters()])
-        return dict(zip(dict(model.named_parameters()), gradients, strict=True)), loads(model)
+        counts = torch.stack([routing.counts for routing in routings])
+        return dict(zip(dict(model.named_parameters()), gradients, strict=True)), counts
 
     names = list(model.state_dict())
     plain, counts = step()
@@ -118,19 +110,11 @@ def test_compiled_layers_give_the_same_gradients_and_counts(model: Afmoe) -> Non
             torch.testing.assert_close(gradient, again[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_the_largest_router_logit_is_shown(model: Afmoe) -> None:
-    model(ids())
-    for moe in model.moe_layers().values():
-        assert moe.last_router_logit_max is not None
-        assert moe.last_router_logit_max.isfinite()
-        assert not moe.last_router_logit_max.requires_grad
-
-
 def test_routings_are_collected_when_asked_for(model: Afmoe) -> None:
     routings: list[Routing] = []
     model.hidden(ids(), routings=routings)
     assert len(routings) == 4
-    for moe, routing in zip(model.moe_layers().values(), routings, strict=True):
+    for routing in routings:
         assert routing.logits.requires_grad
-        assert moe.last_router_logit_max == routing.logits.max()
+        assert routing.weights.shape == routing.chosen.shape
         assert torch.equal(routing.counts, routing.chosen.flatten().bincount(minlength=8))

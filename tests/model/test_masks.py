@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from freehold.model import attention, ops
+from freehold.model import blockwise, masks
 from freehold.model.afmoe import Afmoe
-from freehold.model.attention import FLEX_TOKENS, attend, build_masks, flex_mask, takes_flex
+from freehold.model.attention import attend
 from freehold.model.config import ModelConfig
+from freehold.model.masks import FLEX_TOKENS, build_masks, first_seen, flex_mask, takes_flex
 
 
 @pytest.fixture(params=["one piece", "blocks"])
 def both_forms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run a test with PyTorch's attention and with the blockwise one, which short sequences would not use."""
     if request.param == "blocks":
-        monkeypatch.setattr(ops, "BLOCK_TOKENS", 4)
+        monkeypatch.setattr(blockwise, "BLOCK_TOKENS", 4)
     return request.param
 
 
@@ -81,11 +82,11 @@ def embedded(tokens: int) -> torch.Tensor:
 
 def test_windows_and_documents_narrow_each_other(hard: ModelConfig) -> None:
     documents = torch.tensor([[0] * 9 + [1] * 3])
-    masks = build_masks(hard, embedded(12), None, documents)
+    built = build_masks(hard, embedded(12), None, documents)
     rows = torch.arange(12)
     distance = rows[:, None] - rows[None, :]
     same = documents[0][:, None] == documents[0][None, :]
-    full, sliding = masks["full_attention"].allowed, masks["sliding_attention"].allowed
+    full, sliding = built["full_attention"].allowed, built["sliding_attention"].allowed
     assert full is not None
     assert sliding is not None
     assert torch.equal(full[0, 0], (distance >= 0) & same)
@@ -94,23 +95,23 @@ def test_windows_and_documents_narrow_each_other(hard: ModelConfig) -> None:
 
 
 def test_where_causal_order_says_it_all_no_matrix_is_built(hard: ModelConfig) -> None:
-    masks = build_masks(hard, embedded(5), None, None)
-    assert all(mask.allowed is None and mask.causal for mask in masks.values())
-    masks = build_masks(hard, embedded(6), None, None)
-    assert masks["full_attention"].allowed is None
-    assert masks["sliding_attention"].allowed is not None
-    assert masks["sliding_attention"].blocks is None
+    found = build_masks(hard, embedded(5), None, None)
+    assert all(mask.allowed is None and mask.causal for mask in found.values())
+    found = build_masks(hard, embedded(6), None, None)
+    assert found["full_attention"].allowed is None
+    assert found["sliding_attention"].allowed is not None
+    assert found["sliding_attention"].blocks is None
 
 
 def test_long_sequences_are_cut_into_blocks_on_cpus_only(hard: ModelConfig) -> None:
-    masks = build_masks(hard, embedded(300), None, None)
-    assert all(mask.blocks for mask in masks.values())
-    masks = build_masks(hard, embedded(300).to("meta"), None, None)
-    assert masks["full_attention"].causal
-    assert all(mask.blocks is None for mask in masks.values())
-    masks = build_masks(hard, embedded(5000), None, None)
-    assert masks["full_attention"].causal
-    assert all(mask.blocks is None for mask in masks.values())
+    found = build_masks(hard, embedded(300), None, None)
+    assert all(mask.blocks for mask in found.values())
+    found = build_masks(hard, embedded(300).to("meta"), None, None)
+    assert found["full_attention"].causal
+    assert all(mask.blocks is None for mask in found.values())
+    found = build_masks(hard, embedded(5000), None, None)
+    assert found["full_attention"].causal
+    assert all(mask.blocks is None for mask in found.values())
 
 
 def test_long_sequences_take_block_masks_on_cuda_only() -> None:
@@ -124,7 +125,7 @@ def test_a_block_mask_lets_see_what_the_matrix_does(hard: ModelConfig, monkeypat
     documents = torch.tensor([[0] * 90 + [1] * 60 + [2] * 150, [3] * 299 + [-1]])
     h = torch.zeros(2, 300, 1, dtype=torch.float64)
     plain = build_masks(hard, h, torch.arange(300), documents)
-    monkeypatch.setattr(attention, "takes_flex", lambda device, tokens: True)
+    monkeypatch.setattr(masks, "takes_flex", lambda device, tokens: True)
     flex = build_masks(hard, h, None, documents)
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(2, heads, 300, 16, dtype=torch.float64, generator=generator) for heads in (4, 2, 2))
@@ -139,13 +140,13 @@ def test_a_block_mask_lets_see_what_the_matrix_does(hard: ModelConfig, monkeypat
 
 
 def test_a_block_mask_takes_no_matrix_of_pairs() -> None:
-    start = ops.first_seen(1 << 18, 256, None, 1)  # the matrix would hold 64 GiB
+    start = first_seen(1 << 18, 256, None, 1)  # the matrix would hold 64 GiB
     assert start is not None
     assert flex_mask(start).kv_num_blocks.max() == 3
 
 
 @pytest.mark.usefixtures("both_forms")
-def test_explicit_positions_mean_the_same_and_full_layers_ignore_an_offset(model: Afmoe) -> None:
+def test_explicit_positions_mean_the_same(model: Afmoe) -> None:
     ids = torch.arange(13, 43).view(2, 15)
     plain = model(ids)
     torch.testing.assert_close(model(ids, positions=torch.arange(15)), plain, rtol=1e-4, atol=1e-5)
@@ -183,7 +184,7 @@ def test_the_cache_seam_gives_the_logits_of_the_whole_sequence(model: Afmoe) -> 
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_without_positions_or_with_documents_is_a_bug_of_ours(model: Afmoe) -> None:
+def test_cache_needs_positions_and_takes_no_documents(model: Afmoe) -> None:
     ids = torch.arange(13, 23)[None]
     with pytest.raises(ValueError, match="positions are required"):
         model(ids, cache=Growing(model.config))
@@ -194,7 +195,7 @@ def test_a_cache_without_positions_or_with_documents_is_a_bug_of_ours(model: Afm
 @pytest.mark.parametrize("window", [None, 5])
 def test_the_first_key_seen_says_the_same_as_the_mask(hard: ModelConfig, window: int | None) -> None:
     documents = torch.tensor([[0] * 9 + [1] * 3, [3, 3, 4] + [7] * 7 + [-1, -1]])
-    start = ops.first_seen(12, window, documents, 2)
+    start = first_seen(12, window, documents, 2)
     assert start is not None
     kind = "sliding_attention" if window else "full_attention"
     allowed = build_masks(hard, embedded(12).expand(2, -1, -1), None, documents)[kind].allowed
@@ -203,7 +204,9 @@ def test_the_first_key_seen_says_the_same_as_the_mask(hard: ModelConfig, window:
     assert torch.equal((keys >= start[:, :, None]) & (keys <= keys[:, None]), allowed[:, 0])
 
 
-def test_documents_that_come_back_are_no_interval() -> None:
-    assert ops.first_seen(3, None, torch.tensor([[0, 1, 0]]), 1) is None
-    assert ops.first_seen(3, None, torch.tensor([[0, -1, 0]]), 1) is None
-    assert torch.equal(ops.first_seen(3, 2, None, 2), torch.tensor([[0, 0, 1]] * 2, dtype=torch.int32))
+def test_returning_document_id_is_another_document(hard: ModelConfig) -> None:
+    documents = torch.tensor([[0, 1, 0], [0, -1, 0]])
+    assert torch.equal(first_seen(3, None, documents, 2), torch.tensor([[0, 1, 2]] * 2, dtype=torch.int32))
+    allowed = build_masks(hard, embedded(3).expand(2, -1, -1), None, documents)["full_attention"].allowed
+    assert torch.equal(allowed, torch.eye(3, dtype=torch.bool).expand(2, 1, 3, 3))
+    assert torch.equal(first_seen(3, 2, None, 2), torch.tensor([[0, 0, 1]] * 2, dtype=torch.int32))

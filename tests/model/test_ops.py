@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freehold.model import ops
+from freehold.model import blockwise, ops, reference
+from freehold.model.rows import route
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32"])
@@ -44,7 +45,7 @@ def test_grouped_swiglu(dtype: torch.dtype, counts: list[int]) -> None:
         return ops.grouped_swiglu(x, numbers, gate_up, down)
 
     def plain(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        return ops.grouped_swiglu_reference(x, numbers, gate_up, down)
+        return reference.grouped_swiglu(x, numbers, gate_up, down)
 
     compare(fast, plain, [x, *weights], TOLERANCE[dtype])
 
@@ -62,7 +63,7 @@ def test_frozen_experts_pass_the_gradient_through() -> None:
     x = random(5, 8).requires_grad_()
     gate_up, down = random(2, 12, 8), random(2, 8, 6)
     ops.grouped_swiglu(x, torch.tensor([2, 3]), gate_up, down).sum().backward()
-    (expected,) = torch.autograd.grad(ops.grouped_swiglu_reference(x, torch.tensor([2, 3]), gate_up, down).sum(), x)
+    (expected,) = torch.autograd.grad(reference.grouped_swiglu(x, torch.tensor([2, 3]), gate_up, down).sum(), x)
     assert x.grad is not None
     torch.testing.assert_close(x.grad, expected)
 
@@ -72,7 +73,7 @@ def test_the_grouped_gemm_form_that_cuda_uses() -> None:
     inputs = [random(11, 8, seed=1), random(4, 2 * 8, 8, seed=2), random(4, 8, 8, seed=3)]
     compare(
         lambda x, gate_up, down: ops.grouped_swiglu_gemm(x, numbers, gate_up, down),
-        lambda x, gate_up, down: ops.grouped_swiglu_reference(x, numbers, gate_up, down),
+        lambda x, gate_up, down: reference.grouped_swiglu(x, numbers, gate_up, down),
         inputs,
         1e-5,
     )
@@ -81,16 +82,16 @@ def test_the_grouped_gemm_form_that_cuda_uses() -> None:
 @DTYPES
 def test_rows_go_to_their_experts_and_back(dtype: torch.dtype) -> None:
     chosen = torch.tensor([[2, 0], [0, 3], [2, 3], [3, 0], [0, 2]])
-    path = ops.route(chosen)
+    path = route(chosen)
     assert torch.equal(chosen.flatten()[path.order], torch.tensor([0, 0, 0, 0, 2, 2, 2, 3, 3, 3]))
     assert path.token.tolist() == [0, 1, 3, 4, 0, 2, 4, 1, 2, 3]
     assert torch.equal(path.order[path.inverse], torch.arange(10))
     x = random(5, 8, dtype=dtype)
-    compare(lambda x: ops.gather(x, path), lambda x: ops.gather_reference(x, path), [x], TOLERANCE[dtype])
+    compare(lambda x: ops.gather(x, path), lambda x: reference.gather(x, path), [x], TOLERANCE[dtype])
     inputs = [random(10, 8, dtype=dtype), random(5, 2, dtype=dtype, seed=1), random(5, 8, dtype=dtype, seed=2)]
     compare(
         lambda y, weights, base: ops.combine(y, path, weights, base),
-        lambda y, weights, base: ops.combine_reference(y, path, weights, base),
+        lambda y, weights, base: reference.combine(y, path, weights, base),
         inputs,
         TOLERANCE[dtype],
     )
@@ -98,12 +99,12 @@ def test_rows_go_to_their_experts_and_back(dtype: torch.dtype) -> None:
 
 def test_results_of_experts_are_added_in_more_than_bf16() -> None:
     # 256 + 1 + 1 + 1 + 1: bf16 has no 257, so adding there would stay at 256.
-    path = ops.route(torch.tensor([[0, 1, 2, 3]]))
+    path = route(torch.tensor([[0, 1, 2, 3]]))
     y = torch.ones(4, 1, dtype=torch.bfloat16)
     assert ops.combine(y, path, torch.ones(1, 4), torch.full((1, 1), 256.0).bfloat16()).item() == 260
     incoming = torch.tensor([[256.0], [1], [1], [1]]).bfloat16()
     x = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    (gradient,) = torch.autograd.grad(ops.gather(x, ops.route(torch.tensor([[0, 1, 2, 3]]))), x, incoming)
+    (gradient,) = torch.autograd.grad(ops.gather(x, route(torch.tensor([[0, 1, 2, 3]]))), x, incoming)
     assert gradient.item() == pytest.approx(259, abs=1)
     assert gradient.item() != 256
 
@@ -112,7 +113,7 @@ def test_results_of_experts_are_added_in_more_than_bf16() -> None:
 def test_rms_norm(dtype: torch.dtype) -> None:
     compare(
         lambda x, gain: ops.rms_norm(x, gain, 1e-5),
-        lambda x, gain: ops.rms_norm_reference(x, gain, 1e-5),
+        lambda x, gain: reference.rms_norm(x, gain, 1e-5),
         [random(3, 5, 16, dtype=dtype), random(16, dtype=dtype, seed=1)],
         TOLERANCE[dtype],
     )
@@ -120,7 +121,7 @@ def test_rms_norm(dtype: torch.dtype) -> None:
 
 def test_rms_norm_in_bf16_rounds_once() -> None:
     x, gain = random(64, 32).bfloat16(), random(32, seed=1)
-    exact = ops.rms_norm_reference(x.double(), gain.double(), 1e-5)
+    exact = reference.rms_norm(x.double(), gain.double(), 1e-5)
     assert torch.equal(ops.rms_norm(x, gain, 1e-5), exact.float().bfloat16())
 
 
@@ -130,7 +131,7 @@ def test_rotate(dtype: torch.dtype, rows: int) -> None:
     angles = random(rows, 1, 7, 4, dtype=dtype)
     cos, sin = angles.cos(), angles.sin()
     x = random(2, 7, 3, 8, dtype=dtype).transpose(1, 2)
-    compare(lambda x: ops.rotate(x, cos, sin), lambda x: ops.rotate_reference(x, cos, sin), [x], TOLERANCE[dtype])
+    compare(lambda x: ops.rotate(x, cos, sin), lambda x: reference.rotate(x, cos, sin), [x], TOLERANCE[dtype])
     pairs = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1).contiguous()) * torch.polar(
         torch.ones_like(angles), angles
     )
@@ -140,7 +141,7 @@ def test_rotate(dtype: torch.dtype, rows: int) -> None:
 @DTYPES
 @pytest.mark.parametrize("case", ["causal", "window", "documents", "padding", "any"])
 def test_blockwise_attention(dtype: torch.dtype, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "BLOCK_TOKENS", 8)
+    monkeypatch.setattr(blockwise, "BLOCK_TOKENS", 8)
     tokens = 37
     order = torch.arange(tokens)
     allowed = (order[:, None] >= order[None, :])[None, None]
@@ -154,7 +155,7 @@ def test_blockwise_attention(dtype: torch.dtype, case: str, monkeypatch: pytest.
         allowed = allowed & (ids[:, None, :, None] == ids[:, None, None, :])
     elif case == "any":
         allowed = (random(2, 1, tokens, tokens) > 0.8) | torch.eye(tokens, dtype=torch.bool)
-    blocks = ops.attention_blocks(allowed)
+    blocks = blockwise.attention_blocks(allowed)
     pairs = sum(block.bias.numel() for block in blocks) * (2 // allowed.shape[0])
     assert case == "any" or pairs < 2 * tokens * tokens * (0.45 if case == "window" else 0.75)
 
@@ -163,7 +164,7 @@ def test_blockwise_attention(dtype: torch.dtype, case: str, monkeypatch: pytest.
 
     q = random(2, tokens, 6, 16, dtype=dtype).transpose(1, 2)
     k, v = (random(2, 3, tokens, 16, dtype=dtype, seed=seed) for seed in (1, 2))
-    compare(lambda q, k, v: ops.blockwise_attention(q, k, v, blocks), plain, [q, k, v], TOLERANCE[dtype])
+    compare(lambda q, k, v: blockwise.blockwise_attention(q, k, v, blocks), plain, [q, k, v], TOLERANCE[dtype])
 
 
 def test_bf16_attention_is_as_exact_as_pytorchs_own() -> None:
@@ -173,6 +174,6 @@ def test_bf16_attention_is_as_exact_as_pytorchs_own() -> None:
     v = v.expand(1, 2, 200, 32).contiguous()
     exact = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
     coarse = [x.bfloat16() for x in (q, k, v)]
-    ours = ops.blockwise_attention(*coarse, ops.attention_blocks(allowed))  # type: ignore[arg-type]
+    ours = blockwise.blockwise_attention(*coarse, blockwise.attention_blocks(allowed))  # type: ignore[arg-type]
     theirs = F.scaled_dot_product_attention(*coarse, attn_mask=allowed, enable_gqa=True)  # type: ignore[misc]
     assert (ours - exact).norm() < 1.3 * (theirs - exact).norm()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from freehold.model import ops
+from freehold.model import blockwise
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig, to_hf_dict
 
@@ -41,7 +41,7 @@ def test_logits_and_every_gradient(
         "all MoE": {"num_dense_layers": 0, "num_experts_per_tok": 8},
     }
     if variant == "blocks":  # what longer sequences use on CPUs
-        monkeypatch.setattr(ops, "BLOCK_TOKENS", 8)
+        monkeypatch.setattr(blockwise, "BLOCK_TOKENS", 8)
     model = make(ModelConfig(**hard.model_dump() | change[variant]))
     theirs = reference(model)
     generator = torch.Generator().manual_seed(5)

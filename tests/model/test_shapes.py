@@ -1,4 +1,4 @@
-"""Shapes, what follows from them, what is refused; all of it without torch."""
+"""Shapes, what follows from them, what is refused; without torch."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_route_scale_reproduces_the_published_constants_quickly() -> None:
     assert compute_route_scale(5, 1) == 1.0
 
 
-def test_a_preset_with_overrides_derives_anew_what_depends_on_them() -> None:
+def test_preset_with_overrides_derives_what_depends_on_them() -> None:
     config = fill(ModelConfig, {"preset": "laptop", "vocab_size": 4096, "num_hidden_layers": 8, "num_experts": 32}, "")
     assert (config.vocab_size, len(config.layer_types)) == (4096, 8)
     assert config.route_scale == compute_route_scale(32, 2)
@@ -160,7 +160,7 @@ def test_config_json_goes_both_ways_and_transformers_agrees() -> None:
             expected = getattr(config, key)
             assert getattr(theirs, key) == (list(expected) if isinstance(expected, tuple) else expected), (name, key)
         assert theirs.rope_parameters["rope_theta"] == config.rope_theta
-    # transformers writes null for what we leave out, and its own form of RoPE.
+    # transformers writes null for what we omit, and its own form of RoPE.
     again = transformers.AfmoeConfig(**to_hf_dict(PRESETS["nano"])).to_dict()
     assert from_hf_dict(again) == PRESETS["nano"]
 

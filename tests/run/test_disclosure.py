@@ -14,7 +14,7 @@ from run_fixture import build_run
 from freehold.cli import main
 from freehold.core.artifact import read_manifest, write_manifest
 from freehold.core.errors import ArtifactError, ConfigError
-from freehold.run.card import Told, facts, read_told
+from freehold.run.card import Statements, facts, read_statements
 from freehold.run.disclosure import MAKERS, UNKNOWN, difference, make
 from freehold.run.figure import draw_data
 
@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(run: Path) -> dict[str, str]:
-    return make(facts(run), Told(), list(MAKERS))
+    return make(facts(run), Statements(), list(MAKERS))
 
 
 def test_facts_are_those_of_the_tables(run: Path) -> None:
@@ -56,15 +56,15 @@ def test_unknown_is_said(texts: dict[str, str]) -> None:
 
 
 def test_statements_fill_what_no_ledger_holds(run: Path, tmp_path: Path) -> None:
-    path = tmp_path / "told.yaml"
+    path = tmp_path / "stated.yaml"
     path.write_text("provider: Example AG, Basel\npurpose: to answer questions\nurl: https://example.org/data\n")
-    texts = make(facts(run), read_told(path), list(MAKERS))
+    texts = make(facts(run), read_statements(path), list(MAKERS))
     assert "**Provider name and contact details:** Example AG, Basel" in texts["eu-training-content.md"]
     assert "to answer questions" in texts["ab2013.md"]
     assert json.loads(texts["croissant.json"])["url"] == "https://example.org/data"
     path.write_text("providr: x\n")
     with pytest.raises(ConfigError, match="did you mean `provider`"):
-        read_told(path)
+        read_statements(path)
 
 
 def test_eu_summary_has_every_section(texts: dict[str, str]) -> None:
@@ -88,7 +88,7 @@ def test_ai_written_rows_are_told(tmp_path: Path) -> None:
         table = pq.read_table(path)
         place = table.schema.get_field_index("teacher")
         pq.write_table(table.set_column(place, "teacher", pa.array(["SmolLM2-135M"])), path)
-    texts = make(facts(run), Told(), ["eu", "ab2013"])
+    texts = make(facts(run), Statements(), ["eu", "ab2013"])
     assert "**Was synthetic AI-generated data used?** yes\n- written by SmolLM2-135M" in texts["eu-training-content.md"]
     assert "was or is used:** yes: by SmolLM2-135M" in texts["ab2013.md"]
 
@@ -136,12 +136,12 @@ def _objects(value: object) -> list[dict[str, object]]:
 
 
 def test_same_run_same_text_and_a_change_is_a_diff(run: Path, texts: dict[str, str], tmp_path: Path) -> None:
-    assert difference(texts, make(facts(run), Told(), list(MAKERS))) == ""
+    assert difference(texts, make(facts(run), Statements(), list(MAKERS))) == ""
     other = build_run(tmp_path / "tiny")
     path = other / "curate/documents/code.parquet"
     pq.write_table(pq.read_table(path).slice(0, 0), path)
     write_manifest(other / "curate", kind="curate", counts={"documents": {"in": 4, "out": 2}})
-    changes = difference(texts, make(facts(other), Told(), list(MAKERS)), ("old", "new"))
+    changes = difference(texts, make(facts(other), Statements(), list(MAKERS)), ("old", "new"))
     assert "--- old/data.md\n+++ new/data.md" in changes
     assert re.search(r"^-\| PSF-2.0 OR MIT \|", changes, re.M)
 
@@ -165,6 +165,6 @@ def test_picture_of_a_corpus_that_is_not_tokenized(tmp_path: Path) -> None:
     run = build_run(tmp_path / "run", "curate")
     found = facts(run)
     assert draw_data(found).startswith(b"\x89PNG")
-    assert "Not tokenized yet: unknown." in make(found, Told(), ["data"])["data.md"]
+    assert "Not tokenized yet: unknown." in make(found, Statements(), ["data"])["data.md"]
     with pytest.raises(ArtifactError, match="no finished corpus"):
         facts(build_run(tmp_path / "early", "gather"))

@@ -164,7 +164,7 @@ def test_empty_run_names_what_is_missing_and_draws_nothing(tmp_path: Path) -> No
     text = report.write_report(tmp_path).read_text(encoding="utf-8")
     assert "the stage has not finished: curate, tokenize, pretrain, align, evaluate, export, serve" in text
     assert not (tmp_path / "report.png").exists()
-    assert "not finished, so left out: curate" in report.summary(tmp_path)
+    assert "not finished, so not shown: curate" in report.summary(tmp_path)
 
 
 def test_full_disk_keeps_the_old_picture(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from freehold.ledger.policy import Policy
 from freehold.run import policy_check
 from freehold.run.card import facts
 from freehold.run.lineage import lineage
-from freehold.run.takedown import takedown, write_recipe
+from freehold.run.takedown import Excluded, takedown
+from freehold.run.takedown_recipe import write_recipe
 from freehold.run.trace import trace_document
 
 SOURCE = "rephrased_condensed"
@@ -39,12 +40,12 @@ def rewritten_run(folder: Path) -> tuple[Path, dict[str, str]]:
 
 def test_a_rewrite_is_found_and_goes_with_its_seed(tmp_path: Path) -> None:
     run, ids = rewritten_run(tmp_path)
-    assert {d["id"] for d in trace_document(run, SOURCE)["documents"]} == set(ids.values())
+    assert {d.id for d in trace_document(run, SOURCE).documents} == set(ids.values())
     assert {e.origin for e in lineage(run).edges if e.made == "rephrase"} == {"curate", "teacher Small"}
     assert any(r["synthetic_from"] == "speeches" and r["teacher"] == "Small" for r in facts(run)["origins"])
     answer = takedown(run, SPEECH)
-    assert (answer["asked"], answer["derived"], answer["rows"]) == (1, 1, 2)
-    assert answer["excluded"] == {"sources": [], "documents": [SPEECH], "rewritten": []}
+    assert (answer.asked, answer.derived, answer.rows) == (1, 1, 2)
+    assert answer.excluded == Excluded([], [SPEECH], [])
 
 
 def test_the_gate_sees_what_a_teacher_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +61,7 @@ def test_the_gate_sees_what_a_teacher_wrote(tmp_path: Path, capsys: pytest.Captu
 
     with pytest.raises(LicenceError, match=f"(?s)1 rows into the mixture.*{SOURCE}"):
         policy_check.before_stage(run, "pretrain", Policy(), {})
-    # What let the rewrites in judges them here too; the use an export asks for is asked of it as well.
+    # What let the rewrites in judges them here too; the use an export asks for counts as well.
     theirs = Policy.model_validate(own)
     policy_check.before_stage(run, "pretrain", Policy(), {}, theirs)
     policy_check.before_stage(run, "export", Policy(uses=("train",)), {"checkpoint": "pretrain/base"}, theirs)
@@ -75,13 +76,13 @@ def test_the_gate_sees_what_a_teacher_wrote(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_rewrite_is_taken_down_by_itself(tmp_path: Path) -> None:
     run, ids = rewritten_run(tmp_path)
-    assert takedown(run, ids[SPEECH])["excluded"] == {"sources": [], "documents": [], "rewritten": [ids[SPEECH]]}
+    assert takedown(run, ids[SPEECH]).excluded == Excluded([], [], [ids[SPEECH]])
     answer = takedown(run, SOURCE)
-    assert answer["excluded"] == {"sources": [], "documents": [], "rewritten": [SOURCE]}
+    assert answer.excluded == Excluded([], [], [SOURCE])
     write_atomic(run / "gather/resolved.yaml", "sources: {}")
     write_atomic(run / "curate/resolved.yaml", "split: {}")
     write_atomic(run / "tokenize/resolved.yaml", "vocab_size: 700")
     write_atomic(run / "rephrase/resolved.yaml", "{teacher: {kind: gguf}, exclude: [x], reuse: []}")
-    made = yaml.safe_load(Path(write_recipe(run, answer, tmp_path)["recipe"]).read_text())
+    made = yaml.safe_load(Path(write_recipe(run, answer, tmp_path).recipe).read_text())
     assert made["rephrase"]["exclude"] == [SOURCE, "x"]
     assert made["rephrase"]["reuse"] == [f"{run.as_posix()}/rephrase/answers.jsonl"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,14 +24,16 @@ from freehold.data.packing import IGNORE
 from freehold.optim.config import PhaseConfig
 from freehold.optim.schedule import Schedule
 from freehold.run.recipe import resolve
-from freehold.run.takedown import step_seconds, takedown, write_recipe
+from freehold.run.steps import step_seconds
+from freehold.run.takedown import Excluded, Origin, RunAnswer, takedown
+from freehold.run.takedown_recipe import write_recipe
 from freehold.run.trace_text import render_takedown
 from freehold.stages.curate.config import CurateConfig, Exclusion, NearDuplicates
 from freehold.stages.curate.run import run as curate
 
 ROOT = Path(__file__).parents[2]
 END = 9_999
-"""No document's token here: the last token of each is its own too, so that whoever reads it can be told."""
+"""No document's token here: the last token of each is its own too, so that its reader can be named."""
 PHASES = {
     "stable": {"steps": 14, "warmup_steps": 2, "shape": "constant", "start": 1.0, "end": 1.0, "checkpoint": "truebase"},
     "anneal": {"steps": 10, "warmup_steps": 0, "shape": "linear", "start": 1.0, "end": 0.0, "checkpoint": "base"},
@@ -118,13 +119,13 @@ def test_exact_by_brute_force(real: tuple[Path, dict[str, set[int]]]) -> None:
     assert never
     for identity in {*list(learned)[::9], *edges[:4], never[0]}:
         steps = learned[identity]
-        entry = takedown(run, identity)["runs"][0]
-        told = [step for row in entry["seen"] for a, b in row["ranges"] for step in range(a, b + 1)]
-        assert told == sorted(steps)
-        assert [c["step"] for c in entry["checkpoints"]] == [s for s in range(1, 25) if steps and min(steps) < s]
-        assert (entry["restart"] is None) == (not steps)
+        entry = takedown(run, identity).runs[0]
+        steps_named = [step for row in entry.seen for a, b in row.ranges for step in range(a, b + 1)]
+        assert steps_named == sorted(steps)
+        assert [c.step for c in entry.checkpoints] == [s for s in range(1, 25) if steps and min(steps) < s]
+        assert (entry.restart is None) == (not steps)
         if steps and min(steps) > 0:
-            assert entry["last_clean"] == f"pretrain/checkpoints/step_{min(steps):08d}"
+            assert entry.last_clean == f"pretrain/checkpoints/step_{min(steps):08d}"
 
 
 def test_sources_and_licences_by_brute_force(real: tuple[Path, dict[str, set[int]]]) -> None:
@@ -135,12 +136,12 @@ def test_sources_and_licences_by_brute_force(real: tuple[Path, dict[str, set[int
     }
     for query in ("small", "Apache-2.0"):
         answer = takedown(run, query)
-        assert answer["rows"] == 25
-        assert answer["excluded"] == {"sources": ["small"], "documents": [], "rewritten": []}
-        for checkpoint in answer["runs"][0]["checkpoints"]:
-            reached = sum(1 for i in sources["small"].ids if any(s < checkpoint["step"] for s in learned[i]))
-            assert checkpoint["documents"] == reached
-    assert sum(row["tokens"] for row in answer["runs"][0]["shards"]) == sources["small"].total_tokens
+        assert answer.rows == 25
+        assert answer.excluded == Excluded(["small"], [], [])
+        for checkpoint in answer.runs[0].checkpoints:
+            reached = sum(1 for i in sources["small"].ids if any(s < checkpoint.step for s in learned[i]))
+            assert checkpoint.documents == reached
+    assert sum(row.tokens for row in answer.runs[0].shards) == sources["small"].total_tokens
 
 
 def test_rows_read_before_a_checkpoint_inside_a_phase(real: tuple[Path, dict[str, set[int]]]) -> None:
@@ -158,13 +159,13 @@ def test_cost_is_the_runs_own(real: tuple[Path, dict[str, set[int]]]) -> None:
     run, learned = real
     assert step_seconds(run, "pretrain") == 2.0  # 84 tokens in 4 steps at 10.5 tokens a second
     first, identity = max((min(steps), identity) for identity, steps in learned.items() if steps)
-    restart = takedown(run, identity)["runs"][0]["restart"]
-    assert restart["from"].endswith(f"step_{first:08d}")
-    assert restart["steps"] == {"pretrain": 24 - first, "align": 0}
-    assert restart["hours"] == pytest.approx((24 - first) * 2.0 / 3600)
+    restart = takedown(run, identity).runs[0].restart
+    assert restart.origin.endswith(f"step_{first:08d}")
+    assert restart.steps == {"pretrain": 24 - first, "align": 0}
+    assert restart.hours == pytest.approx((24 - first) * 2.0 / 3600)
 
 
-def test_recipe_goes_on_where_it_is_clean(real: tuple[Path, dict[str, set[int]]], tmp_path: Path) -> None:
+def test_recipe_continues_where_it_is_clean(real: tuple[Path, dict[str, set[int]]], tmp_path: Path) -> None:
     run, learned = real
     first, identity = max((min(steps), identity) for identity, steps in learned.items() if steps)
     assert first > 14  # inside the linear phase
@@ -172,8 +173,8 @@ def test_recipe_goes_on_where_it_is_clean(real: tuple[Path, dict[str, set[int]]]
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     applied = write_recipe(run, answer, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-    assert applied["command"] == f"freehold run {applied['recipe']} --fork real-without-{identity}"
-    recipe = resolve(Path(applied["recipe"]), fork=f"real-without-{identity}")
+    assert applied.command == f"freehold run {applied.recipe} --fork real-without-{identity}"
+    recipe = resolve(Path(applied.recipe), fork=f"real-without-{identity}")
     assert recipe.stages["curate"].config.exclude.documents == (identity,)
     assert recipe.stages["tokenize"].config.tokenizer == run / "tokenize/tokenizer"
     pretrain = recipe.stages["pretrain"].config
@@ -188,7 +189,7 @@ def test_recipe_goes_on_where_it_is_clean(real: tuple[Path, dict[str, set[int]]]
 
 def test_recipe_without_a_whole_source(real: tuple[Path, dict[str, set[int]]], tmp_path: Path) -> None:
     applied = write_recipe(real[0], takedown(real[0], "big"), tmp_path)
-    recipe = resolve(Path(applied["recipe"]))
+    recipe = resolve(Path(applied.recipe))
     assert recipe.stages["curate"].config.exclude.sources == ("big",)
     assert recipe.stages["pretrain"].config.parent == ""  # its first step read it already
     assert recipe.stages["tokenize"].config.tokenizer is None
@@ -197,13 +198,13 @@ def test_recipe_without_a_whole_source(real: tuple[Path, dict[str, set[int]]], t
 def test_many_ids_go_into_a_file(
     real: tuple[Path, dict[str, set[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("freehold.run.takedown.MOST_IDS_IN_RECIPE", 1)
+    monkeypatch.setattr("freehold.run.takedown_recipe.MOST_IDS_IN_RECIPE", 1)
     answer = takedown(real[0], "1.txt")  # a part of the path: 1.txt, 11.txt, ...
-    recipe = resolve(Path(write_recipe(real[0], answer, tmp_path)["recipe"]))
+    recipe = resolve(Path(write_recipe(real[0], answer, tmp_path).recipe))
     exclude = recipe.stages["curate"].config.exclude
     assert exclude.documents == ()
     assert exclude.file is not None
-    assert set(exclude.file.read_text().split()) == set(answer["excluded"]["documents"])
+    assert set(exclude.file.read_text().split()) == set(answer.excluded.documents)
 
 
 @pytest.fixture
@@ -211,34 +212,34 @@ def run(tmp_path: Path) -> Path:
     return build_run(tmp_path / "runs" / "tiny")
 
 
-def states(entry: dict[str, Any]) -> list[str]:
-    return [c["stage_type"] for c in entry["checkpoints"]]
+def states(entry: RunAnswer) -> list[str]:
+    return [c.stage_type for c in entry.checkpoints]
 
 
 def test_alignment_alone_is_repeated(run: Path) -> None:
-    entry = takedown(run, TALK)["runs"][0]
+    entry = takedown(run, TALK).runs[0]
     assert states(entry) == ["Preview"]
-    assert entry["exports"] == ["export/gguf/Tiny-F32.gguf", "export/hf/model.safetensors"]
-    assert entry["last_clean"] == "pretrain/base"
-    assert entry["restart"]["from"].endswith("tiny/pretrain/base")
-    assert entry["restart"]["steps"] == {"pretrain": 0, "align": 2}
-    assert entry["restart"]["hours"] is None  # nothing was measured
+    assert entry.exports == ["export/gguf/Tiny-F32.gguf", "export/hf/model.safetensors"]
+    assert entry.last_clean == "pretrain/base"
+    assert entry.restart.origin.endswith("tiny/pretrain/base")
+    assert entry.restart.steps == {"pretrain": 0, "align": 2}
+    assert entry.restart.hours is None  # nothing was measured
 
 
 def test_nothing_learned_nothing_to_restart(run: Path) -> None:
     for identity in (LETTER, TWIN):
-        entry = takedown(run, identity)["runs"][0]
-        assert (entry["checkpoints"], entry["exports"], entry["restart"]) == ([], [], None)
-    assert takedown(run, LETTER)["runs"][0]["shards"][0]["shard"] == "speeches.validation.bin"
+        entry = takedown(run, identity).runs[0]
+        assert (entry.checkpoints, entry.exports, entry.restart) == ([], [], None)
+    assert takedown(run, LETTER).runs[0].shards[0].shard == "speeches.validation.bin"
 
 
 def test_a_copy_that_stays_is_named_and_taken_in_by_widen(run: Path) -> None:
     answer = takedown(run, TWIN)
-    assert [row["id"] for row in answer["twins"]] == [SPEECH]
+    assert [row.id for row in answer.twins] == [SPEECH]
     wide = takedown(run, TWIN, widen=True)
-    assert wide["rows"] == 2
-    assert states(wide["runs"][0]) == ["step", "TrueBase", "Base", "Preview"]
-    assert set(wide["excluded"]["documents"]) == {SPEECH, TWIN}
+    assert wide.rows == 2
+    assert states(wide.runs[0]) == ["step", "TrueBase", "Base", "Preview"]
+    assert set(wide.excluded.documents) == {SPEECH, TWIN}
 
 
 def test_what_was_made_from_a_source_goes_with_it(run: Path) -> None:
@@ -248,12 +249,12 @@ def test_what_was_made_from_a_source_goes_with_it(run: Path) -> None:
         place = table.schema.get_field_index("synthetic_from")
         pq.write_table(table.set_column(place, "synthetic_from", pa.array(["speeches==1.2"])), path)
     answer = takedown(run, "speeches")
-    assert (answer["rows"], answer["derived"]) == (4, 1)
-    assert answer["excluded"]["sources"] == ["made", "speeches"]
+    assert (answer.rows, answer.derived) == (4, 1)
+    assert answer.excluded.sources == ["made", "speeches"]
     part = takedown(run, SPEECH)
-    assert (part["rows"], part["derived"]) == (1, 0)
-    assert part["perhaps_derived"] == [{"synthetic_from": "speeches==1.2", "documents": 1, "certain": False}]
-    assert takedown(run, SPEECH, widen=True)["rows"] == 2
+    assert (part.rows, part.derived) == (1, 0)
+    assert part.perhaps_derived == [Origin("speeches==1.2", 1, certain=False)]
+    assert takedown(run, SPEECH, widen=True).rows == 2
 
 
 def test_forks_and_children_are_answered(run: Path) -> None:
@@ -269,15 +270,15 @@ def test_forks_and_children_are_answered(run: Path) -> None:
     write_manifest(child / "pretrain/base", kind="checkpoint")
     write_trace(child / "pretrain/trace.parquet", [])
     write_manifest(child / "pretrain", kind="pretrain", counts={"steps": 4})
-    entries = {Path(entry["run"]).name: entry for entry in takedown(run, SPEECH)["runs"]}
+    entries = {Path(entry.run).name: entry for entry in takedown(run, SPEECH).runs}
     assert list(entries) == ["tiny", "child", "fork"]
     assert states(entries["child"]) == ["Base"]  # by its parent alone: its own steps never read the speech
-    assert "not clean" in entries["child"]["restart"]["blocked"]
+    assert "not clean" in entries["child"].restart.blocked
     assert states(entries["fork"]) == states(entries["tiny"])
     # The module was first read in step 2, after TrueBase: the child's own steps decide, and they read nothing.
-    entries = {Path(entry["run"]).name: entry for entry in takedown(run, MODULE)["runs"]}
-    assert entries["child"]["checkpoints"] == []
-    assert entries["child"]["last_clean"] == "pretrain/base"
+    entries = {Path(entry.run).name: entry for entry in takedown(run, MODULE).runs}
+    assert entries["child"].checkpoints == []
+    assert entries["child"].last_clean == "pretrain/base"
 
 
 def test_a_parent_that_is_nowhere_is_not_taken_for_clean(run: Path) -> None:
@@ -287,16 +288,16 @@ def test_a_parent_that_is_nowhere_is_not_taken_for_clean(run: Path) -> None:
     for path in ("pretrain/truebase", "pretrain/checkpoints"):
         shutil.rmtree(run / path)
     shutil.rmtree(run / "align")
-    entry = takedown(run, MODULE)["runs"][0]
+    entry = takedown(run, MODULE).runs[0]
     assert states(entry) == ["Base"]
-    assert "is not known" in entry["restart"]["blocked"]
+    assert "is not known" in entry.restart.blocked
     with pytest.raises(ArtifactError, match="how it was made"):
         write_recipe(run, takedown(run, MODULE))
     for stage in ("gather", "curate"):
         (run / stage / "resolved.yaml").write_text("priority: []\n")
-    with pytest.raises(DataError, match="no clean place to go on from"):
+    with pytest.raises(DataError, match="no clean place to continue from"):
         write_recipe(run, takedown(run, MODULE))
-    assert takedown(run, LETTER)["runs"][0]["unknown"] == ["pretrain/base"]
+    assert takedown(run, LETTER).runs[0].unknown == ["pretrain/base"]
     assert "no restart from here: whether its parent is clean is not known" in render_takedown(
         takedown(run, LETTER), 200
     )
@@ -304,10 +305,10 @@ def test_a_parent_that_is_nowhere_is_not_taken_for_clean(run: Path) -> None:
 
 def test_unrecorded_steps_are_unknown_never_clean(run: Path) -> None:
     (run / "pretrain/trace.parquet").unlink()
-    entry = takedown(run, SPEECH)["runs"][0]
-    assert entry["last_clean"] is None
-    assert "pretrain/base" in entry["unknown"]
-    assert (entry["restart"]["from"], entry["restart"]["certain"]) == ("", False)
+    entry = takedown(run, SPEECH).runs[0]
+    assert entry.last_clean is None
+    assert "pretrain/base" in entry.unknown
+    assert (entry.restart.origin, entry.restart.certain) == ("", False)
 
 
 def test_errors(run: Path, tmp_path: Path) -> None:
@@ -321,7 +322,8 @@ def test_command(real: tuple[Path, dict[str, set[int]]], tmp_path: Path, capsys:
     assert main(["takedown", "big", str(real[0]), "--apply", "--out", str(tmp_path), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert Path(answer["applied"]["recipe"]).exists()
-    text = render_takedown(answer, 120)
+    assert main(["takedown", "big", str(real[0]), "--apply", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
     for part in (
         "big: 90 rows by source",
         "big.train.bin: 90 documents",
@@ -333,7 +335,7 @@ def test_command(real: tuple[Path, dict[str, set[int]]], tmp_path: Path, capsys:
 
 def test_excluded_rows_leave_the_corpus_and_nothing_else(tmp_path: Path) -> None:
     rows = list(read_rows(build_run(tmp_path / "x", "gather") / "gather/documents/speeches.parquet", Document))
-    text = "The members of the house were asked what they had seen of it, and each of them said that they had not. "
+    text = "The members of the house were asked what they had seen there, and each of them said that they had not. "
     rows = [replace(row, text=f"{text}{' '.join(f'{w}{n}' for w in text.split())}. ") for n, row in enumerate(rows)]
     write_rows(tmp_path / "in/documents/speeches.parquet", rows, Document)
 

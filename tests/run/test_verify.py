@@ -24,19 +24,19 @@ STATE = {
 
 @pytest.fixture
 def against(tmp_path):
-    """Return a function that compares STATE with a changed copy of it."""
+    """Return a function that compares STATE with a changed copy."""
 
     def compare(change=lambda state: None, **facts):
         state = copy.deepcopy(STATE)
         change(state)
-        for name, held, told in (("one", STATE, FACTS), ("other", state, FACTS | facts)):
-            dcp.save(dcp.step_folder(tmp_path / name / "checkpoints", 4), held, MODEL, told)
+        for name, held, facts_of in (("one", STATE, FACTS), ("other", state, FACTS | facts)):
+            dcp.save(dcp.step_folder(tmp_path / name / "checkpoints", 4), held, MODEL, facts_of)
         return verify.compare(tmp_path / "one", tmp_path / "other", 4)
 
     return compare
 
 
-def test_the_same_state_is_the_same_also_where_it_is_not_a_number(against):
+def test_equal_states_with_nan_are_equal(against):
     found = against()
     assert found["facts"] == {}
     assert not any(part["differing"] for part in found["parts"].values())
@@ -60,7 +60,7 @@ def test_a_difference_is_measured_by_the_tensors_norm(against):
     assert verify._equal_enough(found["parts"], False, 0.2)
 
 
-def test_a_missing_tensor_and_other_random_numbers_are_never_tolerated(against):
+def test_missing_tensor_and_other_rng_are_not_tolerated(against):
     missing = against(lambda state: state["model"].pop("gain"))
     assert missing["parts"]["model"]["missing"] == ["gain"]
     assert not verify._equal_enough(missing["parts"], False, 1.0)
@@ -93,7 +93,7 @@ def test_the_recipes_degrees_are_kept_where_they_fit():
     assert degrees(1) == {"pipeline": 1, "context": 1, "replicate": 1, "shard": 1, "expert": 1, "nproc": 0}
 
 
-def test_rows_that_cannot_be_dealt_are_refused_before_anything_starts(tmp_path):
+def test_rows_that_cannot_be_divided_are_refused_first(tmp_path):
     with pytest.raises(ConfigError, match="rows of a step"):
         verify.verify_resume(
             Path("recipes/tiny.yaml"), [f"runs_dir={tmp_path}"], first=2, more=2, worlds=[3], tolerance=0.1, keep=False

@@ -26,7 +26,7 @@ from freehold.stages.export.config import ExportConfig, Proof, plan
 from freehold.stages.export.files import write_files
 from freehold.stages.export.llama import ExactLlama
 from freehold.stages.export.proof import probes, prove_gguf, prove_hf
-from freehold.stages.export.run import choose_device, run
+from freehold.stages.export.run import run
 from freehold.tokenizer import bpe
 
 # Irregular where it can be: queries wider than the model, a route scale, two shared experts, spare rows.
@@ -371,13 +371,6 @@ def test_routing_that_is_all_ties_proves_nothing(align: Path, tmp_path: Path) ->
     dcp.save(tmp_path / "align" / "preview", {"model": state}, config, {}, files)
     with pytest.raises(ExportError, match="too close to call"):
         run(ExportConfig(types=()), workspace(tmp_path / "export", tmp_path / "align"))
-
-
-def test_proof_on_cuda_needs_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert [choose_device(name).type for name in ("auto", "cpu")] == ["cpu", "cpu"]
-    with pytest.raises(ExportError, match="no CUDA device"):
-        choose_device("cuda")
 
 
 def test_limits_are_set_by_type() -> None:

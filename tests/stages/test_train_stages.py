@@ -98,9 +98,9 @@ def test_chain_of_checkpoints(run):
 
 
 def test_every_step_can_be_traced(run):
-    tokens = sum(row["tokens"] for row in trace_step(run, 2)["documents"])
+    tokens = sum(row.tokens for row in trace_step(run, 2).documents)
     assert tokens == 64
-    assert {row["source"] for row in trace_step(run, 1, stage="align")["documents"]} == {"talk"}
+    assert {row.source for row in trace_step(run, 1, stage="align").documents} == {"talk"}
 
 
 def test_decay_branch_from_truebase(run, tmp_path):

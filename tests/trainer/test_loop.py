@@ -176,9 +176,9 @@ def test_micro_batches_equal_one_batch(tmp_path):
     assert one["loss/mean"] == pytest.approx(two["loss/mean"], rel=1e-6)
     for name, master in whole.state.masters.items():
         assert torch.allclose(master, parts.state.masters[name], atol=2e-3), name
-    for name, layer in whole.model.moe_layers().items():
-        assert torch.equal(layer.load_counts, parts.model.moe_layers()[name].load_counts)
-        assert torch.equal(layer.expert_bias, parts.model.moe_layers()[name].expert_bias)
+    for name, layer in whole.state.moe_layers.items():
+        assert torch.equal(layer.load_counts, parts.state.moe_layers[name].load_counts)
+        assert torch.equal(layer.expert_bias, parts.state.moe_layers[name].expert_bias)
 
 
 def test_not_finite_step_changes_nothing_and_names_documents(tmp_path, capsys):
@@ -276,7 +276,7 @@ def test_router_metrics_by_layer(tmp_path):
     loads = []
     for step in range(2):
         trainer.train_step(trainer.job.order.batch(step))
-        loads.append(layer.load_counts.double().clone())
+        loads.append(trainer.state.moe_layers["model.layers.2.mlp"].load_counts.double())
     hook.remove()
     values = trainer.monitor.take()
     share = sum(loads) / sum(loads).sum()
@@ -328,7 +328,7 @@ def test_validation_is_not_counted_as_load(tmp_path):
     trainer = make(tmp_path)
     held = held_out(source(seed=1), np.full(30, 50), 16, 100, separator=1)
     bits_per_byte(trainer.model, {"a": held})
-    assert all(int(layer.load_counts.sum()) == 0 for layer in trainer.model.moe_layers().values())
+    assert all(int(layer.load_counts.sum()) == 0 for layer in trainer.state.moe_layers.values())
     assert trainer.model.training
 
 
@@ -339,7 +339,7 @@ def test_padding_is_not_counted_as_load(tmp_path):
     documents[:, 10:] = PADDING
     targets = np.where(documents == PADDING, IGNORE, 41)
     trainer.train_step(Batch(ids, targets, documents))
-    for layer in trainer.model.moe_layers().values():
+    for layer in trainer.state.moe_layers.values():
         assert int(layer.load_counts.sum()) == 4 * 10 * 2
 
 

@@ -19,6 +19,7 @@ from freehold.core.artifact import Workspace, read_json, write_json
 from freehold.core.errors import ExportError
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
+from freehold.model.device import choose_device
 from freehold.stages.export.check import check, check_tokenizer
 from freehold.stages.export.config import ExportConfig
 from freehold.stages.export.files import write_files
@@ -42,8 +43,9 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
         )
     checkpoint = work.input(stage) / name
     model_config, state = read_model(checkpoint)
-    reasons = check(model_config)
-    reasons += check_tokenizer(read_json(checkpoint / TOKENIZER_FILES[0]), model_config)
+    # What llama.cpp cannot express concerns its files alone.
+    reasons = check(model_config) if config.types else []
+    reasons += check_tokenizer(read_json(checkpoint / TOKENIZER_FILES[0]), model_config, gguf=bool(config.types))
     if reasons:
         raise ExportError("this model cannot be exported", where=checkpoint, found="\n            ".join(reasons))
 
@@ -97,9 +99,7 @@ def prove(
     with torch.device("meta"):
         model = Afmoe(model_config)
     model.load_state_dict(weights, assign=True)
-    for moe in model.moe_layers().values():  # no part of a state dict, so still without memory
-        moe.load_counts = torch.zeros_like(moe.load_counts, device="cpu")
-    device = choose_device(config.proof.device)
+    device = choose_device(config.proof.device, "proof.device", quiet=True)
     model.to(device).eval()
     named = list(passages(tokenizer, model_config))
     said, cut_tokens = settled(model, named)
@@ -143,16 +143,6 @@ def prove(
         "follows from the KL of F32. KL below 1e-8 is given as the power of ten above it; exact figures are in "
         "metrics.jsonl.",
     }
-
-
-def choose_device(wanted: str) -> torch.device:
-    """Return the device that `auto`, `cpu` or `cuda` stands for; ExportError for CUDA where there is none."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ExportError(
-            "there is no CUDA device", where="proof.device", found="cuda", expected="cpu or auto on this machine"
-        )
-    cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if cuda else "cpu")
 
 
 @contextmanager
