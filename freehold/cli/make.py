@@ -11,7 +11,7 @@ from typing import Any
 from freehold.cli.check import check, check_arguments
 from freehold.cli.parser import recipe_arguments, verb, walk_flags
 from freehold.core.errors import ConfigError
-from freehold.run.layout import ALIGN, CHAT, PRETRAIN, REPHRASE, SERVE, TALK, WALK
+from freehold.run.layout import ALIGN, CHAT, PRETRAIN, REPHRASE, SERVE, WALK
 
 TAUGHT = {
     REPHRASE: """in the recipe, a teacher and what it is asked for:
@@ -48,8 +48,8 @@ def add_verbs(verbs: Any) -> None:
     chat.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema chat`")
     _add_plan(verbs)
     _add_verify(verbs)
-    schema = verb(verbs, "schema", "print the JSON Schema of a stage's section of the recipe", _schema)
-    schema.add_argument("stage", choices=[*WALK, CHAT])
+    schema = verb(verbs, "schema", "the settings to set first; of one stage: every setting, as JSON Schema", _schema)
+    schema.add_argument("stage", nargs="?", choices=[*WALK, CHAT], help="a stage of the walk (default: all)")
 
 
 def _add_serve(verbs: Any) -> None:
@@ -263,6 +263,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _schema(args: argparse.Namespace) -> int:
-    stage = {**WALK, TALK.name: TALK}[args.stage]
-    print(json.dumps(stage.config_class().model_json_schema(), indent=1))
+    from freehold.run import settings
+
+    print(json.dumps(settings.json_schema(args.stage), indent=1) if args.stage else settings.text())
     return 0

@@ -33,14 +33,6 @@ def hashes(run: Path) -> dict[str, str]:
     return {s: json.loads(p.read_text())["content_sha256"] for s, p in found.items() if p.exists()}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    result = freehold("run", RECIPE, f"runs_dir={folder}")
-    (folder / "said.txt").write_text(result.stdout)
-    return folder
-
-
 def test_walk_ends_with_an_answer_and_a_summary(runs):
     run = runs / "tiny"
     assert set(hashes(run)) == set(WALK)
