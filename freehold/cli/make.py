@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from freehold.cli.check import check, check_arguments
+from freehold.cli.importing import import_, import_arguments
 from freehold.cli.parser import recipe_arguments, verb, walk_flags
 from freehold.core.errors import ConfigError
-from freehold.run.layout import ALIGN, CHAT, PRETRAIN, REPHRASE, SERVE, WALK
+from freehold.run.layout import ALIGN, CHAT, IMPORT, PRETRAIN, PUBLISHED, REPHRASE, SERVE, WALK
 
 TAUGHT = {
     REPHRASE: """in the recipe, a teacher and what it is asked for:
@@ -42,6 +43,7 @@ def add_verbs(verbs: Any) -> None:
             made.epilog, made.formatter_class = TAUGHT.get(stage.name), argparse.RawDescriptionHelpFormatter
             if stage.name == ALIGN:
                 check_arguments(made)
+    import_arguments(verb(verbs, IMPORT, PUBLISHED.summary, import_))
     _add_serve(verbs)
     chat = verb(verbs, CHAT, "talk to a model in the terminal", _chat)
     chat.add_argument("path", help="run folder, checkpoint or HF folder")
@@ -49,7 +51,7 @@ def add_verbs(verbs: Any) -> None:
     _add_plan(verbs)
     _add_verify(verbs)
     schema = verb(verbs, "schema", "the settings to set first; of one stage: every setting, as JSON Schema", _schema)
-    schema.add_argument("stage", nargs="?", choices=[*WALK, CHAT], help="a stage of the walk (default: all)")
+    schema.add_argument("stage", nargs="?", choices=[*WALK, CHAT, IMPORT], help="a stage of the walk (default: all)")
 
 
 def _add_serve(verbs: Any) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # pydantic takes longer than all of `freehold --help`
 
 GATHER, CURATE, REPHRASE, TOKENIZE = "gather", "curate", "rephrase", "tokenize"
 PRETRAIN, ALIGN, EVALUATE, EXPORT, SERVE = "pretrain", "align", "evaluate", "export", "serve"
-CHAT = "chat"
+CHAT, IMPORT = "chat", "import"
 METRICS = "metrics.jsonl"
 """A stage's figures by step."""
 TRAINER_FACTS = "trainer.json"
@@ -107,6 +107,12 @@ WALK: dict[str, Stage] = _table(
 """Each stage of the walk, in order."""
 TALK = Stage(CHAT, "talk to a model in the terminal")
 """Declared like a stage, but no part of the walk."""
+PUBLISHED = Stage(
+    IMPORT, "a published AFMoE folder -> a checkpoint that every stage takes", package="freehold.stages.importing"
+)
+"""The root of another lineage: a run folder of its own, no part of a walk."""
+DECLARED: dict[str, Stage] = {**WALK, CHAT: TALK, IMPORT: PUBLISHED}
+"""Everything that has settings, by its verb."""
 KEPT_WHEN_MADE_AGAIN = {"log", "answers.jsonl"}
 """Names that stay when a stage is made again: what was said, and what a teacher answered, by its request."""
 EXPORTED = "align/preview"
@@ -151,7 +157,7 @@ class RunFolder:
 
     def any_finished(self) -> bool:
         """Return whether a stage is finished: what makes a folder a run."""
-        return any(self.finished(name) for name in WALK)
+        return any(self.finished(name) for name in (*WALK, IMPORT))
 
     def key(self, name: str) -> Path:
         """Return what a started stage was started with."""

@@ -56,7 +56,8 @@ def change_of(stage: StagePlan, record: dict[str, Any]) -> Change | None:
         or list(old.items()) == list(new.items())
     ):
         return None
-    same, done = [], 0
+    same: list[str] = []
+    done = 0
     for (name, before), (now_name, now) in zip(old.items(), new.items(), strict=False):
         if (name, before) != (now_name, now):
             longer = name == now_name and {**before, "steps": now["steps"]} == now and now["steps"] > before["steps"]

@@ -11,15 +11,15 @@ from freehold.run.layout import (
     ALIGN,
     CHAT,
     CURATE,
+    DECLARED,
     EVALUATE,
     EXPORT,
     GATHER,
+    IMPORT,
     PRETRAIN,
     REPHRASE,
     SERVE,
-    TALK,
     TOKENIZE,
-    WALK,
 )
 
 FIRST: dict[str, tuple[str, ...]] = {
@@ -43,6 +43,7 @@ FIRST: dict[str, tuple[str, ...]] = {
     EVALUATE: ("checkpoints", "task_checkpoints", "max_bytes_per_source", "max_items_per_task"),
     EXPORT: ("checkpoint", "name", "types", "uses"),
     SERVE: ("path", "host", "port", "max_model_len"),
+    IMPORT: ("path", "name", "licence", "licence_evidence"),
     CHAT: ("path", "system", "max_tokens"),
 }
 """What is set in the first recipe of one's own, in the order in which the questions come up."""
@@ -50,7 +51,7 @@ FIRST: dict[str, tuple[str, ...]] = {
 
 def first_settings(stage: str) -> list[tuple[str, str, str]]:
     """Return (key, default, description) of the settings of a stage that a newcomer sets first."""
-    cls = {**WALK, CHAT: TALK}[stage].config_class()
+    cls = DECLARED[stage].config_class()
     fields = ((key, find(cls, key)) for key in FIRST[stage])
     return [(f"{stage}.{key}", _default(field), field.description or "") for key, field in fields if field is not None]
 
@@ -67,7 +68,7 @@ def find(cls: type[BaseModel], key: str) -> FieldInfo | None:
 
 def json_schema(stage: str) -> dict[str, Any]:
     """Return the JSON Schema of a stage's section: the keys that come first are first, and named in `x-first`."""
-    schema: dict[str, Any] = {**WALK, CHAT: TALK}[stage].config_class().model_json_schema()
+    schema: dict[str, Any] = DECLARED[stage].config_class().model_json_schema()
     order = list(dict.fromkeys(key.partition(".")[0] for key in FIRST[stage]))
     properties = schema.get("properties", {})
     rest = [name for name in properties if name not in order]
@@ -78,7 +79,7 @@ def text() -> str:
     """Return the first settings of every stage, for a terminal."""
     lines = []
     for stage in FIRST:
-        lines.append(f"{stage}: {({**WALK, CHAT: TALK})[stage].summary}")
+        lines.append(f"{stage}: {DECLARED[stage].summary}")
         for key, default, description in first_settings(stage):
             lines.append(f"  {key:<40}{default:<14}{description}")
         lines.append("")

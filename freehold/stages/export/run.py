@@ -43,8 +43,9 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
         )
     checkpoint = work.input(stage) / name
     model_config, state = read_model(checkpoint)
-    reasons = check(model_config)
-    reasons += check_tokenizer(read_json(checkpoint / TOKENIZER_FILES[0]), model_config)
+    # What llama.cpp cannot express concerns its files alone.
+    reasons = check(model_config) if config.types else []
+    reasons += check_tokenizer(read_json(checkpoint / TOKENIZER_FILES[0]), model_config, gguf=bool(config.types))
     if reasons:
         raise ExportError("this model cannot be exported", where=checkpoint, found="\n            ".join(reasons))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
     """Train to the end of the last phase; resumable at any step. Returns steps, tokens and epochs per source."""
     # Verified: tokens are what a checkpoint will claim to have seen.
     shards = ShardSet.load(work.input("tokenize") / "tokens", verify=True)
-    model = with_vocabulary(config.model, shards.vocab_size)
+    model = with_vocabulary(config.model, shards.vocab_size, padded=bool(config.parent))
     parent = read_parent(config, model, shards.tokenizer_sha256) if config.parent else None
     # Nothing to train: the parent is the result.
     if parent is not None and not config.phases:
@@ -119,10 +120,16 @@ class Parent:
     def start(self) -> Start:
         """Return what the first step starts from."""
         digest = read_manifest(self.folder)["content_sha256"]
+        if dcp.is_imported(self.folder):  # weights alone: optimizer and balancing start from nothing
+            return Start(
+                parent=digest, tokens=self.facts["tokens"], weights=dcp.read_model(self.folder, verify=False)[1]
+            )
         return Start(parent=digest, tokens=self.facts["tokens"], checkpoint=self.folder)
 
     def position(self, config: PretrainConfig, data: dict[str, str], work: Workspace) -> Any:
         """Return what the parent consumed of each source; None when its order was another. Warns of other text."""
+        if dcp.is_imported(self.folder):
+            return None
         consumed: dict[str, int] | None = consumed_by(self.facts)
         if self.facts.get("order", {"kind": "stream"}) != config.batch.order.model_dump():
             consumed = None
@@ -183,7 +190,7 @@ def quarantined(path: str) -> frozenset[str]:
 def keep(parent: Path, facts: dict[str, Any], work: Workspace) -> dict[str, Any]:
     """Take the parent over as it is, with what is known of its steps: no phase is left to train."""
     with atomic_folder(work.folder / parent.name) as folder:
-        shutil.copytree(parent, folder, dirs_exist_ok=True)
+        shutil.copytree(parent, folder, copy_function=_linked, dirs_exist_ok=True)
     traced = parent.parent / "trace.parquet"
     if traced.exists():
         shutil.copyfile(traced, work.folder / traced.name)
@@ -199,12 +206,21 @@ def keep(parent: Path, facts: dict[str, Any], work: Workspace) -> dict[str, Any]
     }
 
 
-def with_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
+def _linked(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def with_vocabulary(model: ModelConfig, vocab_size: int, *, padded: bool = False) -> ModelConfig:
     """Return the shape, checked against the tokenizer's vocabulary.
 
-    Raises ConfigError when the model has fewer or more rows than the tokenizer has ids.
+    Raises ConfigError when the model has fewer rows than the tokenizer has ids; more are for published models alone,
+    whose rows are padded to a multiple of 128.
     """
-    if model.vocab_size != vocab_size:
+    if model.vocab_size < vocab_size or (model.vocab_size > vocab_size and not padded):
         raise ConfigError(
             "the model and the tokenizer disagree about the vocabulary",
             where="pretrain.model.vocab_size",
