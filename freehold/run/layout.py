@@ -274,6 +274,11 @@ class RunFolder:
         return self.root / "card"
 
     @property
+    def release(self) -> Path:
+        """Return the folder of the signed release."""
+        return self.root / "release" / "pack"
+
+    @property
     def lock(self) -> Path:
         """Return the file that a running walk holds."""
         return self.root / ".lock"

@@ -21,10 +21,10 @@ GUARDS = {"/collapse", "/spike"}
 
 
 @pytest.fixture
-def copied(runs, tmp_path):
+def copied(walked, tmp_path):
     """A copy of the run as far as pre-training."""
     for stage in ("gather", "curate", "rephrase", "tokenize", "pretrain"):
-        shutil.copytree(runs / "tiny" / stage, tmp_path / "tiny" / stage)
+        shutil.copytree(walked / "tiny" / stage, tmp_path / "tiny" / stage)
     return tmp_path
 
 

@@ -33,6 +33,11 @@ def hashes(run: Path) -> dict[str, str]:
     return {s: json.loads(p.read_text())["content_sha256"] for s, p in found.items() if p.exists()}
 
 
+@pytest.fixture(scope="module")
+def runs(walked) -> Path:
+    return walked
+
+
 def test_walk_ends_with_an_answer_and_a_summary(runs):
     run = runs / "tiny"
     assert set(hashes(run)) == set(WALK)
