@@ -27,7 +27,7 @@ from freehold.model.config import ModelConfig
 from freehold.model.device import Device, choose_device
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.chat import render_ids
-from freehold.tokenizer.output import AnswerParser, Piece, TextStream
+from freehold.tokenizer.output import AnswerFormat, Piece, TextStream, read_format
 
 Message = dict[str, Any]
 Dtype = Literal["float32", "bfloat16"]
@@ -71,6 +71,8 @@ class Loaded:
     engine: Engine
     folder: Path
     """Where it was found."""
+    answers: AnswerFormat
+    """How it writes reasoning and tool calls, as recorded with its chat template."""
     sampling: Sampling
     """How it likes to be sampled (`generation_config.json`, else DEFAULT), with the tokens that end an answer."""
 
@@ -97,7 +99,7 @@ class Loaded:
 
     def answer(self, prompt: str | Sequence[Message], sampling: Sampling) -> Iterator[Piece]:
         """Yield the pieces of an answer as they become certain: content, reasoning, tool calls."""
-        text, parser = TextStream(self.tokenizer), AnswerParser()
+        text, parser = TextStream(self.tokenizer), self.answers.parser(())
         for token in self.engine.stream(self.prompt_ids(prompt), sampling):
             yield from parser.feed(text.feed(token.id))
         yield from parser.feed(text.finish())
@@ -151,7 +153,7 @@ def load(
         choose_threads(engine)
     else:
         torch.set_num_threads(threads)
-    return Loaded(model, tokenizer, config, engine, folder, default_sampling(folder, tokenizer))
+    return Loaded(model, tokenizer, config, engine, folder, read_format(folder), default_sampling(folder, tokenizer))
 
 
 def default_sampling(folder: Path, tokenizer: Tokenizer) -> Sampling:

@@ -47,13 +47,17 @@ def _fastest(engine: Engine, candidates: list[int]) -> int:
     """Return the number of threads whose best measurement is shortest, of those that give the bits of one thread."""
     seconds = dict.fromkeys(candidates, float("inf"))
     expected: list[tuple[int, float]] = []
+    out: set[int] = set()
+    """Numbers of threads that are far slower than one, or give other bits."""
     for _ in range(ROUNDS):
-        for threads in [n for n in candidates if seconds[n] == float("inf") or seconds[n] < HOPELESS * seconds[1]]:
+        for threads in [n for n in candidates if n not in out]:
             torch.set_num_threads(threads)
-            taken, found = _decode(engine)
+            taken, found = _decode(engine, HOPELESS * seconds[1])
             expected = expected or found
             if found == expected:
                 seconds[threads] = min(seconds[threads], taken)
+            else:
+                out.add(threads)
     best = candidates[0]
     for threads in candidates[1:]:
         if seconds[threads] < WORTH * seconds[best]:
@@ -61,11 +65,17 @@ def _fastest(engine: Engine, candidates: list[int]) -> int:
     return best
 
 
-def _decode(engine: Engine) -> tuple[float, list[tuple[int, float]]]:
-    """Return the seconds of some steps of one stream, without the prompt, and what they gave."""
+def _decode(engine: Engine, limit_s: float) -> tuple[float, list[tuple[int, float]]]:
+    """Return the seconds of some steps of one stream, without the prompt, and what they gave.
+
+    Ends early, with what there is, when they take longer than the limit.
+    """
     steps = min(STEPS, engine.limit_tokens - 1)
     stream = engine.stream([0], Sampling(temperature=0, max_tokens=steps))
     found = [(first.id, first.logprob) for first in [next(stream)]]
     began = time.perf_counter()
-    found += [(token.id, token.logprob) for token in stream]
+    for token in stream:
+        found.append((token.id, token.logprob))
+        if time.perf_counter() - began > limit_s:
+            break
     return time.perf_counter() - began, found
