@@ -139,7 +139,10 @@ class Dashboard:
     def _data(self) -> str:
         if not self.run.finished(GATHER):
             return ""
-        return "".join(page.table(t) for t in report.tables(self.run.root) if t.title in DATA_TABLES)
+        return "".join(page.table(t) for t in self._tables() if t.title in DATA_TABLES)
+
+    def _tables(self) -> list[Table]:
+        return report.tables(self.run.root, of_metrics=False)  # the curves show those, and read them faster
 
     def _drops(self) -> str:
         """Return what curate dropped, by source and reason."""
@@ -151,7 +154,7 @@ class Dashboard:
         return page.table(Table("Dropped by curate", ["source", "reason", "rows"], sorted(rows), left=(0, 1)))
 
     def _results(self) -> str:
-        return "".join(page.table(t) for t in report.tables(self.run.root) if t.title not in DATA_TABLES)
+        return "".join(page.table(t) for t in self._tables() if t.title not in DATA_TABLES)
 
     def _lineage(self) -> str:
         graph = lineage.lineage(self.run.root)
