@@ -65,6 +65,8 @@ class Loaded:
     engine: Engine
     folder: Path
     """Where it was found."""
+    begins_with: tuple[int, ...] = ()
+    """The ids that the model reads before a plain text, as it was trained: BOS, or what its checkpoint says."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -81,6 +83,10 @@ class Loaded:
         """
         sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, stop_ids=self.stop_ids)
         return "".join(piece.text for piece in self.answer(prompt, sampling) if piece.kind == "content")
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return a plain text as the ids the model is given: what begins a text, then the text; never empty."""
+        return [*self.begins_with, *self.tokenizer.encode(text)] or [self.tokenizer.end_of_text]
 
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
         """Return a question or a conversation as the ids the model is given, ready for its answer."""
@@ -103,7 +109,7 @@ class Loaded:
         `max_tokens` and ContextOverflow as in `generate`.
         """
         sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, stop_ids=self.stop_ids)
-        ids = self.tokenizer.encode(text) or [self.tokenizer.end_of_text]
+        ids = self.text_ids(text)
         stream = TextStream(self.tokenizer)
         return "".join(stream.feed(i) for i in self.engine.generate([ids], sampling)[0].ids) + stream.finish()
 
@@ -132,7 +138,21 @@ def load(
     dcp.match_keys(state, model.state_dict(), folder)
     model.load_state_dict(state, assign=True)
     model.to_compute({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).requires_grad_(False).to(place)
-    return Loaded(model, tokenizer, config, Engine(model, max_batch, limit_tokens), folder)
+    return Loaded(
+        model, tokenizer, config, Engine(model, max_batch, limit_tokens), folder, text_beginning(folder, tokenizer)
+    )
+
+
+def text_beginning(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that a model folder's plain texts begin with.
+
+    A checkpoint says how it was trained; one that does not is of the time when texts began with the end of the one
+    before. Any other folder begins as its tokenizer.json does.
+    """
+    facts = folder / "trainer.json"
+    if not facts.exists():
+        return tuple(tokenizer.prefix)
+    return tuple(json.loads(facts.read_text(encoding="utf-8")).get("begins_with", [tokenizer.end_of_text]))
 
 
 def find_model(path: Path) -> Path:

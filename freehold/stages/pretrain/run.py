@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from freehold.checkpoint import dcp
-from freehold.core.artifact import Workspace, atomic_folder, read_manifest
+from freehold.core.artifact import Workspace, atomic_folder, read_json, read_manifest
 from freehold.core.errors import CheckpointError, ConfigError
 from freehold.core.machine import check_memory_fits
 from freehold.data.buffer import text_order
@@ -20,7 +20,7 @@ from freehold.data.shards import ShardSet
 from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
 from freehold.stages.pretrain.config import PretrainConfig
-from freehold.tokenizer.bpe import END_OF_TEXT
+from freehold.tokenizer.bpe import BOS, END_OF_TEXT
 from freehold.trainer.stage import Stage, Start, train_stage
 from freehold.trainer.validate import HeldOut, held_out, validator
 
@@ -34,7 +34,8 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
     # Nothing to train: the parent is the result.
     if parent is not None and not config.phases:
         return keep(parent.folder, parent.facts, work) if work.leads else {}
-    text = read_text(config, shards, parent, work)
+    begin = beginning(parent, work.folder)
+    text = read_text(config, shards, parent, begin, work)
     stage = Stage(
         name="pretrain",
         model=model,
@@ -43,7 +44,7 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
         tokenizer=work.input("tokenize") / "tokenizer",
         facts={"tokenizer_sha256": shards.tokenizer_sha256, **text.facts},
         start=parent.start() if parent is not None else Start(),
-        validate=lambda world: validator(validation_rows(config, shards), world),
+        validate=lambda world: validator(validation_rows(config, shards, begin), world),
     )
     counts = train_stage(stage, config, work)
     return {"steps": counts["steps"], **text.counts(config), **counts}
@@ -67,7 +68,17 @@ class Text:
         }
 
 
-def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, work: Workspace) -> Text:
+def beginning(parent: Parent | None, folder: Path) -> int:
+    """Return the id that a model reads before a text: BOS, or what earlier steps of this model began with.
+
+    A checkpoint that does not say it is of the time when texts began with the end of the one before.
+    """
+    made = sorted(folder.glob("checkpoints/step_*/trainer.json"))
+    earlier = [read_json(made[-1])] if made else [parent.facts] if parent is not None else []
+    return int(earlier[0].get("begins_with", [END_OF_TEXT])[0]) if earlier else BOS
+
+
+def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, begin: int, work: Workspace) -> Text:
     """Return the order of the text, which continues where the parent stopped reading; prints its summary."""
     rows = sum(phase.steps for phase in config.phases.values()) * config.batch.sequences
     check_memory_fits(rows * ROW_BYTES, "the order of the rows", "pretrain.phases")
@@ -81,6 +92,7 @@ def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, w
         [PhaseRows(name, phase.steps, phase.mixture) for name, phase in config.phases.items()],
         seed=work.seed,
         separator=END_OF_TEXT,
+        begin=begin,
         first_step=schedule.first_step,
         consumed=consumed,
     )
@@ -89,7 +101,13 @@ def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, w
     # A later run may branch off any phase's end. Only the parent knows where its own first phase began.
     at_ends = {str(end): order.consumed_at(end) for end in schedule.ends().values()}
     first = {str(schedule.first_step): consumed} if consumed else {}
-    return Text(order, schedule, {"order": config.batch.order.model_dump(), "data": data, "consumed": first | at_ends})
+    facts = {
+        "order": config.batch.order.model_dump(),
+        "data": data,
+        "consumed": first | at_ends,
+        "begins_with": [begin],
+    }
+    return Text(order, schedule, facts)
 
 
 @dataclass(frozen=True)
@@ -135,7 +153,7 @@ def read_parent(config: PretrainConfig, model: ModelConfig, tokenizer_sha256: st
     return Parent(folder, facts)
 
 
-def validation_rows(config: PretrainConfig, shards: ShardSet) -> dict[str, HeldOut]:
+def validation_rows(config: PretrainConfig, shards: ShardSet, begin: int) -> dict[str, HeldOut]:
     """Return the rows that validation reads, by source; sources without held-out text have none."""
     return {
         name: held_out(
@@ -143,7 +161,7 @@ def validation_rows(config: PretrainConfig, shards: ShardSet) -> dict[str, HeldO
             shards.document_bytes("validation", name),
             config.batch.context_tokens,
             config.trainer.validation_tokens,
-            END_OF_TEXT,
+            begin,
         )
         for name, source in shards.sources("validation").items()
         if source.total_tokens

@@ -238,6 +238,8 @@ class Echo:
     text: str
     ids: Sequence[int]
     scored: Scored | None
+    hidden: int = 0
+    """How many ids before the text are ours: what begins a text was not in the request, so it is not given back."""
 
 
 def text_choice(
@@ -255,8 +257,8 @@ def text_logprobs(tokens: Sequence[Token], echo: Echo | None, logprobs: TextLogp
     values: list[float | None] = [t.logprob for t in tokens]
     tops = [t.top_logprobs for t in tokens]
     if echo and echo.scored:
-        ids, tops = [*echo.ids, *ids], [*echo.scored.top_logprobs, *tops]
-        values = [None, *echo.scored.logprobs[1:], *values]
+        ids, tops = [*echo.ids[echo.hidden :], *ids], [*echo.scored.top_logprobs[echo.hidden :], *tops]
+        values = [*[None, *echo.scored.logprobs[1:]][echo.hidden :], *values]
     return logprobs.block(ids, values, tops)
 
 

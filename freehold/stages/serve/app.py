@@ -160,7 +160,8 @@ class Front:
         echoes: list[Echo | None] = [None] * len(owners)
         if request.echo:
             told = await asyncio.to_thread(lambda: [self._decode(ids) for ids in prompts])
-            echoes = [Echo(told[i], prompts[i], scored[i] if scored else None) for i in owners]
+            hidden = [len(self.served.begins_with) if isinstance(prompt, str) else 0 for prompt in request.prompts]
+            echoes = [Echo(told[i], prompts[i], scored[i] if scored else None, hidden[i]) for i in owners]
         logprobs = [
             TextLogprobs(self.tokenizer, top, 0 if echo is None or echo.scored else len(echo.text))
             if request.logprobs is not None else None
@@ -191,7 +192,7 @@ class Front:
         if not isinstance(prompt, str):
             return prompt
         self._check_length(prompt)
-        return self.tokenizer.encode(prompt)
+        return [*self.served.begins_with, *self.tokenizer.encode(prompt)] or [self.tokenizer.end_of_text]
 
     def _check_length(self, text: str) -> None:
         """Refuse what cannot fit the context however well it is encoded, and spare us encoding it."""

@@ -43,6 +43,8 @@ class Served:
     tokenizer: Tokenizer
     at_once: int = 1
     """Requests that may take turns."""
+    begins_with: tuple[int, ...] = ()
+    """The ids before a prompt that is plain text."""
     close: Callable[[], None] = lambda: None
     """Ends what does not end by itself."""
 
@@ -53,10 +55,13 @@ def open_model(config: ServeConfig, path: Path) -> Served:
         tokenizer = Tokenizer.load(_tokenizer_folder(config, path))
         gguf = Gguf(path, tokenizer, config.max_model_len)
         # One at a time: llama.cpp keeps the keys and values of one conversation, and would read each anew every turn.
-        return Served(config.model_name or path.stem, gguf, tokenizer, close=gguf.close)
+        return Served(
+            config.model_name or path.stem, gguf, tokenizer, close=gguf.close, begins_with=tuple(tokenizer.prefix)
+        )
     folder = api.find_model(path)
     loaded = api.load(folder, config.dtype, max_batch=config.max_batch, limit_tokens=config.max_model_len)
-    return Served(config.model_name or folder.resolve().name, loaded.engine, loaded.tokenizer, config.max_running)
+    name = config.model_name or folder.resolve().name
+    return Served(name, loaded.engine, loaded.tokenizer, config.max_running, begins_with=loaded.begins_with)
 
 
 def _tokenizer_folder(config: ServeConfig, path: Path) -> Path:

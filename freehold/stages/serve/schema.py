@@ -108,7 +108,7 @@ class Request(_Part):
 class CompletionRequest(Request):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | Ids | list[Ids]
+    prompt: str | list[str] | Ids | list[Ids] = ""
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = None
