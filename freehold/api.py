@@ -17,13 +17,13 @@ import torch
 
 from freehold.checkpoint import dcp, hf
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
-from freehold.core.errors import ArtifactError, CheckpointError
+from freehold.core.errors import ArtifactError, CheckpointError, RequestError
 from freehold.infer.engine import Engine
 from freehold.infer.sampler import Sampling
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.model.device import Device, choose_device
-from freehold.tokenizer.bpe import Tokenizer
+from freehold.tokenizer.bpe import BOS, END_OF_TEXT, Tokenizer
 from freehold.tokenizer.chat import render_ids
 from freehold.tokenizer.output import AnswerParser, Piece, TextStream
 
@@ -37,10 +37,15 @@ MODELS = (
 )  # fmt: skip
 
 
+DEFAULT: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "top_k": 50}
+"""Sampling of a model that says nothing of its own: at temperature 1 a small model writes noise."""
+
+
 class NoTokenizer:
     """Stands in a model that was imported without a tokenizer of ours; asking anything of it raises ArtifactError."""
 
     bos = end_of_text = eos = -1  # no id: nothing ends an answer
+    prefix: tuple[int, ...] = ()
 
     def __init__(self, folder: Path, why: str) -> None:
         self._folder, self._why = folder, why
@@ -65,13 +70,15 @@ class Loaded:
     engine: Engine
     folder: Path
     """Where it was found."""
-    begins_with: tuple[int, ...] = ()
+    sampling: Sampling
+    """How it likes to be sampled (`generation_config.json`, else DEFAULT), with the tokens that end an answer."""
+    begins_with: tuple[int, ...] = (BOS,)
     """The ids that the model reads before a plain text, as it was trained: BOS, or what its checkpoint says."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer: of the turn, and of the text."""
-        return (self.tokenizer.eos, self.tokenizer.end_of_text)
+        return self.sampling.stop_ids
 
     def generate(
         self, prompt: str | Sequence[Message], *, max_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
@@ -104,7 +111,7 @@ class Loaded:
     def complete(
         self, text: str, *, max_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> str:  # fmt: skip
-        """Go on with a text, as a model does that was not taught to converse; returns what follows it.
+        """Continue a text, as a model does that was not taught to converse; return what follows.
 
         `max_tokens` and ContextOverflow as in `generate`.
         """
@@ -138,9 +145,9 @@ def load(
     dcp.match_keys(state, model.state_dict(), folder)
     model.load_state_dict(state, assign=True)
     model.to_compute({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).requires_grad_(False).to(place)
-    return Loaded(
-        model, tokenizer, config, Engine(model, max_batch, limit_tokens), folder, text_beginning(folder, tokenizer)
-    )
+    sampling = default_sampling(folder, tokenizer)
+    begins_with = text_beginning(folder, tokenizer)
+    return Loaded(model, tokenizer, config, Engine(model, max_batch, limit_tokens), folder, sampling, begins_with)
 
 
 def text_beginning(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -151,8 +158,30 @@ def text_beginning(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """
     facts = folder / "trainer.json"
     if not facts.exists():
-        return tuple(tokenizer.prefix)
-    return tuple(json.loads(facts.read_text(encoding="utf-8")).get("begins_with", [tokenizer.end_of_text]))
+        return tokenizer.prefix
+    return tuple(json.loads(facts.read_text(encoding="utf-8")).get("begins_with", [END_OF_TEXT]))
+
+
+def default_sampling(folder: Path, tokenizer: Tokenizer) -> Sampling:
+    """Return how a model likes to be sampled: its `generation_config.json`, or DEFAULT.
+
+    Raises CheckpointError when the file is not an object, or holds a value no sampler can use.
+    """
+    path, stops = folder / "generation_config.json", (tokenizer.eos, tokenizer.end_of_text)
+    if not path.is_file():
+        return Sampling(**DEFAULT, stop_ids=stops)
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        values = {
+            name: facts[name] for name in ("temperature", "top_p", "top_k", "min_p") if facts.get(name) is not None
+        }
+        if facts.get("do_sample") is False:
+            values["temperature"] = 0.0
+        return Sampling(**values, stop_ids=stops)
+    except (ValueError, TypeError, AttributeError, RecursionError, RequestError) as error:
+        raise CheckpointError(
+            "not a generation config", where=path, found=error, todo="mend the file, or remove it"
+        ) from error
 
 
 def find_model(path: Path) -> Path:
@@ -215,7 +244,7 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
             where=folder / "tokenizer.json",
             found=f"{tokenizer.vocab_size:,} tokens",
             expected=f"at most {config.vocab_size:,}",
-            todo="put the tokenizer the model was trained with beside it",
+            todo="put the tokenizer the model was trained with next to the weights",
         )
     facts = folder / "trainer.json"
     recorded = json.loads(facts.read_text(encoding="utf-8")).get("tokenizer_sha256") if facts.exists() else None
@@ -225,5 +254,5 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
             where=folder / "tokenizer.json",
             found=tokenizer.sha256[:16],
             expected=recorded[:16],
-            todo="put the tokenizer the model was trained with beside it",
+            todo="put the tokenizer the model was trained with next to the weights",
         )
