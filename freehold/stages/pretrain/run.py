@@ -75,7 +75,10 @@ def beginning(parent: Parent | None, folder: Path) -> int:
     """
     made = sorted(folder.glob("checkpoints/step_*/trainer.json"))
     earlier = [read_json(made[-1])] if made else [parent.facts] if parent is not None else []
-    return int(earlier[0].get("begins_with", [END_OF_TEXT])[0]) if earlier else BOS
+    if not earlier:
+        return BOS
+    # A model that was imported may begin with nothing; its documents then follow the end of the one before.
+    return int((earlier[0].get("begins_with") or [END_OF_TEXT])[0])
 
 
 def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, begin: int, work: Workspace) -> Text:
