@@ -88,10 +88,12 @@ def test_old_checkpoints_begin_as_they_were_trained(tiny_checkpoint: Path, tmp_p
     tokenizer = api.Tokenizer.load(old)
     assert api.text_beginning(old, tokenizer) == (END_OF_TEXT,)
     # A branch, and a run that was stopped, continue as they began.
-    assert beginning(Parent(old, facts), tmp_path) == END_OF_TEXT
-    assert beginning(Parent(old, {"begins_with": [BOS]}), tmp_path) == BOS
-    assert beginning(None, tmp_path) == BOS
-    step = tmp_path / "checkpoints" / "step_00000010"
-    step.mkdir(parents=True)
-    (step / "trainer.json").write_text(json.dumps(facts))
-    assert beginning(None, tmp_path) == END_OF_TEXT
+    stage = tmp_path / "pretrain"
+    assert beginning(Parent(old, facts), stage) == END_OF_TEXT
+    assert beginning(Parent(old, {"begins_with": [BOS]}), stage) == BOS
+    assert beginning(None, stage) == BOS
+    for made in ("checkpoints/step_00000010", "base"):
+        (stage / made).mkdir(parents=True)
+        (stage / made / "trainer.json").write_text(json.dumps(facts))
+        assert beginning(None, stage) == END_OF_TEXT
+        shutil.rmtree(stage)
