@@ -143,6 +143,22 @@ def find_recipe(path: Path) -> Path:
     )
 
 
+def user_path(text: str) -> Path:
+    """Return a path of a recipe, `~` standing for the home folder; ConfigError where there is none.
+
+    Paths are expanded when they are used, so that what a run keeps of its recipe names no one's home.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # HOME is not set, or no such user
+        raise ConfigError(
+            "a path begins with ~, but its home folder is unknown",
+            where=text,
+            found=str(error),
+            todo="write the path in full, or set HOME",
+        ) from error
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML file whose top level is a mapping; ConfigError otherwise."""
     if not path.is_file():
