@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from freehold.core.errors import ConfigError, ExportError
-from freehold.run.layout import EXPORT, IMPORTED, NAMED, RunFolder
+from freehold.run.layout import CURATE, EXPORT, GATHER, IMPORTED, NAMED, REPHRASE, RunFolder
 
 EXAMPLES = """on a recipe this is the stage of the walk: Hugging Face folder and GGUF files, proven.
 on a model it writes GGUF files:
@@ -104,7 +104,7 @@ def _run_of(folder: Path) -> Path | None:
 def check_rights(folder: Path, uses: tuple[str, ...]) -> None:
     """Raise LicenceError when the policy of a run does not let this checkpoint out, as its export stage would."""
     run = _run_of(folder)
-    if run is None or not RunFolder(run).finished("curate"):
+    if run is None or not RunFolder(run).finished(CURATE):
         return
     from freehold.core.artifact import read_manifest
     from freehold.core.config import fill
@@ -115,9 +115,9 @@ def check_rights(folder: Path, uses: tuple[str, ...]) -> None:
         config: dict[str, Any] = read_manifest(run / stage).get("config", {})
         return fill(Policy, config.get("policy", {}), f"{stage}.policy")
 
-    rewritten = policy_of("rephrase") if RunFolder(run).finished("rephrase") else None
+    rewritten = policy_of(REPHRASE) if RunFolder(run).finished(REPHRASE) else None
     wanted = {"checkpoint": folder.resolve().relative_to(run).as_posix(), "uses": uses}
-    policy_check.before_stage(run, EXPORT, policy_of("gather"), wanted, rewritten)
+    policy_check.before_stage(run, EXPORT, policy_of(GATHER), wanted, rewritten)
 
 
 def _text(answer: dict[str, Any], *, dry: bool) -> str:
