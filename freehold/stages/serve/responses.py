@@ -236,7 +236,7 @@ class Body:
 async def events(
     body: Body, moves: AsyncIterator[tuple[int, list[Piece]]], choice: Choice, prompt_tokens: int
 ) -> AsyncGenerator[dict[str, Any]]:
-    """Yield the events of a streamed response; the last one holds all of it."""
+    """Yield the events of a streamed response; the last one holds the response."""
     output, number = Output(), 0
     yield {"type": "response.created", "response": body.fields, "sequence_number": 0}
     yield {"type": "response.in_progress", "response": body.fields, "sequence_number": 1}
