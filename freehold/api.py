@@ -17,7 +17,7 @@ import torch
 
 from freehold.checkpoint import dcp, hf
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
-from freehold.core.errors import ArtifactError, CheckpointError
+from freehold.core.errors import ArtifactError, CheckpointError, RequestError
 from freehold.infer.engine import Engine
 from freehold.infer.sampler import Sampling
 from freehold.model.afmoe import Afmoe
@@ -35,6 +35,10 @@ MODELS = (
     "align/preview", "preview", "pretrain/base", "base", "import/base", "pretrain/truebase", "truebase", "export/hf",
     "hf",
 )  # fmt: skip
+
+
+DEFAULT: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "top_k": 50}
+"""Sampling of a model that says nothing of its own: at temperature 1 a small model writes noise."""
 
 
 class NoTokenizer:
@@ -65,11 +69,13 @@ class Loaded:
     engine: Engine
     folder: Path
     """Where it was found."""
+    sampling: Sampling
+    """How it likes to be sampled (`generation_config.json`, else DEFAULT), with the tokens that end an answer."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer: of the turn, and of the text."""
-        return (self.tokenizer.eos, self.tokenizer.end_of_text)
+        return self.sampling.stop_ids
 
     def generate(
         self, prompt: str | Sequence[Message], *, max_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
@@ -98,7 +104,7 @@ class Loaded:
     def complete(
         self, text: str, *, max_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> str:  # fmt: skip
-        """Go on with a text, as a model does that was not taught to converse; returns what follows it.
+        """Continue a text, as a model does that was not taught to converse; return what follows.
 
         `max_tokens` and ContextOverflow as in `generate`.
         """
@@ -132,7 +138,30 @@ def load(
     dcp.match_keys(state, model.state_dict(), folder)
     model.load_state_dict(state, assign=True)
     model.to_compute({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).requires_grad_(False).to(place)
-    return Loaded(model, tokenizer, config, Engine(model, max_batch, limit_tokens), folder)
+    sampling = default_sampling(folder, tokenizer)
+    return Loaded(model, tokenizer, config, Engine(model, max_batch, limit_tokens), folder, sampling)
+
+
+def default_sampling(folder: Path, tokenizer: Tokenizer) -> Sampling:
+    """Return how a model likes to be sampled: its `generation_config.json`, or DEFAULT.
+
+    Raises CheckpointError when the file is not an object, or holds a value no sampler can use.
+    """
+    path, stops = folder / "generation_config.json", (tokenizer.eos, tokenizer.end_of_text)
+    if not path.is_file():
+        return Sampling(**DEFAULT, stop_ids=stops)
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        values = {
+            name: facts[name] for name in ("temperature", "top_p", "top_k", "min_p") if facts.get(name) is not None
+        }
+        if facts.get("do_sample") is False:
+            values["temperature"] = 0.0
+        return Sampling(**values, stop_ids=stops)
+    except (ValueError, TypeError, AttributeError, RecursionError, RequestError) as error:
+        raise CheckpointError(
+            "not a generation config", where=path, found=error, todo="mend the file, or remove it"
+        ) from error
 
 
 def find_model(path: Path) -> Path:
@@ -195,7 +224,7 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
             where=folder / "tokenizer.json",
             found=f"{tokenizer.vocab_size:,} tokens",
             expected=f"at most {config.vocab_size:,}",
-            todo="put the tokenizer the model was trained with beside it",
+            todo="put the tokenizer the model was trained with next to the weights",
         )
     facts = folder / "trainer.json"
     recorded = json.loads(facts.read_text(encoding="utf-8")).get("tokenizer_sha256") if facts.exists() else None
@@ -205,5 +234,5 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
             where=folder / "tokenizer.json",
             found=tokenizer.sha256[:16],
             expected=recorded[:16],
-            todo="put the tokenizer the model was trained with beside it",
+            todo="put the tokenizer the model was trained with next to the weights",
         )

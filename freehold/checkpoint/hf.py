@@ -11,13 +11,14 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from freehold.checkpoint.limits import check_config_size, check_exported_hashes, check_finite
 from freehold.core.artifact import read_json, write_json
 from freehold.core.errors import CheckpointError
 from freehold.model.afmoe import Afmoe
@@ -161,25 +162,26 @@ def save_hf(
 def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return the shape and the tensors of a folder in HF form, under our names, in the dtypes on disk.
 
-    Expert biases come back in fp32. Raises CheckpointError naming what is missing, left over or misshapen.
+    Expert biases come back in fp32. Raises CheckpointError naming what is missing, left over, misshapen, not finite, or
+    other bytes than the manifest of the export records.
     """
-    config = read_shape(folder)
-    table = key_table(config)
+    data = read_json(folder / "config.json", CheckpointError, None)
     with _opened(folder) as where:
-        _account_files(table, where, folder)
+        config, table = _accounted(data, folder, where)
+        check_exported_hashes(folder)
         state = {}
         for entry in table:
             tensor = entry.from_disk({name: where[name].get_tensor(name) for name in entry.theirs})
             state[entry.ours] = tensor.float() if entry.ours.endswith(".expert_bias") else tensor
+    check_finite(state, folder)
     return config, state
 
 
 def check_hf(folder: Path) -> ModelConfig:
     """Return the shape of a folder in HF form, whose tensors have the right names and shapes; reads none of them."""
-    config = read_shape(folder)
+    data = read_json(folder / "config.json", CheckpointError, None)
     with _opened(folder) as where:
-        _account_files(key_table(config), where, folder)
-    return config
+        return _accounted(data, folder, where)[0]
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -199,11 +201,6 @@ def count_tensors(config: ModelConfig) -> int:
     return sum(len(entry.theirs) for entry in key_table(config))
 
 
-def read_shape(folder: Path) -> ModelConfig:
-    """Return the shape that a folder's `config.json` describes."""
-    return from_hf_dict(read_json(folder / "config.json", CheckpointError, None), str(folder / "config.json"))
-
-
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[dict[str, safe_open]]:
     """Open the files of weights; yield which of them holds each tensor."""
@@ -220,9 +217,15 @@ def _opened(folder: Path) -> Iterator[dict[str, safe_open]]:
         yield where
 
 
-def _account_files(table: list[Entry], where: dict[str, safe_open], folder: Path) -> None:
-    expected = {name: shape for entry in table for name, shape in entry.shapes().items()}
-    _account(expected, {k: torch.Size(f.get_slice(k).get_shape()) for k, f in where.items()}, folder)
+def _accounted(data: dict[str, Any], folder: Path, where: dict[str, safe_open]) -> tuple[ModelConfig, list[Entry]]:
+    """Return shape and key table of a folder whose tensors are exactly those of its config.json (`data`)."""
+    shapes = {k: torch.Size(f.get_slice(k).get_shape()) for k, f in where.items()}
+    values = sum(shape.numel() for shape in shapes.values())
+    check_config_size(data, len(shapes), values, folder / "config.json", experts=len(shapes))
+    config = from_hf_dict(data, str(folder / "config.json"))
+    table = key_table(config)
+    _account({name: shape for entry in table for name, shape in entry.shapes().items()}, shapes, folder)
+    return config, table
 
 
 def _account(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], where: object) -> None:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from freehold.cli import make, read
+from freehold.cli import make, prove, read
 from freehold.cli.parser import Parser
 from freehold.core.errors import FreeholdError
 from freehold.core.version import VERSION
@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   freehold trace sotu                                 where did this source go?
   freehold takedown sotu runs/laptop                  what learned from it, and the cheapest way back
   freehold lineage runs/laptop                        from sources to GGUF
+  freehold release runs/laptop                        a signed folder that strangers can check
   freehold verify-resume recipes/laptop.yaml          kill it, resume it, compare every bit
 """
 
@@ -95,6 +96,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"freehold {VERSION}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for room in (make, read):
+    for room in (make, read, prove):
         room.add_verbs(verbs)
     return parser

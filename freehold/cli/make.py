@@ -12,7 +12,7 @@ from freehold.cli.check import check, check_arguments
 from freehold.cli.importing import import_, import_arguments
 from freehold.cli.parser import recipe_arguments, verb, walk_flags
 from freehold.core.errors import ConfigError
-from freehold.run.layout import ALIGN, CHAT, IMPORT, PRETRAIN, PUBLISHED, REPHRASE, SERVE, TALK, WALK
+from freehold.run.layout import ALIGN, CHAT, IMPORT, PRETRAIN, PUBLISHED, REPHRASE, SERVE, WALK
 
 TAUGHT = {
     REPHRASE: """in the recipe, a teacher and what it is asked for:
@@ -50,8 +50,8 @@ def add_verbs(verbs: Any) -> None:
     chat.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema chat`")
     _add_plan(verbs)
     _add_verify(verbs)
-    schema = verb(verbs, "schema", "print the JSON Schema of a stage's section of the recipe", _schema)
-    schema.add_argument("stage", choices=[*WALK, CHAT, IMPORT])
+    schema = verb(verbs, "schema", "the settings to set first; of one stage: every setting, as JSON Schema", _schema)
+    schema.add_argument("stage", nargs="?", choices=[*WALK, CHAT, IMPORT], help="a stage of the walk (default: all)")
 
 
 def _add_serve(verbs: Any) -> None:
@@ -265,6 +265,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _schema(args: argparse.Namespace) -> int:
-    stage = {**WALK, TALK.name: TALK, IMPORT: PUBLISHED}[args.stage]
-    print(json.dumps(stage.config_class().model_json_schema(), indent=1))
+    from freehold.run import settings
+
+    print(json.dumps(settings.json_schema(args.stage), indent=1) if args.stage else settings.text())
     return 0

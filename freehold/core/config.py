@@ -45,6 +45,11 @@ REMOVED: dict[str, str] = {
     "gather.sources.*.licence_key": 'stages/gather/config.py: LICENCE_KEY = "licence"',
     "gather.sources.*.evidence_key": 'stages/gather/config.py: EVIDENCE_KEY = "licence_evidence"',
     "gather.sources.*.held_out_share": "corpora/generate.py: HELD_OUT_SHARE = 0.2",
+    "chat.top_p": "generation_config.json of the model, else api.py: DEFAULT",
+    "chat.top_k": "generation_config.json of the model, else api.py: DEFAULT",
+    "serve.max_batch": "infer/engine.py: 32 prompts or choices of one request are decoded together",
+    "serve.answer_tokens": "stages/serve/run.py: ANSWER_TOKENS = 64",
+    "serve.start_timeout_s": "stages/serve/run.py: START_TIMEOUT_S = 120",
     "*.parallel.supervise.start_s": "parallel/observe.py: START_S = 900",
     "*.parallel.supervise.slow_factor": "parallel/observe.py: SLOW_FACTOR = 2",
     "plan.machine.mfu_error": "planner/hardware.py: MFU_ERROR = 0.2",
@@ -136,6 +141,22 @@ def find_recipe(path: Path) -> Path:
     raise ConfigError(
         "no such recipe", where=path, todo=f"did you mean {near[0]}?" if near else f"shipped: {', '.join(known)}"
     )
+
+
+def user_path(text: str) -> Path:
+    """Return a path of a recipe, `~` standing for the home folder; ConfigError where there is none.
+
+    Paths are expanded when they are used, so that what a run keeps of its recipe names no one's home.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # HOME is not set, or no such user
+        raise ConfigError(
+            "a path begins with ~, but its home folder is unknown",
+            where=text,
+            found=str(error),
+            todo="write the path in full, or set HOME",
+        ) from error
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

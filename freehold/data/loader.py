@@ -340,6 +340,9 @@ def consumed_by(facts: Mapping[str, Any]) -> dict[str, int]:
     if step in ends:
         return dict(ends[step])
     steps, end = facts["phases"][facts["phase"]]["steps"], min((e for e in ends if e > step), default=0)
+    if facts["phase"] in facts.get("lengthened", {}):
+        # Arranged in segments; each one's end is among the ends.
+        steps = end - max((e for e in ends if e <= step), default=0)
     first, split = end - steps, facts.get("order", {}).get("workers", 1) > 1  # then rows are counted by worker
     if end and not split and (first == 0 or first in ends):
         counts = {name: n - ends.get(first, {}).get(name, 0) for name, n in ends[end].items()}

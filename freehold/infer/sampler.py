@@ -18,6 +18,8 @@ from torch import Tensor
 from freehold.core.errors import RequestError
 
 MAX_TOP_LOGPROBS = 20
+COLDEST = 2.0**-126
+"""The smallest normal float32: a processor may take what is smaller for 0, and 0/0 is no logit."""
 RANKED = 1024
 """Tokens ranked before a whole vocabulary is."""
 
@@ -63,9 +65,14 @@ class Sampling:
             _check("logit_bias", bias, -100, 100)
 
     @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always chosen."""
+        return self.temperature < COLDEST
+
+    @property
     def filters(self) -> bool:
         """Whether tokens must be ranked before one is drawn."""
-        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+        return not self.greedy and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
     @property
     def penalises(self) -> bool:
@@ -118,7 +125,7 @@ class Sampler:
             scaled[rows] = _filter(scaled[rows], [self.settings[r] for r in self._filtered])
         cumulative = scaled.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         # 32 bits, so that a draw times the total stays below the total: never past the last possible token.
-        draws = [r.getrandbits(32) / 2**32 if s.temperature > 0 else 0.0 for r, s in self._pairs]
+        draws = [0.0 if s.greedy else r.getrandbits(32) / 2**32 for r, s in self._pairs]
         points = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, points, right=True)[:, 0]
         if self._greedy:
@@ -135,11 +142,11 @@ class Sampler:
     def _prepare(self) -> None:
         """Work out, once for a set of rows, which steps they need."""
         self._pairs = list(zip(self._random, self.settings, strict=True))
-        self._greedy = [r for r, s in enumerate(self.settings) if s.temperature == 0]
+        self._greedy = [r for r, s in enumerate(self.settings) if s.greedy]
         self._greedy_all = len(self._greedy) == len(self.settings)
         self._filtered = [r for r, s in enumerate(self.settings) if s.filters]
         self._adjusted = [r for r, s in enumerate(self.settings) if s.penalises or s.logit_bias]
-        self._temperature = torch.tensor([[s.temperature or 1.0] for s in self.settings])
+        self._temperature = torch.tensor([[1.0 if s.greedy else s.temperature] for s in self.settings])
 
     def _adjust(self, logits: Tensor) -> Tensor:
         logits = logits.clone()

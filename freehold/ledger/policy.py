@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from freehold.core.config import Config, load_yaml, merge
+from freehold.core.config import Config, load_yaml, merge, user_path
 from freehold.core.errors import LicenceError
 from freehold.ledger.evidence import RANK, Confidence
 from freehold.ledger.known import look_up
@@ -142,7 +141,7 @@ class Policy(Config):
     @classmethod
     def _from_file(cls, data: Any) -> Any:
         if isinstance(data, dict) and "file" in data:
-            return merge(load_yaml(Path(str(data["file"]))), {k: v for k, v in data.items() if k != "file"})
+            return merge(load_yaml(user_path(str(data["file"]))), {k: v for k, v in data.items() if k != "file"})
         return data
 
 

@@ -36,6 +36,8 @@ class StagePlan:
     """Its filled declaration."""
     head: Head
     run: RunFolder
+    typed: tuple[str, ...] = ()
+    """The recipe and the overrides, as words of a command."""
 
     @property
     def name(self) -> str:
@@ -122,7 +124,10 @@ def resolve(path: Path, overrides: Sequence[str] = (), stage: str = "", fork: st
     if head.until not in WALK:
         raise ConfigError("no such stage", where="until", found=head.until, expected=", ".join(WALK))
     run = RunFolder(head.runs_dir / head.name)
-    stages = {name: StagePlan(each, _filled(each, data.get(name) or {}), head, run) for name, each in WALK.items()}
+    typed = (str(path), *absolute)
+    stages = {
+        name: StagePlan(each, _filled(each, data.get(name) or {}), head, run, typed) for name, each in WALK.items()
+    }
     return Plan(head, stages, path, tuple(absolute))
 
 

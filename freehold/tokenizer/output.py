@@ -37,7 +37,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Vocabulary, stop: Sequence[str] = ()) -> None:
         self.stopped = False
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self.decoded_chars = self.returned_chars = 0
+        """Characters there are, held ones included, and those that were returned."""
+        self._tokenizer, self.stops = tokenizer, tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
@@ -53,14 +55,15 @@ class TextStream:
     def _cut(self, text: str, *, last: bool) -> str:
         if self.stopped:
             return ""
+        self.decoded_chars += len(text)
         text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = 0 if last else partial(text, self._stop)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        self.stopped = bool(found)
+        keep = 0 if last or found else partial(text, self.stops)
+        cut = min(found, default=len(text) - keep)
+        self._held = "" if found else text[cut:]
+        self.returned_chars += cut
+        return text[:cut]
 
 
 @dataclass(frozen=True)

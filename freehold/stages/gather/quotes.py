@@ -9,6 +9,7 @@ import sysconfig
 import zlib
 from pathlib import Path
 
+from freehold.core.config import user_path
 from freehold.core.errors import LicenceError
 from freehold.stages.gather.config import Archive, FileSource, Folder, Package
 from freehold.stages.gather.origins import LICENCE_FILE_BYTES, Origin, find, read_file, walk
@@ -46,7 +47,7 @@ def _evidence_texts(source: FileSource, evidence: Evidence, corpus_dir: Path, pi
     elif isinstance(probe, Archive):
         reads = [m.read for m in find("", probe, corpus_dir, pinned).members]
     else:
-        root = Path(source.path) if isinstance(source, Folder) else Path(sysconfig.get_path("stdlib"))
+        root = user_path(source.path) if isinstance(source, Folder) else Path(sysconfig.get_path("stdlib"))
         reads = [m.read for m in walk(root, probe, [])]
     texts = []
     for read in reads:

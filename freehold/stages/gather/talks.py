@@ -11,6 +11,7 @@ from typing import Any
 
 from freehold.conversations.files import Row, format_of, read
 from freehold.core.artifact import sha256_file
+from freehold.core.config import user_path
 from freehold.core.document import Conversation, document_id, said
 from freehold.core.errors import DataError, LicenceError
 from freehold.ledger.evidence import Weighed, of_head, restrictions, weigh
@@ -50,7 +51,7 @@ def read_talks(name: str, source: Conversations) -> Talks:
     Raises DataError for a file without a known format, one in which too many rows are refused, and one that changes
     while it is read.
     """
-    path = Path(source.path)
+    path = user_path(source.path)
     before = sha256_file(path)
     kind = format_of(path, source.format, source.max_document_bytes)
     found = Talks(kind, digest=before)
@@ -99,7 +100,7 @@ def _conversation(name: str, source: Conversations, row: Row, place: str) -> Con
         wrapper_licence="",
         licence=weighed.licence,
         licence_evidence=weighed.evidence,
-        acquired=source.acquired or date_of(Path(source.path)),
+        acquired=source.acquired or date_of(user_path(source.path)),
         kind="conversation",
         synthetic_from="",
         teacher=str(row.fields.get("teacher") or ""),

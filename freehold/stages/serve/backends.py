@@ -41,7 +41,9 @@ class Served:
     name: str
     backend: Backend
     tokenizer: Tokenizer
-    at_once: int = 1
+    sampling: Sampling
+    """How it is sampled where a request does not say otherwise, and the tokens that end its answers."""
+    running: int = 1
     """Requests that may take turns."""
     close: Callable[[], None] = lambda: None
     """Ends what does not end by itself."""
@@ -52,11 +54,13 @@ def open_model(config: ServeConfig, path: Path) -> Served:
     if path.suffix == ".gguf":
         tokenizer = Tokenizer.load(_tokenizer_folder(config, path))
         gguf = Gguf(path, tokenizer, config.max_model_len)
-        # One at a time: llama.cpp keeps the keys and values of one conversation, and would read each anew every turn.
-        return Served(config.model_name or path.stem, gguf, tokenizer, close=gguf.close)
+        # One at a time: llama.cpp keeps the keys and values of one conversation, and would read each again every turn.
+        sampling = api.default_sampling(path.parent, tokenizer)
+        return Served(config.model_name or path.stem, gguf, tokenizer, sampling, close=gguf.close)
     folder = api.find_model(path)
-    loaded = api.load(folder, config.dtype, max_batch=config.max_batch, limit_tokens=config.max_model_len)
-    return Served(config.model_name or folder.resolve().name, loaded.engine, loaded.tokenizer, config.max_running)
+    loaded = api.load(folder, config.dtype, device=config.device, limit_tokens=config.max_model_len)
+    name = config.model_name or folder.resolve().name
+    return Served(name, loaded.engine, loaded.tokenizer, loaded.sampling, config.max_running)
 
 
 def _tokenizer_folder(config: ServeConfig, path: Path) -> Path:
@@ -66,7 +70,7 @@ def _tokenizer_folder(config: ServeConfig, path: Path) -> Path:
         if (folder / "tokenizer.json").exists():
             return folder
     raise ArtifactError(
-        "no tokenizer beside the GGUF file",
+        "no tokenizer next to the GGUF file",
         where=path,
         expected=f"tokenizer.json in {path.parent} or {path.parent.parent / 'hf'}",
         todo="name its folder: tokenizer=FOLDER",
@@ -77,7 +81,7 @@ class Gguf:
     """A GGUF file run by llama.cpp in a process of its own; prompts of one request follow each other.
 
     llama.cpp is asked for one token at a time (its prompt cache makes that as fast as asking for all): only so
-    does it tell the id of every token, those that end a turn or are half a character included. The latter come
+    does it report the id of every token, also of those that end a turn or are half a character. The latter come
     without log-probability.
     """
 
@@ -102,7 +106,7 @@ class Gguf:
                 yield number, token
 
     def score_top(self, sequences: Sequence[Sequence[int]], top: int) -> list[Scored]:
-        """Refuse: llama.cpp's server does not tell the log-probabilities of a prompt."""
+        """Refuse: llama.cpp's server does not report the log-probabilities of a prompt."""
         raise RequestError(
             "log-probabilities of the prompt are not available from a GGUF file",
             where="echo",
@@ -118,7 +122,7 @@ class Gguf:
             )
         if len(prompt) + (1 if sampling.max_tokens is None else sampling.max_tokens) > self.limit_tokens:
             raise ContextOverflow(
-                "the prompt and what is to be generated do not fit the context",
+                "the prompt and the requested tokens do not fit the context",
                 where="prompt",
                 found=f"{len(prompt)} prompt tokens + {sampling.max_tokens or 'at least 1'} to generate",
                 expected=f"at most {self.limit_tokens} tokens together",
@@ -134,9 +138,9 @@ class Gguf:
             token = int(answer["tokens"][0])
             ids.append(token)
             counts[token] += 1
-            told = next(iter(answer.get("completion_probabilities") or ()), None)
-            logprob = told["logprob"] if told else math.nan
-            top = [(t["id"], t["logprob"]) for t in told["top_logprobs"][: sampling.logprobs]] if told else []
+            found = next(iter(answer.get("completion_probabilities") or ()), None)
+            logprob = found["logprob"] if found else math.nan
+            top = [(t["id"], t["logprob"]) for t in found["top_logprobs"][: sampling.logprobs]] if found else []
             ends = token in sampling.stop_ids or answer["stop_type"] == "eos"
             reason = "stop" if ends else None if left else "length"
             yield Token(token, logprob, top, reason)
