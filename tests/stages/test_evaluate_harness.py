@@ -17,10 +17,11 @@ from freehold.checkpoint.hf import save_hf
 from freehold.core.errors import ConfigError, DataError
 from freehold.core.log import Log
 from freehold.model.afmoe import Afmoe
+from freehold.stages.evaluate.answers import answer
 from freehold.stages.evaluate.config import EvaluateConfig, HarnessConfig
 from freehold.stages.evaluate.harness import RESULTS, choice_ids, fingerprint, write_tasks
 from freehold.stages.evaluate.items import Item, normalise
-from freehold.stages.evaluate.lm_eval_tasks import answer, run_tasks
+from freehold.stages.evaluate.lm_eval_tasks import run_tasks
 from freehold.stages.evaluate.tasks import do_tasks
 from freehold.tokenizer.bpe import train
 from freehold.tokenizer.chat import render

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from freehold.stages.evaluate.lm_eval_tasks import answer, check_fits
+from freehold.stages.evaluate.answers import answer, check_fits
 from freehold.tokenizer.chat import render
 
 if TYPE_CHECKING:

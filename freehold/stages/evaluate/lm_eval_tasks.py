@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from freehold.core.errors import ConfigError, DataError
+from freehold.core.errors import ConfigError
 from freehold.core.log import Log
-from freehold.infer.sampler import Sampling
 from freehold.stages.evaluate.config import HarnessConfig
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 def run_tasks(loaded: Loaded, config: HarnessConfig, log: Log, name: str) -> dict[str, dict[str, float]]:
     """Return the harness's own figures of each task, by metric.
 
-    Raises ConfigError when the harness is not installed or knows no such task, DataError for a prompt that does not
+    Raises ConfigError when the harness is not installed or knows no such task, DataError for a request that does not
     fit the model.
     """
     try:
@@ -77,26 +76,3 @@ def _offline() -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-
-
-def check_fits(tokens: int, most: int, where: str) -> None:
-    """Raise DataError for a request that is longer than the context: the harness itself would cut it silently."""
-    if tokens > most:
-        raise DataError(
-            "a request of a task does not fit the model's context",
-            where=where,
-            found=f"{tokens} tokens",
-            expected=f"at most {most}",
-            todo="shorten the task's prompts, ask for fewer examples (num_fewshot), or leave the task",
-        )
-
-
-def answer(loaded: Loaded, prompt: Sequence[int], until: Sequence[str], max_tokens: int, where: str) -> str:
-    """Return a greedy answer, ended before the first of `until`; DataError when the prompt leaves no room."""
-    check_fits(len(prompt) + 1, loaded.config.max_position_embeddings, where)
-    room = loaded.config.max_position_embeddings - len(prompt)
-    sampling = Sampling(temperature=0.0, max_tokens=min(max_tokens, room), stop_ids=loaded.stop_ids)
-    text = loaded.tokenizer.decode(loaded.engine.generate([list(prompt)], sampling)[0].ids, skip_specials=True)
-    for end in filter(None, until):
-        text = text.split(end)[0]
-    return text
