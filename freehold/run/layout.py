@@ -120,6 +120,9 @@ EXPORTED = "align/preview"
 NAMED = ("pretrain/truebase", "pretrain/base", "align/preview")
 """Checkpoints that people look for by name."""
 
+IMPORTED = "import/base"
+"""The checkpoint of a run folder that an imported model is."""
+
 
 def training() -> tuple[str, ...]:
     """Return the stages that train, in order."""

@@ -21,7 +21,7 @@ from freehold.stages.serve.metrics import Metrics
 from freehold.stages.serve.schema import ChatRequest, CompletionRequest, Request
 from freehold.stages.serve.worker import Worker
 from freehold.tokenizer.chat import render, render_ids
-from freehold.tokenizer.output import AnswerParser, TextStream
+from freehold.tokenizer.output import TextStream
 
 LOG = logging.getLogger("uvicorn.error")
 INTERNAL = 500
@@ -72,7 +72,7 @@ class Front:
         numbers = range(request.n or 1)
         default = self.served.sampling
         settings = [request.sampling(default, choice=i, logprobs=top, max_tokens=limit) for i in numbers]
-        choices = [Choice(self._text(request), AnswerParser(tools=bool(tools))) for _ in numbers]
+        choices = [Choice(self._text(request), self.served.answers.parser(tools)) for _ in numbers]
 
         def work() -> Generator[answers.Event]:
             yield from self.backend.decode([prompt] * len(settings), settings)
