@@ -16,7 +16,7 @@ SEEN = Path.home() / ".local/state/freehold/verified.json" if Path.home().is_dir
 
 def add_verbs(verbs: Any) -> None:
     """Add the verbs of this module to the parser."""
-    for add in (_add_release, _add_verify, _add_keys, _add_log):
+    for add in (_add_release, _add_verify, _add_reproduce, _add_keys, _add_log):
         add(verbs)
 
 
@@ -46,6 +46,20 @@ def _add_verify(verbs: Any) -> None:
     verify.add_argument("--seen", type=Path, default=SEEN, help="file that remembers the newest log seen of each root")
     verify.add_argument("--json", action="store_true", help="machine-readable answer")
     verify.epilog = "exit codes: 0 verified, 3 not the files that were signed, 4 signed but inconsistent, 2 a mistake"
+
+
+def _add_reproduce(verbs: Any) -> None:
+    text = "make a release again from its own recipe and compare the content of each stage"
+    reproduce = verb(verbs, "reproduce", text, _reproduce)
+    reproduce.add_argument("pack", type=Path, help="folder of a release")
+    reproduce.add_argument("--root", required=True, help="fingerprint of the root key, or a file with it")
+    much = reproduce.add_mutually_exclusive_group()
+    much.add_argument("--data-only", action="store_true", help="gather to token shards, minutes (default)")
+    much.add_argument("--all", action="store_true", help="training and export too")
+    reproduce.add_argument("--work", type=Path, default=Path("reproduced"), help="folder of the new run")
+    reproduce.add_argument("--dry-run", action="store_true", help="verify, write the recipe, start nothing")
+    reproduce.add_argument("--json", action="store_true", help="machine-readable answer")
+    reproduce.epilog = "exit codes: 0 equal or not comparable, 6 different, 3 not the files that were signed"
 
 
 def _add_keys(verbs: Any) -> None:
@@ -93,18 +107,9 @@ def _release(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from freehold.proof import folder, verify
-
-    root = folder.read_fingerprint(Path(args.root)) if Path(args.root).is_file() else args.root.lower()
-    if not args.pack.is_dir():
-        raise ConfigError("no such folder", where=args.pack, expected="the folder of a release")
-    seen = _read_seen(args.seen)
+    root, seen = _root(args.root), _read_seen(args.seen)
     version, size = seen.get(root, [0, 0])
-    try:
-        verified = verify.verify_pack(args.pack, root, version, size)
-    except ProofError as error:
-        error.code = 3  # type: ignore[attr-defined]
-        raise
+    verified = _level_1(args.pack, root, version, size)
     answer: dict[str, Any] = {
         "release": verified.name,
         "files": len(verified.files),
@@ -121,6 +126,38 @@ def _verify(args: argparse.Namespace) -> int:
         answer |= {"checked": report.checked, "not_checked": report.not_checked}
     _write_seen(args.seen, seen | {root: [verified.keyring_version, max(size, verified.log.size)]})
     _answer(args, {"verified": True, **answer})
+    return 0
+
+
+def _root(given: str) -> str:
+    from freehold.proof.folder import read_fingerprint
+
+    return read_fingerprint(Path(given)) if Path(given).is_file() else given.lower()
+
+
+def _level_1(pack: Path, root: str, version: int = 0, size: int = 0) -> Any:
+    """Verify signatures and files; a ProofError from here ends with exit code 3."""
+    from freehold.proof import verify
+
+    if not pack.is_dir():
+        raise ConfigError("no such folder", where=pack, expected="the folder of a release")
+    try:
+        return verify.verify_pack(pack, root, version, size)
+    except ProofError as error:
+        error.code = 3  # type: ignore[attr-defined]
+        raise
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from freehold.run import reproduce
+
+    verified = _level_1(args.pack, _root(args.root))
+    if args.dry_run:
+        plan = reproduce.write_recipe(args.pack, args.work)
+        _answer(args, {"release": verified.name, "recipe": str(plan.path), "run": str(plan.run_folder)})
+        return 0
+    outcomes = reproduce.reproduce(args.pack, args.work, everything=args.all, quiet=args.json)
+    _answer(args, {"release": verified.name, "stages": [vars(outcome) for outcome in outcomes]})
     return 0
 
 

@@ -256,6 +256,8 @@ class Workspace:
     inputs: dict[str, Path] = field(default_factory=dict)
     leads: bool = True
     """Whether this process writes what a stage writes once; of several ranks only the first does."""
+    lengthened: dict[str, list[int]] = field(default_factory=dict)
+    """Of each phase that was made longer, the numbers of steps it had before, ascending."""
     documents_of_step: Callable[[int], list[dict[str, Any]]] = lambda _: []
     """Returns name, source and licence of the documents of one training step, for reports of what went wrong."""
 

@@ -72,6 +72,7 @@ class DocumentBuffer:
     def row(self, number: int) -> list[Span]:
         """Return the stretches of documents that make up a row, at any time and in any order of asking."""
         while not self._start.row <= number < self._start.row + len(self._rows):
+            # Going back is possible from any kept state; going forward plays what is between. Both give the same rows.
             self._start = self._states[max(row for row in self._states if row <= number)]
             self._rows, after = self._play(self._start, ROWS_AT_ONCE - self._start.row % ROWS_AT_ONCE)
             self.restore(after)
@@ -85,6 +86,7 @@ class DocumentBuffer:
     def restore(self, state: BufferState) -> None:
         """Take up a state of this buffer: rows from there on are then played from it, not from the first row."""
         if len(self._states) >= STATES_KEPT:
+            # Every other state is dropped, so memory is bounded while both old and new rows stay within reach.
             self._states = {row: self._states[row] for row in sorted(self._states)[::2]}
         self._states[state.row] = state
 
@@ -92,12 +94,15 @@ class DocumentBuffer:
         """Return the next rows after a state, up to a multiple of ROWS_AT_ONCE, and the state after them."""
         epoch, taken, queue = state.epoch, state.taken, list(state.queue)
         order = self.order(epoch)
+        # Draws come in blocks with a generator each: row n needs the draws of its block, not those of all rows before.
         block, at = divmod(state.row, ROWS_AT_ONCE)
         places = self.rng("places", block).integers(0, 1 << 32, ROWS_AT_ONCE).tolist()[at : at + rows]
         played = []
         for place in places:
             need, spans = self.row_tokens, []
+            # Until the row is full; most rows end inside a document, which then waits in the queue for its next row.
             while need:
+                # The report refills at N left; at the end of an epoch the queue runs empty first, so epochs do not mix.
                 if len(queue) <= self.low and (taken < len(order) or not queue):
                     if taken == len(order):
                         epoch, taken = epoch + 1, 0
@@ -106,12 +111,16 @@ class DocumentBuffer:
                     if len(new):
                         taken += len(new)
                         queue += zip(new.tolist(), [0] * len(new), self.lengths[new].tolist(), strict=True)
+                        # New documents are mixed with those left, else the old ones would always be read last.
                         queue = [queue[i] for i in self.rng("filled", epoch, taken).permutation(len(queue)).tolist()]
                 span = queue.pop()
                 document, head, left = span
                 if left > need:
                     spans.append((document, head, need))
+                    # Swapped with a random place: the document is continued later, from where it was read to.
                     queue.append((document, head + need, left - need))
+                    # A 32-bit draw scaled to the queue: the same as `integers(len(queue))`, but drawn before the length
+                    # is known.
                     other = place * len(queue) >> 32
                     queue[other], queue[-1] = queue[-1], queue[other]
                     break
@@ -172,7 +181,9 @@ class BufferOrder(TextOrder):
 
     def spans(self, lane: str, row: int) -> list[Span]:
         """Return (document number, first token within it, tokens) of each stretch of a row."""
+        # Made on first use: a rank that reads some parts of a step plays only their buffers.
         if lane not in self._buffers:
+            # Lanes are ordered source by source, worker by worker, so the remainder is the worker.
             source, worker = self.sources[self.lanes[lane]], list(self.lanes).index(lane) % self.workers
             self._buffers[lane] = DocumentBuffer(
                 source.lengths,
@@ -196,6 +207,7 @@ class BufferOrder(TextOrder):
         for r, (lane, row) in enumerate(rows):
             source, at = self.sources[self.lanes[lane]], 0
             for number, (document, first, tokens) in enumerate(self.spans(lane, row)):
+                # A piece that starts inside its document reads the true token before it, not a made-up beginning.
                 begin, end = int(source.starts[document]) + first, at + tokens
                 batch.targets[r, at:end] = source.tokens[begin : begin + tokens]
                 batch.input_ids[r, at] = source.tokens[begin - 1] if first else self.separator
@@ -219,12 +231,15 @@ class BufferOrder(TextOrder):
 
     def _arrange(self, counts: list[int], rng: np.random.Generator) -> np.ndarray:
         """Return a phase's rows [N, 2] of (lane number, row number): sources shuffled, each lane's rows in order."""
+        # Which source each row of the phase comes from: exact counts, shuffled.
         labels = np.repeat(np.arange(len(counts)), counts)[rng.permutation(sum(counts))]
+        # The place in its step decides a row's worker: equal parts of every step, whatever the sources.
         worker = np.arange(len(labels)) % self.sequences * self.workers // self.sequences
-        lanes = labels * self.workers + worker
+        lanes = labels * self.workers + worker  # [steps * B]
         taken = np.bincount(lanes, minlength=len(self.lanes))
+        # Numbering by a stable sort: the k-th row of a lane in the phase is row consumed + k of its stream.
         firsts = np.array(list(self.consumed.values())) - (np.cumsum(taken) - taken)
-        rows = np.stack([lanes, lanes], axis=1)
+        rows = np.stack([lanes, lanes], axis=1)  # [steps * B, 2]
         rows[np.argsort(lanes, kind="stable"), 1] = np.arange(len(lanes)) + np.repeat(firsts, taken)
         return rows
 

@@ -14,6 +14,8 @@ from pydantic import Field
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.config import Config, fill, load_yaml
 from freehold.core.errors import ArtifactError
+from freehold.ledger.policy import settled
+from freehold.run.ancestry import ancestors
 from freehold.run.checkpoints import read_checkpoints
 from freehold.run.layout import CURATE, GATHER, RunFolder, training
 from freehold.run.tables import Tables, readable
@@ -128,6 +130,19 @@ def facts(run_folder: Path) -> dict[str, Any]:
         }
         for c in read_checkpoints(run_folder)
         if c.named
+    ]
+    result["ancestors"] = [
+        {
+            "name": record.name,
+            "content_sha256": record.content_sha256,
+            "licences": sorted({row.licence for row in record.rows}),
+            "documents": sum(row.documents for row in record.rows),
+            "origin": "; ".join(str(made.origin) for made in record.origins),
+            "unknown": list(record.unknown),
+            "settled": settled(record.content_sha256, result["policy"].get("parents", {})),
+        }
+        for root in ancestors(run)
+        for record in root.all()
     ]
     return result
 

@@ -286,6 +286,7 @@ class Tokenizer:
                 "pad_token": SPECIALS[PAD],
                 "clean_up_tokenization_spaces": False,
                 "chat_template": JINJA,
+                "answer_format": {"dialect": "hermes", "thinking": False, "calls_in_reasoning": True},
             },
         )
 

@@ -35,17 +35,19 @@ def test_same_seed_samples_the_same_tokens(device, tiny_checkpoint):
 def test_server_answers_from_the_device(device, tiny_checkpoint):
     testclient = pytest.importorskip("fastapi.testclient")
     from freehold.stages.serve.app import create_app
-    from freehold.stages.serve.backends import Served
+    from freehold.stages.serve.backends import open_model
     from freehold.stages.serve.config import ServeConfig
 
-    loaded = api.load(tiny_checkpoint, device=device.type)
-    assert next(loaded.model.parameters()).device.type == device.type
-    with testclient.TestClient(create_app(Served("tiny", loaded.engine, loaded.tokenizer), ServeConfig())) as client:
+    config = ServeConfig(device=device.type, model_name="tiny")
+    served = open_model(config, tiny_checkpoint)
+    assert next(served.backend.model.parameters()).device.type == device.type
+    with testclient.TestClient(create_app(served, config), base_url="http://127.0.0.1") as client:
         asked = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 8, "temperature": 0}
         answer = client.post("/v1/completions", json=asked).json()
+        assert "choices" in answer, answer
     sampling = Sampling(temperature=0.0, max_tokens=8)
     expected = api.load(tiny_checkpoint, device="cpu").engine.generate([PROMPTS[0]], sampling)[0]
-    assert answer["choices"][0]["text"] == loaded.tokenizer.decode(expected.ids)
+    assert answer["choices"][0]["text"] == served.tokenizer.decode(expected.ids)
 
 
 @pytest.mark.usefixtures("only_cuda")

@@ -409,15 +409,16 @@ def test_thoughts_and_tool_calls_are_taken_apart(script):
     for chunk in script.client.chat.completions.create(**options, stream=True):
         delta = chunk.choices[0].delta
         reasoning += getattr(delta, "reasoning_content", None) or ""
+        assert getattr(delta, "reasoning", None) == getattr(delta, "reasoning_content", None)
         content += delta.content or ""
         calls += delta.tool_calls or []
         reasons.append(chunk.choices[0].finish_reason)
     assert (reasoning, content) == ("Add them.", "Sure.")
-    assert [(c.index, c.function.name, c.function.arguments) for c in calls] == [
-        (0, "add", '{"a": 1}'),
-        (1, "add", '{"a": 2}'),
-    ]
-    assert len({c.id for c in calls}) == 2
+    assert [(c.index, c.function.name) for c in calls if c.id] == [(0, "add"), (1, "add")]
+    written = ["".join(c.function.arguments for c in calls if c.index == i) for i in (0, 1)]
+    assert written == ['{"a": 1}', '{"a": 2}']
+    assert len(calls) > 4  # arguments come as they are written
+    assert len({c.id for c in calls if c.id}) == 2
     assert reasons[-1] == "tool_calls"
     assert set(reasons[:-1]) == {None}
 
@@ -439,7 +440,7 @@ def test_a_tool_name_that_no_text_can_hold_is_no_error(script):
     message = script.client.chat.completions.create(**options).choices[0].message
     assert message.tool_calls[0].function.name == "?"
     deltas = [c.choices[0].delta.tool_calls for c in script.client.chat.completions.create(**options, stream=True)]
-    assert [calls[0].function.name for calls in deltas if calls] == ["?"]
+    assert [calls[0].function.name for calls in deltas if calls and calls[0].id] == ["?"]
 
 
 def test_thinking_that_is_cut_off_is_not_the_answer(script):

@@ -19,7 +19,7 @@ from freehold.cli.main import main
 from freehold.core.errors import FreeholdError, LicenceError, ProofError
 from freehold.proof import folder, keys, log, trust, verify
 from freehold.proof.bundle import sign_folder
-from freehold.run import card, check_release, release
+from freehold.run import card, check_release, release, reproduce
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MUTATIONS = 150
@@ -248,3 +248,28 @@ def test_newer_format_and_unfinished_runs_are_named(pack, made, tmp_path):
     shutil.rmtree(Path(shutil.copytree(made[0], tmp_path / "tiny")) / "export")
     with pytest.raises(FreeholdError, match="no manifest"):
         release.gather_contents(tmp_path / "tiny", card.Statements())
+
+
+def test_data_stages_are_reproduced_to_the_same_hashes(made, tmp_path, capsys):
+    root, work = made[1].root_fingerprint, str(tmp_path / "again")
+    command = ["reproduce", str(made[2]), "--root", root, "--work", work, "--json"]
+    assert main([*command, "--dry-run"]) == 0
+    assert main(command) == 0
+    stages = json.loads(capsys.readouterr().out.splitlines()[-1])["stages"]
+    assert [stage["stage"] for stage in stages] == ["gather", "curate", "rephrase", "tokenize"]
+    assert {stage["verdict"] for stage in stages} == {"equal"}
+
+
+def test_other_packages_are_not_comparable_other_bytes_differ(made, pack, tmp_path):
+    work = tmp_path / "again"
+    reproduce.reproduce(pack, work, everything=False, quiet=True)
+    path = pack / "manifests/tokenize.json"
+    released = json.loads(path.read_text()) | {"content_sha256": "0" * 64}
+    path.write_text(json.dumps(released))
+    with pytest.raises(reproduce.NotReproduced, match="other content"):
+        reproduce.reproduce(pack, work, everything=False, quiet=True)
+    released["versions"]["tokenizers"] = "0.1"
+    path.write_text(json.dumps(released))
+    last = reproduce.reproduce(pack, work, everything=False, quiet=True)[-1]
+    assert last.verdict == "not comparable bitwise"
+    assert "tokenizers 0.1" in last.why

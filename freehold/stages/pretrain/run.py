@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -75,10 +76,15 @@ def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, w
     data = shards.identity("train", without)
     consumed = parent.position(config, data, work) if parent is not None else None
     schedule = Schedule(config.phases, first_step=parent.facts["step"] if parent is not None else 0)
+    segments = [
+        PhaseRows(name, steps, phase.mixture)
+        for name, phase in config.phases.items()
+        for steps in segment_steps(phase.steps, work.lengthened.get(name, []))
+    ]
     order = text_order(
         config.batch,
         shards.sources("train", without),
-        [PhaseRows(name, phase.steps, phase.mixture) for name, phase in config.phases.items()],
+        segments,
         seed=work.seed,
         separator=END_OF_TEXT,
         first_step=schedule.first_step,
@@ -87,9 +93,21 @@ def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, w
     for line in order.summary():
         work.log.say(f"  {line}")
     # A later run may branch off any phase's end. Only the parent knows where its own first phase began.
-    at_ends = {str(end): order.consumed_at(end) for end in schedule.ends().values()}
+    ends = itertools.accumulate((segment.steps for segment in segments), initial=schedule.first_step)
+    at_ends = {str(end): order.consumed_at(end) for end in itertools.islice(ends, 1, None)}
     first = {str(schedule.first_step): consumed} if consumed else {}
-    return Text(order, schedule, {"order": config.batch.order.model_dump(), "data": data, "consumed": first | at_ends})
+    facts = {"order": config.batch.order.model_dump(), "data": data, "consumed": first | at_ends}
+    return Text(order, schedule, facts | ({"lengthened": work.lengthened} if work.lengthened else {}))
+
+
+def segment_steps(steps: int, lengthened: list[int]) -> list[int]:
+    """Return a phase's steps as the segments it was made in: each was arranged when the phase ended with it.
+
+    >>> segment_steps(900, [600, 700])
+    [600, 100, 200]
+    """
+    ends = [0, *(end for end in lengthened if end < steps), steps]
+    return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
 @dataclass(frozen=True)
