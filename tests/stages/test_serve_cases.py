@@ -48,7 +48,7 @@ def streamed_tokens(answer, field):
 @pytest.mark.parametrize("at", [0, 1, 3, 6])
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_no_logprob_without_text(ask, at, width):
-    """A token that lies across a stop string stays, one behind it does not; streamed or not."""
+    """A token that straddles a stop string stays, one behind it does not; streamed or not."""
     said = content(ask("/v1/chat/completions", **GREEDY))
     stop = said[at : at + width]
     body = GREEDY | {"stop": stop, "logprobs": True}
