@@ -181,9 +181,12 @@ def serve(run_folder: Path, port: int, say: Any = print) -> None:
     rendering = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
+        """Answers with the page, and nothing else."""
+
         timeout = 10  # a client that says nothing does not hold its thread for ever
 
         def do_GET(self) -> None:
+            """Send the page; 404 for any other path."""
             if self.path != "/":
                 self.send_error(404)
                 return
@@ -197,7 +200,7 @@ def serve(run_folder: Path, port: int, say: Any = print) -> None:
             self.wfile.write(data)
 
         def log_message(self, format: str, *args: Any) -> None:
-            return
+            """Print nothing for a request: the page asks again every few seconds."""
 
     with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         say(f"http://127.0.0.1:{server.server_port}/  (Ctrl-C stops it)")
