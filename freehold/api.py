@@ -16,16 +16,18 @@ from typing import Any, Literal, cast
 import torch
 
 from freehold.checkpoint import dcp, hf
+from freehold.core import environment
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.errors import ArtifactError, CheckpointError, RequestError
 from freehold.infer.engine import Engine
 from freehold.infer.sampler import Sampling
+from freehold.infer.threads import choose_threads
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.model.device import Device, choose_device
-from freehold.tokenizer.bpe import Tokenizer
+from freehold.tokenizer.bpe import BOS, END_OF_TEXT, Tokenizer
 from freehold.tokenizer.chat import render_ids
-from freehold.tokenizer.output import AnswerParser, Piece, TextStream
+from freehold.tokenizer.output import AnswerFormat, Piece, TextStream, read_format
 
 Message = dict[str, Any]
 Dtype = Literal["float32", "bfloat16"]
@@ -45,6 +47,7 @@ class NoTokenizer:
     """Stands in a model that was imported without a tokenizer of ours; asking anything of it raises ArtifactError."""
 
     bos = end_of_text = eos = -1  # no id: nothing ends an answer
+    prefix: tuple[int, ...] = ()
 
     def __init__(self, folder: Path, why: str) -> None:
         self._folder, self._why = folder, why
@@ -69,8 +72,12 @@ class Loaded:
     engine: Engine
     folder: Path
     """Where it was found."""
+    answers: AnswerFormat
+    """How it writes reasoning and tool calls, as recorded with its chat template."""
     sampling: Sampling
     """How it likes to be sampled (`generation_config.json`, else DEFAULT), with the tokens that end an answer."""
+    begins_with: tuple[int, ...] = (BOS,)
+    """The ids that the model reads before a plain text, as it was trained: BOS, or what its checkpoint says."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -88,6 +95,10 @@ class Loaded:
         sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, stop_ids=self.stop_ids)
         return "".join(piece.text for piece in self.answer(prompt, sampling) if piece.kind == "content")
 
+    def text_ids(self, text: str) -> list[int]:
+        """Return a plain text as the ids the model is given: what begins a text, then the text; never empty."""
+        return [*self.begins_with, *self.tokenizer.encode(text)] or [self.tokenizer.end_of_text]
+
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
         """Return a question or a conversation as the ids the model is given, ready for its answer."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -95,7 +106,7 @@ class Loaded:
 
     def answer(self, prompt: str | Sequence[Message], sampling: Sampling) -> Iterator[Piece]:
         """Yield the pieces of an answer as they become certain: content, reasoning, tool calls."""
-        text, parser = TextStream(self.tokenizer), AnswerParser()
+        text, parser = TextStream(self.tokenizer), self.answers.parser(())
         for token in self.engine.stream(self.prompt_ids(prompt), sampling):
             yield from parser.feed(text.feed(token.id))
         yield from parser.feed(text.finish())
@@ -109,7 +120,7 @@ class Loaded:
         `max_tokens` and ContextOverflow as in `generate`.
         """
         sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, stop_ids=self.stop_ids)
-        ids = self.tokenizer.encode(text) or [self.tokenizer.end_of_text]
+        ids = self.text_ids(text)
         stream = TextStream(self.tokenizer)
         return "".join(stream.feed(i) for i in self.engine.generate([ids], sampling)[0].ids) + stream.finish()
 
@@ -121,12 +132,18 @@ def load(
     device: Device = "auto",
     max_batch: int = 32,
     limit_tokens: int | None = None,
+    threads: int | None = None,
+    trainable: bool = False,
 ) -> Loaded:
     """Open a checkpoint, a run or stage folder (its most finished model), or an AFMoE folder in HF form.
 
     Raises ArtifactError when the path is none of these, CheckpointError when the model is damaged or its
     tokenizer is another one's, ConfigError when `device` is cuda and there is none. `auto` prints what it chose.
+
+    threads: PyTorch's threads in this process; None = as many as decode fastest here, which is measured. The answers
+    do not depend on it. trainable: the parameters take gradients, for a training loop of your own; give them float32.
     """
+    environment.prepare()
     place = choose_device(device)
     folder = find_model(Path(path))
     if (folder / MANIFEST).exists() and read_manifest(folder)["kind"] == "checkpoint":
@@ -137,9 +154,26 @@ def load(
     model = Afmoe(config)
     dcp.match_keys(state, model.state_dict(), folder)
     model.load_state_dict(state, assign=True)
-    model.to_compute({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).requires_grad_(False).to(place)
-    sampling = default_sampling(folder, tokenizer)
-    return Loaded(model, tokenizer, config, Engine(model, max_batch, limit_tokens), folder, sampling)
+    model.to_compute({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).requires_grad_(trainable).to(place)
+    engine = Engine(model, max_batch, limit_tokens)
+    if threads is None:
+        choose_threads(engine)
+    else:
+        torch.set_num_threads(threads)
+    begins_with, sampling = text_beginning(folder, tokenizer), default_sampling(folder, tokenizer)
+    return Loaded(model, tokenizer, config, engine, folder, read_format(folder), sampling, begins_with)
+
+
+def text_beginning(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that a model folder's plain texts begin with.
+
+    A checkpoint says how it was trained; one that does not is of the time when texts began with the end of the one
+    before. Any other folder begins as its tokenizer.json does.
+    """
+    facts = folder / "trainer.json"
+    if not facts.exists():
+        return tokenizer.prefix
+    return tuple(json.loads(facts.read_text(encoding="utf-8")).get("begins_with", [END_OF_TEXT]))
 
 
 def default_sampling(folder: Path, tokenizer: Tokenizer) -> Sampling:

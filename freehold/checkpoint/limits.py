@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from freehold.core.artifact import MANIFEST, read_json, read_manifest, verify_files
 from freehold.core.errors import ArtifactError, CheckpointError
+
+if TYPE_CHECKING:  # exports that stream read sizes here, without torch
+    from torch import Tensor
 
 FINITE_VALUES = 1 << 24
 """Values looked at together, so that the check of a large tensor needs little memory."""
@@ -41,6 +41,8 @@ def check_config_size(data: dict[str, Any], tensors: int, values: int, where: ob
 
 def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
     """Raise CheckpointError naming the first tensor that holds a NaN or an infinity."""
+    import torch
+
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             for part in tensor.reshape(-1).split(FINITE_VALUES):

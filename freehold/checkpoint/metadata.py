@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -326,6 +327,7 @@ class DataFiles:
         self.folder = folder
         self._handles: dict[str, int] = {}
         self._payloads: dict[Chunk, Payload] = {}
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Close all files."""
@@ -336,9 +338,7 @@ class DataFiles:
     def read(self, chunk: Chunk, dtype: str, first: int = 0, count: int | None = None) -> np.ndarray:
         """Return a chunk, or `count` entries of its first axis; bfloat16 as uint16 bits. Scalars have no axis."""
         where = str(self.folder / chunk.file)
-        handle = self._open(chunk.file)
-        payload = self._payloads.get(chunk) or find_payload(handle, chunk, dtype, where)
-        self._payloads[chunk] = payload
+        handle, payload = self._open(chunk.file), self._payload(chunk, dtype, where)
         itemsize = DTYPES[dtype].itemsize
         sizes = chunk.sizes
         if sizes and payload.strides[0] == math.prod(sizes[1:]):  # entries of the first axis follow each other
@@ -352,7 +352,52 @@ class DataFiles:
         found = np.ndarray(sizes, values.dtype, values.data, strides=strides) if values.size else values.reshape(sizes)
         return found[first : None if count is None else first + count] if sizes else found
 
+    def read_rows(self, entry: TensorEntry, first: int, count: int) -> np.ndarray:
+        """Return rows [count, width] of a tensor seen as a matrix of rows of its last axis; a vector is one row."""
+        width = entry.shape[-1]
+        rows = np.empty((count, width), DTYPES[entry.dtype])
+        for chunk in entry.chunks:
+            for own, at, size in _runs(entry.shape, chunk, first, count):
+                column = chunk.offsets[-1]
+                part = self._rows_of_chunk(chunk, entry.dtype, own, size)
+                rows[at : at + size, column : column + chunk.sizes[-1]] = part
+        return rows
+
+    def _rows_of_chunk(self, chunk: Chunk, dtype: str, first: int, count: int) -> np.ndarray:
+        """Return rows of a chunk, and of a chunk whose rows follow each other in the file no others."""
+        where = str(self.folder / chunk.file)
+        payload = self._payload(chunk, dtype, where)
+        width = chunk.sizes[-1]
+        plain = tuple(math.prod(chunk.sizes[axis + 1 :]) for axis in range(len(chunk.sizes)))
+        if payload.strides == plain:
+            start = payload.start + first * width * DTYPES[dtype].itemsize
+            return read_values(self._open(chunk.file), start, count * width, dtype, where).reshape(count, width)
+        return self.read(chunk, dtype).reshape(-1, width)[first : first + count]
+
+    def _payload(self, chunk: Chunk, dtype: str, where: str) -> Payload:
+        if chunk not in self._payloads:
+            self._payloads[chunk] = find_payload(self._open(chunk.file), chunk, dtype, where)
+        return self._payloads[chunk]
+
     def _open(self, file: str) -> int:
-        if file not in self._handles:
-            self._handles[file] = os.open(self.folder / file, os.O_RDONLY)
-        return self._handles[file]
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = os.open(self.folder / file, os.O_RDONLY)
+            return self._handles[file]
+
+
+def _runs(shape: tuple[int, ...], chunk: Chunk, first: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (row of the chunk, row of the answer, rows) for each run of wanted rows that a chunk holds.
+
+    Example: of [4, 6, 8] a chunk at (2, 3, 0) of sizes (2, 3, 8) holds rows 15-17 and 21-23; rows 16 to 22 are wanted:
+    (1, 0, 2) and (3, 5, 2).
+    """
+    middle = shape[-2] if len(shape) > 1 else 1
+    sizes, offsets = chunk.sizes, chunk.offsets
+    own_middle, own_offset = (sizes[-2], offsets[-2]) if len(sizes) > 1 else (1, 0)
+    blocks = range(offsets[0], offsets[0] + sizes[0]) if len(shape) == 3 else range(1)
+    for number, block in enumerate(blocks):
+        start = block * middle + own_offset
+        begin, end = max(start, first), min(start + own_middle, first + count)
+        if begin < end:
+            yield number * own_middle + begin - start, begin - first, end - begin

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from freehold.cli.check import check, check_arguments
+from freehold.cli.exporting import export_arguments, export_path, is_folder_export
 from freehold.cli.importing import import_, import_arguments
 from freehold.cli.parser import recipe_arguments, verb, walk_flags
 from freehold.core.errors import ConfigError
-from freehold.run.layout import ALIGN, CHAT, IMPORT, PRETRAIN, PUBLISHED, REPHRASE, SERVE, WALK
+from freehold.run.layout import ALIGN, CHAT, EXPORT, IMPORT, PRETRAIN, PUBLISHED, REPHRASE, SERVE, WALK
 
 TAUGHT = {
     REPHRASE: """in the recipe, a teacher and what it is asked for:
@@ -43,6 +44,8 @@ def add_verbs(verbs: Any) -> None:
             made.epilog, made.formatter_class = TAUGHT.get(stage.name), argparse.RawDescriptionHelpFormatter
             if stage.name == ALIGN:
                 check_arguments(made)
+            if stage.name == EXPORT:
+                export_arguments(made)
     import_arguments(verb(verbs, IMPORT, PUBLISHED.summary, import_))
     _add_serve(verbs)
     chat = verb(verbs, CHAT, "talk to a model in the terminal", _chat)
@@ -129,6 +132,8 @@ def _run(args: argparse.Namespace) -> int:
 def _stage(args: argparse.Namespace) -> int:
     if getattr(args, "check", None):
         return check(args)
+    if is_folder_export(args):
+        return export_path(args)
     if args.recipe is None:
         raise ConfigError("a recipe is missing", where=f"freehold {args.stage}", todo="see `freehold align --help`")
     from freehold.parallel import launch

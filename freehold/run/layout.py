@@ -120,6 +120,9 @@ EXPORTED = "align/preview"
 NAMED = ("pretrain/truebase", "pretrain/base", "align/preview")
 """Checkpoints that people look for by name."""
 
+IMPORTED = "import/base"
+"""The checkpoint of a run folder that an imported model is."""
+
 
 def training() -> tuple[str, ...]:
     """Return the stages that train, in order."""
@@ -190,6 +193,10 @@ class RunFolder:
     def documents(self, name: str) -> list[Path]:
         """Return a stage's tables of documents."""
         return sorted((self.root / name / "documents").glob("*.parquet"))
+
+    def ancestry(self, name: str) -> Path:
+        """Return the records of the parents and teachers of a stage that are in other runs."""
+        return self.root / name / "ancestry.json"
 
     def step_checkpoints(self, name: str) -> Path:
         """Return the folder of a training stage's checkpoints of every few steps."""

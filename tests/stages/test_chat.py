@@ -141,7 +141,13 @@ def test_answers_end_with_the_context(short_folder, more):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_reasoning_is_dimmed_or_hidden(tiny_checkpoint, monkeypatch, shown):
-    pieces = [Piece("reasoning", "hm"), Piece("content", "Paris"), Piece("tool_call", "{}", "look")]
+    pieces = [
+        Piece("reasoning", "hm"),
+        Piece("content", "Paris"),
+        Piece("call", name="look"),
+        Piece("arguments", "{}"),
+        Piece("call_end"),
+    ]
     monkeypatch.setattr(api.Loaded, "answer", lambda *_: iter(pieces))
     typed(monkeypatch, "Hello")
     out = Terminal()
@@ -182,7 +188,12 @@ def test_terminal_of_another_encoding_ends_no_chat(tiny_checkpoint, monkeypatch)
 
 def test_control_codes_do_not_reach_the_terminal(tiny_checkpoint, monkeypatch):
     evil = "\x1b]52;c;ZXZpbA==\x07 \x9b2J a\tb\nc"
-    pieces = [Piece("reasoning", evil), Piece("content", evil), Piece("tool_call", '{"a": "\x1b"}', "\x1b[0m")]
+    pieces = [
+        Piece("reasoning", evil),
+        Piece("content", evil),
+        Piece("call", name="\x1b[0m"),
+        Piece("arguments", '{"a": "\x1b"}'),
+    ]
     monkeypatch.setattr(api.Loaded, "answer", lambda *_: iter(pieces))
     typed(monkeypatch, "Hello")
     out = Terminal()

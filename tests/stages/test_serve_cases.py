@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import httpx
+import openai
 import pytest
-from serving import HELLO, MODEL, Running
+from serving import HELLO, MODEL, Running, Script
 
 from freehold import api
 from freehold.core.errors import CheckpointError
 from freehold.stages.serve.answers import TextLogprobs
 from freehold.stages.serve.app import create_app
-from freehold.stages.serve.backends import Served
+from freehold.stages.serve.backends import Served, open_model
 from freehold.stages.serve.config import ServeConfig
+from freehold.tokenizer.output import AnswerFormat
 
 GREEDY = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_tokens": 12}
 
@@ -45,7 +48,7 @@ def streamed_tokens(answer, field):
 @pytest.mark.parametrize("at", [0, 1, 3, 6])
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_no_logprob_without_text(ask, at, width):
-    """A token that lies across a stop string stays, one behind it does not; streamed or not."""
+    """A token that straddles a stop string stays, one behind it does not; streamed or not."""
     said = content(ask("/v1/chat/completions", **GREEDY))
     stop = said[at : at + width]
     body = GREEDY | {"stop": stop, "logprobs": True}
@@ -85,12 +88,12 @@ def test_any_small_temperature_is_greedy(ask, temperature):
         assert (answer.status_code, content(answer)) == (200, greedy)
 
 
-@pytest.mark.parametrize("prompt", ["", [""], ["a", ""], [[]], [[1], []]])
+@pytest.mark.parametrize("prompt", ["", [""], ["a", ""], [[]], [[1], []], None])
 def test_empty_prompt_begins_a_document(ask, prompt):
     body = {"model": MODEL, "max_tokens": 6, "temperature": 0}
-    answers = ask("/v1/completions", **body, prompt=prompt)
+    answers = ask("/v1/completions", **body, **({} if prompt is None else {"prompt": prompt}))
     assert answers.status_code == 200
-    begun = ask("/v1/completions", **body, prompt=[[ask.loaded.tokenizer.end_of_text]]).json()["choices"][0]["text"]
+    begun = ask("/v1/completions", **body, prompt=[[ask.loaded.tokenizer.bos]]).json()["choices"][0]["text"]
     assert answers.json()["choices"][-1]["text"] == begun == ask.loaded.complete("", max_tokens=6)
 
 
@@ -128,3 +131,41 @@ def test_request_without_sampling_uses_the_models(ask):
     body = {"model": MODEL, "messages": HELLO, "seed": 5, "max_tokens": 12, "logprobs": True}
     found = ask("/v1/chat/completions", **body).json()["choices"][0]["logprobs"]["content"]
     assert [entry["logprob"] for entry in found] == pytest.approx(expected.logprobs[: len(found)], abs=1e-4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tool_calls_in_xml_are_openais(tiny_tokenizer, stream):
+    """What Trinity Large Thinking writes, as any client reads it: typed arguments, in deltas when streamed."""
+    backend = Script(tiny_tokenizer)
+    backend.text = (
+        "<think>\nhm\n</think>\n\nSure.\n<tool_call>\n<function=plan>\n<parameter=city>\nZü\nrich\n</parameter>\n"
+        "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n"
+        "</tool_call>"
+    )
+    properties = {"city": {"type": "string"}, "days": {"type": "integer"}}
+    tools = [
+        {"type": "function", "function": {"name": "plan", "parameters": {"properties": properties}}},
+        {"type": "function", "function": {"name": "now"}},
+    ]
+    sampling = api.default_sampling(Path("nowhere"), tiny_tokenizer)
+    served = Served(MODEL, backend, tiny_tokenizer, sampling, AnswerFormat("xml"))
+    with Running(create_app(served, ServeConfig())) as running:
+        client = openai.OpenAI(base_url=running.address + "/v1", api_key="none", max_retries=0)
+        options = {"model": MODEL, "messages": HELLO, "tools": tools}
+        if not stream:
+            choice = client.chat.completions.create(**options).choices[0]
+            found = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls]
+            text, reason = (choice.message.reasoning, choice.message.content), choice.finish_reason
+        else:
+            with client.beta.chat.completions.stream(**options) as events:
+                choice = events.get_final_completion().choices[0]
+            found = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls]
+            text, reason = (choice.message.reasoning_content, choice.message.content), choice.finish_reason
+    assert found == [("plan", '{"city": "Zü\\nrich", "days": 3}'), ("now", "{}")]
+    assert (text, reason) == (("hm", "Sure."), "tool_calls")
+
+
+def test_another_dialect_than_recorded_is_said(tiny_checkpoint, capsys):
+    served = open_model(ServeConfig(dialect="xml", calls_in_reasoning=False), tiny_checkpoint)
+    assert served.answers == AnswerFormat("xml", calls_in_reasoning=False)
+    assert "records hermes" in capsys.readouterr().err

@@ -157,16 +157,17 @@ class Talk:
         content, shown = "", "content"
         try:
             for piece in self.loaded.answer(messages, sampling):
-                if live and piece.kind != shown:
-                    print(PLAIN if piece.kind == "content" else DIM, end="", file=self.out)
+                kind = piece.kind if piece.kind in ("content", "reasoning") else "call"
+                if live and kind != shown:
+                    print(PLAIN if kind == "content" else DIM, end="", file=self.out)
                     print("" if shown == "content" and not content else "\n", end="", file=self.out)
-                    shown = piece.kind
+                    shown = kind
                 if piece.kind == "content":
                     content += piece.text
                     if live:
                         print(printable(piece.text), end="", file=self.out, flush=True)
                 elif live and c.show_reasoning:
-                    said = piece.text if piece.kind == "reasoning" else f"[calls {piece.name}({piece.text})]"
+                    said = {"call": f"[calls {piece.name}(", "call_end": ")]"}.get(piece.kind, piece.text)
                     print(printable(said), end="", file=self.out, flush=True)
         except KeyboardInterrupt:
             print("…", end="", file=self.out)

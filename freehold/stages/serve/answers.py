@@ -14,7 +14,8 @@ from typing import Any
 
 from freehold.infer.engine import Scored, Token, Top
 from freehold.tokenizer.bpe import Tokenizer
-from freehold.tokenizer.output import AnswerParser, Piece, TextStream
+from freehold.tokenizer.dialects import Piece
+from freehold.tokenizer.output import AnswerParser, TextStream
 
 Event = tuple[int, Token] | list[Scored]
 Events = AsyncGenerator[Event, None]
@@ -29,6 +30,7 @@ class Choice:
     parser: AnswerParser | None
     """None = plain text: tags are shown as they are."""
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     finish_reason: str | None = None
     said: list[Piece] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
@@ -41,6 +43,8 @@ class Choice:
         if self.finish_reason:
             return []
         self.completion_tokens += 1
+        if self.parser is not None and self.parser.reasoning:
+            self.reasoning_tokens += 1
         text = ""
         if token.finish_reason != "stop":  # a token that ends the answer is not in its text
             self.starts.append(self.text.decoded_chars)
@@ -64,7 +68,7 @@ class Choice:
             reason = "stop"
             kept = bisect_left(self.starts, self.text.returned_chars)
             del self.tokens[kept:], self.starts[kept:]
-        calls = any(piece.kind == "tool_call" for piece in self.said)
+        calls = any(piece.kind == "call" for piece in self.said)
         self.finish_reason = "tool_calls" if calls and reason == "stop" else reason
         return pieces
 
@@ -113,13 +117,14 @@ class Head:
         }  # fmt: skip
 
 
-def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, int]:
+def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, Any]:
     """Return the token counts of a request; a prompt counts once, however many choices it has."""
     completion = sum(choice.completion_tokens for choice in choices)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": prompt_tokens + completion,
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
     }
 
 
@@ -129,12 +134,17 @@ def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, int]:
 def chat_message(pieces: Sequence[Piece]) -> dict[str, Any]:
     """Return the assistant's message; reasoning and tool calls only when there are some."""
     texts = {kind: "".join(p.text for p in pieces if p.kind == kind) for kind in ("content", "reasoning")}
-    calls = [_tool_call(piece) for piece in pieces if piece.kind == "tool_call"]
+    calls: list[dict[str, Any]] = []
+    for piece in pieces:
+        if piece.kind == "call":
+            calls.append(_tool_call(piece.name))
+        elif piece.kind == "arguments":
+            calls[-1]["function"]["arguments"] += piece.text
     message: dict[str, Any] = {
         "role": "assistant", "content": texts["content"] or (None if calls else ""), "refusal": None
     }  # fmt: skip
     if texts["reasoning"]:
-        message["reasoning_content"] = texts["reasoning"]
+        message |= _reasoning(texts["reasoning"])
     if calls:
         message["tool_calls"] = calls
     return message
@@ -150,15 +160,22 @@ def chat_choice(number: int, choice: Choice, tokenizer: Tokenizer, logprobs: boo
     }
 
 
-def chat_delta(piece: Piece, calls_before: int) -> dict[str, Any]:
-    """Return one piece as a delta of a stream."""
-    if piece.kind == "tool_call":
-        return {"tool_calls": [{"index": calls_before, **_tool_call(piece)}]}
-    return {"content" if piece.kind == "content" else "reasoning_content": piece.text}
+def chat_delta(piece: Piece, call: int) -> dict[str, Any]:
+    """Return one piece as a delta of a stream; `call` is the number of the tool call it belongs to."""
+    if piece.kind == "call":
+        return {"tool_calls": [{"index": call, **_tool_call(piece.name)}]}
+    if piece.kind == "arguments":
+        return {"tool_calls": [{"index": call, "function": {"arguments": piece.text}}]}
+    return {"content": piece.text} if piece.kind == "content" else _reasoning(piece.text)
 
 
-def _tool_call(piece: Piece) -> dict[str, Any]:
-    function = {"name": piece.name, "arguments": piece.text}
+def _reasoning(text: str) -> dict[str, str]:
+    """Return reasoning under both of its names: clients look for the one or the other."""
+    return {"reasoning": text, "reasoning_content": text}
+
+
+def _tool_call(name: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": ""}
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
@@ -201,11 +218,12 @@ async def chat_chunks(
             }],
             **more,
         )  # fmt: skip
-    calls = [0] * len(choices)
+    calls = [-1] * len(choices)
     async for number, pieces in moves:
         for piece in pieces:
-            yield chunk(number, chat_delta(piece, calls[number]))
-            calls[number] += piece.kind == "tool_call"
+            calls[number] += piece.kind == "call"
+            if piece.kind != "call_end":
+                yield chunk(number, chat_delta(piece, calls[number]))
         reason = choices[number].finish_reason
         if reason:
             if logprobs and len(choices[number].tokens) > sent[number]:
@@ -273,6 +291,8 @@ class Echo:
     text: str
     ids: Sequence[int]
     scored: Scored | None
+    hidden: int = 0
+    """How many ids before the text are ours: what begins a text was not in the request, so it is not given back."""
 
 
 def text_choice(
@@ -291,7 +311,9 @@ def text_logprobs(tokens: Sequence[Token], echo: Echo | None, logprobs: TextLogp
     tops = [t.top_logprobs for t in tokens]
     if not (echo and echo.scored):
         return logprobs.block(ids, values, tops)
-    block = logprobs.block(echo.ids, [None, *echo.scored.logprobs[1:]], echo.scored.top_logprobs)
+    asked = slice(echo.hidden, None)
+    scores: list[float | None] = [None, *echo.scored.logprobs[1:]]
+    block = logprobs.block(echo.ids[asked], scores[asked], echo.scored.top_logprobs[asked])
     logprobs.end_of_prompt()
     after = logprobs.block(ids, values, tops)
     return {name: [*block[name], *after[name]] for name in block}

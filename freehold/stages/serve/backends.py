@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import random
@@ -13,11 +14,13 @@ from typing import Any, Protocol
 
 from freehold import api
 from freehold.core.errors import ArtifactError, RequestError
+from freehold.core.log import Log
 from freehold.infer.engine import ContextOverflow, Scored, Token
 from freehold.infer.llama import Llama
 from freehold.infer.sampler import Sampling, check_ids
 from freehold.stages.serve.config import ServeConfig
-from freehold.tokenizer.bpe import Tokenizer
+from freehold.tokenizer.bpe import BOS, Tokenizer
+from freehold.tokenizer.output import AnswerFormat, read_format
 
 
 class Backend(Protocol):
@@ -43,24 +46,48 @@ class Served:
     tokenizer: Tokenizer
     sampling: Sampling
     """How it is sampled where a request does not say otherwise, and the tokens that end its answers."""
+    answers: AnswerFormat = AnswerFormat()
+    """How the model writes reasoning and tool calls."""
     running: int = 1
     """Requests that may take turns."""
+    begins_with: tuple[int, ...] = (BOS,)
+    """The ids before a prompt that is plain text."""
     close: Callable[[], None] = lambda: None
     """Ends what does not end by itself."""
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return a plain text as the ids the model is given: what begins a text, then the text; never empty."""
+        return [*self.begins_with, *self.tokenizer.encode(text)] or [self.tokenizer.end_of_text]
 
 
 def open_model(config: ServeConfig, path: Path) -> Served:
     """Open a checkpoint, run folder, HF folder or .gguf file; ArtifactError when it is none of these."""
     if path.suffix == ".gguf":
-        tokenizer = Tokenizer.load(_tokenizer_folder(config, path))
+        folder = _tokenizer_folder(config, path)
+        tokenizer = Tokenizer.load(folder)
         gguf = Gguf(path, tokenizer, config.max_model_len)
         # One at a time: llama.cpp keeps the keys and values of one conversation, and would read each again every turn.
-        sampling = api.default_sampling(path.parent, tokenizer)
-        return Served(config.model_name or path.stem, gguf, tokenizer, sampling, close=gguf.close)
+        sampling, answers = api.default_sampling(folder, tokenizer), _format(config, read_format(folder))
+        name = config.model_name or path.stem
+        return Served(name, gguf, tokenizer, sampling, answers, begins_with=tokenizer.prefix, close=gguf.close)
     folder = api.find_model(path)
     loaded = api.load(folder, config.dtype, device=config.device, limit_tokens=config.max_model_len)
-    name = config.model_name or folder.resolve().name
-    return Served(name, loaded.engine, loaded.tokenizer, loaded.sampling, config.max_running)
+    name, answers = config.model_name or folder.resolve().name, _format(config, loaded.answers)
+    return Served(
+        name, loaded.engine, loaded.tokenizer, loaded.sampling, answers, config.max_running, loaded.begins_with
+    )
+
+
+def _format(config: ServeConfig, recorded: AnswerFormat) -> AnswerFormat:
+    """Return the format of answers that is asked for; print when it is not the one the model was taught."""
+    found = recorded
+    if config.dialect != "auto":
+        found = dataclasses.replace(found, dialect=config.dialect)
+    if config.calls_in_reasoning is not None:
+        found = dataclasses.replace(found, calls_in_reasoning=config.calls_in_reasoning)
+    if found.dialect != recorded.dialect:
+        Log().warn(f"tool calls are read as {found.dialect}; this model's chat template records {recorded.dialect}")
+    return found
 
 
 def _tokenizer_folder(config: ServeConfig, path: Path) -> Path:

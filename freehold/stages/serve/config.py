@@ -37,6 +37,12 @@ class ServeConfig(Config):
         8, gt=0, description="Requests answered at the same time, in turns of a token; a .gguf file: always one."
     )
     max_queue: int = Field(64, gt=0, description="Requests that may wait; one more is answered with status 429.")
+    dialect: Literal["auto", "hermes", "xml"] = Field(
+        "auto", description="How tool calls are read; auto = as recorded with the model's chat template."
+    )
+    calls_in_reasoning: bool | None = Field(
+        None, description="Whether a tool call while the model thinks counts; default: as recorded, else yes."
+    )
     cors_origins: list[str] = Field(
         default_factory=list,
         description='Web pages that may ask from a browser, as http://localhost:3000; "*" = any. Empty: none.',
