@@ -26,8 +26,9 @@ from freehold.core.config import difference, refill, to_yaml
 from freehold.core.errors import ArtifactError
 from freehold.core.log import Log
 from freehold.core.machine import cpu_name, machine_limits
+from freehold.ledger.policy import Origin
 from freehold.parallel import launch
-from freehold.run import policy_check
+from freehold.run import ancestry, policy_check
 from freehold.run.code_spans import add_span, other_code, other_contract, read_spans
 from freehold.run.layout import GATHER, KEPT_WHEN_MADE_AGAIN, REPHRASE, before, finished_parts, until
 from freehold.run.lengthen import branch_command, lengthen, recorded
@@ -146,7 +147,7 @@ def run_stage(plan: Plan, name: str, options: Options) -> dict[str, Any]:
     """Make one stage in this process, or as ranks started here; return its manifest. Does nothing when it is done."""
     stage = plan.stages[name]
     if not launch.leads():
-        return _follow(stage, options)
+        return _follow(stage, plan, options)
     what = check_stage(stage, options)
     if what == "done":
         return read_manifest(stage.folder)
@@ -162,6 +163,7 @@ def run_stage(plan: Plan, name: str, options: Options) -> dict[str, Any]:
     log.say(f"== {name}" + (" (resuming)" if what == "resume" else ""))
     artifact.write_atomic(stage.run.resolved(name), to_yaml(stage.config))
     spans = _record_start(stage, key, log)
+    ancestry.write(stage.run, name, key["config"])
     started = time.monotonic()
     try:
         with machine_limits(stage.folder):
@@ -196,6 +198,8 @@ def _finish(
     write_json(timing, {**earlier, "total_s": round(seconds, 1), "peak_memory_bytes": peak})
     lengthened = recorded(stage.run, stage.name)
     record: dict[str, Any] = {**key, **({"lengthened": lengthened} if lengthened else {})}
+    if stage.stage.trains and stage.head.origin != Origin():
+        record["origin"] = stage.head.origin.model_dump()
     manifest = write_manifest(
         stage.folder,
         kind=stage.name,
@@ -227,11 +231,14 @@ def _workspace(stage: StagePlan, log: Log, leads: bool = True) -> Workspace:
     )
 
 
-def _follow(stage: StagePlan, options: Options) -> dict[str, Any]:
+def _follow(stage: StagePlan, plan: Plan, options: Options) -> dict[str, Any]:
     """Take part in a stage as a rank other than the first: it writes its own files and prints only errors."""
     if not options.clean and state_of(stage, strict_code=options.strict_code).what == "done":
         return read_manifest(stage.folder)
     if stage.parallel is None:  # one process does it all
+        return {"counts": {}}
+    if launch.place() is None:  # not a rank: another machine, whose ranks are started and watched there
+        supervise(stage, plan, options)
         return {"counts": {}}
     with machine_limits(stage.folder):
         return {"counts": _work(stage, _workspace(stage, Log(quiet=True), leads=False), stage.key())}
