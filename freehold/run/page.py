@@ -104,10 +104,20 @@ def _grid(low: float, high: float, first: float, last: float) -> str:
     for share in (0.0, 0.5, 1.0):
         at = HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - 10)
         lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        lines.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{low + share * (high - low):.4g}</text>')
+        lines.append(
+            f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_short(low + share * (high - low))}</text>'
+        )
     lines.append(f'<text x="{LEFT}" y="{HEIGHT - 6}">{first:,.0f}</text>')
     lines.append(f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {last:,.0f}</text>')
     return "".join(lines)
+
+
+def _short(value: float) -> str:
+    """Return a number as it fits an axis: 561.6 M rather than 5.616e+08."""
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.4g}"
 
 
 def heat(title: str, load: np.ndarray) -> str:
