@@ -22,27 +22,36 @@ def _words(ins: int, outs: int, itemsize: int) -> int:
 
 
 class Packed:
-    """Weights as the kernels read them, made again when one has changed.
+    """Weights as the kernels read them, packed again when one has changed.
 
-    A change is seen by address and version counter, which PyTorch raises in every in-place operation, and our own
-    kernels too. `weights` are views of each other's shape [m, n], or stacks [E, m, n], packed one after the other.
+    A change shows in the address or the version counter, which PyTorch raises in every in-place operation and our
+    optimizer kernels raise, too. Writing through `.data` or NumPy does not: pack a new object then.
+    exact: pack in fp32, whatever the weights are, and fill the rows up to a multiple of 16 with zeros.
     """
 
-    def __init__(self, *weights: Tensor) -> None:
-        self.weights = weights
+    def __init__(self, *, exact: bool = False) -> None:
+        self.exact = exact
         self._seen: list[tuple[int, int]] = []
+        # Held, so that no new weight can have the address of an old one.
+        self._held: list[Tensor] = []
         self._words = torch.empty(0, dtype=torch.int32)
 
-    def words(self) -> Tensor:
-        """Return the packed words, int32."""
-        seen = [(w.data_ptr(), w._version) for w in self.weights]
+    def words(self, *weights: Tensor) -> Tensor:
+        """Return the packed words (int32 [E, n]) of weights [m, n], or stacks [E, m, n], one after the other."""
+        seen = [(w.data_ptr(), w._version) for w in weights]
         if seen != self._seen:
-            self._words, self._seen = self._pack(), seen
+            self._held = [w.detach() for w in weights]
+            self._words, self._seen = self._pack([self._as_stack(w) for w in self._held]), seen
         return self._words
 
-    def _pack(self) -> Tensor:
+    def _as_stack(self, weight: Tensor) -> Tensor:
+        stack = weight if weight.ndim == 3 else weight[None]  # [E, m, n]
+        if not self.exact:
+            return stack
+        return torch.nn.functional.pad(stack.float(), (0, 0, 0, -stack.shape[1] % 16))
+
+    def _pack(self, stacks: list[Tensor]) -> Tensor:
         # Expert by expert, so that what a token reads is in one place: gate and up of an expert follow each other.
-        stacks = [w.detach() if w.ndim == 3 else w.detach()[None] for w in self.weights]
         sizes = [_words(w.shape[2], w.shape[1], w.element_size()) for w in stacks]
         out = torch.empty(len(stacks[0]), sum(sizes), dtype=torch.int32)
         for expert in range(len(out)):
