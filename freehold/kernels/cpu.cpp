@@ -344,6 +344,9 @@ template <class T> void pack(int threads, const T* w, word* packed, int64_t matr
     });
 }
 
+// Waking threads costs more than this many multiplications; bits do not depend on it.
+inline int threads_for(int threads, int64_t multiplications) { return multiplications < (1 << 18) ? 1 : threads; }
+
 // Few rows are cut by columns, so that each thread reads its own part of the weight; many rows by rows.
 struct Cut {
     int64_t rows, cols;  // of a piece
@@ -356,6 +359,7 @@ inline Cut cut_of(int64_t parts, int64_t rows, int64_t cols, int threads) {
 
 template <class T>
 void linear_packed(int threads, const T* x, const word* packed, T* y, int64_t rows, int64_t ins, int64_t outs) {
+    threads = threads_for(threads, rows * ins * outs);
     Cut cut = cut_of(1, rows, outs, threads);
     int64_t steps = steps_of<T>(ins), across = (outs + cut.cols - 1) / cut.cols, down = (rows + cut.rows - 1) / cut.rows;
     for_tasks(threads, across * down, [&](int64_t task) {
@@ -454,6 +458,7 @@ void swiglu_packed(int threads, const T* x, const int64_t* counts, int64_t exper
     int64_t in_steps = steps_of<T>(width), out_steps = steps_of<T>(inner), tasks = parts.size();
     int64_t size = packed_size<T>(width, inner), down_size = packed_size<T>(inner, width), most = 0;
     for (auto& part : parts) most = std::max(most, part.last - part.first);
+    threads = threads_for(threads, tasks * most * width * inner * 3);
     Cut in = cut_of(tasks, std::min<int64_t>(most, BLOCK_ROWS), inner, threads);
     Cut out = cut_of(tasks, std::min<int64_t>(most, BLOCK_ROWS), width, threads);
     int64_t in_pieces = (inner + in.cols - 1) / in.cols, out_pieces = (width + out.cols - 1) / out.cols;
@@ -909,6 +914,7 @@ void attention_pages(int threads, const T* q, const T* k, const T* v, const int6
                      int64_t sequences, int64_t heads, int64_t groups, int64_t width) {
     Page<T> page{width};
     int64_t each = heads / groups, steps = steps_of<T>(width), value_steps = steps_of<T>(PANEL);
+    threads = threads_for(threads, offsets[sequences] * heads * width * blocks * PANEL);
     for_tasks(threads, sequences * groups, [&](int64_t task) {
         int64_t s = task / groups, group = task % groups, row = offsets[s], count = offsets[s + 1] - row;
         auto at = [&](int64_t block) {
@@ -972,7 +978,7 @@ template <class T> ONE_COPY float log_sum_exp(const T* line, int64_t vocab, floa
 // log(sum(exp(logits))) of each row: with the logit of a token, its log-probability.
 template <class T>
 void log_partition(int threads, const T* logits, float* result, int64_t rows, int64_t vocab) {
-    for_rows(threads, rows, 1, [&](int64_t first, int64_t last) {
+    for_rows(threads_for(threads, rows * vocab * 8), rows, 1, [&](int64_t first, int64_t last) {
         float *value = scratch<float>(0, vocab), total;
         for (int64_t r = first; r < last; r++) result[r] = log_sum_exp(logits + r * vocab, vocab, value, &total);
     });

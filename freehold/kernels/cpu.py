@@ -97,6 +97,13 @@ def call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> No
     getattr(_library(), f"freehold_{name}")(like.dtype == torch.float32, torch.get_num_threads(), *values)
 
 
+def changed(*tensors: Tensor | None) -> None:
+    """Raise the version counters of tensors that a kernel writes to: PyTorch does not see it."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
 # --- operators: schema, kernel, shapes ---------------------------------------------------------------------------
 
 _ops = torch.library.Library("freehold", "DEF")
@@ -391,6 +398,7 @@ def adamw_(
     scale: float, step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """Take AdamW's `step`-th step from `scale` times the gradient; also write the weights to `copy`, of its dtype."""
+    changed(weight, copy)
     call(
         "adamw", gradient, gradient.contiguous(), weight, exp_avg, exp_avg_sq, copy, scale, lr / (1 - beta1**step),
         1 - lr * weight_decay, beta1, beta2, (1 - beta2**step) ** 0.5, eps, weight.numel(),
@@ -416,6 +424,7 @@ def muon_momentum_(
 )
 def muon_move_(weight: Tensor, update: Tensor, copy: Tensor | None, step: float, decay: float) -> None:
     """Take `step` times the update (bfloat16) off `decay` times the weights; also write them to `copy`."""
+    changed(weight, copy)
     call("muon_move", weight if copy is None else copy, weight, update, copy, step, decay, weight.numel())
 
 
