@@ -63,11 +63,17 @@ class Engine:
 
     Each call puts the model in eval mode. max_batch: requests that decode together. limit_tokens: prompt and answer of
     one request; the model's context when None. cache_bytes: what keys and values may take; when None, what `max_batch`
-    full contexts need, at most half of the free memory. Raises ConfigError when `limit_tokens` do not fit the budget.
+    full contexts need, at most half of the free memory. share_steps: whether the requests of different calls are in one
+    forward pass; when None, where that changes no bit. Raises ConfigError when `limit_tokens` do not fit the budget.
     """
 
     def __init__(
-        self, model: Afmoe, max_batch: int = 32, limit_tokens: int | None = None, cache_bytes: int | None = None
+        self,
+        model: Afmoe,
+        max_batch: int = 32,
+        limit_tokens: int | None = None,
+        cache_bytes: int | None = None,
+        share_steps: bool | None = None,
     ) -> None:
         self.model = model
         self.max_batch = max_batch
@@ -75,6 +81,7 @@ class Engine:
         weight = model.lm_head.weight
         context = min(limit_tokens or model.config.max_position_embeddings, model.config.max_position_embeddings)
         self.exact = not_exact(model) is None
+        self.share_steps = self.exact if share_steps is None else share_steps
         if self.exact:
             model.pack()
         pages = _budget(model, weight.dtype, weight.device, max_batch, context, cache_bytes)
@@ -145,7 +152,9 @@ class Engine:
                         yield number, request.tokens.popleft()
                 if all(request.finished for request in requests):
                     return
-                self.step()
+                # Where company changes bits a call has its steps for itself, unless others hold the room it needs.
+                if self.share_steps or not self.step(requests):
+                    self.step()
         finally:
             with self._lock:
                 for request in requests:
@@ -166,11 +175,11 @@ class Engine:
             self.queue.remove(request)
 
     @torch.inference_mode()
-    def step(self) -> bool:
-        """Run the model once for all requests that fit; False when none waits for anything."""
+    def step(self, only: Sequence[Request] | None = None) -> bool:
+        """Run the model once for all requests that fit, or `only` for some; False when there was nothing to do."""
         with self._lock:
             self._forget_old_weights()
-            parts = self.queue.next_step()
+            parts = self.queue.next_step(only)
             if not parts:
                 return False
             hidden = self._forward([(r.pages, r.ids[r.pages.length :][:count]) for r, count in parts])  # [N, d]
@@ -203,9 +212,11 @@ class Engine:
         self._check(sequences)
         results = [Scored([0.0], [[]]) for _ in sequences]
         with self._lock:
-            # Scoring needs a whole sequence's pages: answers that are being made give theirs, and are read again.
-            self.queue.preempt_all()
+            # Answers that are being made give their pages where they must, and are read again.
             for pieces in self._pieces(sequences):
+                needed = sum(pages.missing(count) for _, pages, _, count in pieces)
+                while needed > self.pool.free and self.queue.running:
+                    self.queue.preempt(self.queue.running[-1])
                 parts = [(pages, sequences[row][start : start + count]) for row, pages, start, count in pieces]
                 hidden = self._forward(parts)
                 at = 0

@@ -81,13 +81,13 @@ class Queue:
         elif request in self.waiting:
             self.waiting.remove(request)
 
-    def next_step(self) -> list[tuple[Request, int]]:
-        """Return who takes part in the next step, with how many tokens; their pages are taken."""
+    def next_step(self, only: Sequence[Request] | None = None) -> list[tuple[Request, int]]:
+        """Return who takes part in the next step (`only` of these), with how many tokens; their pages are taken."""
         self._admit()
         # Decoding rows first: a long prompt must not make those who read an answer wait.
         order = sorted(self.running, key=lambda request: request.pending > 1)
         left, parts = self.step_tokens, []
-        for request in order:
+        for request in order if only is None else [r for r in order if r in only]:
             count = min(request.pending, left)
             if count and request in self.running and self._make_room(request, count):
                 request.pages.extend(count)
