@@ -84,10 +84,10 @@ seconds, cpu_s = time.perf_counter() - start, used() - before
 ids = [json.loads(line)["id"] for p in Path(folder, "out").glob("*.gz") for line in gzip.open(p)]
 print(json.dumps({"seconds": seconds, "cpu_s": cpu_s, "process_cpu_s": before + cpu_s, "kept": ids}))
 """
-ANY = {"languages": None, "prose": None, "code": None, "min_chars": 1, "near_duplicates": True}
+ANY = {"languages": None, "quality": False, "min_chars": 1, "near_duplicates": True}
 NEAR = {
     "kinds": dict.fromkeys(("prose", "reference", "docstring", "code", "generated"), ANY),
-    "near_duplicates": {"permutations": 112, "bands": 14, "min_words": 5},
+    "near_duplicates": {"permutations": 112, "bands": 14},
     "overlap": {"contained": "off"},
     "bias": {"act": "off"},
     "privacy": {"find": []},

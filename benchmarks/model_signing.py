@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from freehold.proof import bundle, keys
+from freehold.proof import bundle, keys, trust
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
         (folder / "model" / "weights.safetensors").write_bytes(bytes(range(256)) * 64)
         (folder / "README.md").write_text("# Card\n")
         key, signature = keys.new_key("release"), folder / "pack.sig"
-        public.write_bytes(keys.public_pem(key.public))
+        public.write_bytes(trust.public_pem(key.public))
         signature.write_bytes(bundle.sign_folder(folder, key, name="pack", ignored=frozenset({"pack.sig"})))
         command = [python, "-m", "model_signing", "verify", "key", str(folder), "--signature", str(signature)]
         command += ["--public_key", str(public), "--ignore-paths", str(signature)]

@@ -33,6 +33,7 @@ from freehold.kernels import cpu
 from freehold.model.config import ModelConfig, flops_per_token, to_hf_dict
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
+from freehold.parallel.config import ParallelConfig
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.job import Job
 from freehold.trainer.loop import Trainer
@@ -62,7 +63,9 @@ LEARNING_RATE = 1e-4
 class Theirs:
     """One way to train transformers' model."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor], experts: str, compiled: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, torch.Tensor], experts: str, compiled: bool, device: str = "cpu"
+    ) -> None:
         from transformers import AfmoeConfig, AfmoeForCausalLM
 
         hf = AfmoeConfig(**{k: v for k, v in to_hf_dict(config, "float32").items() if k not in ("architectures",)})
@@ -70,20 +73,24 @@ class Theirs:
         hf._attn_implementation = "sdpa"
         self.model = AfmoeForCausalLM(hf).float()
         self.model.load_state_dict(weights)
+        self.device = torch.device(device)
+        self.model.to(self.device)
         self.model.train()
         self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=True)
 
     def loss(self, batch: Batch, autocast: bool) -> torch.Tensor:
-        ids, targets = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.targets)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ids, targets = (torch.from_numpy(x).to(self.device) for x in (batch.input_ids, batch.targets))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             logits = self.forward(input_ids=ids, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def logits(self, batch: Batch, autocast: bool) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return self.model(input_ids=torch.from_numpy(batch.input_ids), use_cache=False).logits.float()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            return self.model(
+                input_ids=torch.from_numpy(batch.input_ids).to(self.device), use_cache=False
+            ).logits.float()
 
     def step(self, batch: Batch, autocast: bool) -> float:
         loss = self.loss(batch, autocast)
@@ -94,15 +101,18 @@ class Theirs:
         return float(loss.detach())
 
 
-def ours(config: ModelConfig, dtype: str, sequences: int, folder: Path) -> Trainer:
+def ours(
+    config: ModelConfig, dtype: str, sequences: int, folder: Path, *, device: str = "cpu", compiled: bool = False
+) -> Trainer:
     job = Job(
         folder=folder,
         model=config,
-        trainer=TrainerConfig(dtype=dtype, z_loss=0.0),
+        trainer=TrainerConfig(dtype=dtype, z_loss=0.0, compile=compiled),
+        parallel=ParallelConfig(device=device),  # type: ignore[arg-type]
         optim=OptimConfig(matrices="adamw", lr=LEARNING_RATE),
         balance=SmebuConfig(kind="smebu"),
         schedule=Schedule({"all": PhaseConfig(steps=1000, warmup_steps=0)}),
-        order=None,  # type: ignore[arg-type]  # the batch is handed to each step
+        order=None,  # type: ignore[arg-type]  # each step gets the batch
         micro_sequences=sequences,
         stage="pretrain",
         parent="",
@@ -124,7 +134,7 @@ def main() -> int:
     shape, sequences, tokens = SHAPES[args.config]
     config, autocast = ModelConfig(**shape), args.dtype == "bfloat16"
     rng = np.random.default_rng(0)
-    batch = text_batch(rng.integers(2, config.vocab_size, (sequences, tokens + 1)).astype(np.uint16), 0)
+    batch = text_batch(rng.integers(2, config.vocab_size, (sequences, tokens + 1)).astype(np.uint16), 0, 0)
     trainer = ours(config, args.dtype, sequences, Path(os.environ.get("TMPDIR", "/tmp")) / "freehold-train-step")
     # Parameters have transformers' names in memory.
     weights = {name: tensor.detach().float() for name, tensor in trainer.checkpoints.tensors()["model"].items()}

@@ -5,8 +5,9 @@ Importing the package never imports torch; `freehold.load(path)` does, when it i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from freehold.core import environment
 from freehold.core.version import VERSION
 
 if TYPE_CHECKING:
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 __version__ = VERSION
 
 
-def load(path: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32") -> Loaded:
-    """Open a Freehold checkpoint or an HF AFMoE folder; see `freehold.api.load`."""
+def load(path: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32", **options: Any) -> Loaded:
+    """Open a Freehold checkpoint or an HF AFMoE folder; the options are those of `freehold.api.load`."""
+    environment.prepare()  # before PyTorch is imported, which reads the environment
     from freehold import api
 
-    return api.load(path, dtype=dtype)
+    return api.load(path, dtype=dtype, **options)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from freehold import api
 from freehold.checkpoint import hf
+from freehold.core.environment import SETTINGS
 from freehold.core.errors import ArtifactError, CheckpointError
 from freehold.infer.engine import ContextOverflow
 from freehold.infer.sampler import Sampling
@@ -28,7 +32,7 @@ def test_without_max_tokens_the_context_is_the_end(short_folder):
     answer = model.engine.generate([ids], Sampling(temperature=0, stop_ids=model.stop_ids))[0]
     assert len(ids) + len(answer.ids) == 40  # or else this shows nothing
     assert model.generate("hi") == model.generate("hi", max_tokens=40 - len(ids))
-    assert model.complete("hi") == model.complete("hi", max_tokens=40 - len(model.tokenizer.encode("hi")))
+    assert model.complete("hi") == model.complete("hi", max_tokens=40 - len(model.text_ids("hi")))
     with pytest.raises(ContextOverflow, match="at most 40"):
         model.generate("hi", max_tokens=40)
 
@@ -41,7 +45,8 @@ def test_temperature_and_seed(tiny_checkpoint):
 
 def test_a_text_is_continued(tiny_checkpoint):
     model = api.load(tiny_checkpoint)
-    ids = model.tokenizer.encode("The capital")
+    ids = model.text_ids("The capital")
+    assert ids == [model.tokenizer.bos, *model.tokenizer.encode("The capital")]
     expected = model.engine.generate([ids], Sampling(temperature=0, max_tokens=6, stop_ids=model.stop_ids))[0].ids
     assert model.complete("The capital", max_tokens=6) == model.tokenizer.decode(expected)
     assert isinstance(model.complete("", max_tokens=3), str)
@@ -133,3 +138,49 @@ def test_the_context_can_be_limited(tiny_checkpoint):
     model = api.load(tiny_checkpoint, limit_tokens=20)
     with pytest.raises(ContextOverflow, match="at most 20"):
         model.generate("a question longer than that", max_tokens=20)
+
+
+def test_trainable_model_learns(tiny_checkpoint):
+    model = api.load(tiny_checkpoint, trainable=True, threads=1)
+    ids = torch.tensor([model.tokenizer.encode("The capital of France is Paris.")])
+    before = model.engine.score(ids.tolist())[0]
+    optimizer = torch.optim.SGD(model.model.parameters(), lr=0.1)
+    for _ in range(3):
+        model.model.train()
+        logits = model.model(ids)
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(model.engine.score(ids.tolist())[0]) > sum(before)  # the engine reads the new weights
+    assert not any(p.requires_grad for p in api.load(tiny_checkpoint).model.parameters())
+
+
+def test_threads_are_measured_and_change_no_answer(tiny_checkpoint, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores, before = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    try:
+        answers = []
+        for threads in (1, cores, None):
+            model = api.load(tiny_checkpoint, threads=threads)
+            assert torch.get_num_threads() in ([threads] if threads else range(1, cores + 1))
+            answers.append(model.engine.generate([[5, 6, 7]], Sampling(temperature=0, max_tokens=12))[0])
+        assert answers[0] == answers[1] == answers[2]
+        torch.set_num_threads(cores)
+        monkeypatch.setenv("OMP_NUM_THREADS", str(cores))
+        api.load(tiny_checkpoint)
+        assert torch.get_num_threads() == cores  # the user's word
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_came_too_late_is_said_once():
+    code = "import sys; {}; import freehold.core.environment as e; e.prepare(); e.prepare()"
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code.format(first)], env=environment, capture_output=True, text=True, check=True
+        ).stderr.count("torch was imported")
+        for first in ("sys.modules['torch'] = sys", "pass")
+    ]
+    assert said == [1, 0]

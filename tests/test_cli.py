@@ -15,6 +15,7 @@ import pytest
 
 from freehold import cli
 from freehold.core.errors import ConfigError
+from freehold.run import settings
 from freehold.run.layout import RunFolder
 from freehold.run.processes import Ended, StageFailed, locked, run_process
 from freehold.run.recipe import resolve
@@ -93,6 +94,18 @@ def test_a_run_is_called_what_is_written(name, tmp_path):
 def test_a_name_that_is_no_text():
     with pytest.raises(ConfigError, match="name"):
         resolve(Path(RECIPE), ["name=null"])
+
+
+def test_schema_shows_first_what_a_newcomer_sets(capsys):
+    assert cli.main(["schema"]) == 0
+    text = capsys.readouterr().out
+    for stage, keys in settings.FIRST.items():
+        assert cli.main(["schema", stage]) == 0
+        schema = json.loads(capsys.readouterr().out)
+        assert schema["x-first"] == list(keys)
+        assert list(schema["properties"])[0] == keys[0].partition(".")[0]
+        assert len(settings.first_settings(stage)) == len(keys)  # each is a setting that exists
+        assert all(f"  {stage}.{key} " in text for key in keys)
 
 
 CHILD = """

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
+import math
 import re
 import shutil
 import warnings
@@ -27,9 +27,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from freehold.checkpoint import hf
+from freehold.checkpoint.limits import check_config_size, check_finite
+from freehold.checkpoint.metadata import STATE, DataFiles, read_metadata
+from freehold.checkpoint.storage import Reader, Writer
 from freehold.core.artifact import (
     MANIFEST,
     atomic_folder,
@@ -42,9 +45,9 @@ from freehold.core.artifact import (
 )
 from freehold.core.errors import ArtifactError, CheckpointError, FreeholdError
 from freehold.core.machine import REFUSALS, disk_error
+from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig, from_hf_dict, to_hf_dict
 
-STATE = "state"
 State = dict[str, dict[str, Tensor]]
 T = TypeVar("T")
 
@@ -75,7 +78,7 @@ def save(
         def write() -> dict[str, Any]:
             (temporary / STATE).mkdir(exist_ok=True)
             with _quiet(), _full_disk(temporary, sum(_local(tensor).nbytes for tensor in flat.values())):
-                writer = _Writer(temporary / STATE, sync_files=True)
+                writer = Writer(temporary / STATE, sync_files=True)
                 dcp.save(flat, storage_writer=writer, process_group=group)
             if _rank(group) == 0:
                 write_json(temporary / "config.json", to_hf_dict(config))
@@ -144,48 +147,76 @@ def load(
         check(folder)
     parts = None if parts is None else list(parts)
     make = empty or (lambda _, size, dtype: torch.empty(size, dtype=dtype))
-    with _quiet():
-        reader = dcp.FileSystemReader(folder / STATE)
-        metadata = {
-            key: entry
-            for key, entry in reader.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        flat = {
-            key: tensor
-            for key, entry in metadata.items()
-            if (parts is None or key.partition("/")[0] in parts)
-            and (tensor := make(key, entry.size, entry.properties.dtype)) is not None
-        }
-        dcp.load(flat, storage_reader=reader, no_dist=True)
+    entries = read_metadata(folder)
+    flat = {
+        key: tensor
+        for key, entry in entries.items()
+        if (parts is None or key.partition("/")[0] in parts)
+        and (tensor := make(key, torch.Size(entry.shape), getattr(torch, entry.dtype))) is not None
+    }
+    with _quiet(), contextlib.closing(DataFiles(folder / STATE)) as files:
+        try:
+            dcp.load(flat, storage_reader=Reader(entries, files), no_dist=True)
+        except CheckpointException as failure:
+            raise _first_problem(failure, folder) from failure
     state: State = {part: {} for part in parts} if parts is not None else {}
     for key, tensor in flat.items():
         part, _, name = key.partition("/")
         state.setdefault(part, {})[name] = tensor
-    held = {key.partition("/")[0] for key in metadata}
+    held = {key.partition("/")[0] for key in entries}
     if "model" not in held and (parts is None or "model" in parts):
-        raise CheckpointError("the checkpoint holds no model", where=folder, found=sorted(metadata)[:3])
+        raise CheckpointError("the checkpoint holds no model", where=folder, found=sorted(entries)[:3])
     return state
 
 
 def read_names(folder: Path) -> dict[str, list[str]]:
     """Return the names of the tensors a checkpoint holds, by part; reads none of them."""
     names: dict[str, list[str]] = {}
-    for key in dcp.FileSystemReader(folder / STATE).read_metadata().state_dict_metadata:
+    for key in read_metadata(folder):
         part, _, name = key.partition("/")
         names.setdefault(part, []).append(name)
     return names
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Return the shape of a checkpoint's model."""
-    return from_hf_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    """Return the shape of a checkpoint's model; CheckpointError when its tensors are of another one."""
+    if is_imported(folder):
+        return hf.check_hf(folder)
+    data = read_json(folder / "config.json", CheckpointError, None)
+    shapes = {key[6:]: entry.shape for key, entry in read_metadata(folder).items() if key.startswith("model/")}
+    values = sum(map(math.prod, shapes.values()))
+    # Experts are stacked here: as many as there are values could be.
+    check_config_size(data, len(shapes), values, folder / "config.json", experts=values)
+    return from_hf_dict(data, str(folder / "config.json"))
 
 
 def read_model(folder: Path, *, verify: bool = True) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return the config and the model's tensors (float32 masters, expert biases) of a checkpoint."""
-    state = load(folder, ["model"], verify=verify)
-    return read_config(folder), state["model"]
+    """Return the config and the model's tensors (float32 masters, expert biases) of a checkpoint.
+
+    CheckpointError when they are of another shape, or hold a NaN or an infinity.
+    The tensors of an imported model come in the dtypes they were published in.
+    """
+    if is_imported(folder):
+        if verify:
+            check(folder)
+        return hf.load_hf(folder)
+    config, model = read_config(folder), load(folder, ["model"], verify=verify)["model"]
+    with torch.device("meta"):
+        expected = Afmoe(config).state_dict()
+    match_keys(model, expected, folder)
+    for name, tensor in model.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                "a tensor has another shape than config.json says", where=f"{folder}: {name}",
+                found=tuple(tensor.shape), expected=tuple(expected[name].shape),
+            )  # fmt: skip
+    check_finite(model, folder)
+    return config, model
+
+
+def is_imported(folder: Path) -> bool:
+    """Return whether a checkpoint holds weights in HF form, as they were published, and nothing of a training."""
+    return not (folder / STATE).exists() and (folder / MANIFEST).exists()
 
 
 def match_keys(found: Iterable[str], expected: Iterable[str], folder: Path) -> None:
@@ -318,11 +349,11 @@ def _full_disk(folder: Path, needed_bytes: int) -> Iterator[None]:
         raise
 
 
-class _Writer(dcp.FileSystemWriter):
-    """DCP's writer without the random id and the path in its metadata: the same state gives the same bytes."""
-
-    def storage_meta(self) -> None:
-        """Record nothing about the place."""
+def _first_problem(failure: CheckpointException, folder: Path) -> FreeholdError:
+    """Return what DCP met: an error of ours as it is, another one as a CheckpointError."""
+    errors = [error for error, _ in failure.failures.values()]
+    ours = [error for error in errors if isinstance(error, FreeholdError)]
+    return ours[0] if ours else CheckpointError("the checkpoint cannot be read", where=folder, found=errors[0])
 
 
 class _quiet(warnings.catch_warnings):

@@ -8,16 +8,17 @@ refused by name.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from freehold.checkpoint.limits import check_config_size, check_exported_hashes, check_finite
 from freehold.core.artifact import read_json, write_json
 from freehold.core.errors import CheckpointError
 from freehold.model.afmoe import Afmoe
@@ -161,15 +162,51 @@ def save_hf(
 def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return the shape and the tensors of a folder in HF form, under our names, in the dtypes on disk.
 
-    Expert biases come back in fp32. Raises CheckpointError naming what is missing, left over or misshapen.
+    Expert biases come back in fp32. Raises CheckpointError naming what is missing, left over, misshapen, not finite, or
+    other bytes than the manifest of the export records.
     """
-    config = from_hf_dict(read_json(folder / "config.json", CheckpointError, None), str(folder / "config.json"))
-    table = key_table(config)
-    expected = {name: shape for entry in table for name, shape in entry.shapes().items()}
-    files = _indexed(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
+    data = read_json(folder / "config.json", CheckpointError, None)
+    with _opened(folder) as where:
+        config, table = _accounted(data, folder, where)
+        check_exported_hashes(folder)
+        state = {}
+        for entry in table:
+            tensor = entry.from_disk({name: where[name].get_tensor(name) for name in entry.theirs})
+            state[entry.ours] = tensor.float() if entry.ours.endswith(".expert_bias") else tensor
+    check_finite(state, folder)
+    return config, state
+
+
+def check_hf(folder: Path) -> ModelConfig:
+    """Return the shape of a folder in HF form, whose tensors have the right names and shapes; reads none of them."""
+    data = read_json(folder / "config.json", CheckpointError, None)
+    with _opened(folder) as where:
+        return _accounted(data, folder, where)[0]
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a folder in HF form by their names there, one in memory at a time."""
+    with _opened(folder) as where:
+        for name, file in where.items():
+            yield name, file.get_tensor(name)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the names of a folder's files of weights, in order."""
+    return _indexed(folder / INDEX) if (folder / INDEX).exists() else [SINGLE]
+
+
+def count_tensors(config: ModelConfig) -> int:
+    """Return how many tensors a model of this shape has on disk."""
+    return sum(len(entry.theirs) for entry in key_table(config))
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[dict[str, safe_open]]:
+    """Open the files of weights; yield which of them holds each tensor."""
     with contextlib.ExitStack() as stack:
         where: dict[str, safe_open] = {}
-        for file in files:
+        for file in files_of(folder):
             if not (folder / file).is_file():
                 raise CheckpointError("a file of weights is missing", where=folder, found="nothing", expected=file)
             try:
@@ -177,12 +214,18 @@ def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             except SafetensorError as error:
                 raise CheckpointError("not a safetensors file", where=folder / file, found=error) from error
             where |= dict.fromkeys(opened.keys(), opened)
-        _account(expected, {k: torch.Size(f.get_slice(k).get_shape()) for k, f in where.items()}, folder)
-        state = {}
-        for entry in table:
-            tensor = entry.from_disk({name: where[name].get_tensor(name) for name in entry.theirs})
-            state[entry.ours] = tensor.float() if entry.ours.endswith(".expert_bias") else tensor
-    return config, state
+        yield where
+
+
+def _accounted(data: dict[str, Any], folder: Path, where: dict[str, safe_open]) -> tuple[ModelConfig, list[Entry]]:
+    """Return shape and key table of a folder whose tensors are exactly those of its config.json (`data`)."""
+    shapes = {k: torch.Size(f.get_slice(k).get_shape()) for k, f in where.items()}
+    values = sum(shape.numel() for shape in shapes.values())
+    check_config_size(data, len(shapes), values, folder / "config.json", experts=len(shapes))
+    config = from_hf_dict(data, str(folder / "config.json"))
+    table = key_table(config)
+    _account({name: shape for entry in table for name, shape in entry.shapes().items()}, shapes, folder)
+    return config, table
 
 
 def _account(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], where: object) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 
-from freehold.cli import make, read
+from freehold.cli import machine, make, prove, read
 from freehold.cli.parser import Parser
+from freehold.core import environment
 from freehold.core.errors import FreeholdError
 from freehold.core.version import VERSION
 
@@ -23,23 +23,14 @@ EXAMPLES = """examples:
   freehold trace sotu                                 where did this source go?
   freehold takedown sotu runs/laptop                  what learned from it, and the cheapest way back
   freehold lineage runs/laptop                        from sources to GGUF
+  freehold release runs/laptop                        a signed folder that strangers can check
   freehold verify-resume recipes/laptop.yaml          kill it, resume it, compare every bit
 """
-
-# Read when a process starts (so by the stages of a walk) or loads PyTorch. Threads that wait by spinning for long make
-# a step five times slower as soon as anything else runs; fresh pages for every large tensor cost a tenth of a step.
-PROCESS = {
-    "GOMP_SPINCOUNT": "3000",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 well, 2 the user's mistake, 130 stopped, 137 killed."""
-    for name, value in PROCESS.items():
-        os.environ.setdefault(name, value)
+    environment.prepare()
     argv = sys.argv[1:] if argv is None else argv
     try:
         from freehold.core.machine import machine_limits
@@ -95,6 +86,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"freehold {VERSION}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for room in (make, read):
+    for room in (machine, make, read, prove):
         room.add_verbs(verbs)
     return parser

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from freehold.cli.check import check, check_arguments
+from freehold.cli.exporting import export_arguments, export_path, is_folder_export
+from freehold.cli.importing import import_, import_arguments
 from freehold.cli.parser import recipe_arguments, verb, walk_flags
 from freehold.core.errors import ConfigError
-from freehold.run.layout import ALIGN, CHAT, PRETRAIN, REPHRASE, SERVE, TALK, WALK
+from freehold.run.layout import ALIGN, CHAT, EXPORT, IMPORT, PRETRAIN, PUBLISHED, REPHRASE, SERVE, WALK
 
 TAUGHT = {
     REPHRASE: """in the recipe, a teacher and what it is asked for:
@@ -42,14 +44,17 @@ def add_verbs(verbs: Any) -> None:
             made.epilog, made.formatter_class = TAUGHT.get(stage.name), argparse.RawDescriptionHelpFormatter
             if stage.name == ALIGN:
                 check_arguments(made)
+            if stage.name == EXPORT:
+                export_arguments(made)
+    import_arguments(verb(verbs, IMPORT, PUBLISHED.summary, import_))
     _add_serve(verbs)
     chat = verb(verbs, CHAT, "talk to a model in the terminal", _chat)
     chat.add_argument("path", help="run folder, checkpoint or HF folder")
     chat.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema chat`")
     _add_plan(verbs)
     _add_verify(verbs)
-    schema = verb(verbs, "schema", "print the JSON Schema of a stage's section of the recipe", _schema)
-    schema.add_argument("stage", choices=[*WALK, CHAT])
+    schema = verb(verbs, "schema", "the settings to set first; of one stage: every setting, as JSON Schema", _schema)
+    schema.add_argument("stage", nargs="?", choices=[*WALK, CHAT, IMPORT], help="a stage of the walk (default: all)")
 
 
 def _add_serve(verbs: Any) -> None:
@@ -127,6 +132,8 @@ def _run(args: argparse.Namespace) -> int:
 def _stage(args: argparse.Namespace) -> int:
     if getattr(args, "check", None):
         return check(args)
+    if is_folder_export(args):
+        return export_path(args)
     if args.recipe is None:
         raise ConfigError("a recipe is missing", where=f"freehold {args.stage}", todo="see `freehold align --help`")
     from freehold.parallel import launch
@@ -263,6 +270,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _schema(args: argparse.Namespace) -> int:
-    stage = {**WALK, TALK.name: TALK}[args.stage]
-    print(json.dumps(stage.config_class().model_json_schema(), indent=1))
+    from freehold.run import settings
+
+    print(json.dumps(settings.json_schema(args.stage), indent=1) if args.stage else settings.text())
     return 0

@@ -26,6 +26,8 @@ from freehold.core.version import VERSION
 MANIFEST = "manifest.json"
 KEY = "key.json"
 """What a stage was started with."""
+READABLE = {"checkpoint": (1, 2)}
+"""Format versions that are read, by kind of artifact; (1,) where nothing is said. The last one is written."""
 PREVIEW = "log/trace.parquet"
 """Where a training stage writes, before its first step, which documents each step will see."""
 # What a stage writes for people, or about time: never part of what it made.
@@ -146,7 +148,6 @@ def write_manifest(
     folder: Path,
     *,
     kind: str,
-    version: int = 1,
     counts: dict[str, Any] | None = None,
     files: dict[str, dict[str, Any]] | None = None,
     **record: Any,
@@ -159,7 +160,7 @@ def write_manifest(
     files = hash_files(folder) if files is None else files
     manifest = {
         "kind": kind,
-        "format_version": version,
+        "format_version": READABLE.get(kind, (1,))[-1],
         "content_sha256": sha256_json({"kind": kind, "files": {k: v["sha256"] for k, v in files.items()}}),
         "freehold_version": VERSION,
         "versions": package_versions(),
@@ -172,7 +173,7 @@ def write_manifest(
     return manifest
 
 
-def read_manifest(folder: Path, *, kind: str | None = None, version: int = 1, verify: bool = False) -> dict[str, Any]:
+def read_manifest(folder: Path, *, kind: str | None = None, verify: bool = False) -> dict[str, Any]:
     """Read and check the manifest of an artifact folder.
 
     Raises ArtifactError when it is missing (the artifact was never finished), unreadable, of another
@@ -200,12 +201,13 @@ def read_manifest(folder: Path, *, kind: str | None = None, version: int = 1, ve
         )
     if kind is not None and manifest.get("kind") != kind:
         raise ArtifactError("an artifact of another kind", where=folder, found=manifest.get("kind"), expected=kind)
-    if manifest.get("format_version") != version:
+    versions = READABLE.get(str(manifest.get("kind")), (1,))
+    if manifest.get("format_version") not in versions:
         raise ArtifactError(
             "an artifact of another format version",
             where=folder,
             found=manifest.get("format_version"),
-            expected=version,
+            expected=versions[-1],
             todo="use the Freehold version named in the manifest, or make the stage again",
         )
     if verify:
@@ -254,6 +256,8 @@ class Workspace:
     inputs: dict[str, Path] = field(default_factory=dict)
     leads: bool = True
     """Whether this process writes what a stage writes once; of several ranks only the first does."""
+    lengthened: dict[str, list[int]] = field(default_factory=dict)
+    """Of each phase that was made longer, the numbers of steps it had before, ascending."""
     documents_of_step: Callable[[int], list[dict[str, Any]]] = lambda _: []
     """Returns name, source and licence of the documents of one training step, for reports of what went wrong."""
 

@@ -45,12 +45,72 @@ REMOVED: dict[str, str] = {
     "gather.sources.*.licence_key": 'stages/gather/config.py: LICENCE_KEY = "licence"',
     "gather.sources.*.evidence_key": 'stages/gather/config.py: EVIDENCE_KEY = "licence_evidence"',
     "gather.sources.*.held_out_share": "corpora/generate.py: HELD_OUT_SHARE = 0.2",
+    "chat.top_p": "generation_config.json of the model, else api.py: DEFAULT",
+    "chat.top_k": "generation_config.json of the model, else api.py: DEFAULT",
+    "serve.max_batch": "infer/engine.py: 32 prompts or choices of one request are decoded together",
+    "serve.answer_tokens": "stages/serve/run.py: ANSWER_TOKENS = 64",
+    "serve.start_timeout_s": "stages/serve/run.py: START_TIMEOUT_S = 120",
     "*.parallel.supervise.start_s": "parallel/observe.py: START_S = 900",
     "*.parallel.supervise.slow_factor": "parallel/observe.py: SLOW_FACTOR = 2",
     "plan.machine.mfu_error": "planner/hardware.py: MFU_ERROR = 0.2",
     "plan.machine.facility": "planner/hardware.py: FACILITY = 1.5",
     "plan.machine.restart_s": "planner/hardware.py: RESTART_S = 600",
     "*.balance.smebu.kappa": "optim/balance.py: KAPPA = 2",
+    "curate.kinds.prose.prose": (
+        "stages/curate/rules.py: PROSE = {min_words: 20, mean_word_chars: [2.5, 9.0], min_letters: 0.5, "
+        "max_symbols: 0.1, min_stop_words: 0.1, max_bullet_lines: 0.9, max_ellipsis_lines: 0.3, "
+        "max_duplicate_lines: 0.4, max_duplicate_paragraphs: 0.2, max_repeated_ngrams: 0.35}"
+    ),
+    "curate.kinds.reference.prose": (
+        "stages/curate/rules.py: REFERENCE = {min_words: 20, mean_word_chars: [2.5, 12.0], min_letters: 0.4, "
+        "max_symbols: 0.1, min_stop_words: 0.08, max_bullet_lines: 1.0, max_ellipsis_lines: 0.3, "
+        "max_duplicate_lines: 0.7, max_duplicate_paragraphs: 0.6, max_repeated_ngrams: 0.75}"
+    ),
+    "curate.kinds.docstring.prose": (
+        "stages/curate/rules.py: DOCSTRING = {min_words: 10, mean_word_chars: [1.5, 12.0], min_letters: 0.3, "
+        "max_symbols: 0.3, min_stop_words: 0.04, max_bullet_lines: 1.0, max_ellipsis_lines: 0.6, "
+        "max_duplicate_lines: 0.7, max_duplicate_paragraphs: 0.6, max_repeated_ngrams: 0.75}"
+    ),
+    "curate.kinds.code.code": (
+        "stages/curate/rules.py: CODE = {check_parses: true, max_line_chars: 2000, max_mean_line_chars: "
+        "100.0, min_alphanumeric: 0.25, max_digits: 0.35, max_comment_lines: 0.8, drop_generated: true}"
+    ),
+    "curate.kinds.*.prose": "stages/curate/rules.py: LIMITS = null",
+    "curate.kinds.*.code": "stages/curate/rules.py: LIMITS = null",
+    "curate.kinds.code.max_chars": "stages/curate/rules.py: KindLimits.max_chars = 1_000_000",
+    "curate.kinds.*.max_chars": "stages/curate/rules.py: KindLimits.max_chars = 4_000_000",
+    "curate.kinds.*.max_line_chars": "stages/curate/rules.py: MAX_LINE_CHARS = 1_000_000",
+    "curate.kinds.*.min_language_score": "stages/curate/rules.py: MIN_LANGUAGE_SCORE = 0.3",
+    "curate.kinds.prose.cut": "stages/curate/rules.py: KindLimits.cut = true",
+    "curate.kinds.reference.cut": "stages/curate/rules.py: KindLimits.cut = true",
+    "curate.kinds.*.cut": "stages/curate/rules.py: KindLimits.cut = false",
+    "curate.near_duplicates.shingle_words": "stages/curate/rules.py: SHINGLE_WORDS = 5",
+    "curate.near_duplicates.min_words": "stages/curate/rules.py: NEAR_MIN_WORDS = 20",
+    "curate.overlap.contained_share": "stages/curate/rules.py: CONTAINED_SHARE = 0.8",
+    "curate.overlap.ngram_words": "stages/curate/rules.py: NGRAM_WORDS = 13",
+    "curate.overlap.match_words": "stages/curate/rules.py: MATCH_WORDS = 50",
+    "curate.lines.min_chars": "stages/curate/rules.py: LINE_CHARS = 30",
+    "curate.classifier.kinds": "stages/curate/rules.py: JUDGED_KINDS = [prose, reference, docstring]",
+    "curate.classifier.buckets_log2": "stages/curate/rules.py: BUCKETS_LOG2 = 18",
+    "curate.classifier.snippet_words": "stages/curate/rules.py: SNIPPET_WORDS = 200",
+    "curate.classifier.max_snippets": "stages/curate/rules.py: MAX_SNIPPETS = 4_000",
+    "curate.classifier.steps": "stages/curate/rules.py: CLASSIFIER_STEPS = 100",
+    "curate.classifier.learning_rate": "stages/curate/rules.py: CLASSIFIER_RATE = 0.3",
+    "curate.classifier.decay": "stages/curate/rules.py: CLASSIFIER_DECAY = 1e-4",
+    "curate.toxicity.kinds": "stages/curate/rules.py: JUDGED_KINDS = [prose, reference, docstring]",
+    "curate.toxicity.passage_words": "stages/curate/rules.py: PASSAGE_WORDS = 50",
+    "curate.toxicity.threshold": "stages/curate/rules.py: TOXIC = 0.95",
+    "curate.toxicity.max_share": "stages/curate/rules.py: MAX_TOXIC_SHARE = 0.2",
+    "curate.bias.window_words": "stages/curate/rules.py: BIAS_WINDOW_WORDS = 10",
+    "curate.bias.max_log_odds": "stages/curate/rules.py: MAX_LOG_ODDS = 1.5",
+    "curate.privacy.max_per_1000_chars": "stages/curate/rules.py: MAX_FINDINGS_PER_1000_CHARS = 5.0",
+    "curate.privacy.min_to_drop": "stages/curate/rules.py: MIN_FINDINGS_TO_DROP = 10",
+    "curate.split.min_documents": "stages/curate/rules.py: MIN_VALIDATION_DOCUMENTS = 2",
+    "curate.split.large_bytes": "stages/curate/rules.py: LARGE_BYTES = 60_000",
+    "rephrase.strategies.*.limits": "stages/rephrase/prompts.py: PROMPTS = null",
+    "rephrase.timeout_s": "stages/rephrase/teacher.py: TIMEOUT_S = 300",
+    "rephrase.wait_s": "stages/rephrase/teacher.py: WAIT_S = 1",
+    "rephrase.teacher.gguf.context_tokens": "stages/rephrase/teacher.py: CONTEXT_TOKENS = 4096",
 }
 
 
@@ -81,6 +141,22 @@ def find_recipe(path: Path) -> Path:
     raise ConfigError(
         "no such recipe", where=path, todo=f"did you mean {near[0]}?" if near else f"shipped: {', '.join(known)}"
     )
+
+
+def user_path(text: str) -> Path:
+    """Return a path of a recipe, `~` standing for the home folder; ConfigError where there is none.
+
+    Paths are expanded when they are used, so that what a run keeps of its recipe names no one's home.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # HOME is not set, or no such user
+        raise ConfigError(
+            "a path begins with ~, but its home folder is unknown",
+            where=text,
+            found=str(error),
+            todo="write the path in full, or set HOME",
+        ) from error
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -235,7 +311,8 @@ def _remove(data: Any, location: tuple[Any, ...], where: str) -> bool:
     if constant is None or location[-1] not in data:
         return False
     value = data.pop(location[-1])
-    stated = _parse(constant.partition(" = ")[2].partition(",")[0])
+    written = constant.partition(" = ")[2]
+    stated = _parse(written if written[:1] in ("{", "[") else written.partition(",")[0])
     return value is True if isinstance(value, bool) and not isinstance(stated, bool) else _number(stated) == value
 
 

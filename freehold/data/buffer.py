@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +73,7 @@ class DocumentBuffer:
     def row(self, number: int) -> list[Span]:
         """Return the stretches of documents that make up a row, at any time and in any order of asking."""
         while not self._start.row <= number < self._start.row + len(self._rows):
+            # Going back is possible from any kept state; going forward plays what is between. Both give the same rows.
             self._start = self._states[max(row for row in self._states if row <= number)]
             self._rows, after = self._play(self._start, ROWS_AT_ONCE - self._start.row % ROWS_AT_ONCE)
             self.restore(after)
@@ -85,6 +87,7 @@ class DocumentBuffer:
     def restore(self, state: BufferState) -> None:
         """Take up a state of this buffer: rows from there on are then played from it, not from the first row."""
         if len(self._states) >= STATES_KEPT:
+            # Every other state is dropped, so memory is bounded while both old and new rows stay within reach.
             self._states = {row: self._states[row] for row in sorted(self._states)[::2]}
         self._states[state.row] = state
 
@@ -92,12 +95,15 @@ class DocumentBuffer:
         """Return the next rows after a state, up to a multiple of ROWS_AT_ONCE, and the state after them."""
         epoch, taken, queue = state.epoch, state.taken, list(state.queue)
         order = self.order(epoch)
+        # Draws come in blocks with a generator each: row n needs the draws of its block, not those of all rows before.
         block, at = divmod(state.row, ROWS_AT_ONCE)
         places = self.rng("places", block).integers(0, 1 << 32, ROWS_AT_ONCE).tolist()[at : at + rows]
         played = []
         for place in places:
             need, spans = self.row_tokens, []
+            # Until the row is full; most rows end inside a document, which then waits in the queue for its next row.
             while need:
+                # The report refills at N left; at the end of an epoch the queue runs empty first, so epochs do not mix.
                 if len(queue) <= self.low and (taken < len(order) or not queue):
                     if taken == len(order):
                         epoch, taken = epoch + 1, 0
@@ -106,12 +112,16 @@ class DocumentBuffer:
                     if len(new):
                         taken += len(new)
                         queue += zip(new.tolist(), [0] * len(new), self.lengths[new].tolist(), strict=True)
+                        # New documents are mixed with those left, else the old ones would always be read last.
                         queue = [queue[i] for i in self.rng("filled", epoch, taken).permutation(len(queue)).tolist()]
                 span = queue.pop()
                 document, head, left = span
                 if left > need:
                     spans.append((document, head, need))
+                    # Swapped with a random place: the document is continued later, from where it was read to.
                     queue.append((document, head + need, left - need))
+                    # A 32-bit draw scaled to the queue: the same as `integers(len(queue))`, but drawn before the length
+                    # is known.
                     other = place * len(queue) >> 32
                     queue[other], queue[-1] = queue[-1], queue[other]
                     break
@@ -140,6 +150,7 @@ class BufferOrder(TextOrder):
         sequences: int,
         seed: int,
         separator: int,
+        begin: int | None = None,
         first_step: int = 0,
         consumed: Mapping[str, int] | None = None,
         limit: EpochLimit | None = None,
@@ -156,6 +167,7 @@ class BufferOrder(TextOrder):
             sequences=sequences,
             seed=seed,
             separator=separator,
+            begin=begin,
             first_step=first_step,
             consumed=consumed,
             limit=limit,
@@ -172,7 +184,9 @@ class BufferOrder(TextOrder):
 
     def spans(self, lane: str, row: int) -> list[Span]:
         """Return (document number, first token within it, tokens) of each stretch of a row."""
+        # Made on first use: a rank that reads some parts of a step plays only their buffers.
         if lane not in self._buffers:
+            # Lanes are ordered source by source, worker by worker, so the remainder is the worker.
             source, worker = self.sources[self.lanes[lane]], list(self.lanes).index(lane) % self.workers
             self._buffers[lane] = DocumentBuffer(
                 source.lengths,
@@ -187,7 +201,7 @@ class BufferOrder(TextOrder):
     def batch(self, step: int, part: slice = WHOLE) -> Batch:
         """Return the rows of one optimizer step, or a part of them.
 
-        Targets are a document's tokens, its ending separator included; inputs are the tokens before them, a separator
+        Targets are a document's tokens, its ending separator included; inputs are the tokens before them, `begin`
         before the first. So an epoch has the same (input, target) pairs as without the buffer. A piece of a document
         sees no other piece of the row; like any row that begins within a document, it does not see what came before.
         """
@@ -196,9 +210,10 @@ class BufferOrder(TextOrder):
         for r, (lane, row) in enumerate(rows):
             source, at = self.sources[self.lanes[lane]], 0
             for number, (document, first, tokens) in enumerate(self.spans(lane, row)):
+                # A piece that starts inside its document reads the true token before it, not a made-up beginning.
                 begin, end = int(source.starts[document]) + first, at + tokens
                 batch.targets[r, at:end] = source.tokens[begin : begin + tokens]
-                batch.input_ids[r, at] = source.tokens[begin - 1] if first else self.separator
+                batch.input_ids[r, at] = source.tokens[begin - 1] if first else self.begin
                 batch.input_ids[r, at + 1 : end] = source.tokens[begin : begin + tokens - 1]
                 batch.document_ids[r, at:end] = number
                 at = end
@@ -219,12 +234,15 @@ class BufferOrder(TextOrder):
 
     def _arrange(self, counts: list[int], rng: np.random.Generator) -> np.ndarray:
         """Return a phase's rows [N, 2] of (lane number, row number): sources shuffled, each lane's rows in order."""
+        # Which source each row of the phase comes from: exact counts, shuffled.
         labels = np.repeat(np.arange(len(counts)), counts)[rng.permutation(sum(counts))]
+        # The place in its step decides a row's worker: equal parts of every step, whatever the sources.
         worker = np.arange(len(labels)) % self.sequences * self.workers // self.sequences
-        lanes = labels * self.workers + worker
+        lanes = labels * self.workers + worker  # [steps * B]
         taken = np.bincount(lanes, minlength=len(self.lanes))
+        # Numbering by a stable sort: the k-th row of a lane in the phase is row consumed + k of its stream.
         firsts = np.array(list(self.consumed.values())) - (np.cumsum(taken) - taken)
-        rows = np.stack([lanes, lanes], axis=1)
+        rows = np.stack([lanes, lanes], axis=1)  # [steps * B, 2]
         rows[np.argsort(lanes, kind="stable"), 1] = np.arange(len(lanes)) + np.repeat(firsts, taken)
         return rows
 
@@ -236,11 +254,18 @@ def text_order(
     *,
     seed: int,
     separator: int,
+    begin: int | None = None,
     first_step: int = 0,
     consumed: Mapping[str, int] | None = None,
 ) -> TextOrder:
     """Return the order of pre-training that a recipe asks for."""
-    shape = {"context_tokens": batch.context_tokens, "sequences": batch.sequences, "seed": seed, "separator": separator}
+    shape: dict[str, Any] = {
+        "context_tokens": batch.context_tokens,
+        "sequences": batch.sequences,
+        "seed": seed,
+        "separator": separator,
+        "begin": begin,
+    }
     if batch.order.kind == "stream":
         return TextOrder(sources, phases, **shape, first_step=first_step, consumed=consumed, limit=batch.epochs)
     return BufferOrder(

@@ -22,8 +22,10 @@ class DataSum:
     def add(self, step: int, batch: Batch, first_row: int = 0) -> None:
         """Take the rows of a step that this rank reads; `first_row` is the place of the first of them in the step."""
         for row, (ids, targets) in enumerate(zip(batch.input_ids, batch.targets, strict=True), first_row):
+            # Step and place are hashed with the row: two rows that changed places would leave a plain sum as it was.
             digest = hashlib.blake2b(np.array([step, row], "<i8").tobytes(), digest_size=8)
             digest.update(np.ascontiguousarray(ids, "<i8").tobytes())
             digest.update(np.ascontiguousarray(targets, "<i8").tobytes())
             self.value += int.from_bytes(digest.digest(), "little")
+        # Sums of ranks are reduced as 64-bit integers, which wrap in the same way.
         self.value %= 1 << 64

@@ -20,10 +20,12 @@ def trace_rows(order: Order, steps: range, phase_of: Mapping[int, str]) -> list[
 
     Sorted by source, then document, so that a question about one source reads its part of the table alone.
     """
+    # By phase: the same document may weigh differently in each, and a take-down may concern one phase only.
     found: dict[tuple[str, str, str], dict[int, int]] = {}
     for step in steps:
         for piece in order.documents(step):
             seen = found.setdefault((piece.source, piece.document_id, phase_of[step]), {})
+            # A step may read two pieces of one document.
             seen[step] = seen.get(step, 0) + piece.tokens
     return [
         {

@@ -35,14 +35,18 @@ class Batch:
         return int((self.targets != IGNORE).sum())
 
 
-def text_batch(rows: np.ndarray, separator: int) -> Batch:
+def text_batch(rows: np.ndarray, separator: int, begin: int) -> Batch:
     """Make a batch from rows [B, T+1] of a token stream in which each document ends with `separator`.
 
-    The separator that ends a document opens the next one: as a target it belongs to the text before it, as an
-    input it is the first token of the document after it, so every document starts from a clean context.
+    The place of a separator belongs to two documents: as a target it is the end of the one before it, as an input it is
+    `begin`, the first token of the one after it. So every document starts from a clean context and from the id that
+    every front puts before a text, and no position of a row is spent on it.
     """
-    inputs = rows[:, :-1].astype(np.int64)
-    return Batch(inputs, rows[:, 1:].astype(np.int64), np.cumsum(inputs == separator, axis=1).astype(np.int32))
+    # int64: what torch's embedding and cross-entropy take; shards hold uint16 or uint32.
+    inputs = rows[:, :-1].astype(np.int64)  # [B, T]
+    starts = inputs == separator  # [B, T]
+    inputs[starts] = begin
+    return Batch(inputs, rows[:, 1:].astype(np.int64), np.cumsum(starts, axis=1).astype(np.int32))
 
 
 def cut(ids: Sequence[int], context_tokens: int) -> list[list[int]]:
@@ -51,6 +55,7 @@ def cut(ids: Sequence[int], context_tokens: int) -> list[list[int]]:
     The first token of the sequence is context only. Each later window begins with the last token that the
     one before predicted, so every other token is predicted exactly once.
     """
+    # Windows share one token and no context: what a model of this context could not see is not counted as seen.
     return [list(ids[at : at + context_tokens + 1]) for at in range(0, len(ids) - 1, context_tokens)]
 
 
@@ -74,12 +79,14 @@ def pack(lengths: Sequence[int], capacity: int, open_rows: int = 64) -> list[lis
     for item, length in enumerate(lengths):
         if length > capacity:
             raise ValueError(f"item {item} has {length} tokens, a row holds {capacity}")
+        # Only the newest rows are tried: first fit over all of them is quadratic, and full rows never fit again.
         for row in range(max(0, len(rows) - open_rows), len(rows)):
             if free[row] >= length:
                 rows[row].append(item)
                 free[row] -= length
                 break
         else:
+            # No open row has room: a new one, which stays open for the next `open_rows`.
             rows.append([item])
             free.append(capacity - length)
     return rows
@@ -88,16 +95,19 @@ def pack(lengths: Sequence[int], capacity: int, open_rows: int = 64) -> list[lis
 def conversation_batch(rows: Sequence[Sequence[Example]], context_tokens: int, pad: int) -> Batch:
     """Lay packed conversations out as a batch; loss only where an example's mask says so, never across examples."""
     shape = (len(rows), context_tokens)
+    # Padding carries no loss and has a document number of its own, so no token attends to it.
     inputs = np.full(shape, pad, dtype=np.int64)
     targets = np.full(shape, IGNORE, dtype=np.int64)
     documents = np.full(shape, PADDING, dtype=np.int32)
     for r, row in enumerate(rows):
         at = 0
+        # Each example is a document of its own to attention: one conversation never reads another.
         for number, example in enumerate(row):
             ids = np.asarray(example.ids, dtype=np.int64)
             mask = np.asarray(example.loss_mask, dtype=bool)
             length = len(ids) - 1
             inputs[r, at : at + length] = ids[:-1]
+            # The mask belongs to the token that is predicted, so it is shifted as the targets are.
             targets[r, at : at + length] = np.where(mask[1:], ids[1:], IGNORE)
             documents[r, at : at + length] = number
             at += length

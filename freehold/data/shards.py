@@ -28,6 +28,7 @@ _SCHEMA = pa.schema([("id", pa.string()), ("start", pa.int64()), ("tokens", pa.i
 
 def dtype_for(vocab_size: int) -> np.dtype:
     """Return the type that holds every id of a vocabulary: little-endian uint16 or uint32."""
+    # The byte order is fixed, so a shard written on one machine is read on any other.
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -45,9 +46,11 @@ def write_shard(
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             for document, ids, text_bytes in documents:
+                # Straight to the file: a shard may be larger than memory, its index is not.
                 file.write(ids.astype(dtype).tobytes())
                 for column, value in zip(columns.values(), (document, start, len(ids), text_bytes), strict=True):
                     column.append(value)
+                # Documents stand without gaps, each with its ending token: a start and a length find any of them.
                 start += len(ids)
     write_table(path.with_suffix(".parquet"), pa.table(columns, schema=_SCHEMA))
     return {"tokens": start, "documents": len(columns["id"]), "bytes": sum(columns["bytes"])}
@@ -62,6 +65,7 @@ def write_index(
         {
             "dtype": dtype_for(vocab_size).name,
             "vocab_size": vocab_size,
+            # Ids mean nothing without their tokenizer: a model of another one must refuse these shards.
             "tokenizer_sha256": tokenizer_sha256,
             "sources": sources,
         },
@@ -85,6 +89,8 @@ class Shard:
                 found=error,
                 todo="run tokenize again with --clean",
             ) from error
+        # Sizes are checked at every start, hashes only with `verify`: reading 100 GB before each step one is no check
+        # that people would keep on.
         if table.schema != _SCHEMA or len(table) != counts["documents"]:
             raise ArtifactError(
                 "not the document index of this shard",
@@ -162,6 +168,7 @@ class ShardSet:
         path, files = folder / INDEX, None
         if verify:
             manifest = read_manifest(folder.parent, kind="tokenize")
+            # The tokenizer has a hash of its own in each checkpoint; here only the tokens count.
             files = {k: v for k, v in manifest["files"].items() if k.startswith(f"{folder.name}/")}
             verify_files(folder.parent, {"files": files})
         index = read_json(path)
@@ -184,6 +191,7 @@ class ShardSet:
         for (name, of), shard in self.shards.items():
             if of == split and shard.counts["tokens"]:
                 files = [self._files[f"{self.folder.name}/{name}.{split}.{kind}"]["sha256"] for kind in _KINDS]
+                # A take-down changes what a run reads without changing a file, so it must change the identity.
                 left_out = sorted(without & set(shard.ids)) if without else []
                 found[name] = sha256_json([*files, left_out] if left_out else files)
         return found

@@ -19,6 +19,8 @@ from freehold.core.errors import RequestError
 from freehold.losses.logprob import log_partition
 
 MAX_TOP_LOGPROBS = 20
+COLDEST = 2.0**-126
+"""The smallest normal float32: a processor may take what is smaller for 0, and 0/0 is no logit."""
 RANKED = 1024
 """Tokens ranked before a whole vocabulary is."""
 
@@ -64,9 +66,14 @@ class Sampling:
             _check("logit_bias", bias, -100, 100)
 
     @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always chosen."""
+        return self.temperature < COLDEST
+
+    @property
     def filters(self) -> bool:
         """Whether tokens must be ranked before one is drawn."""
-        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+        return not self.greedy and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
     @property
     def penalises(self) -> bool:
@@ -110,7 +117,7 @@ class Draw:
 
     def point(self) -> float:
         """Return the random number of this position, in [0, 1)."""
-        if self.sampling.temperature == 0:
+        if self.sampling.greedy:
             return 0.0
         digest = hashlib.blake2b(f"{self.seed} {self.position}".encode(), digest_size=4).digest()
         # 32 bits, so that a draw times the total stays below the total: never past the last possible token.
@@ -138,9 +145,9 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         for row, one in enumerate(draws):
             one.adjust(logits[row])
     best = logits.argmax(dim=-1)  # [B]
-    if all(s.temperature == 0 for s in settings):
+    if all(s.greedy for s in settings):
         return best
-    temperature = torch.tensor([[s.temperature or 1.0] for s in settings], device=logits.device)
+    temperature = torch.tensor([[1.0 if s.greedy else s.temperature] for s in settings], device=logits.device)
     # The largest becomes 0, so that a temperature next to 0 cannot overflow.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     filtered = [row for row, s in enumerate(settings) if s.filters]
@@ -151,7 +158,7 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     cumulative = scaled.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     points = torch.tensor([d.point() for d in draws], dtype=torch.float64, device=logits.device)[:, None]
     drawn = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)[:, 0]
-    greedy = torch.tensor([s.temperature == 0 for s in settings], device=logits.device)
+    greedy = torch.tensor([s.greedy for s in settings], device=logits.device)
     return torch.where(greedy, best, drawn)
 
 

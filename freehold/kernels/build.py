@@ -58,7 +58,10 @@ def _built(source: Path, flags: tuple[str, ...], name: str) -> Path:
     lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else [platform.processor()]
     chip = sorted({line for line in lines if line.startswith(("model name", "flags"))})
     key = hashlib.sha256("\0".join([*command[:-1], *chip, source.read_text(encoding="utf-8")]).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freehold"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freehold"
+    except RuntimeError as problem:  # a user id without an entry in /etc/passwd, and no HOME
+        raise UnavailableError(f"{problem} (set HOME or XDG_CACHE_HOME to a folder for the kernels)") from problem
     library = folder / f"{name}-{key[:16]}.so"
     if not library.exists():
         _compile(command, library)

@@ -297,7 +297,7 @@ def from_hf_dict(data: dict[str, Any], where: str = "config.json") -> ModelConfi
         if rest.pop(key, neutral) != neutral:
             raise ConfigError("not supported", where=f"{where}: {key}", found=data[key], expected=neutral)
     rope = rest.pop("rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
         raise ConfigError("not supported", where=f"{where}: rope_parameters", found=rope, expected="rope_type default")
     if "rope_theta" in rope:
         rest["rope_theta"] = rope["rope_theta"]

@@ -20,6 +20,8 @@ def choose_device(name: Device, where: str = "device", *, quiet: bool = False) -
     Raises ConfigError when CUDA is asked for and this process has none.
     """
     number, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    # All ranks of a machine must choose the same kind, also those whose number would have a device.
+    last = max(number, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
     if name == "cuda" and number >= found:
         raise ConfigError(
             "there is no CUDA device for this process",
@@ -28,7 +30,7 @@ def choose_device(name: Device, where: str = "device", *, quiet: bool = False) -
             expected=f"one for LOCAL_RANK {number}",
             todo=f"{where}=auto or cpu; a CUDA build of PyTorch if this machine has a GPU",
         )
-    cuda = name != "cpu" and number < found
+    cuda = name == "cuda" or (name == "auto" and last < found)
     device = torch.device("cuda", number) if cuda else torch.device("cpu")
     if name == "auto" and not quiet:
         what = torch.cuda.get_device_name(device) if cuda else "no CUDA device was found"

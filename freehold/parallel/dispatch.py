@@ -36,13 +36,16 @@ class AllToAll:
         """Send rows x [R, d] (`counts` [E] of each expert) to their experts; return rows [S, d], counts [e], context.
 
         Rows of one expert come in the order of the ranks they come from, which is the order of the tokens in the
-        batch. The sizes are needed on the host: one wait for the device in each layer.
+        batch.
         """
         ranks = self.group.size()
-        here = exchange(counts, None, None, self.group).view(ranks, -1)
-        sends, receives = counts.view(ranks, -1).sum(1).tolist(), here.sum(1).tolist()
-        rows, path = exchange(x, receives, sends, self.group), None
+        here = exchange(counts, None, None, self.group).view(ranks, -1)  # [E] -> [ranks, e]
+        # The one wait for the device that a layer keeps. NCCL takes the sizes of a ragged exchange from the host; to do
+        # without, every rank must receive as if all tokens came to it, `ranks` times the memory and the traffic.
+        sends, receives = torch.stack([counts.view(ranks, -1).sum(1), here.sum(1)]).tolist()
+        rows, path = exchange(x, receives, sends, self.group), None  # [R, d] -> [S, d]
         if len(rows):
+            # Rows come by rank, and by expert within a rank; products want them by expert.
             experts = torch.arange(here.shape[1], device=x.device).repeat(ranks)
             path = route(experts.repeat_interleave(here.flatten(), output_size=len(rows))[:, None])
             rows = ops.gather(rows, path)
@@ -50,6 +53,7 @@ class AllToAll:
 
     def combine(self, y: Tensor, context: Sent) -> Tensor:
         """Return the results [S, d] to the ranks their rows came from, in the order they had there: [R, d]."""
+        # The inverse of both permutations, in reverse order.
         if context.path is not None:
             order, inverse, _ = context.path
             y = ops.gather(y, Route(inverse, order, inverse))

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from freehold.core.errors import ConfigError
+from freehold.model.device import choose_device
 from freehold.parallel import launch
 from freehold.parallel.config import ParallelConfig
 from freehold.parallel.heartbeat import FOLDER
-from freehold.parallel.mesh import device_kind
 
 PATIENCE_S = 600.0
 """How long a collective may take at least before it counts as failed; a supervisor acts sooner."""
@@ -33,7 +33,7 @@ def join(parallel: ParallelConfig, claims: Mapping[str, str]) -> None:
     # Longer than the supervisor waits: a rank that hangs must be named by it, not by a timeout in an innocent rank.
     patience = datetime.timedelta(seconds=max(PATIENCE_S, 2 * parallel.supervise.hang_s))
     # Counts and claims travel as CPU tensors, so a CUDA run needs both libraries.
-    backend = "gloo" if device_kind(parallel) == "cpu" else "cpu:gloo,cuda:nccl"
+    backend = "gloo" if choose_device(parallel.device, quiet=True).type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience)
     except torch.distributed.DistError as error:

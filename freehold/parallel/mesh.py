@@ -12,13 +12,13 @@ One process has no meshes and no process group: every method of `World` then ret
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from freehold.core.errors import ConfigError
+from freehold.model.device import choose_device
 from freehold.parallel.config import ParallelConfig, check_degrees
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ class World:
     def __init__(self, parallel: ParallelConfig, rank: int = 0, size: int = 1) -> None:
         self.parallel, self.rank, self.size = parallel, rank, size
         self.place = place_of(rank, parallel)
-        self.device = torch.device("cpu")
-        if device_kind(parallel) == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        self.device = choose_device(parallel.device, "parallel.device", quiet=True)
         self.stream_dtype = torch.get_default_dtype()
         """The dtype of what one pipeline stage sends to the next; the plan sets it."""
         self.dense: DeviceMesh | None = None
@@ -149,15 +147,6 @@ class World:
         return tensor
 
 
-def device_kind(parallel: ParallelConfig) -> str:
-    """Return cpu or cuda for `parallel.device`; auto is cuda where each process of this machine has a device."""
-    if parallel.device != "auto":
-        return parallel.device
-    # Not every launcher says how many processes it started here; a rank knows at least its own number.
-    here = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0")) + 1)
-    return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= here else "cpu"
-
-
 def world(parallel: ParallelConfig, stage: str = "") -> World:
     """Return this process's world: alone, or in the process group that a launcher has opened.
 
@@ -165,14 +154,7 @@ def world(parallel: ParallelConfig, stage: str = "") -> World:
     """
     place = f"{stage}.parallel" if stage else "parallel"
     # Before any group is opened: NCCL would fail much later, with a message about a peer.
-    if parallel.device == "cuda" and not int(os.environ.get("LOCAL_RANK", "0")) < torch.cuda.device_count():
-        raise ConfigError(
-            "there is no device for this process",
-            where=f"{place}.device",
-            found=f"cuda, {torch.cuda.device_count()} devices here",
-            expected=f"one for LOCAL_RANK {os.environ.get('LOCAL_RANK', '0')}",
-            todo=f"{place}.device=cpu, or fewer processes on this machine",
-        )
+    choose_device(parallel.device, f"{place}.device", quiet=True)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         if parallel.devices > 1:
             raise ConfigError(

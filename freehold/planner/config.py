@@ -138,7 +138,8 @@ class PlanConfig(Config):
 
 
 def plan_of_recipe(name: str, pretrain: dict[str, Any]) -> dict[str, Any]:
-    """Return what a recipe's filled `pretrain` section says of a plan: one CPU process, unless overrides say more."""
+    """Return what a recipe's filled `pretrain` section says of a plan: on this machine's CPU, or on H100s for CUDA."""
+    cpu = {"device": "cpu", "mfu": 0.2, "kernels": "native", "storage_bytes_s": 0.5e9}
     batch, trainer = pretrain["batch"], pretrain["trainer"]
     steps = sum(phase["steps"] for phase in pretrain["phases"].values())
     return {
@@ -151,5 +152,5 @@ def plan_of_recipe(name: str, pretrain: dict[str, Any]) -> dict[str, Any]:
         "dtype": trainer["dtype"],
         "loss_chunk_tokens": trainer["loss_chunk_tokens"],
         "parallel": {**pretrain["parallel"], "nproc": 0, "recompute": "full" if trainer["recompute"] else "none"},
-        "machine": {"device": "cpu", "mfu": 0.2, "kernels": "native", "storage_bytes_s": 0.5e9},
+        "machine": {"device": "h100"} if pretrain["parallel"]["device"] == "cuda" else cpu,
     }

@@ -6,23 +6,20 @@ are PKCS#8 PEM files that only their owner can read.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from freehold.core.errors import ProofError
+from freehold.proof.trust import MAX_PEM_BYTES, PublicKey, parse_public
 
 Role = Literal["root", "release", "log", "witness"]
-PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 ECDSA = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
-# A PEM file of either kind is below 1 kB; more is not a key of ours and is not parsed.
-MAX_PEM_BYTES = 16_384
 
 
 @dataclass(frozen=True)
@@ -87,47 +84,9 @@ def read_private(path: Path, password: bytes | None = None) -> SigningKey:
     raise ProofError("a key of another kind", where=path, found=type(key).__name__, expected="ECDSA P-256 or Ed25519")
 
 
-def public_pem(key: PublicKey) -> bytes:
-    """Return a public key as SubjectPublicKeyInfo PEM."""
-    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-
-
-def parse_public(pem: bytes, where: object) -> PublicKey:
-    """Parse a public key of PEM; ProofError when it is none, or of a kind we do not use."""
-    if len(pem) > MAX_PEM_BYTES:
-        raise ProofError("a file is too large for a key", where=where, found=f"{len(pem):,} bytes")
-    try:
-        key = serialization.load_pem_public_key(pem)
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise ProofError("not a public key", where=where, found=error, expected="PEM") from error
-    if isinstance(key, ed25519.Ed25519PublicKey):
-        return key
-    if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
-        return key
-    raise ProofError("a key of another kind", where=where, found=type(key).__name__, expected="ECDSA P-256 or Ed25519")
-
-
 def read_public(path: Path) -> PublicKey:
     """Read a public key; ProofError when the file is missing or is none."""
     return parse_public(_read(path), path)
-
-
-def fingerprint(key: PublicKey) -> str:
-    """Return the hex SHA-256 of the key's SubjectPublicKeyInfo DER: 64 characters that name it."""
-    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(der).hexdigest()
-
-
-def verifies(key: PublicKey, signature: bytes, message: bytes) -> bool:
-    """Return whether `signature` is the key's over `message`."""
-    try:
-        if isinstance(key, ed25519.Ed25519PublicKey):
-            key.verify(signature, message)
-        else:
-            key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
-    except InvalidSignature:
-        return False
-    return True
 
 
 def _read(path: Path) -> bytes:

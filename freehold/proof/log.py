@@ -4,50 +4,28 @@ Training anchors its checkpoints here and releases their signatures, so that pub
 a later log must contain an earlier one (`check_consistency`), and an entry is proven to be in it (`check_inclusion`)
 without the rest. Offline there is no trusted clock, so order in the log is the only time.
 
-Worked example: leaves a, b, c. `root([a, b, c])` = H(1, H(1, H(0, a), H(0, b)), H(0, c)), where H(0, ...) marks a leaf
+Worked example: leaves a, b, c. The root is H(1, H(1, H(0, a), H(0, b)), H(0, c)), where H(0, ...) marks a leaf
 and H(1, ...) a node, so that no leaf can pass for a node. The proof that b is in it is [H(0, a), H(0, c)].
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
-import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from freehold.core.artifact import write_atomic
 from freehold.core.errors import ProofError
-from freehold.proof.keys import PublicKey, SigningKey, verifies
+from freehold.proof.keys import SigningKey
+from freehold.proof.trust import LogCheckpoint, leaf_hash, node_hash, note_key_id, note_parts, tree_root
 
-ALGORITHM = 1
-"""Ed25519 in a signed note (C2SP signed-note)."""
 MAX_ENTRY_BYTES = 65_536
 MAX_ENTRIES = 10_000_000
-
-
-def leaf_hash(entry: bytes) -> bytes:
-    """Return the hash of a leaf (RFC 6962, 2.1)."""
-    return hashlib.sha256(b"\x00" + entry).digest()
-
-
-def root(leaves: Sequence[bytes]) -> bytes:
-    """Return the tree's root over leaf hashes; of none, the hash of nothing."""
-    if not leaves:
-        return hashlib.sha256(b"").digest()
-    level = list(leaves)
-    while len(level) > 1:
-        # An odd node is carried up as it is: that is the tree of RFC 6962, whose left part is a power of two.
-        pairs = [_node(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
-        level = pairs + level[len(level) & ~1 :]
-    return level[0]
 
 
 def inclusion_proof(leaves: Sequence[bytes], index: int) -> list[bytes]:
@@ -58,8 +36,8 @@ def inclusion_proof(leaves: Sequence[bytes], index: int) -> list[bytes]:
         return []
     half = _split(len(leaves))
     if index < half:
-        return [*inclusion_proof(leaves[:half], index), root(leaves[half:])]
-    return [*inclusion_proof(leaves[half:], index - half), root(leaves[:half])]
+        return [*inclusion_proof(leaves[:half], index), tree_root(leaves[half:])]
+    return [*inclusion_proof(leaves[half:], index - half), tree_root(leaves[:half])]
 
 
 def check_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes], expected: bytes) -> bool:
@@ -71,11 +49,11 @@ def check_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes], 
         if last == 0:
             return False
         if place & 1 or place == last:
-            node = _node(sibling, node)
+            node = node_hash(sibling, node)
             while not place & 1 and place:
                 place, last = place >> 1, last >> 1
         else:
-            node = _node(node, sibling)
+            node = node_hash(node, sibling)
         place, last = place >> 1, last >> 1
     return last == 0 and node == expected
 
@@ -107,26 +85,13 @@ def check_consistency(old: tuple[int, bytes], new: tuple[int, bytes], proof: Seq
         if last == 0:
             return False
         if place & 1 or place == last:
-            first, second = _node(sibling, first), _node(sibling, second)
+            first, second = node_hash(sibling, first), node_hash(sibling, second)
             while not place & 1 and place:
                 place, last = place >> 1, last >> 1
         else:
-            second = _node(second, sibling)
+            second = node_hash(second, sibling)
         place, last = place >> 1, last >> 1
     return last == 0 and first == old_root and second == new_root
-
-
-@dataclass(frozen=True)
-class LogCheckpoint:
-    """The signed state of a log: origin, number of entries, root (C2SP tlog-checkpoint)."""
-
-    origin: str
-    size: int
-    root: bytes
-
-    def text(self) -> str:
-        """Return the three lines that are signed."""
-        return f"{self.origin}\n{self.size}\n{base64.b64encode(self.root).decode()}\n"
 
 
 def sign_note(checkpoint: LogCheckpoint, key: SigningKey, name: str | None = None) -> str:
@@ -137,27 +102,8 @@ def sign_note(checkpoint: LogCheckpoint, key: SigningKey, name: str | None = Non
 
 def cosign(note: str, key: SigningKey, name: str) -> str:
     """Return the note with one more signature: a witness saw this checkpoint."""
-    text, _ = _parts(note)
+    text, _ = note_parts(note)
     return note + _signature_line(text, key, name)
-
-
-def read_note(note: str, keys: dict[str, PublicKey]) -> tuple[LogCheckpoint, list[str]]:
-    """Return a note's checkpoint and the names of the given keys that signed it, each key counted once.
-
-    Raises ProofError when the note is malformed or none of the keys signed it.
-    """
-    text, lines = _parts(note)
-    fields = text.split("\n")
-    try:
-        if len(fields) != 4 or not fields[0] or not fields[1].isascii() or not fields[1].isdecimal():
-            raise ValueError("not three lines")
-        checkpoint = LogCheckpoint(fields[0], int(fields[1]), base64.b64decode(fields[2], validate=True))
-    except (ValueError, binascii.Error) as error:
-        raise ProofError("a log checkpoint cannot be read", found=error) from error
-    signers = [name for name, key in keys.items() if any(_signed(line, text, name, key) for line in lines)]
-    if not signers:
-        raise ProofError("a log checkpoint is signed by no trusted key", where=checkpoint.origin, expected=list(keys))
-    return checkpoint, signers
 
 
 class Log:
@@ -181,9 +127,10 @@ class Log:
         self.leaves.append(leaf_hash(line))
         return len(self.leaves) - 1
 
-    def checkpoint(self) -> LogCheckpoint:
-        """Return the present state of the log."""
-        return LogCheckpoint(self.origin, len(self.leaves), root(self.leaves))
+    def checkpoint(self, size: int | None = None) -> LogCheckpoint:
+        """Return the state of the log when it had `size` entries (None: now)."""
+        leaves = self.leaves[:size]
+        return LogCheckpoint(self.origin, len(leaves), tree_root(leaves))
 
     def _read(self) -> list[bytes]:
         if not self.path.exists():
@@ -199,10 +146,6 @@ class Log:
         return entries
 
 
-def _node(left: bytes, right: bytes) -> bytes:
-    return hashlib.sha256(b"\x01" + left + right).digest()
-
-
 def _split(size: int) -> int:
     """Return the largest power of two below `size`: the leaves of the left subtree."""
     return 1 << ((size - 1).bit_length() - 1)
@@ -210,16 +153,11 @@ def _split(size: int) -> int:
 
 def _subproof(leaves: Sequence[bytes], old_size: int, *, complete: bool) -> list[bytes]:
     if old_size == len(leaves):
-        return [] if complete else [root(leaves)]
+        return [] if complete else [tree_root(leaves)]
     half = _split(len(leaves))
     if old_size <= half:
-        return [*_subproof(leaves[:half], old_size, complete=complete), root(leaves[half:])]
-    return [*_subproof(leaves[half:], old_size - half, complete=False), root(leaves[:half])]
-
-
-def _key_id(name: str, key: PublicKey) -> bytes:
-    raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-    return hashlib.sha256(name.encode() + b"\n" + bytes([ALGORITHM]) + raw).digest()[:4]
+        return [*_subproof(leaves[:half], old_size, complete=complete), tree_root(leaves[half:])]
+    return [*_subproof(leaves[half:], old_size - half, complete=False), tree_root(leaves[:half])]
 
 
 def _signature_line(text: str, key: SigningKey, name: str) -> str:
@@ -227,22 +165,5 @@ def _signature_line(text: str, key: SigningKey, name: str) -> str:
         raise ProofError("a log needs an Ed25519 key", where=name, todo="make one: freehold keys new --role log")
     if not name or any(c.isspace() or c == "+" for c in name):
         raise ProofError("a signer's name may have neither spaces nor +", found=repr(name))
-    signature = _key_id(name, key.public) + key.sign(text.encode())
+    signature = note_key_id(name, key.public) + key.sign(text.encode())
     return f"— {name} {base64.b64encode(signature).decode()}\n"
-
-
-def _signed(line: str, text: str, name: str, key: PublicKey) -> bool:
-    if not line.startswith(f"— {name} "):
-        return False
-    try:
-        raw = base64.b64decode(line[len(name) + 3 :], validate=True)
-    except binascii.Error:
-        return False
-    return raw[:4] == _key_id(name, key) and verifies(key, raw[4:], text.encode())
-
-
-def _parts(note: str) -> tuple[str, list[str]]:
-    text, separator, signatures = note.rpartition("\n\n")
-    if not separator or not signatures.endswith("\n"):
-        raise ProofError("not a signed note", expected="a text, an empty line, signatures")
-    return text + "\n", signatures[:-1].split("\n")

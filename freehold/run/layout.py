@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # pydantic takes longer than all of `freehold --help`
 
 GATHER, CURATE, REPHRASE, TOKENIZE = "gather", "curate", "rephrase", "tokenize"
 PRETRAIN, ALIGN, EVALUATE, EXPORT, SERVE = "pretrain", "align", "evaluate", "export", "serve"
-CHAT = "chat"
+CHAT, IMPORT = "chat", "import"
 METRICS = "metrics.jsonl"
 """A stage's figures by step."""
 TRAINER_FACTS = "trainer.json"
@@ -43,6 +43,8 @@ class Stage:
     """Whether a run without it lacks nothing."""
     gate: Gate = ""
     """What the rights policy is asked for before the stage starts."""
+    lengthens: bool = False
+    """Whether more steps may be added to it: what a step reads does not depend on the steps after it."""
     package: str = ""
     """Python package, when it is not `freehold.stages.<name>`."""
 
@@ -77,7 +79,15 @@ WALK: dict[str, Stage] = _table(
         optional=True,
     ),
     Stage(TOKENIZE, "documents -> tokenizer and token shards", inputs=(CURATE, REPHRASE)),
-    Stage(PRETRAIN, "tokens -> TrueBase and Base", inputs=(TOKENIZE,), resumes=True, trains=True, gate="mixture"),
+    Stage(
+        PRETRAIN,
+        "tokens -> TrueBase and Base",
+        inputs=(TOKENIZE,),
+        resumes=True,
+        trains=True,
+        lengthens=True,
+        gate="mixture",
+    ),
     Stage(
         ALIGN,
         "Base and conversations -> Preview",
@@ -97,12 +107,21 @@ WALK: dict[str, Stage] = _table(
 """Each stage of the walk, in order."""
 TALK = Stage(CHAT, "talk to a model in the terminal")
 """Declared like a stage, but no part of the walk."""
+PUBLISHED = Stage(
+    IMPORT, "a published AFMoE folder -> a checkpoint that every stage takes", package="freehold.stages.importing"
+)
+"""The root of another lineage: a run folder of its own, no part of a walk."""
+DECLARED: dict[str, Stage] = {**WALK, CHAT: TALK, IMPORT: PUBLISHED}
+"""Everything that has settings, by its verb."""
 KEPT_WHEN_MADE_AGAIN = {"log", "answers.jsonl"}
 """Names that stay when a stage is made again: what was said, and what a teacher answered, by its request."""
 EXPORTED = "align/preview"
 """The checkpoint that a manifest of an export means when it names none."""
 NAMED = ("pretrain/truebase", "pretrain/base", "align/preview")
 """Checkpoints that people look for by name."""
+
+IMPORTED = "import/base"
+"""The checkpoint of a run folder that an imported model is."""
 
 
 def training() -> tuple[str, ...]:
@@ -141,7 +160,7 @@ class RunFolder:
 
     def any_finished(self) -> bool:
         """Return whether a stage is finished: what makes a folder a run."""
-        return any(self.finished(name) for name in WALK)
+        return any(self.finished(name) for name in (*WALK, IMPORT))
 
     def key(self, name: str) -> Path:
         """Return what a started stage was started with."""
@@ -174,6 +193,14 @@ class RunFolder:
     def documents(self, name: str) -> list[Path]:
         """Return a stage's tables of documents."""
         return sorted((self.root / name / "documents").glob("*.parquet"))
+
+    def ancestry(self, name: str) -> Path:
+        """Return the records of the parents and teachers of a stage that are in other runs."""
+        return self.root / name / "ancestry.json"
+
+    def step_checkpoints(self, name: str) -> Path:
+        """Return the folder of a training stage's checkpoints of every few steps."""
+        return self.root / name / "checkpoints"
 
     def trainer_facts(self, name: str) -> list[Path]:
         """Return the facts of every checkpoint of a training stage: named ones, then those of a step."""
@@ -254,6 +281,11 @@ class RunFolder:
         return self.root / "card"
 
     @property
+    def release(self) -> Path:
+        """Return the folder of the signed release."""
+        return self.root / "release" / "pack"
+
+    @property
     def lock(self) -> Path:
         """Return the file that a running walk holds."""
         return self.root / ".lock"
@@ -266,7 +298,13 @@ class RunFolder:
 
 def newest_step(stage_folder: Path) -> int:
     """Return the step of the newest finished checkpoint of a training stage; -1 without one."""
-    return max((int(p.parent.name[5:]) for p in stage_folder.glob(f"checkpoints/step_*/{MANIFEST}")), default=-1)
+    return max((step_of(p.parent) for p in stage_folder.glob(f"checkpoints/step_*/{MANIFEST}")), default=-1)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in the name of a step checkpoint; -1 for another name."""
+    digits = folder.name.removeprefix("step_")
+    return int(digits) if digits.isdecimal() else -1
 
 
 def finished_parts(stage_folder: Path) -> int:

@@ -30,13 +30,17 @@ def total_steps(folder: Path, checkpoints: Sequence[Checkpoint], stage: str) -> 
             return int(counts["steps"])
     here = [c.step for c in checkpoints if c.stage == stage]
     phases = resolved(folder, stage).get("phases", {})
-    begin = _first_step(folder) if stage == PRETRAIN else 0
+    begin = _begin(folder) if stage == PRETRAIN else 0
     return max([*here, begin + sum(phase["steps"] for phase in phases.values())])
 
 
-def _first_step(folder: Path) -> int:
-    """Return the step at which the run's pre-training began: its parent's."""
-    parent = resolved(folder, PRETRAIN).get("parent") or ""
+def _begin(folder: Path) -> int:
+    """Return the step at which the run's pre-training began."""
+    return first_step(resolved(folder, PRETRAIN).get("parent") or "")
+
+
+def first_step(parent: str) -> int:
+    """Return the first step of a branch: its parent's; 0 without a parent."""
     facts = Path(parent) / TRAINER_FACTS
     return int(read_json(facts)["step"]) if parent and facts.exists() else 0
 
@@ -47,7 +51,7 @@ def phases_left(folder: Path, step: int) -> dict[str, Any] | None:
     None when that cannot be said as a phase: inside a warm-up or a cosine.
     """
     left: dict[str, Any] = {}
-    begin = _first_step(folder)
+    begin = _begin(folder)
     for name, phase in resolved(folder, PRETRAIN).get("phases", {}).items():
         done = min(max(step - begin, 0), phase["steps"])
         begin += phase["steps"]

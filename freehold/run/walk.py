@@ -26,10 +26,12 @@ from freehold.core.config import difference, refill, to_yaml
 from freehold.core.errors import ArtifactError
 from freehold.core.log import Log
 from freehold.core.machine import cpu_name, machine_limits
+from freehold.ledger.policy import Origin
 from freehold.parallel import launch
-from freehold.run import policy_check
+from freehold.run import ancestry, policy_check
 from freehold.run.code_spans import add_span, other_code, other_contract, read_spans
 from freehold.run.layout import GATHER, KEPT_WHEN_MADE_AGAIN, REPHRASE, before, finished_parts, until
+from freehold.run.lengthen import branch_command, lengthen, recorded
 from freehold.run.processes import Options, StageFailed, run_process, stage_command, supervise
 from freehold.run.recipe import Plan, StagePlan, resolve
 from freehold.run.step_documents import documents_of_step
@@ -107,6 +109,8 @@ def check_stage(stage: StagePlan, options: Options) -> Literal["done", "resume",
         for leftover in stage.folder.glob("*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return "resume"
+    if state.what == "stale" and not options.clean and lengthen(stage, _record(stage)):
+        return "resume"
     worth_keeping = stage.run.finished(stage.name) or (stage.stage.resumes and finished_parts(stage.folder) > 0)
     if state.what != "done" and worth_keeping and not options.clean:
         raise _made_otherwise(stage, state)
@@ -117,15 +121,25 @@ def check_stage(stage: StagePlan, options: Options) -> Literal["done", "resume",
     return "make"
 
 
+def _record(stage: StagePlan) -> dict[str, Any]:
+    """Return what a stage was made or started with; empty when that is damaged."""
+    with contextlib.suppress(ArtifactError):
+        return read_manifest(stage.folder) if stage.run.finished(stage.name) else read_json(stage.run.key(stage.name))
+    return {}
+
+
 def _made_otherwise(stage: StagePlan, state: State) -> ArtifactError:
     changes = list(state.changes) or [f"{stage.run.key(stage.name)}: missing"]
     more = len(changes) - MOST_CHANGES
     shown = changes[:MOST_CHANGES] + ([f"... and {more} more"] if more > 0 else [])
+    todo = "--clean makes it again here, --fork NAME keeps this run and makes another next to it, or undo the change"
+    if command := branch_command(stage, _record(stage)):
+        todo = f"to train the changed phases from the checkpoint before them: {command}; or {todo}"
     return ArtifactError(
         f"{stage.name} was made by another recipe, other inputs or other code",
         where=stage.folder,
         found="\n            ".join(shown),
-        todo="--clean makes it again here, --fork NAME keeps this run and makes another next to it, or undo the change",
+        todo=todo,
     )
 
 
@@ -149,6 +163,7 @@ def run_stage(plan: Plan, name: str, options: Options) -> dict[str, Any]:
     log.say(f"== {name}" + (" (resuming)" if what == "resume" else ""))
     artifact.write_atomic(stage.run.resolved(name), to_yaml(stage.config))
     spans = _record_start(stage, key, log)
+    ancestry.write(stage.run, name, key["config"])
     started = time.monotonic()
     try:
         with machine_limits(stage.folder):
@@ -168,7 +183,8 @@ def _record_start(stage: StagePlan, key: dict[str, Any], log: Log) -> list[dict[
         earlier = ", ".join(map(str, spans[:-1]))
         log.warn(f"{stage.name} was begun by other code: {earlier}; from {first} on it is {spans[-1]}")
     record = [span.to_dict() for span in spans]
-    write_json(key_file, {**key, "code": record})
+    lengthened = recorded(stage.run, stage.name)
+    write_json(key_file, {**key, "code": record, **({"lengthened": lengthened} if lengthened else {})})
     return record
 
 
@@ -180,12 +196,16 @@ def _finish(
     timing = stage.run.timing(stage.name)
     earlier = read_json(timing) if timing.exists() else {}
     write_json(timing, {**earlier, "total_s": round(seconds, 1), "peak_memory_bytes": peak})
+    lengthened = recorded(stage.run, stage.name)
+    record: dict[str, Any] = {**key, **({"lengthened": lengthened} if lengthened else {})}
+    if stage.stage.trains and stage.head.origin != Origin():
+        record["origin"] = stage.head.origin.model_dump()
     manifest = write_manifest(
         stage.folder,
         kind=stage.name,
         counts=counts,
         config_sha256=artifact.sha256_json(key["config"]),
-        **key,
+        **record,
         code=spans,
         run=stage.head.name,
         seconds=round(seconds, 1),
@@ -206,6 +226,7 @@ def _workspace(stage: StagePlan, log: Log, leads: bool = True) -> Workspace:
         log=log,
         inputs=stage.inputs,
         leads=leads,
+        lengthened=recorded(stage.run, stage.name),
         documents_of_step=functools.partial(documents_of_step, stage.folder),
     )
 

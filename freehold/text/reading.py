@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import BinaryIO, Protocol, TypeVar
 
 from freehold.ledger.evidence import Finding
 
@@ -24,6 +24,8 @@ class Member:
     sha256: str
     size_bytes: int
     read: Callable[[int], bytes | None]
+    open: Callable[[], BinaryIO] | None = None
+    """Opens the file as it is stored, where it is on disk: for readers that take a large one piece by piece."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Reading:
     limit_bytes: int
     select: str = ""
     """CSS selector of a page's main text."""
+    separator: str = ""
+    """Words between the documents of a text file; empty: a file is one document."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
     """Texts that a reader takes only once from all files together."""
@@ -145,3 +149,21 @@ def encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+THOUGHTS = ("think", "thinking", "thought", "reasoning")
+"""Tags that reasoning models put around their thoughts."""
+
+
+def without_thoughts(text: str) -> tuple[str, str]:
+    """Return a text without the thoughts of a model in front, and why it has nothing else; empty when it has.
+
+    What a reasoning model wrote comes as `<think> ... </think>` and then its answer, where no parser took the thoughts
+    off. Only thoughts that begin a text count: further on, a text may speak of such tags.
+    """
+    answer, closed = text, True
+    while closed and (tag := next((t for t in THOUGHTS if answer.lstrip().startswith(f"<{t}>")), "")):
+        _, closed, answer = answer.partition(f"</{tag}>")  # type: ignore[assignment]
+    if answer is text:
+        return text, ""
+    return answer.lstrip(), "" if closed and answer.strip() else "only the thoughts of a model, no answer"

@@ -102,6 +102,7 @@ def _pieces(
 
     if not messages:
         raise RequestError("there are no messages", where="messages", expected="at least one")
+    messages = [_joined(message) for message in messages]
     roles = [_check(message, f"messages[{index}]") for index, message in enumerate(messages)]
     yield special("<|begin_of_text|>")
     if tools:
@@ -139,6 +140,16 @@ def _pieces(
             yield from turn(role, message["content"])
     if generation:
         yield from (special("<|im_start|>"), text("assistant\n"))
+
+
+def _joined(message: Any) -> Any:
+    """Return a message whose content is one text, where it came as a list of text parts; others as they are."""
+    parts = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(parts, list) or not all(
+        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+    ):
+        return message
+    return {**message, "content": "".join(part["text"] for part in parts)}
 
 
 def _check(message: Any, where: str) -> str:
@@ -179,6 +190,8 @@ def _call(call: Any, where: str) -> str:
         expected = '{"function": {"name": ..., "arguments": "{...}"}}'
         raise RequestError("not a tool call", where=where, found=repr(call)[:100], expected=expected)
     arguments = function.get("arguments")
+    if arguments is None or isinstance(arguments, str) and not arguments.strip():
+        arguments = "{}"  # what clients send for a tool without parameters
     try:
         read = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):  # not JSON, a number of thousands of digits, or a thousand brackets

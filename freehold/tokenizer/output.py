@@ -9,13 +9,17 @@ import codecs
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Protocol
+
+from freehold.core.errors import CheckpointError
+from freehold.tokenizer.dialects import DIALECTS, CallReader, Kind, Piece, Tools, partial
 
 THINK, THINK_END = "<think>", "</think>"
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 TAGS = (THINK, THINK_END, CALL, CALL_END)
-
-Kind = Literal["content", "reasoning", "tool_call"]
+RECORDED = "answer_format"
+"""The key of `tokenizer_config.json` that records an AnswerFormat."""
 
 
 class Vocabulary(Protocol):
@@ -37,7 +41,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Vocabulary, stop: Sequence[str] = ()) -> None:
         self.stopped = False
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self.decoded_chars = self.returned_chars = 0
+        """Characters there are, held ones included, and those that were returned."""
+        self._tokenizer, self.stops = tokenizer, tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
@@ -53,91 +59,110 @@ class TextStream:
     def _cut(self, text: str, *, last: bool) -> str:
         if self.stopped:
             return ""
+        self.decoded_chars += len(text)
         text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = 0 if last else partial(text, self._stop)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece of an answer: text of one kind, or one whole tool call."""
-
-    kind: Kind
-    text: str
-    """Content, reasoning, or a tool call's arguments as JSON."""
-    name: str = ""
-    """The tool that is called."""
+        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        self.stopped = bool(found)
+        keep = 0 if last or found else partial(text, self.stops)
+        cut = min(found, default=len(text) - keep)
+        self._held = "" if found else text[cut:]
+        self.returned_chars += cut
+        return text[:cut]
 
 
 class AnswerParser:
     """Splits an answer into content, reasoning and tool calls; no tag of either ever becomes text.
 
-    Thinking that is cut off stays reasoning. A tool call that is not JSON, or comes without tools being offered,
-    becomes text of what surrounds it. White space between a tag and text is the template's, and dropped.
+    Thinking that is cut off stays reasoning. What is between the tags of a call but is none, or comes without tools
+    being offered, becomes text of what surrounds it. White space between a tag and text is the template's, and
+    dropped. `thinking`: the prompt has opened the reasoning already. `tools`: those offered; None = none, and then no
+    call is one. `calls_in_reasoning`: a call while the model thinks counts; else it stays a thought.
     """
 
-    def __init__(self, *, thinking: bool = False, tools: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        thinking: bool = False,
+        tools: Tools | None = (),
+        dialect: str = "hermes",
+        calls_in_reasoning: bool = True,
+    ) -> None:
         self._kind: Kind = "reasoning" if thinking else "content"
-        self._tools = tools
+        self._tools, self._dialect = tools, DIALECTS[dialect]
+        self._reasoning_tags = TAGS if calls_in_reasoning else TAGS[:2]
+        self._reader: CallReader | None = None
         self._in_call = False
         self._after_tag = thinking
-        self._buffer = ""
+        self._buffer = self._call_text = ""
 
     def feed(self, text: str) -> list[Piece]:
         """Take some text; return the pieces that are now certain."""
         self._buffer += text
         pieces: list[Piece] = []
-        while True:
-            tags = (CALL_END,) if self._in_call else TAGS
-            found = [(at, tag) for at, tag in ((self._buffer.find(tag), tag) for tag in tags) if at >= 0]
-            if not found:
-                break
+        while found := [(at, tag) for tag in self._tags if (at := self._buffer.find(tag)) >= 0]:
             at, tag = min(found)
             before, self._buffer = self._buffer[:at], self._buffer[at + len(tag) :]
             self._at_tag(before, tag, pieces)
-        if not self._in_call:
-            keep = partial(self._buffer, TAGS)
-            # White space may turn out to stand before a tag.
-            sure = self._buffer[: len(self._buffer) - keep].rstrip()
+        sure = self._buffer[: len(self._buffer) - partial(self._buffer, self._tags)]
+        if self._in_call:
+            self._read_call(sure, pieces)
+        else:  # white space may turn out to stand before a tag
+            sure = sure.rstrip()
             self._say(sure, pieces)
-            self._buffer = self._buffer[len(sure) :]
+        self._buffer = self._buffer[len(sure) :]
         return pieces
 
     def finish(self) -> list[Piece]:
-        """Return what was held back; a tool call without its end tag counts if it is whole."""
+        """Return what was held back; a tool call without its end tag counts if it has begun or is complete."""
         pieces: list[Piece] = []
         if self._in_call:
-            self._call(self._buffer, pieces)
+            self._read_call(self._buffer, pieces)
+            self._end_call(pieces)
         else:
             self._say(self._buffer, pieces)
         self._buffer = ""
         return pieces
 
+    @property
+    def reasoning(self) -> bool:
+        """Whether the model thinks at this point."""
+        return self._kind == "reasoning"
+
+    @property
+    def _tags(self) -> tuple[str, ...]:
+        """The tags that count here."""
+        if self._in_call:
+            return (CALL_END,)
+        return self._reasoning_tags if self._kind == "reasoning" else TAGS
+
     def _at_tag(self, before: str, tag: str, pieces: list[Piece]) -> None:
         if self._in_call:
-            self._call(before, pieces)
+            self._read_call(before, pieces)
+            self._end_call(pieces)
             return
         turns = tag == CALL or tag == (THINK if self._kind == "content" else THINK_END)
         self._say(before.rstrip() if turns else before, pieces)
         if tag == CALL:
-            self._in_call = True
+            self._in_call, self._call_text = True, ""
+            self._reader = None if self._tools is None else self._dialect(self._tools)
         elif turns:
             self._kind = "reasoning" if tag == THINK else "content"
             self._after_tag = True
 
-    def _call(self, text: str, pieces: list[Piece]) -> None:
+    def _read_call(self, text: str, pieces: list[Piece]) -> None:
+        if self._reader is None or not self._reader.begun:
+            self._call_text += text
+        if self._reader is not None:
+            pieces += self._reader.feed(text)
+
+    def _end_call(self, pieces: list[Piece]) -> None:
         self._in_call = False
-        call = parse_call(text) if self._tools else None
-        if call is not None:
-            pieces.append(call)
-            self._after_tag = True
+        if self._reader is not None:
+            pieces += self._reader.close()
+        if self._reader is None or not self._reader.begun:
+            self._say(self._call_text, pieces)
         else:
-            self._say(text, pieces)
+            self._after_tag = True
 
     def _say(self, text: str, pieces: list[Piece]) -> None:
         if self._after_tag:
@@ -147,21 +172,49 @@ class AnswerParser:
             pieces.append(Piece(self._kind, text))
 
 
-def parse_call(text: str) -> Piece | None:
-    """Read `{"name": ..., "arguments": {...}}`; None when it is something else."""
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How a model was taught to write reasoning and tool calls; recorded next to its chat template."""
+
+    dialect: str = "hermes"
+    thinking: bool = False
+    """Whether the template opens the reasoning at the end of the prompt."""
+    calls_in_reasoning: bool = True
+    """Whether a tool call while the model thinks counts."""
+
+    def parser(self, tools: Tools | None = None) -> AnswerParser:
+        """Return a parser for one answer; `tools` are those offered."""
+        return AnswerParser(
+            thinking=self.thinking, tools=tools, dialect=self.dialect, calls_in_reasoning=self.calls_in_reasoning
+        )
+
+
+def read_format(folder: Path) -> AnswerFormat:
+    """Return the format recorded in a model's `tokenizer_config.json`, or what its chat template shows.
+
+    Raises CheckpointError when what is recorded is none.
+    """
+    path = folder / "tokenizer_config.json"
     try:
-        call: Any = json.loads(text)
-    except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    arguments = call.get("arguments", {})
-    if isinstance(arguments, dict):
-        return Piece("tool_call", json.dumps(arguments, ensure_ascii=False), call["name"])
-    return Piece("tool_call", arguments, call["name"]) if isinstance(arguments, str) else None
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        recorded = facts.get(RECORDED)
+        if recorded is not None:
+            found = AnswerFormat(**recorded)
+            if found.dialect not in DIALECTS or {type(found.thinking), type(found.calls_in_reasoning)} != {bool}:
+                raise ValueError(recorded)
+            return found
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{RECORDED} is not a format of answers",
+            where=path,
+            found=str(error)[:200],
+            expected=f"dialect: {' or '.join(DIALECTS)}; thinking, calls_in_reasoning: true or false",
+        ) from error
+    jinja = folder / "chat_template.jinja"
+    template = jinja.read_text(encoding="utf-8", errors="replace") if jinja.is_file() else facts.get("chat_template")
+    text = template if isinstance(template, str) else json.dumps(template)
+    _, _, prompt = text.rpartition("add_generation_prompt")
+    return AnswerFormat("xml" if "<function=" in text else "hermes", thinking=THINK in prompt)
 
 
-def partial(text: str, marks: Sequence[str]) -> int:
-    """Return the length of the longest end of `text` that is the beginning, but not the whole, of a mark."""
-    longest = min(len(text), max((len(mark) - 1 for mark in marks), default=0))
-    return next((n for n in range(longest, 0, -1) if any(m.startswith(text[-n:]) and len(m) > n for m in marks)), 0)
+__all__ = ["AnswerFormat", "AnswerParser", "Piece", "TextStream", "partial", "read_format"]

@@ -2,11 +2,23 @@
 
 # The same rules as `chat.render`; a test compares their text.
 JINJA = r"""
+{%- macro text(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- elif content -%}
+        {%- for part in content -%}
+            {%- if part.type != 'text' -%}
+                {{- raise_exception('only text can be read') -}}
+            {%- endif -%}
+            {{- part.text -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
 {{- '<|begin_of_text|>' -}}
 {%- if tools -%}
     {{- '<|im_start|>system\n' -}}
-    {%- if messages[0].role == 'system' and messages[0].content -%}
-        {{- messages[0].content + '\n\n' -}}
+    {%- if messages[0].role == 'system' and text(messages[0].content) -%}
+        {{- text(messages[0].content) + '\n\n' -}}
     {%- endif -%}
     {{- 'You can call these tools:\n<tools>\n' -}}
     {%- for tool in tools -%}
@@ -20,19 +32,20 @@ JINJA = r"""
         {%- if message.reasoning_content -%}
             {{- '<think>\n' + message.reasoning_content + '\n</think>\n\n' -}}
         {%- endif -%}
-        {%- if message.content -%}
-            {{- message.content -}}
-        {%- endif -%}
+        {{- text(message.content) -}}
         {%- if message.tool_calls -%}
             {%- for call in message.tool_calls -%}
-                {%- if message.content or not loop.first -%}
+                {%- if text(message.content) or not loop.first -%}
                     {{- '\n' -}}
                 {%- endif -%}
                 {{- '<tool_call>\n{"name": ' + call.function.name | tojson + ', "arguments": ' -}}
-                {%- if call.function.arguments is string -%}
-                    {{- call.function.arguments -}}
+                {%- set arguments = call.function.arguments -%}
+                {%- if not arguments or (arguments is string and not arguments | trim) -%}
+                    {{- '{}' -}}
+                {%- elif arguments is string -%}
+                    {{- arguments -}}
                 {%- else -%}
-                    {{- call.function.arguments | tojson -}}
+                    {{- arguments | tojson -}}
                 {%- endif -%}
                 {{- '}\n</tool_call>' -}}
             {%- endfor -%}
@@ -42,13 +55,13 @@ JINJA = r"""
         {%- if loop.first or messages[loop.index0 - 1].role != 'tool' -%}
             {{- '<|im_start|>user\n' -}}
         {%- endif -%}
-        {{- '<tool_response>\n' + message.content + '\n</tool_response>' -}}
+        {{- '<tool_response>\n' + text(message.content) + '\n</tool_response>' -}}
         {%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}
             {{- '<|im_end|>' -}}
         {%- endif -%}
         {{- '\n' -}}
     {%- elif not (tools and loop.first and message.role == 'system') -%}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}
+        {{- '<|im_start|>' + message.role + '\n' + text(message.content) + '<|im_end|>\n' -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

@@ -25,6 +25,11 @@ GROUP = "freehold.callbacks"
 NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
+def mfu_words(share: float) -> str:
+    """Return `MFU 42%`, or that it is unknown: the matrix rate was measured while the machine was busy."""
+    return f"MFU {share:.0%}" if share <= 1 else "MFU unknown on a busy machine"
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """What a tracker may want to know of the run."""
@@ -87,7 +92,7 @@ class Console(Callback):
         line = (
             f"{metrics['phase']} {step}/{self.total_steps}  loss {metrics[loss]:.3f}  "
             f"norm {metrics['optim/grad_norm']:.2f}  lr x{metrics['optim/lr']:.2f}  "
-            f"{metrics['perf/tokens_per_s']:,.0f} tok/s  MFU {metrics['perf/mfu']:.0%}  "
+            f"{metrics['perf/tokens_per_s']:,.0f} tok/s  {mfu_words(metrics['perf/mfu'])}  "
             f"{metrics['perf/memory_bytes'] / 1e9:.1f} GB  {balance}{metrics['perf/eta_s']:.0f} s left"
         )
         self._log.live(line)

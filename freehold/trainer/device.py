@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from freehold.trainer.job import Job
 def describe(parallel: ParallelConfig, device: torch.device) -> str:
     """Return the device of this process, and who chose it."""
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    chosen = " (auto: there is no CUDA device for each process)" if device.type == "cpu" else ", chosen by auto"
+    chosen = " (auto; no CUDA device for each process)" if device.type == "cpu" else ", chosen by auto"
     return f"{device}{name}{chosen if parallel.device == 'auto' else ''}"
 
 
@@ -28,6 +29,9 @@ def prepare(job: Job, device: torch.device, seed: int) -> dict[str, Any]:
     deterministic = device.type == "cpu" if config.deterministic == "auto" else config.deterministic
     torch.manual_seed(seed)
     torch.set_num_threads(config.threads)
+    if deterministic and device.type == "cuda":
+        # cuBLAS repeats its bits only with a workspace of fixed size, and PyTorch refuses to multiply without.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     # Filling fresh memory with NaN finds bugs of PyTorch's, not of a run; it is a pass over memory for each tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -112,7 +112,7 @@ class Trainer:
                 # All ranks agree on what is due: each of these may hold a collective.
                 due = self.calendar.after(done, signals)
                 # After a roll-back nothing is due: the state is that of an earlier step.
-                if self._look_back(due, result, skipped):
+                if self.look_back(due, result, skipped):
                     watch.restart(progress.step, progress.tokens)
                     continue
                 if due.log:
@@ -208,7 +208,7 @@ class Trainer:
 
     # -- guards ------------------------------------------------------------------------------------------------
 
-    def _look_back(self, due: Due, result: StepResult, skipped: bool) -> bool:
+    def look_back(self, due: Due, result: StepResult, skipped: bool) -> bool:
         """Have the guards judge the steps since they last did; return whether training was rolled back.
 
         skipped: a roll-back skipped the step, so that it says nothing of the weights.

@@ -42,6 +42,10 @@ class Routed:
     here: bool
 
 
+REMEASURE_S = 60.0
+"""Seconds between measurements of the matrix rate: each takes half a second from training."""
+
+
 class LoadMonitor:
     """Sums expert loads over the steps between two log points, on the device; a skipped step does not count.
 
@@ -126,10 +130,20 @@ class Meter:
     """Figures of a log point: speed against the machine's own matrix rate, memory, time left, expert load."""
 
     def __init__(self, job: Job, world: World, step: int) -> None:
-        self.job, self.device, self.process = job, world.device, psutil.Process()
-        peak = gemm_flops_per_s(job.dtype, world.device) * world.size
+        self.job, self.world, self.device, self.process = job, world, world.device, psutil.Process()
         context = job.order.batch(step, slice(0, 1)).input_ids.shape[1]
-        self.mfu_per_speed = flops_per_token(job.model, context) / peak
+        self.flops_per_token = flops_per_token(job.model, context)
+        self.peak = gemm_flops_per_s(job.dtype, world.device) * world.size
+        self.measured = -math.inf
+
+    def mfu(self, speed: float) -> float:
+        """Return the share of the machine's own matrix rate at `speed` tokens/s; NaN: unknown on a busy machine."""
+        if speed * self.flops_per_token > self.peak and time.monotonic() - self.measured > REMEASURE_S:
+            # More than all is a yardstick that was measured while others computed; the machine may be quiet now.
+            self.measured = time.monotonic()
+            self.peak = max(self.peak, gemm_flops_per_s(self.job.dtype, self.device) * self.world.size)
+        share = speed * self.flops_per_token / self.peak
+        return share if share <= 1 else math.nan
 
     def read(self, done: int, tokens: int, speed: float, step_s: float) -> dict[str, Any]:
         """Return the figures after `done` steps at `speed` tokens and 1 / `step_s` steps per second."""
@@ -142,7 +156,7 @@ class Meter:
             "phase": position.phase,
             "tokens": tokens,
             "perf/tokens_per_s": speed,
-            "perf/mfu": speed * self.mfu_per_speed,
+            "perf/mfu": self.mfu(speed),
             **memory,
             "perf/eta_s": (self.job.schedule.total_steps - done) * step_s,
         }

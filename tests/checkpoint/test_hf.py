@@ -193,6 +193,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     index.write_text("[]")
     with pytest.raises(CheckpointError, match="not a JSON object"):
         load_hf(tmp_path)
+    index.write_text(json.dumps({"weight_map": names}))
     data = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(data | {"attention_sinks": True}))
     with pytest.raises(ConfigError, match="attention_sinks"):

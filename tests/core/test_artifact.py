@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from freehold.core import artifact
-from freehold.core.artifact import atomic_folder, read_json, read_manifest, write_atomic, write_manifest
+from freehold.core.artifact import atomic_folder, read_json, read_manifest, write_atomic, write_json, write_manifest
 from freehold.core.document import Conversation, Document, document_id, read_rows, replace, write_rows
 from freehold.core.errors import ArtifactError, CheckpointError, ConfigError, DataError
 from freehold.core.log import Log, read_metrics
@@ -55,8 +55,10 @@ def test_other_kind_and_version(tmp_path):
     make(tmp_path)
     with pytest.raises(ArtifactError, match="another kind"):
         read_manifest(tmp_path, kind="checkpoint")
+    manifest = read_json(tmp_path / "manifest.json")
+    write_json(tmp_path / "manifest.json", manifest | {"format_version": 2})
     with pytest.raises(ArtifactError, match="format version"):
-        read_manifest(tmp_path, version=2)
+        read_manifest(tmp_path)
 
 
 def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch):

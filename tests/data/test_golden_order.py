@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from freehold.data import loader
 from freehold.data.buffer import text_order
 from freehold.data.config import TextBatchConfig
-from freehold.data.loader import ConversationOrder, PhaseRows, Source
+from freehold.data.loader import ConversationOrder, PhaseRows, Source, TextOrder
 from freehold.data.packing import Example
 
 STEPS = 14
@@ -66,3 +67,16 @@ def test_order_keeps_its_bits(name: str) -> None:
         digest.update(repr([(p.document_id, p.source, int(p.tokens)) for p in order.documents(step)]).encode())
     digest.update(repr([order.consumed_at(9), order.epochs()] if name != "conversations" else order.epochs).encode())
     assert digest.hexdigest()[:16] == GOLDEN[name]
+
+
+def test_worked_example_of_the_module_docstring():
+    a = Source("a", np.arange(10, 17), np.array([0, 3]), np.array([3, 4]), ["a0", "a1"])
+    b = Source("b", np.arange(20, 25), np.array([0]), np.array([5]), ["b0"])
+    phases = [PhaseRows("stable", 4, {"a": 1, "b": 1})]
+    order = TextOrder({"a": a, "b": b}, phases, context_tokens=3, sequences=2, seed=0, separator=0)
+    rows = [order.rows(step) for step in range(4)]
+    assert rows == [[("a", 2), ("b", 0)], [("b", 3), ("b", 1)], [("a", 0), ("b", 2)], [("a", 3), ("a", 1)]]
+    lanes = {row: " ".join(map(str, order.batch(s).input_ids[n])) for s in range(4) for n, row in enumerate(rows[s])}
+    text = " ".join(loader.__doc__.split())
+    for lane in "ab":
+        assert " | ".join(lanes[lane, number] for number in range(4)) in text

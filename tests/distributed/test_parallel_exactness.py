@@ -196,7 +196,7 @@ def test_a_part_orthogonalised_alone_is_another_update(ranks):
 
 
 def count_own_tokens_only(trainer):
-    trainer.update._add_up_routing = lambda logit_max: None
+    trainer.update.share_routing = lambda logit_max: None
 
 
 def test_counts_of_one_rank_alone_move_biases_apart(ranks):

@@ -263,3 +263,16 @@ def test_unsupported_shape_is_reported_once(tmp_path: Path) -> None:
         pytest.skip(cpu.describe(torch.float32))
     _, reported = run(tmp_path, width=24, XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME", ""))
     assert reported == "kernels: row widths that are no multiples of 16 run on PyTorch's operators"
+
+
+def test_without_home_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user id that is not in /etc/passwd, and no HOME: a container that is started with any user."""
+    from freehold.kernels import build
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(build.UnavailableError, match="set HOME or XDG_CACHE_HOME"):
+        build.load(cpu.SOURCE, cpu.FLAGS, "native")

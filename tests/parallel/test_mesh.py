@@ -82,7 +82,7 @@ def test_a_mesh_larger_than_this_machine_is_not_started(monkeypatch):
         one.setattr(launch.Path, "glob", lambda *_: iter([]))  # other makers' devices have other names
         check_fits_machine(ParallelConfig(nproc=999, device="cuda"), "align")
     monkeypatch.setenv("LOCAL_RANK", "999")
-    with pytest.raises(ConfigError, match=r"(?s)no device for this process.*align\.parallel\.device.*LOCAL_RANK 999"):
+    with pytest.raises(ConfigError, match=r"(?s)no CUDA device.*align\.parallel\.device.*LOCAL_RANK 999"):
         world(ParallelConfig(device="cuda"), "align")
 
 

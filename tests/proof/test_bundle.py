@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from freehold.core.errors import ProofError
-from freehold.proof import bundle, keys
+from freehold.proof import bundle, keys, trust, verify
 
 IGNORED = frozenset({"pack.sig"})
 KEY = keys.new_key("release")
@@ -28,15 +28,15 @@ def pack(tmp_path):
     return folder
 
 
-def verify(folder, trusted=(KEY,)):
+def check(folder, trusted=(KEY,)):
     data = (folder / "pack.sig").read_bytes()
-    return bundle.verify_folder(folder, data, [key.public for key in trusted], IGNORED, folder / "pack.sig")
+    return verify.verify_folder(folder, data, [key.public for key in trusted], IGNORED, folder / "pack.sig")
 
 
 def test_a_signed_folder_verifies(pack):
-    signed = verify(pack)
+    signed = check(pack)
     assert set(signed.files) == {".hidden", "model/config.json", "model/weights.safetensors", "Überblick.md"}
-    assert signed.key == keys.fingerprint(KEY.public)
+    assert signed.key == trust.fingerprint(KEY.public)
 
 
 def test_the_bundle_is_the_same_bytes_elsewhere(pack, tmp_path):
@@ -47,8 +47,8 @@ def test_the_bundle_is_the_same_bytes_elsewhere(pack, tmp_path):
 
 def test_another_key_is_refused(pack):
     with pytest.raises(ProofError, match="no trusted key"):
-        verify(pack, [keys.new_key("release")])
-    assert verify(pack, [keys.new_key("release"), KEY]).key == keys.fingerprint(KEY.public)
+        check(pack, [keys.new_key("release")])
+    assert check(pack, [keys.new_key("release"), KEY]).key == trust.fingerprint(KEY.public)
 
 
 def change(folder, rng):
@@ -88,7 +88,7 @@ def test_every_mutation_is_caught(pack, tmp_path, block):
         shutil.copytree(pack, folder)
         what = change(folder, random.Random(seed))
         try:
-            verify(folder)
+            check(folder)
         except ProofError:
             continue
         except FileNotFoundError:  # the signature itself is gone: nothing can verify
@@ -107,11 +107,11 @@ def test_what_a_list_cannot_vouch_for_is_refused(pack):
         before = set(os.listdir(os.fsencode(pack)))
         make()
         with pytest.raises(ProofError, match=message):
-            verify(pack)
+            check(pack)
         for name in set(os.listdir(os.fsencode(pack))) - before:
             path = os.fsencode(pack) + b"/" + name
             os.rmdir(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
-    verify(pack)
+    check(pack)
 
 
 def forged(pack, **statement):
@@ -120,7 +120,7 @@ def forged(pack, **statement):
     payload = json.loads(base64.b64decode(old["dsseEnvelope"]["payload"])) | statement
     raw = json.dumps(payload).encode()
     old["dsseEnvelope"]["payload"] = base64.b64encode(raw).decode()
-    old["dsseEnvelope"]["signatures"][0]["sig"] = base64.b64encode(KEY.sign(bundle.pae(raw))).decode()
+    old["dsseEnvelope"]["signatures"][0]["sig"] = base64.b64encode(KEY.sign(trust.pae(raw))).decode()
     return json.dumps(old, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
@@ -138,14 +138,14 @@ def test_a_signed_statement_must_make_sense(pack):
         ({"predicate": 3}, "cannot be read"),
     ]:
         with pytest.raises(ProofError, match=message):
-            bundle.read_bundle(forged(pack, **statement), public, "here")
+            verify.read_bundle(forged(pack, **statement), public, "here")
     for name in ("../x", "/etc/passwd", "a/../b", "a//b"):
         digest = {"sha256": hashlib.sha256(bytes(32)).hexdigest()}
         with pytest.raises(ProofError, match="leaves its folder"):
-            bundle.read_bundle(forged(pack, **listing(name), subject=[{"name": "p", "digest": digest}]), public, "here")
+            verify.read_bundle(forged(pack, **listing(name), subject=[{"name": "p", "digest": digest}]), public, "here")
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"[" * 100_000, b'{"dsseEnvelope": 3}'])
 def test_what_is_no_bundle_is_refused(data):
     with pytest.raises(ProofError, match="not a signature bundle"):
-        bundle.read_bundle(data, [KEY.public], "here")
+        verify.read_bundle(data, [KEY.public], "here")

@@ -1,17 +1,20 @@
 """Keyrings: a chain of versions that only enough of the old and of the new roots can continue."""
 
+from dataclasses import replace
+
 import pytest
 
 from freehold.core.errors import ProofError
-from freehold.proof import keys
-from freehold.proof.keyring import Keyring, entry_for, read_chain, sign_keyring
+from freehold.proof import keys, trust
+from freehold.proof.keyring import entry_for, sign_keyring
+from freehold.proof.trust import Keyring, read_chain
 
 OLD, NEW, OTHER = (keys.new_key("root") for _ in range(3))
 RELEASE, LOG = keys.new_key("release"), keys.new_key("log")
 
 
 def pem(key):
-    return keys.public_pem(key.public).decode()
+    return trust.public_pem(key.public).decode()
 
 
 def first(**changes):
@@ -29,7 +32,7 @@ def chain(*steps):
 
 
 def read(envelopes, **options):
-    return read_chain(envelopes, keys.fingerprint(OLD.public), **options)
+    return read_chain(envelopes, trust.fingerprint(OLD.public), **options)
 
 
 def test_roots_rotate_with_both_signatures():
@@ -71,7 +74,7 @@ def test_a_chain_is_neither_cut_nor_reordered():
 
 
 def test_keys_count_between_their_indices():
-    revoked = entry_for("release", "r1", RELEASE.public, 3).model_copy(update={"until_index": 9})
+    revoked = replace(entry_for("release", "r1", RELEASE.public, 3), until_index=9)
     ring = first(keys=[revoked, entry_for("log", "log", LOG.public)])
     assert [bool(ring.trusted("release", index)) for index in (2, 3, 8, 9)] == [False, True, True, False]
     assert not ring.trusted("release")

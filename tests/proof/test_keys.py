@@ -7,7 +7,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from freehold.core.errors import ProofError
-from freehold.proof import keys
+from freehold.proof import keys, trust
 
 
 @pytest.mark.parametrize("role", ["root", "release", "log", "witness"])
@@ -17,9 +17,9 @@ def test_key_survives_its_file(tmp_path, role, password):
     keys.write_private(tmp_path / "k.pem", key, password)
     assert stat.S_IMODE((tmp_path / "k.pem").stat().st_mode) == 0o600
     read = keys.read_private(tmp_path / "k.pem", password)
-    assert keys.fingerprint(read.public) == keys.fingerprint(key.public)
-    assert keys.verifies(key.public, read.sign(b"text"), b"text")
-    assert not keys.verifies(key.public, read.sign(b"text"), b"other text")
+    assert trust.fingerprint(read.public) == trust.fingerprint(key.public)
+    assert trust.verifies(key.public, read.sign(b"text"), b"text")
+    assert not trust.verifies(key.public, read.sign(b"text"), b"other text")
 
 
 @pytest.mark.parametrize("role", ["release", "log"])

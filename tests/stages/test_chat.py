@@ -8,9 +8,11 @@ import io
 import pytest
 
 from freehold import api
+from freehold.core.errors import RequestError
 from freehold.infer.engine import ContextOverflow
 from freehold.stages.chat import run as chat_run
 from freehold.stages.chat.config import ChatConfig, plan
+from freehold.tokenizer.output import Piece
 
 
 class Terminal(io.StringIO):
@@ -59,7 +61,7 @@ def test_a_pipe_gets_one_answer_a_line(tiny_checkpoint):
     assert lines == [*expected, ""]
 
 
-def test_a_conversation_goes_on_until_it_is_reset(tiny_checkpoint, monkeypatch):
+def test_conversation_continues_until_reset(tiny_checkpoint, monkeypatch):
     seen = watch(monkeypatch)
     typed(monkeypatch, "Hello", "And?", "/reset", "", "Hello", "/system Be brief.", "Hello", "/help", "/quit", "never")
     out = Terminal()
@@ -67,7 +69,7 @@ def test_a_conversation_goes_on_until_it_is_reset(tiny_checkpoint, monkeypatch):
     roles = [[m["role"] for m in messages] for messages in seen]
     assert roles == [["user"], ["user", "assistant", "user"], ["user"], ["system", "user"]]
     monkeypatch.undo()
-    assert api.load(tiny_checkpoint).generate("Hello", max_tokens=8) in out.getvalue()
+    assert chat_run.printable(api.load(tiny_checkpoint).generate("Hello", max_tokens=8)) in out.getvalue()
     assert "(forgotten)" in out.getvalue()
     assert out.getvalue().count(chat_run.HELP) == 2  # at the start, and for what is no command
 
@@ -93,7 +95,7 @@ def test_ctrl_c_stops_an_answer_not_the_chat(tiny_checkpoint, monkeypatch):
     assert "/quit" in out.getvalue()
 
 
-def test_a_message_that_is_too_long_is_refused_and_nothing_is_forgotten(tiny_checkpoint, monkeypatch):
+def test_too_long_message_is_refused_and_nothing_forgotten(tiny_checkpoint, monkeypatch):
     seen = watch(monkeypatch)
     typed(monkeypatch, "Hi", "word " * 2000, "Hello")
     out = Terminal()
@@ -111,19 +113,19 @@ def test_a_line_of_a_pipe_that_is_too_long_is_an_error(tiny_checkpoint):
     assert out.getvalue().count("\n") == 1
 
 
-def test_a_long_conversation_loses_its_oldest_turns_and_says_so(tiny_checkpoint, monkeypatch):
+def test_long_conversation_drops_oldest_turns_and_says_so(tiny_checkpoint, monkeypatch):
     seen = watch(monkeypatch)
     asked = [f"question {n} " + "word " * 90 for n in range(12)]
     typed(monkeypatch, *asked)
     out = Terminal()
     chat_run.chat(config(tiny_checkpoint, system="Be kind."), Terminal(), out)
     loaded = api.load(tiny_checkpoint)
-    told = "(the conversation no longer fits the context: its oldest question and answer are forgotten)"
+    notice = "(the conversation no longer fits the context: its oldest question and answer are forgotten)"
     turns = [[m["content"].split(" word")[0] for m in messages if m["role"] == "user"] for messages in seen]
     assert [found[-1] for found in turns] == [f"question {n}" for n in range(12)]  # all were answered
     assert turns[-1][0] != "question 0"
     assert len(turns[-1]) > 2
-    assert out.getvalue().count(told) == 12 - len(turns[-1])
+    assert out.getvalue().count(notice) == 12 - len(turns[-1])
     for messages, found in zip(seen, turns, strict=True):
         assert messages[0] == {"role": "system", "content": "Be kind."}
         assert [m["role"] for m in messages[1:]] == ["user", "assistant"] * (len(found) - 1) + ["user"]
@@ -138,10 +140,14 @@ def test_answers_end_with_the_context(short_folder, more):
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_thoughts_are_dimmed_or_left_out(tiny_checkpoint, monkeypatch, shown):
-    from freehold.tokenizer.output import Piece
-
-    pieces = [Piece("reasoning", "hm"), Piece("content", "Paris"), Piece("tool_call", "{}", "look")]
+def test_reasoning_is_dimmed_or_hidden(tiny_checkpoint, monkeypatch, shown):
+    pieces = [
+        Piece("reasoning", "hm"),
+        Piece("content", "Paris"),
+        Piece("call", name="look"),
+        Piece("arguments", "{}"),
+        Piece("call_end"),
+    ]
     monkeypatch.setattr(api.Loaded, "answer", lambda *_: iter(pieces))
     typed(monkeypatch, "Hello")
     out = Terminal()
@@ -153,3 +159,45 @@ def test_thoughts_are_dimmed_or_left_out(tiny_checkpoint, monkeypatch, shown):
 
 def test_the_plan_names_the_model(tmp_path):
     assert plan(config(tmp_path)) == [f"talks to {tmp_path}"]
+
+
+def test_pipe_that_is_no_utf8_is_refused_by_line(tiny_checkpoint):
+    """Whatever the locale says: it would be lenient in one country and a traceback in another."""
+    lines = io.TextIOWrapper(io.BytesIO("Hällo\n".encode() + b"caf\xe9 ol\xe9?\n"), encoding="ascii")
+    out = io.StringIO()
+    with pytest.raises(RequestError, match="not UTF-8") as caught:
+        chat_run.chat(config(tiny_checkpoint), lines, out)
+    assert caught.value.where == "line 2"
+    assert out.getvalue().count("\n") == 1
+
+
+def test_terminal_of_another_encoding_ends_no_chat(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(api.Loaded, "answer", lambda *_: iter([Piece("content", "né"), Piece("content", "→")]))
+    typed(monkeypatch, UnicodeDecodeError("ascii", b"\xe9", 0, 1, "no"), "Hello")
+
+    class Ascii(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    out = Ascii(io.BytesIO(), encoding="ascii")
+    chat_run.chat(config(tiny_checkpoint), Terminal(), out)
+    out.flush()
+    assert b"n??" in out.buffer.getvalue()
+    assert b"not UTF-8" in out.buffer.getvalue()
+
+
+def test_control_codes_do_not_reach_the_terminal(tiny_checkpoint, monkeypatch):
+    evil = "\x1b]52;c;ZXZpbA==\x07 \x9b2J a\tb\nc"
+    pieces = [
+        Piece("reasoning", evil),
+        Piece("content", evil),
+        Piece("call", name="\x1b[0m"),
+        Piece("arguments", '{"a": "\x1b"}'),
+    ]
+    monkeypatch.setattr(api.Loaded, "answer", lambda *_: iter(pieces))
+    typed(monkeypatch, "Hello")
+    out = Terminal()
+    chat_run.chat(config(tiny_checkpoint), Terminal(), out)
+    left = out.getvalue().replace(chat_run.DIM, "").replace(chat_run.PLAIN, "")
+    assert "a\tb\nc" in left
+    assert not set(left) & {"\x1b", "\x07", "\x9b"}

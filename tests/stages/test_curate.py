@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from freehold.core.artifact import Workspace, hash_files
-from freehold.core.config import fill
+from freehold.core.config import fill, load_yaml, refill
 from freehold.core.document import Conversation, Document, document_id, read_rows, write_rows
 from freehold.core.errors import ConfigError, DataError
 from freehold.core.log import Log
@@ -285,14 +285,28 @@ def test_bad_inputs(tmp_path: Path) -> None:
 
 
 def test_config_overrides_one_limit_of_one_kind() -> None:
-    config = fill(
-        CurateConfig, {"kinds": {"code": {"min_chars": 7}, "docstring": {"prose": {"min_words": 3}}}}, "curate"
-    )
+    config = fill(CurateConfig, {"kinds": {"code": {"min_chars": 7}, "docstring": {"quality": False}}}, "curate")
     assert config.kinds.code.min_chars == 7
-    assert config.kinds.code.prose is None
-    assert config.kinds.docstring.prose is not None
-    assert config.kinds.docstring.prose.min_words == 3
-    assert config.kinds.docstring.prose.min_letters == CurateConfig().kinds.docstring.prose.min_letters  # type: ignore[union-attr]
+    assert not config.kinds.docstring.quality
+    assert config.kinds.docstring.min_chars == CurateConfig().kinds.docstring.min_chars
     with pytest.raises(ConfigError, match="did you mean `threshold`"):
         fill(CurateConfig, {"near_duplicates": {"treshold": 0.5}}, "curate")
+    with pytest.raises(ConfigError, match=r"(?s)removed.*rules.py: DOCSTRING = \{min_words: 10"):
+        fill(CurateConfig, {"kinds": {"docstring": {"prose": {"min_words": 3}}}}, "curate")
     assert any("Jaccard >= 0.8" in line for line in plan(CurateConfig()))
+
+
+OLD = Path(__file__).with_name("curate_before_rules.yaml")
+"""The settings of curation as runs recorded them when every limit was one of them."""
+
+
+def test_recorded_limits_are_read_as_todays_constants() -> None:
+    recorded = load_yaml(OLD)
+    assert refill(CurateConfig, recorded, "curate") == CurateConfig().model_dump(mode="json")
+    for path in (("kinds", "prose", "prose", "min_words"), ("split", "large_bytes"), ("overlap", "ngram_words")):
+        changed = load_yaml(OLD)
+        part = changed
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] += 1
+        assert refill(CurateConfig, changed, "curate") == changed

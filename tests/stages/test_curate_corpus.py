@@ -24,8 +24,9 @@ from freehold.core.config import fill
 from freehold.core.errors import ArtifactError, ConfigError, DataError
 from freehold.stages.curate import bias
 from freehold.stages.curate.classifier import train
-from freehold.stages.curate.config import Classifier, CurateConfig, Overlap, RepeatedLines
+from freehold.stages.curate.config import Classifier, CurateConfig, Overlap
 from freehold.stages.curate.dedup import cut_lines, cut_words, find_overlaps, repeated, winnow
+from freehold.stages.curate.rules import CONTAINED_SHARE
 from freehold.stages.curate.toxicity import scorer
 from freehold.text.held_out import Questions, read_questions
 from freehold.text.words import WORD, read_batch, read_words
@@ -88,14 +89,14 @@ def naive_repeats(texts: list[str], n: int) -> set[tuple[int, int]]:
     return found
 
 
-def overlaps(texts: list[str], memory_bytes: int | None = None, **settings: Any) -> Any:
+def overlaps(texts: list[str], memory_bytes: int | None = None, share: float = CONTAINED_SHARE, **settings: Any) -> Any:
     rules = Overlap.model_validate({"contained": "drop", "passages": "drop", **settings})
     words = read_batch(texts)
-    hashes, places, counts = winnow(words, rules)
+    hashes, places, counts = winnow(words)
     documents = np.repeat(np.arange(len(texts)), counts)
     order = np.arange(len(texts))
     return find_overlaps(
-        order, counts, lambda: [(hashes, documents, places)], lambda i: words[i].hashes, rules, memory_bytes
+        order, counts, lambda: [(hashes, documents, places)], lambda i: words[i].hashes, rules, memory_bytes, share
     )
 
 
@@ -128,7 +129,7 @@ def test_several_documents_together_hold_another() -> None:
     assert found.contained[6][1] >= 0.8
     # Half of a book is not the book.
     assert overlaps([*chapters[:3], book]).contained == {}
-    assert overlaps([*chapters[:3], book], contained_share=0.4).contained.keys() == {3}
+    assert overlaps([*chapters[:3], book], share=0.4).contained.keys() == {3}
 
 
 def test_repeated_hashes_do_not_depend_on_memory() -> None:
@@ -157,10 +158,9 @@ def test_cuts() -> None:
     text = "One two three. Four five, six seven! “Eight” nine\nten"
     assert cut_words(text, [(3, 7)]) == "One two three.\n“Eight” nine\nten"
     assert cut_words(text, [(0, 3), (8, 10)]) == "Four five, six seven! “Eight”"
-    rules = RepeatedLines(min_chars=5)
     from freehold.stages.curate.dedup import line_key
 
-    assert cut_lines("a long line\nshort\n  a long line \nshor", {line_key("a long line")}, rules) == "short\nshor"
+    assert cut_lines("a long line\nshort\n  a long line \nshor", {line_key("a long line")}, 5) == "short\nshor"
 
 
 def test_measure_counts_and_drops_nothing(tmp_path: Path) -> None:

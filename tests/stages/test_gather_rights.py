@@ -93,7 +93,7 @@ def test_contradicting_licence_file_stops_until_settled(tmp_path: Path, site: Pa
     with pytest.raises(LicenceError) as caught:
         gather(tmp_path / "out", {"tool": source})
     text = str(caught.value)
-    assert "review: tool, (all of it): wrapper Apache-2.0" in text
+    assert "review: tool, (all rows): wrapper Apache-2.0" in text
     assert "it declares Apache-2.0, but tool-1.0.dist-info/LICENSE is the text of MIT" in text
     gather(tmp_path / "out", {"tool": {**source, "settled": "the author wrote to us that Apache-2.0 holds"}})
     (row,) = documents(tmp_path / "out", "tool")

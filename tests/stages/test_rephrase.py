@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from freehold.core.log import Log
 from freehold.run import walk
 from freehold.run.processes import Options
 from freehold.run.recipe import resolve
+from freehold.stages.rephrase import teacher
 from freehold.stages.rephrase.checks import judge, measure, names, numbers
-from freehold.stages.rephrase.config import Limits, RephraseConfig, plan
-from freehold.stages.rephrase.prompts import PROMPTS, clean
+from freehold.stages.rephrase.config import RephraseConfig, plan
+from freehold.stages.rephrase.prompts import PROMPTS, Limits, clean
 from freehold.stages.rephrase.run import cut, questions_of, run
 from freehold.stages.rephrase.teacher import Answer, TeacherGone
 from freehold.text.words import read_batch
@@ -92,6 +94,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher, "WAIT_S", 0.0)
+
+
 @pytest.fixture
 def serve():
     servers = []
@@ -128,7 +135,7 @@ def settings(url: str, **more: Any) -> RephraseConfig:
     data = {"teacher": {"kind": "endpoint", **teacher, **more.pop("teacher", {})}, "strategies": {"condensed": {}}}
     return fill(
         RephraseConfig,
-        {**data, "passage_chars": [200, 1500], "tries": 2, "wait_s": 0, "concurrency": 3, **more},
+        {**data, "passage_chars": [200, 1500], "tries": 2, "concurrency": 3, **more},
         "rephrase",
     )
 
@@ -195,7 +202,7 @@ def test_a_teacher_that_dies_loses_nothing_and_nothing_is_asked_twice(tmp_path: 
     rephrase(out, curate, settings(healthy.url))
     assert len(healthy.bodies) == 7
     again = serve()
-    rephrase(out, curate, settings(again.url, strategies={"condensed": {"limits": {"max_copied": 1.0}}}))
+    rephrase(out, curate, settings(again.url, min_accepted=0.5))
     assert again.bodies == []
     rephrase(tmp_path / "whole", curate, settings(serve().url))
     rephrase(out, curate, settings(again.url))
@@ -310,13 +317,13 @@ def test_bad_rewrites_among_good_ones_are_named(tmp_path: Path, serve: Any) -> N
         rephrase(tmp_path / "none", curate, settings(server.url, exclude=["nothing"]))
 
 
-def test_twice_the_same_rewrite_is_one(tmp_path: Path, serve: Any) -> None:
-    limits = {"min_kept": 0.0, "length": [0.0, 2.0]}
+def test_twice_the_same_rewrite_is_one(tmp_path: Path, serve: Any, monkeypatch: Any) -> None:
+    limits = replace(PROMPTS["condensed"].limits, min_kept=0.0, length=(0.0, 2.0))
+    monkeypatch.setitem(PROMPTS, "condensed", replace(PROMPTS["condensed"], limits=limits))
     server = serve(
         say=lambda text: "A party went by ship to a harbour that was closed, and waited there for many days."
     )
-    config = settings(server.url, strategies={"condensed": {"limits": limits}})
-    counts = rephrase(tmp_path / "out", curated(tmp_path / "curate"), config)
+    counts = rephrase(tmp_path / "out", curated(tmp_path / "curate"), settings(server.url))
     assert counts["strategies"]["condensed"] == {"asked": 12, "kept": 1, "dropped": {"duplicate": 11}}
 
 
@@ -470,11 +477,12 @@ def test_in_a_walk_clean_makes_it_again_without_asking_again(tmp_path: Path, ser
     assert len(server.bodies) == 12
 
 
-def test_our_own_server_is_a_teacher(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_our_own_server_is_a_teacher(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: Any) -> None:
     """A random model writes nothing of use, and that is what is said; its answers are kept."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    monkeypatch.setattr(teacher, "WAIT_S", 0.1)
     command = [sys.executable, "-m", "freehold.cli", "serve", str(tiny_checkpoint), "--port", str(port)]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
@@ -482,7 +490,6 @@ def test_our_own_server_is_a_teacher(tmp_path: Path, tiny_checkpoint: Path) -> N
             f"http://127.0.0.1:{port}/v1",
             sampling={"max_tokens": 16},
             tries=12,
-            wait_s=0.1,
             teacher={"model": tiny_checkpoint.name},
         )
         with pytest.raises(DataError, match=r"(?s)of no use.*condensed: of 3 0 passed"):

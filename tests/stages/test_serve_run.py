@@ -34,25 +34,29 @@ def workspace(folder, checkpoint) -> Workspace:
 
 
 def test_the_walk_asks_a_real_server_and_keeps_the_answer(tiny_checkpoint, tmp_path):
-    config = ServeConfig(answer_tokens=8, question="What is the capital of Peru?", model_name="tiny", max_batch=2)
+    config = ServeConfig(question="What is the capital of Peru?", model_name="tiny")
     counts = serve_run.run(config, workspace(tmp_path / "serve", tiny_checkpoint))
     kept = json.loads((tmp_path / "serve" / "answer.json").read_text())
     assert kept["question"] == config.question
-    assert kept["answer"] == api.load(tiny_checkpoint).generate(config.question, max_tokens=8) == counts["answer"]
+    assert (
+        kept["answer"]
+        == api.load(tiny_checkpoint).generate(config.question, max_tokens=serve_run.ANSWER_TOKENS)
+        == counts["answer"]
+    )
     assert kept["model"] == "tiny"
-    assert kept["usage"]["completion_tokens"] <= 8
+    assert kept["usage"]["completion_tokens"] <= serve_run.ANSWER_TOKENS
     log = (tmp_path / "serve" / "log" / "server.txt").read_text()
     assert log.endswith("stopped\n")  # SIGTERM ended it cleanly
     assert sorted(kept) == ["answer", "finish_reason", "model", "question", "usage"]
 
 
-def test_a_question_that_is_refused_fails_the_stage_with_the_reason(tiny_checkpoint, tmp_path):
-    config = ServeConfig(answer_tokens=8, max_model_len=16)
+def test_refused_question_fails_the_stage_with_its_reason(tiny_checkpoint, tmp_path):
+    config = ServeConfig(max_model_len=16)
     with pytest.raises(serve_run.ServeError, match="found 33 tokens; expected at most 16"):
         serve_run.run(config, workspace(tmp_path / "serve", tiny_checkpoint))
 
 
-def test_a_server_that_cannot_start_is_told_with_its_log(tmp_path):
+def test_server_that_cannot_start_shows_its_log(tmp_path):
     log = tmp_path / "server.txt"
     log.write_text("opening\nno model here\n")
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
@@ -93,7 +97,7 @@ def test_a_signal_ends_it_cleanly(tiny_checkpoint, number, capsys):
     assert capsys.readouterr().err.endswith("stopped\n")
 
 
-def test_a_taken_port_is_told_before_the_model_is_opened(tmp_path):
+def test_taken_port_is_reported_before_model_is_opened(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(serve_run.ServeError, match=f"--port {port + 1}") as caught:
@@ -144,9 +148,9 @@ def test_a_gguf_file_answers_as_the_checkpoint_does(gguf, tiny_checkpoint):
         tokens = [t for n, t in found if n == number]
         assert [t.id for t in tokens] == expected[number].ids
         pairs = zip((t.logprob for t in tokens), expected[number].logprobs, strict=True)
-        told = [pair for pair in pairs if not math.isnan(pair[0])]  # half a character comes without
-        assert told
-        assert all(own == pytest.approx(wanted, abs=0.02) for own, wanted in told)  # its cache is fp16
+        known = [pair for pair in pairs if not math.isnan(pair[0])]  # half a character comes without
+        assert known
+        assert all(own == pytest.approx(wanted, abs=0.02) for own, wanted in known)  # its cache is fp16
         assert [t.finish_reason for t in tokens] == [None] * (len(tokens) - 1) + ["length"]
     assert [i for i, _ in found[0][1].top_logprobs] == [i for i, _ in expected[0].top_logprobs[0]]
 
@@ -178,7 +182,7 @@ def test_a_temperature_next_to_0_is_greedy_on_a_gguf_file(gguf, temperature):
     assert sharp == greedy
 
 
-def test_a_connection_that_llama_cpp_closed_is_opened_anew(gguf):
+def test_connection_closed_by_llama_cpp_is_reopened(gguf):
     """It closes one that was idle for five seconds."""
     prompt, sampling = [0, 40, 50, 60, 41, 51], Sampling(temperature=0, max_tokens=4)
     before = [t.id for _, t in gguf.backend.decode([prompt], [sampling])]
@@ -215,7 +219,7 @@ def test_a_gguf_files_context_is_the_models(exported):
 
 
 def test_what_is_no_gguf_file_is_refused(exported, tmp_path):
-    with pytest.raises(ArtifactError, match="no tokenizer beside"):
+    with pytest.raises(ArtifactError, match="no tokenizer next to"):
         open_model(ServeConfig(), tmp_path / "model.gguf")
     with pytest.raises(ArtifactError, match="no such file"):
         open_model(ServeConfig(tokenizer=exported / "hf"), tmp_path / "model.gguf")
@@ -225,7 +229,7 @@ def test_what_is_no_gguf_file_is_refused(exported, tmp_path):
     assert "invalid magic characters" in str(caught.value)  # llama.cpp's own words
 
 
-def test_a_llama_cpp_that_died_is_told_as_that(exported):
+def test_dead_llama_cpp_is_reported(exported):
     served = open_model(ServeConfig(), exported / "gguf" / "Tiny-F32.gguf")
     served.backend._llama.process.kill()
     for _ in range(2):

@@ -69,6 +69,19 @@ MANY: dict[str, tuple[list[Message], list[Message] | None]] = {
         ],
         TOOLS,
     ),
+    "parts of text": (
+        [
+            say("system", [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]),
+            say("user", [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]),
+            say("assistant", [{"type": "text", "text": ""}], tool_calls=[call("now", {})]),
+            say("tool", [{"type": "text", "text": "10:00"}]),
+        ],
+        TOOLS,
+    ),
+    "a call without arguments": (
+        [say("user", "t?"), say("assistant", "", tool_calls=[call("now", a) for a in ("", "  ", None, "{}", {})])],
+        TOOLS,
+    ),
     "no tools given": ([say("tool", "x"), say("assistant", "", tool_calls=[])], []),
 }
 
@@ -215,7 +228,8 @@ def test_contents_cannot_forge_special_tokens(tokenizer: Tokenizer) -> None:
         ({"role": "user"}, "no content"),
         (say("user", None), "content is not text"),
         (say("tool", None), "content is not text"),
-        (say("user", [{"type": "text", "text": "x"}]), "content is not text"),
+        (say("user", [{"type": "image_url"}]), "content is not text"),
+        (say("user", [{"type": "text", "text": 3}]), "content is not text"),
         (say("assistant", None), "content is not text"),
         (say("assistant", None, tool_calls=[]), "content is not text"),
         (say("assistant", 3, tool_calls=[call("f", {})]), "content is not text"),
@@ -225,7 +239,7 @@ def test_contents_cannot_forge_special_tokens(tokenizer: Tokenizer) -> None:
         (say("assistant", "x", tool_calls=[{"function": {"arguments": "{}"}}]), "not a tool call"),
         (say("assistant", "x", tool_calls=[call("f", "{")]), "not a JSON object"),
         (say("assistant", "x", tool_calls=[call("f", "[1]")]), "not a JSON object"),
-        (say("assistant", "x", tool_calls=[call("f", None)]), "not a JSON object"),
+        (say("assistant", "x", tool_calls=[call("f", 0)]), "not a JSON object"),
     ],
 )
 def test_bad_messages_are_named(tokenizer: Tokenizer, message: Any, says: str) -> None:

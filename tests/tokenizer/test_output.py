@@ -9,16 +9,18 @@ import pytest
 from freehold.tokenizer.output import AnswerParser, Piece, TextStream, partial
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "<x>"}}\n</tool_call>'
-ADD = Piece("tool_call", '{"a": 1, "b": "<x>"}', "add")
+ADD = Piece("call", '{"a": 1, "b": "<x>"}', "add")
 
 
 def joined(pieces: list[Piece]) -> list[Piece]:
-    """Join neighbours of one kind."""
+    """Join neighbours of one kind, and the events of a call to one."""
     out: list[Piece] = []
     for piece in pieces:
-        if out and piece.kind == out[-1].kind != "tool_call":
+        if out and piece.kind == out[-1].kind in ("content", "reasoning"):
             out[-1] = Piece(piece.kind, out[-1].text + piece.text)
-        else:
+        elif piece.kind == "arguments":
+            out[-1] = Piece("call", out[-1].text + piece.text, out[-1].name)
+        elif piece.kind != "call_end":
             out.append(piece)
     return out
 
@@ -58,10 +60,10 @@ C, R = (lambda t: Piece("content", t)), (lambda t: Piece("reasoning", t))
         ('<tool_call>{"name": "add", "argum', {}, [C('{"name": "add", "argum')]),
         ("a <tool_call>not json</tool_call> b", {}, [C("anot json b")]),
         ('<tool_call>{"name": "f", "arguments": 3}</tool_call>', {}, [C('{"name": "f", "arguments": 3}')]),
-        ('<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', {}, [Piece("tool_call", "{}", "f")]),
-        ('<tool_call>{"name": "f"}</tool_call>', {}, [Piece("tool_call", "{}", "f")]),
+        ('<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', {}, [Piece("call", "{}", "f")]),
+        ('<tool_call>{"name": "f"}</tool_call>', {}, [Piece("call", "{}", "f")]),
         ("<tool_call>[1]</tool_call>", {}, [C("[1]")]),
-        ('<tool_call>{"name": "f"}</tool_call>', {"tools": False}, [C('{"name": "f"}')]),
+        ('<tool_call>{"name": "f"}</tool_call>', {"tools": None}, [C('{"name": "f"}')]),
         ("a </think> b </tool_call>c", {}, [C("a  b c")]),
         ("<think>a <think> b</think>c", {}, [R("a  b"), C("c")]),
         ("if a < b and <thing> or </them>", {}, [C("if a < b and <thing> or </them>")]),

@@ -34,11 +34,8 @@ def hashes(run: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    result = freehold("run", RECIPE, f"runs_dir={folder}")
-    (folder / "said.txt").write_text(result.stdout)
-    return folder
+def runs(walked) -> Path:
+    return walked
 
 
 def test_walk_ends_with_an_answer_and_a_summary(runs):

@@ -1,4 +1,4 @@
-"""What a chat can be told; imports without torch."""
+"""Settings of a chat in the terminal; imports without torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ class ChatConfig(Config):
 
     path: Path = Field(description="Run folder, checkpoint or HF folder.")
     system: str | None = Field(None, description="System message the conversation begins with.")
-    temperature: float = Field(0.7, ge=0, le=2, description="0 = always the most probable token.")
-    top_p: float = Field(0.95, gt=0, le=1, description="Choose among the tokens that together have this probability.")
-    top_k: int = Field(50, ge=0, description="Choose among so many most probable tokens; 0 = all.")
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        description="0 = always the most probable token; default: as the model's generation config says.",
+    )
     max_tokens: int | None = Field(
         None, gt=0, description="Longest answer, in tokens; default: until the context is full."
     )
     seed: int | None = Field(None, description="The same seed gives the same answers; default: other ones each time.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format to compute in.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where it computes; auto = CUDA if there is some, and says so."
+    )
     show_reasoning: bool = Field(True, description="Show what the model thinks before it answers, dimmed.")
 
 

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import io
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 from freehold import api
+from freehold.core.errors import RequestError
 from freehold.infer.engine import ContextOverflow
-from freehold.infer.sampler import Sampling
 from freehold.stages.chat.config import ChatConfig
 
 HELP = "/reset forgets the conversation · /system TEXT sets the system message · /quit ends · Ctrl-C stops an answer"
 FAIR_SHARE = 4
-"""One part in so many of the context is kept for an answer, before older turns are."""
+"""An answer gets at least 1/FAIR_SHARE of the context, before older turns do."""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def chat(config: ChatConfig, lines: TextIO | None = None, out: TextIO | None = None) -> None:
     """Talk until /quit or the end of the input.
 
-    On a terminal the answers are streamed and the conversation goes on; from a pipe each line is a conversation
+    On a terminal the answers are streamed and the conversation continues; from a pipe each line is a conversation
     of its own and each answer one line. ContextOverflow for a line of a pipe that does not fit the context.
     """
     lines, out = lines or sys.stdin, out or sys.stdout
-    loaded = api.load(config.path, config.dtype)
+    if isinstance(out, io.TextIOWrapper):  # a terminal that has no letter for a character shows another one
+        out.reconfigure(errors="replace")
+    loaded = api.load(config.path, config.dtype, device=config.device)
     talk = Talk(loaded, config, out)
     if not lines.isatty():
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_decoded(lines), 1):
             if line.strip():
                 talk.reset()
                 try:
@@ -46,6 +52,9 @@ def chat(config: ChatConfig, lines: TextIO | None = None, out: TextIO | None = N
         except EOFError:
             print(file=out)
             return
+        except UnicodeDecodeError as error:
+            print(f"(not UTF-8: {error})", file=out)
+            continue
         except KeyboardInterrupt:
             print("\n(/quit ends)", file=out)
             continue
@@ -58,6 +67,30 @@ def chat(config: ChatConfig, lines: TextIO | None = None, out: TextIO | None = N
                 talk.say(line)
             except ContextOverflow as error:
                 print(f"({error.what}: {error.found}, {error.expected})", file=out)
+
+
+def _decoded(lines: TextIO) -> Iterator[str]:
+    """Yield the lines of a pipe as UTF-8 whatever the locale; RequestError names the first that is not."""
+    binary = getattr(lines, "buffer", None)
+    if binary is None:
+        yield from lines
+        return
+    for number, line in enumerate(binary, 1):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RequestError(
+                "the input is not UTF-8",
+                where=f"line {number}",
+                found=error,
+                expected="text in UTF-8",
+                todo="convert it first, for example: iconv -f latin1 -t utf-8",
+            ) from None
+
+
+def printable(text: str) -> str:
+    """Return text without control codes, which could write the clipboard, the title or over other lines."""
+    return text.translate(_CONTROLS)
 
 
 class Talk:
@@ -117,24 +150,25 @@ class Talk:
         c = self.config
         # Without room the engine is to say so.
         longest = min(c.max_tokens or room_tokens, room_tokens) if room_tokens > 0 else None
-        sampling = Sampling(
-            c.temperature, c.top_p, c.top_k, max_tokens=longest, seed=c.seed, stop_ids=self.loaded.stop_ids
-        )
+        sampling = dataclasses.replace(self.loaded.sampling, max_tokens=longest, seed=c.seed)
+        if c.temperature is not None:
+            sampling = dataclasses.replace(sampling, temperature=c.temperature)
         live = self.out.isatty()
         content, shown = "", "content"
         try:
             for piece in self.loaded.answer(messages, sampling):
-                if live and piece.kind != shown:
-                    print(PLAIN if piece.kind == "content" else DIM, end="", file=self.out)
+                kind = piece.kind if piece.kind in ("content", "reasoning") else "call"
+                if live and kind != shown:
+                    print(PLAIN if kind == "content" else DIM, end="", file=self.out)
                     print("" if shown == "content" and not content else "\n", end="", file=self.out)
-                    shown = piece.kind
+                    shown = kind
                 if piece.kind == "content":
                     content += piece.text
                     if live:
-                        print(piece.text, end="", file=self.out, flush=True)
+                        print(printable(piece.text), end="", file=self.out, flush=True)
                 elif live and c.show_reasoning:
-                    said = piece.text if piece.kind == "reasoning" else f"[calls {piece.name}({piece.text})]"
-                    print(said, end="", file=self.out, flush=True)
+                    said = {"call": f"[calls {piece.name}(", "call_end": ")]"}.get(piece.kind, piece.text)
+                    print(printable(said), end="", file=self.out, flush=True)
         except KeyboardInterrupt:
             print("…", end="", file=self.out)
         if live:

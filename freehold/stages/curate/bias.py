@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from freehold.stages.curate.config import Bias
+from freehold.stages.curate.rules import BIAS_WINDOW_WORDS, MAX_LOG_ODDS
 from freehold.text.words import Lookup, Words, word_hashes
 
 AXES: dict[str, dict[str, str]] = {
@@ -78,7 +79,7 @@ def lexicon() -> tuple[Lookup, np.ndarray]:
     return Lookup(word_hashes(words)), np.array(what)
 
 
-def count(words: Sequence[Words], window_words: int) -> np.ndarray:
+def count(words: Sequence[Words], window_words: int = BIAS_WINDOW_WORDS) -> np.ndarray:
     """Return int32 [documents, groups, 1 + attributes]: mentions of each group, and those with the attribute near."""
     counts = np.zeros((len(words), *SHAPE), np.int32)
     if not words:
@@ -167,7 +168,7 @@ def choose(counts: np.ndarray, order: Sequence[str], config: Bias) -> tuple[dict
     by_id = np.argsort(np.array(order))
     found = associations(counts.sum(axis=0), config.min_pairs)
     # What could be chance (|z| below 2) is let be.
-    over_limit = [row for row in found if abs(row["log_odds"]) > config.max_log_odds and abs(row["z"]) >= 2]
+    over_limit = [row for row in found if abs(row["log_odds"]) > MAX_LOG_ODDS and abs(row["z"]) >= 2]
     for row in sorted(over_limit, key=lambda row: -abs(row["log_odds"])):
         number = GROUPS.index((row["axis"], row["group"]))
         place = 1 + list(ATTRIBUTES).index(row["attribute"])
@@ -184,7 +185,7 @@ def choose(counts: np.ndarray, order: Sequence[str], config: Bias) -> tuple[dict
         left = [total - np.cumsum(part[ranked], axis=0) for total, part in zip(totals, (over, under), strict=True)]
         columns = [np.concatenate([[t[i]], part[:, i]]) for t, part in zip(totals, left, strict=True) for i in (0, 1)]
         ratios = log_odds(columns[0], columns[1], columns[2], columns[3])[0]
-        within = np.flatnonzero(ratios <= config.max_log_odds)
+        within = np.flatnonzero(ratios <= MAX_LOG_ODDS)
         needed = int(within[0]) if len(within) else len(ratios) - 1
         what = f"{row['group']} ({row['axis']}) and {row['attribute']}: log odds {row['log_odds']:+.2f}"
         for index in ranked[:needed].tolist():

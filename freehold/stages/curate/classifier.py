@@ -16,6 +16,15 @@ import xxhash
 
 from freehold.core.errors import DataError
 from freehold.stages.curate.config import Classifier
+from freehold.stages.curate.rules import (
+    BUCKETS_LOG2,
+    CLASSIFIER_DECAY,
+    CLASSIFIER_RATE,
+    CLASSIFIER_STEPS,
+    JUDGED_KINDS,
+    MAX_SNIPPETS,
+    SNIPPET_WORDS,
+)
 from freehold.text import Why
 from freehold.text.words import Words, ngrams, read_words
 
@@ -54,10 +63,10 @@ def train(good: Iterable[tuple[str, str]], bad: Iterable[tuple[str, str]], confi
         held: list[np.ndarray] = []
         for identity, text in sorted(documents, key=lambda row: _place(row[0])):
             side = held if _place(identity) / 2**64 > 1 - _HELD_OUT else learn
-            hashes = read_words(text).hashes[: config.snippet_words * _PER_DOCUMENT]
-            starts = range(0, max(1, len(hashes) - config.snippet_words // 2), config.snippet_words)
-            pieces = [hashes[start : start + config.snippet_words] for start in starts]
-            side += [piece for piece in pieces if len(piece)][: max(0, config.max_snippets - len(side))]
+            hashes = read_words(text).hashes[: SNIPPET_WORDS * _PER_DOCUMENT]
+            starts = range(0, max(1, len(hashes) - SNIPPET_WORDS // 2), SNIPPET_WORDS)
+            pieces = [hashes[start : start + SNIPPET_WORDS] for start in starts]
+            side += [piece for piece in pieces if len(piece)][: max(0, MAX_SNIPPETS - len(side))]
         if not learn:
             raise DataError(
                 "nothing to train the classifier on",
@@ -66,7 +75,7 @@ def train(good: Iterable[tuple[str, str]], bad: Iterable[tuple[str, str]], confi
                 todo="name larger sources",
             )
         sides[is_good] = (learn, held)
-    model = Model(_fit(sides[True][0], sides[False][0], config))
+    model = Model(_fit(sides[True][0], sides[False][0]))
     scores = {side: np.array([model.probability(piece) for piece in sides[side][1]]) for side in sides}
     facts: dict[str, Any] = {
         "snippets": {"good": len(sides[True][0]), "bad": len(sides[False][0])},
@@ -79,9 +88,9 @@ def train(good: Iterable[tuple[str, str]], bad: Iterable[tuple[str, str]], confi
     return model, facts
 
 
-def _fit(good: list[np.ndarray], bad: list[np.ndarray], config: Classifier) -> np.ndarray:
+def _fit(good: list[np.ndarray], bad: list[np.ndarray]) -> np.ndarray:
     """Minimise the mean logistic loss, both sides weighing the same, with full-batch Adam (Kingma & Ba 2015)."""
-    buckets = 1 << config.buckets_log2
+    buckets = 1 << BUCKETS_LOG2
     rows = [_features(piece, buckets) for piece in [*good, *bad]]
     features = np.concatenate(rows)
     sizes = np.array([len(row) for row in rows])
@@ -90,16 +99,16 @@ def _fit(good: list[np.ndarray], bad: list[np.ndarray], config: Classifier) -> n
     share = np.concatenate([np.full(len(good), 0.5 / len(good)), np.full(len(bad), 0.5 / len(bad))])
     weights = np.zeros(buckets + 1)
     first, second = np.zeros_like(weights), np.zeros_like(weights)
-    for step in range(1, config.steps + 1):
+    for step in range(1, CLASSIFIER_STEPS + 1):
         logits = weights[-1] + _SCALE * np.add.reduceat(weights[features], starts) / sizes
         error = share * (1 / (1 + np.exp(-logits)) - target)
         gradient = np.empty_like(weights)
         gradient[:-1] = np.bincount(features, np.repeat(_SCALE * error / sizes, sizes), buckets)
         gradient[-1] = error.sum()
-        gradient[:-1] += config.decay * weights[:-1]
+        gradient[:-1] += CLASSIFIER_DECAY * weights[:-1]
         first += 0.1 * (gradient - first)
         second += 0.001 * (gradient**2 - second)
-        rate = config.learning_rate * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        rate = CLASSIFIER_RATE * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
         weights -= rate * first / (np.sqrt(second) + 1e-8)
     return weights.astype(np.float32)
 
@@ -120,7 +129,7 @@ def check_quality(
         why.append(None)
         if source in config.bad:
             why[-1] = ("low_quality", "of a source that is an example of low quality")
-        elif source not in config.good and kind in config.kinds:
+        elif source not in config.good and kind in JUDGED_KINDS:
             probability = model.probability(one.hashes)
             if probability < config.threshold:
                 why[-1] = ("low_quality", f"probability {probability:.3f} of being good, at least {config.threshold}")

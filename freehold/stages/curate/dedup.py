@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from freehold.stages.curate.config import NearDuplicates, Overlap, RepeatedLines
+from freehold.stages.curate.rules import CONTAINED_SHARE, LINE_CHARS, MATCH_WORDS, NGRAM_WORDS, SHINGLE_WORDS
 from freehold.text.words import Words, distinct, ngrams, read_words, text_hash, word_spans
 
 Reader = Callable[[int], np.ndarray]
@@ -53,7 +54,7 @@ def sketches(words: Sequence[Words], config: NearDuplicates) -> np.ndarray:
     """
     from rensa import RMinHash
 
-    runs = [one.ngrams(config.shingle_words) for one in words]
+    runs = [one.ngrams(SHINGLE_WORDS) for one in words]
     if not sum(map(len, runs)):
         return np.full((len(words), config.permutations), _NO_SHINGLE, np.uint32)
     offsets = np.concatenate([[0], np.cumsum([len(run) for run in runs])]).astype(np.uint64)
@@ -89,7 +90,7 @@ def near_duplicates(
 
     @lru_cache(maxsize=256)
     def shingles_of(document: int) -> np.ndarray:
-        return distinct(ngrams(words(document), config.shingle_words))
+        return distinct(ngrams(words(document), SHINGLE_WORDS))
 
     for start, end in _slices(member):
         document = int(order[member[start]])
@@ -144,16 +145,18 @@ def contained(values: np.ndarray, among: np.ndarray) -> np.ndarray:
     return np.asarray(among[place] == values) if len(among) else np.zeros(len(values), bool)
 
 
-def winnow(words: Sequence[Words], config: Overlap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def winnow(
+    words: Sequence[Words], ngram_words: int = NGRAM_WORDS, match_words: int = MATCH_WORDS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return hash uint64 and place int32 of the runs that are kept, and int64 [documents], how many of each document.
 
     Of each `match_words - ngram_words + 1` neighbouring runs the one with the least hash is kept, so two texts that
     share `match_words` words share a kept run there. Shorter documents have none.
     """
-    window = config.match_words - config.ngram_words + 1
+    window = match_words - ngram_words + 1
     hashes, places, counts = [], [], []
     for one in words:
-        runs = one.ngrams(config.ngram_words)
+        runs = one.ngrams(ngram_words)
         kept = np.zeros(0, np.int64)
         if len(runs) >= window:
             # What decides is mixed once more: the hash's own order would prefer some words to others.
@@ -231,6 +234,7 @@ def find_overlaps(
     words: Reader,
     config: Overlap,
     memory_bytes: int | None = None,
+    contained_share: float = CONTAINED_SHARE,
 ) -> Overlaps:
     """Return the documents to drop and the passages to cut; `counts` are the kept runs of each document.
 
@@ -258,24 +262,24 @@ def find_overlaps(
 
     @lru_cache(maxsize=64)
     def runs_of(one: int) -> np.ndarray:
-        return distinct(ngrams(words(one), config.ngram_words))
+        return distinct(ngrams(words(one), NGRAM_WORDS))
 
     for start, end in _slices(document):
         here = int(document[start])
         groups, places = group[start:end], place[start:end]
         shared = owner[groups] >= 0
-        if config.contained != "off" and shared.sum() >= config.contained_share * counts[here]:
+        if config.contained != "off" and shared.sum() >= contained_share * counts[here]:
             holders, weight = np.unique(owner[groups[shared]], return_counts=True)
             ranked = holders[np.lexsort((rank[holders], -weight))].tolist()
-            share = covered_share(runs_of(here), (runs_of(one) for one in ranked), config.contained_share)
-            if share >= config.contained_share:
+            share = covered_share(runs_of(here), (runs_of(one) for one in ranked), contained_share)
+            if share >= contained_share:
                 result.contained[here] = (ranked[0], share)
                 if config.contained == "drop":
                     continue
         if config.passages != "off" and shared.any():
             theirs = owner[groups[shared]].tolist(), owner_place[groups[shared]].tolist()
             matches = zip(places[shared].tolist(), *theirs, strict=True)
-            if spans := passages(words(here), matches, words, config.match_words):
+            if spans := passages(words(here), matches, words, MATCH_WORDS):
                 result.passages[here] = spans
         first = np.flatnonzero(~shared)
         fresh, at = np.unique(groups[first], return_index=True)
@@ -328,9 +332,9 @@ def line_key(line: str) -> int:
     return xxhash.xxh3_64_intdigest(line.encode())
 
 
-def line_hashes(text: str, config: RepeatedLines) -> np.ndarray:
+def line_hashes(text: str, min_chars: int = LINE_CHARS) -> np.ndarray:
     """Return uint64, the hashes of a text's different lines of at least `min_chars` characters, sorted."""
-    lines = {line for raw in text.split("\n") if len(line := raw.strip()) >= config.min_chars}
+    lines = {line for raw in text.split("\n") if len(line := raw.strip()) >= min_chars}
     return np.sort(np.fromiter(map(line_key, lines), np.uint64, len(lines)))
 
 
@@ -362,12 +366,12 @@ def repeated_lines(
     return result
 
 
-def cut_lines(text: str, hashes: set[int], config: RepeatedLines) -> str:
+def cut_lines(text: str, hashes: set[int], min_chars: int = LINE_CHARS) -> str:
     """Return the text without the lines of these hashes."""
     kept = []
     for raw in text.split("\n"):
         line = raw.strip()
-        if len(line) < config.min_chars or line_key(line) not in hashes:
+        if len(line) < min_chars or line_key(line) not in hashes:
             kept.append(raw)
     return "\n".join(kept)
 

@@ -7,11 +7,19 @@ import re
 import string
 import unicodedata
 import warnings
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
 
-from freehold.stages.curate.config import CodeRules, KindRules, ProseRules
+from freehold.stages.curate.rules import (
+    LANGUAGE_SAMPLE_CHARS,
+    MAX_LINE_CHARS,
+    MAX_LOST,
+    MIN_LANGUAGE_SCORE,
+    CodeLimits,
+    ProseLimits,
+)
 from freehold.text import Why
 from freehold.text.language import language_detector
 from freehold.text.words import Words, beyond_ascii, distinct, repeats_at_most
@@ -81,63 +89,63 @@ def repair_mojibake(text: str) -> str:
     return "\n".join(ftfy.fix_encoding(line) if MOJIBAKE.search(line) else line for line in lines)
 
 
-def check_length(text: str, rules: KindRules) -> Why | None:
+def check_length(text: str, min_chars: int, max_chars: int, max_line_chars: int = MAX_LINE_CHARS) -> Why | None:
     """Drop what is empty, too short, too long, undecodable, or one endless line."""
     if not text.strip():
         return "empty", "no text"
-    if len(text) < rules.min_chars:
-        return "too_short", f"{len(text)} characters, at least {rules.min_chars}"
-    if len(text) > rules.max_chars:
-        return "too_long", f"{len(text)} characters, at most {rules.max_chars}"
-    if len(text) > rules.max_line_chars:
+    if len(text) < min_chars:
+        return "too_short", f"{len(text)} characters, at least {min_chars}"
+    if len(text) > max_chars:
+        return "too_long", f"{len(text)} characters, at most {max_chars}"
+    if len(text) > max_line_chars:
         longest = max(map(len, text.splitlines()))
-        if longest > rules.max_line_chars:
-            return "long_line", f"a line of {longest} characters, at most {rules.max_line_chars}"
+        if longest > max_line_chars:
+            return "long_line", f"a line of {longest} characters, at most {max_line_chars}"
     lost = text.count("\ufffd")
-    if lost > len(text) / 200:
+    if lost > MAX_LOST * len(text):
         return "undecodable", f"{lost} replacement characters in {len(text)}"
     return None
 
 
-def check_language(text: str, rules: KindRules) -> Why | None:
+def check_language(text: str, languages: Sequence[str] | None) -> Why | None:
     """Drop a document when most of its samples (start, middle, end) are in another language."""
-    if rules.languages is None:
+    if languages is None:
         return None
-    size = 700
+    size = LANGUAGE_SAMPLE_CHARS
     starts = (0,) if len(text) <= size else (0, (len(text) - size) // 2, len(text) - size)
     found: list[tuple[str, float]] = []
     foreign = 0
     for left, start in zip(range(len(starts) - 1, -1, -1), starts, strict=True):
         found.append(language_detector()(text[start : start + size]))
         # English between table borders scores low, but still as English: only another language counts against.
-        foreign += found[-1][0] not in rules.languages and found[-1][1] >= rules.min_language_score
+        foreign += found[-1][0] not in languages and found[-1][1] >= MIN_LANGUAGE_SCORE
         if 2 * (foreign + left) <= len(starts):
             return None
     return "language", ", ".join(f"{language} {score:.2f}" for language, score in found)
 
 
-def check_prose(text: str, words: Words, rules: ProseRules) -> Why | None:
+def check_prose(text: str, words: Words, limits: ProseLimits) -> Why | None:
     """Drop text that is not running text: lists of codes, symbols, boilerplate repeated over and over."""
     count = len(words.hashes)
-    if count < rules.min_words:
-        return "few_words", f"{count} words, at least {rules.min_words}"
-    low, high = rules.mean_word_chars
+    if count < limits.min_words:
+        return "few_words", f"{count} words, at least {limits.min_words}"
+    low, high = limits.mean_word_chars
     mean = words.chars / count
     if not low <= mean <= high:
         return "word_length", f"mean {mean:.2f} characters, {low} to {high}"
     letters = _letters(text, words)
     # Underlines and table borders are layout: a run of one mark counts as nothing, which never makes the share smaller.
-    if letters < rules.min_letters and any(4 * mark in text for mark in RULERS):
+    if letters < limits.min_letters and any(4 * mark in text for mark in RULERS):
         letters = _letters(RULED.sub("", text), words)
-    if letters < rules.min_letters:
-        return "letters", f"{letters:.2f} of the characters, at least {rules.min_letters}"
+    if letters < limits.min_letters:
+        return "letters", f"{letters:.2f} of the characters, at least {limits.min_letters}"
     ellipses = text.count("...") + text.count("\u2026")
     symbols = (text.count("#") + ellipses) / count
-    if symbols > rules.max_symbols:
-        return "symbols", f"{symbols:.2f} per word, at most {rules.max_symbols}"
-    if words.stop_fraction < rules.min_stop_words:
-        return "stop_words", f"{words.stop_fraction:.3f} of the words, at least {rules.min_stop_words}"
-    return _check_lines(text, ellipses, rules) or _check_repetition(words, rules)
+    if symbols > limits.max_symbols:
+        return "symbols", f"{symbols:.2f} per word, at most {limits.max_symbols}"
+    if words.stop_fraction < limits.min_stop_words:
+        return "stop_words", f"{words.stop_fraction:.3f} of the words, at least {limits.min_stop_words}"
+    return check_lines(text, ellipses, limits) or _check_repetition(words, limits)
 
 
 def _letters(text: str, words: Words) -> float:
@@ -148,26 +156,27 @@ def _letters(text: str, words: Words) -> float:
     return float((words.chars - figures) / max(1, len(text) - spaces))
 
 
-def _check_lines(text: str, ellipses: int, rules: ProseRules) -> Why | None:
+def check_lines(text: str, ellipses: int, limits: ProseLimits) -> Why | None:
+    """Drop text whose lines are bullets, end in ellipses, or repeat earlier ones; `ellipses` is their number."""
     lines = stripped(text.split("\n"))
     # No more lines begin with a bullet, or end with an ellipsis, than there are such marks: counting those is faster.
-    most = rules.max_bullet_lines
+    most = limits.max_bullet_lines
     if most < 1 and sum(text.count(bullet[0]) for bullet in BULLETS) / len(lines) > most:
         share = sum([line.startswith(BULLETS) for line in lines]) / len(lines)
         if share > most:
             return "bullet_lines", f"{share:.2f} of the lines, at most {most}"
-    most = rules.max_ellipsis_lines
+    most = limits.max_ellipsis_lines
     if ellipses / len(lines) > most:
         share = sum([line.endswith(("...", "\u2026")) for line in lines]) / len(lines)
         if share > most:
             return "ellipsis_lines", f"{share:.2f} of the lines, at most {most}"
     repeated = repeated_fraction(lines)
-    if repeated > rules.max_duplicate_lines:
-        return "duplicate_lines", f"{repeated:.2f} of the characters, at most {rules.max_duplicate_lines}"
+    if repeated > limits.max_duplicate_lines:
+        return "duplicate_lines", f"{repeated:.2f} of the characters, at most {limits.max_duplicate_lines}"
     # A paragraph that is there twice is made of lines that are.
     repeated = repeated_fraction(stripped(text.split("\n\n"))) if repeated else 0.0
-    if repeated > rules.max_duplicate_paragraphs:
-        return "duplicate_paragraphs", f"{repeated:.2f} of the characters, at most {rules.max_duplicate_paragraphs}"
+    if repeated > limits.max_duplicate_paragraphs:
+        return "duplicate_paragraphs", f"{repeated:.2f} of the characters, at most {limits.max_duplicate_paragraphs}"
     return None
 
 
@@ -176,13 +185,13 @@ def stripped(parts: list[str]) -> list[str]:
     return list(filter(None, map(str.strip, parts)))
 
 
-def _check_repetition(words: Words, rules: ProseRules) -> Why | None:
+def _check_repetition(words: Words, limits: ProseLimits) -> Why | None:
     runs = words.ngrams(5)
-    if repeats_at_most(runs, rules.max_repeated_ngrams):
+    if repeats_at_most(runs, limits.max_repeated_ngrams):
         return None
     repeated = 1 - len(distinct(runs)) / len(runs)
-    if repeated > rules.max_repeated_ngrams:
-        return "repeated_ngrams", f"{repeated:.2f} of the five-word runs, at most {rules.max_repeated_ngrams}"
+    if repeated > limits.max_repeated_ngrams:
+        return "repeated_ngrams", f"{repeated:.2f} of the five-word runs, at most {limits.max_repeated_ngrams}"
     return None
 
 
@@ -195,28 +204,28 @@ def repeated_fraction(parts: list[str]) -> float:
     return 1 - sum(map(len, different)) / total if total else 0.0
 
 
-def check_code(text: str, path: str, rules: CodeRules) -> Why | None:
+def check_code(text: str, path: str, limits: CodeLimits) -> Why | None:
     """Drop source that does not parse, that a program wrote, or that is a table rather than code."""
     raw_lines = text.split("\n")
     lines, longest = stripped(raw_lines), max(map(len, raw_lines))
-    if longest > rules.max_line_chars:
-        return "code_line_length", f"a line of {longest} characters, at most {rules.max_line_chars}"
+    if longest > limits.max_line_chars:
+        return "code_line_length", f"a line of {longest} characters, at most {limits.max_line_chars}"
     mean = len(text) / max(1, len(lines))
-    if mean > rules.max_mean_line_chars:
-        return "code_line_length", f"mean line of {mean:.0f} characters, at most {rules.max_mean_line_chars}"
+    if mean > limits.max_mean_line_chars:
+        return "code_line_length", f"mean line of {mean:.0f} characters, at most {limits.max_mean_line_chars}"
     raw = text.encode("ascii", "replace")
     digits = len(raw) - len(raw.translate(None, b"0123456789"))
     alphanumeric = len(raw) - len(raw.translate(None, ALPHANUMERIC))
-    if alphanumeric < rules.min_alphanumeric * len(raw):
-        return "alphanumeric", f"{alphanumeric / len(raw):.2f} of the characters, at least {rules.min_alphanumeric}"
-    if digits > rules.max_digits * alphanumeric:
-        return "digits", f"{digits / alphanumeric:.2f} of letters and digits, at most {rules.max_digits}"
-    if rules.drop_generated and (mark := GENERATED.search("\n".join(lines[:8])[:1000])):
+    if alphanumeric < limits.min_alphanumeric * len(raw):
+        return "alphanumeric", f"{alphanumeric / len(raw):.2f} of the characters, at least {limits.min_alphanumeric}"
+    if digits > limits.max_digits * alphanumeric:
+        return "digits", f"{digits / alphanumeric:.2f} of letters and digits, at most {limits.max_digits}"
+    if mark := GENERATED.search("\n".join(lines[:8])[:1000]):
         return "generated_code", f"says {mark.group(0)!r}"
     comments = sum(line.startswith("#") for line in lines) / max(1, len(lines))
-    if comments > rules.max_comment_lines:
-        return "comments", f"{comments:.2f} of the lines, at most {rules.max_comment_lines}"
-    if rules.check_parses and PurePosixPath(path.partition("#")[0]).suffix in ("", ".py", ".pyi"):
+    if comments > limits.max_comment_lines:
+        return "comments", f"{comments:.2f} of the lines, at most {limits.max_comment_lines}"
+    if PurePosixPath(path.partition("#")[0]).suffix in ("", ".py", ".pyi"):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -12,11 +12,11 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 
-from freehold.stages.curate.config import Privacy
+from freehold.stages.curate.rules import MAX_FINDINGS_PER_1000_CHARS, MIN_FINDINGS_TO_DROP
 from freehold.text import Why
 from freehold.text.words import beyond_ascii
 
@@ -130,6 +130,10 @@ KINDS: dict[str, tuple[re.Pattern[str], Callable[[re.Match[str]], bool], str]] =
 }
 
 
+EVERYTHING = ("secret", *KINDS)
+"""Every kind of personal data that is looked for."""
+
+
 # {how a secret begins: the whole of it}; `secret` is what is replaced, where that is a part. It is looked for by its
 # beginning alone, which costs far less than an expression. Who issues tokens says how they look, for such scanners.
 KEY = "-----BEGIN "
@@ -207,12 +211,12 @@ def _redact_secrets(text: str, found: Counter[str]) -> str:
     return "".join([*pieces, text[done:]]) if pieces else text
 
 
-def redact(text: str, config: Privacy) -> tuple[str, dict[str, int]]:
+def redact(text: str, kinds: Collection[str]) -> tuple[str, dict[str, int]]:
     """Return the text with personal data and secrets replaced, and how many of each kind were found."""
-    if not config.find:
+    if not kinds:
         return text, {}
     found: Counter[str] = Counter()
-    if "secret" in config.find:
+    if "secret" in kinds:
         text = _redact_secrets(text, found)
     pieces, done = [], 0
     # One quick scan finds the lines worth six slow ones.
@@ -221,7 +225,7 @@ def redact(text: str, config: Privacy) -> tuple[str, dict[str, int]]:
             start = max(done, text.rfind("\n", done, trigger.start()) + 1)
             end = text.find("\n", trigger.end())
             end = len(text) if end < 0 else end
-            pieces += [text[done:start], _redact_line(text[start:end], config, found)]
+            pieces += [text[done:start], _redact_line(text[start:end], kinds, found)]
             done = end
     return ("".join([*pieces, text[done:]]), dict(found)) if found else (text, {})
 
@@ -249,9 +253,9 @@ def _following(flags: np.ndarray, n: int) -> np.ndarray:
     return np.asarray(sums[np.minimum(np.arange(len(flags)) + n, len(flags))] - sums[:-1])
 
 
-def _redact_line(line: str, config: Privacy, found: Counter[str]) -> str:
+def _redact_line(line: str, kinds: Collection[str], found: Counter[str]) -> str:
     for kind, (pattern, plausible, instead) in KINDS.items():
-        if kind in config.find:
+        if kind in kinds:
 
             def swap(
                 match: re.Match[str],
@@ -268,9 +272,9 @@ def _redact_line(line: str, config: Privacy, found: Counter[str]) -> str:
     return line
 
 
-def check_density(chars: int, found: dict[str, int], config: Privacy) -> Why | None:
+def check_density(chars: int, found: Mapping[str, int]) -> Why | None:
     """Drop a document that is mostly personal data: an address list, a log of mails."""
     total = sum(found.values())
-    if total >= config.min_to_drop and 1000 * total > config.max_per_1000_chars * chars:
+    if total >= MIN_FINDINGS_TO_DROP and 1000 * total > MAX_FINDINGS_PER_1000_CHARS * chars:
         return "pii", f"{total} findings in {chars} characters: " + ", ".join(f"{k} {n}" for k, n in found.items())
     return None

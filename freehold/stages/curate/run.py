@@ -33,6 +33,7 @@ from freehold.stages.curate.engine import make_all
 from freehold.stages.curate.filters import Why, clean_unicode
 from freehold.stages.curate.privacy import check_density, redact
 from freehold.stages.curate.report import ALL, Report
+from freehold.stages.curate.rules import NEAR_MIN_WORDS
 from freehold.stages.curate.shards import Corpus, Job, Shard, read_plan
 from freehold.stages.curate.split import is_validation, validation_documents
 from freehold.text.held_out import Questions, read_questions
@@ -45,6 +46,24 @@ def run(config: CurateConfig, work: Workspace) -> dict[str, Any]:
     job = Job.of(gathered, work.folder, config)
     shards = read_plan(job)
     report = Report()
+    excluded = read_exclusion(config.exclude, gathered)
+    # With a published model, conversations alone are enough.
+    if shards or not any((gathered / "conversations").glob("*.parquet")):
+        curate_documents(job, shards, excluded, report, work)
+    questions = Questions(read_questions(gathered / "tasks") if config.decontamination.enabled else [])
+    curate_conversations(gathered / "conversations", config, questions, excluded, report, work.folder)
+    for path in sorted((gathered / "tasks").glob("*.jsonl")):
+        (work.folder / "tasks").mkdir(exist_ok=True)
+        shutil.copyfile(path, work.folder / "tasks" / path.name)
+    report.write_drops(work.folder / "drops.parquet")
+    write_json(work.folder / "report.json", report.as_dict())
+    shutil.rmtree(job.shards)
+    return report.totals()
+
+
+def curate_documents(job: Job, shards: list[Shard], excluded: dict[str, Why], report: Report, work: Workspace) -> None:
+    """Clean the documents shard by shard, compare them, and write what is left; DataError when nothing is."""
+    config, gathered = job.config, job.gathered
     if config.classifier.act != "off":
         report.more["classifier"] = train_classifier(job, shards, work)
     for _ in work.log.track(make_all(job, shards), "curate", len(shards), unit="shards"):
@@ -54,7 +73,6 @@ def run(config: CurateConfig, work: Workspace) -> dict[str, Any]:
         report.arrive(source, came, tally)
     work.log.say(f"curate: {sum(came[0] for came in report.came.values()):,} documents in {len(shards):,} shards")
     kept = compare(corpus, report)
-    excluded = read_exclusion(config.exclude, gathered)
     gone = sum(corpus.ids[document] in excluded for document in np.flatnonzero(kept.alive))
     if kept.alive.sum() == gone:
         reasons = Counter(drop["reason"] for drop in report.drops()) + Counter({"excluded": gone})
@@ -66,15 +84,6 @@ def run(config: CurateConfig, work: Workspace) -> dict[str, Any]:
             todo="loosen the limits under `curate.kinds`, or gather other sources",
         )
     write_documents(kept, excluded, report, work.folder)
-    questions = Questions(read_questions(gathered / "tasks") if config.decontamination.enabled else [])
-    curate_conversations(gathered / "conversations", config, questions, excluded, report, work.folder)
-    for path in sorted((gathered / "tasks").glob("*.jsonl")):
-        (work.folder / "tasks").mkdir(exist_ok=True)
-        shutil.copyfile(path, work.folder / "tasks" / path.name)
-    report.write_drops(work.folder / "drops.parquet")
-    write_json(work.folder / "report.json", report.as_dict())
-    shutil.rmtree(job.shards)
-    return report.totals()
 
 
 def train_classifier(job: Job, shards: list[Shard], work: Workspace) -> dict[str, Any]:
@@ -117,7 +126,7 @@ class Kept:
         if document in self.passages:
             text = cut_words(text, self.passages[document])
         if document in self.lines:
-            text = cut_lines(text, self.lines[document], self.corpus.job.config.lines)
+            text = cut_lines(text, self.lines[document])
         return text
 
 
@@ -157,7 +166,7 @@ def compare(corpus: Corpus, report: Report) -> Kept:
     step("exact_duplicates", {i: ("exact_duplicate", f"of {corpus.ids[j]}") for i, j in twins.items()})
     if config.near_duplicates.enabled:
         near = config.near_duplicates
-        enough = table["words"] >= max(near.min_words, near.shingle_words)
+        enough = table["words"] >= NEAR_MIN_WORDS
         sketch = [corpus.array(n, "sketch") for n in range(len(corpus.shards))]
         alike = near_duplicates(standing(table["alike"] & enough), sketch, corpus.words, near)
         step(
@@ -363,7 +372,7 @@ def curate_conversations(
                 first = seen.setdefault(key, row.id)
                 text = "\n".join(text for _, text in said(messages))
                 why: Why | None = ("exact_duplicate", f"of {first}") if first != row.id else None
-                why = why or question or check_density(len(text), found, config.privacy) or excluded.get(row.id)
+                why = why or question or check_density(len(text), found) or excluded.get(row.id)
                 if why is not None:
                     report.talk.drop("conversations", row, text, why)
                     dropped[why[0]] += 1
@@ -377,7 +386,7 @@ def curate_conversations(
 
 
 def _redacted(text: str, found: Counter[str], config: CurateConfig) -> str:
-    text, one = redact(clean_unicode(text)[0], config.privacy)
+    text, one = redact(clean_unicode(text)[0], config.privacy.find)
     found.update(one)
     return text
 

@@ -173,9 +173,9 @@ def make_shard(job: Job, shard: Shard) -> None:
         came += [draft.size_bytes for draft in batch]
         first: dict[int, tuple[Words, np.ndarray]] = {}
         if config.bias.act != "off":
-            sane = [draft for draft in batch if len(draft.text) <= draft.rules.max_chars]
+            sane = [draft for draft in batch if len(draft.text) <= draft.limits.max_chars]
             read(sane)
-            counts = bias.count([draft.hashed for draft in sane], config.bias.window_words)
+            counts = bias.count([draft.hashed for draft in sane])
             before += counts.sum(axis=0)
             first = {id(draft): (draft.hashed, one) for draft, one in zip(sane, counts, strict=True)}
         left = take(batch, tools)
@@ -210,7 +210,7 @@ def describe(
     words = [draft.hashed for draft in drafts]
     none = np.zeros(0, np.uint64)
     alike = np.array([draft.rules.near_duplicates for draft in drafts], bool)
-    cut = np.array([draft.rules.cut for draft in drafts], bool)
+    cut = np.array([draft.limits.cut for draft in drafts], bool)
     some = [one if yes else Words(none, 0, 0.0) for one, yes in zip(words, alike, strict=True)]
     columns = {
         "alike": alike,
@@ -223,15 +223,15 @@ def describe(
     if config.near_duplicates.enabled:
         columns["sketch"] = sketches(some, config.near_duplicates)
     if config.overlap.contained != "off" or config.overlap.passages != "off":
-        columns["run_hashes"], columns["run_places"], columns["runs"] = winnow(some, config.overlap)
+        columns["run_hashes"], columns["run_places"], columns["runs"] = winnow(some)
     if config.lines.act != "off":
-        lines = [line_hashes(draft.text, config.lines) if yes else none for draft, yes in zip(drafts, cut, strict=True)]
+        lines = [line_hashes(draft.text) if yes else none for draft, yes in zip(drafts, cut, strict=True)]
         columns["line_hashes"] = np.concatenate([none, *lines])
         columns["lines"] = np.array([len(one) for one in lines], np.int64)
     if config.bias.act != "off":
         again = [i for i, draft in enumerate(drafts) if counted[id(draft)][0] is not draft.words]
         columns["bias"] = np.array([counted[id(draft)][1] for draft in drafts], np.int32).reshape(-1, *bias.SHAPE)
-        columns["bias"][again] = bias.count([words[i] for i in again], config.bias.window_words)
+        columns["bias"][again] = bias.count([words[i] for i in again])
     return columns
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from freehold.core.document import Document
 from freehold.stages.curate.classifier import Model, check_quality
-from freehold.stages.curate.config import CurateConfig, KindRules, Privacy
+from freehold.stages.curate.config import CurateConfig, KindRules
 from freehold.stages.curate.filters import (
     Why,
     check_code,
@@ -23,7 +23,8 @@ from freehold.stages.curate.filters import (
     check_prose,
     clean_unicode,
 )
-from freehold.stages.curate.privacy import check_density, redact
+from freehold.stages.curate.privacy import EVERYTHING, check_density, redact
+from freehold.stages.curate.rules import LIMITS, KindLimits
 from freehold.stages.curate.split import place
 from freehold.stages.curate.toxicity import check_toxicity
 from freehold.text.held_out import Questions
@@ -44,6 +45,11 @@ class Draft:
     text: str
     words: Words | None = None
     size: int | None = None
+
+    @property
+    def limits(self) -> KindLimits:
+        """Return the limits of the document's kind."""
+        return LIMITS[self.row.kind]
 
     @property
     def hashed(self) -> Words:
@@ -161,12 +167,11 @@ def excerpts(before: str, after: str | None, mask: bool = False) -> tuple[str, s
     All of the text is cleaned before it is cut: half a secret would not be found. With `mask`, where the change itself
     is the removal of personal data, what was there is shown as `x` and `0` only.
     """
-    private = Privacy()
     if not mask:
-        before = redact(before, private)[0]
+        before = redact(before, EVERYTHING)[0]
     start = 0
     if after is not None:
-        after = redact(after, private)[0]
+        after = redact(after, EVERYTHING)[0]
         low, high = 0, min(len(before), len(after))  # the first difference, by halves: slices are compared fast
         while low < high:
             middle = (low + high + 1) // 2
@@ -197,7 +202,7 @@ Step = Callable[[Sequence[Draft], Tools], list[Why | None]]
 
 def length(batch: Sequence[Draft], tools: Tools) -> list[Why | None]:
     """Drop what is empty, too short, too long or undecodable."""
-    return [check_length(draft.text, draft.rules) for draft in batch]
+    return [check_length(draft.text, draft.rules.min_chars, draft.limits.max_chars) for draft in batch]
 
 
 def unicode(batch: Sequence[Draft], tools: Tools) -> list[Why | None]:
@@ -213,16 +218,16 @@ def unicode(batch: Sequence[Draft], tools: Tools) -> list[Why | None]:
 
 def language(batch: Sequence[Draft], tools: Tools) -> list[Why | None]:
     """Drop what is in another language."""
-    return [check_language(draft.text, draft.rules) for draft in batch]
+    return [check_language(draft.text, draft.rules.languages) for draft in batch]
 
 
 def quality(batch: Sequence[Draft], tools: Tools) -> list[Why | None]:
     """Drop what breaks the rules of its kind: running text and source code have rules of their own."""
     why: list[Why | None] = []
     for draft in batch:
-        rules = draft.rules
-        one = check_prose(draft.text, draft.hashed, rules.prose) if rules.prose else None
-        why.append(one or (check_code(draft.text, draft.row.path, rules.code) if rules.code else None))
+        prose, code = (draft.limits.prose, draft.limits.code) if draft.rules.quality else (None, None)
+        one = check_prose(draft.text, draft.hashed, prose) if prose else None
+        why.append(one or (check_code(draft.text, draft.row.path, code) if code else None))
     return why
 
 
@@ -236,7 +241,7 @@ def classifier(batch: Sequence[Draft], tools: Tools) -> list[Why | None]:
 def toxicity(batch: Sequence[Draft], tools: Tools) -> list[Why | None]:
     """Drop what has too many toxic passages."""
     kinds = [draft.row.kind for draft in batch]
-    return check_toxicity(kinds, [draft.hashed for draft in batch], tools.config.toxicity)
+    return check_toxicity(kinds, [draft.hashed for draft in batch])
 
 
 def decontamination(batch: Sequence[Draft], tools: Tools) -> list[Why | None]:
@@ -248,13 +253,13 @@ def privacy(batch: Sequence[Draft], tools: Tools) -> list[Why | None]:
     """Replace personal data; drop what is full of it."""
     why: list[Why | None] = []
     for draft in batch:
-        clean, found = redact(draft.text, tools.config.privacy)
+        clean, found = redact(draft.text, tools.config.privacy.find)
         if found:
             tools.tally.redacted.update(found)
             kinds = " ".join(sorted(found))
             tools.tally.sample("privacy", draft.row, (kinds, "redacted"), draft.text, clean)
             draft.edit(clean)
-        why.append(check_density(len(clean), found, tools.config.privacy))
+        why.append(check_density(len(clean), found))
     return why
 
 

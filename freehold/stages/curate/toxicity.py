@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from freehold.core.errors import ConfigError
-from freehold.stages.curate.config import Toxicity
+from freehold.stages.curate.rules import JUDGED_KINDS, MAX_TOXIC_SHARE, PASSAGE_WORDS, TOXIC
 from freehold.text import Why
 from freehold.text.words import Lookup, Words, word_hashes
 
@@ -68,13 +68,13 @@ def scorer() -> Scorer:
     return Scorer()
 
 
-def check_toxicity(kinds: Sequence[str], words: Sequence[Words], config: Toxicity) -> list[Why | None]:
+def check_toxicity(kinds: Sequence[str], words: Sequence[Words]) -> list[Why | None]:
     """Return the reason to drop each document: too many of its passages are toxic."""
     why: list[Why | None] = []
     for kind, one in zip(kinds, words, strict=True):
         why.append(None)
-        if kind in config.kinds and len(one.hashes):
-            toxic = scorer().passages(one.hashes, config.passage_words) >= config.threshold
-            if toxic.mean() > config.max_share:
-                why[-1] = ("toxic", f"{int(toxic.sum())} of {len(toxic)} passages, at most {config.max_share:.0%}")
+        if kind in JUDGED_KINDS and len(one.hashes):
+            toxic = scorer().passages(one.hashes, PASSAGE_WORDS) >= TOXIC
+            if toxic.mean() > MAX_TOXIC_SHARE:
+                why[-1] = ("toxic", f"{int(toxic.sum())} of {len(toxic)} passages, at most {MAX_TOXIC_SHARE:.0%}")
     return why

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import lzma
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from freehold.core.document import Document, read_rows
+from freehold.core.document import Conversation, Document, read_rows, said
 from freehold.core.errors import DataError
 from freehold.core.log import Log
 from freehold.stages.evaluate.config import EvaluateConfig
@@ -24,17 +25,19 @@ HeldOut = dict[str, list[tuple[str, bool]]]
 def held_out(curated: Path, limit_bytes: int | None) -> HeldOut:
     """Return the validation documents of each source, in file order, up to `limit_bytes` of each.
 
-    The document that crosses the limit is cut between characters. DataError when there are none at all.
+    The document that crosses the limit is cut between characters. Of a run without documents, what is said in its
+    held-out conversations is the text. DataError when there are none at all.
     """
     found: HeldOut = {}
-    for path in sorted((curated / "documents").glob("*.parquet")):
+    documents = sorted((curated / "documents").glob("*.parquet"))
+    for path in documents or sorted((curated / "conversations").glob("*.parquet")):
         texts, left = [], limit_bytes
-        for document in read_rows(path, Document):
-            if document.split != "validation" or left == 0:
+        for row_text, split in _texts(path):
+            if split != "validation" or left == 0:
                 continue
-            data = document.text.encode()
+            data = row_text.encode()
             whole = left is None or len(data) <= left
-            texts.append((document.text if whole else data[:left].decode(errors="ignore"), whole))
+            texts.append((row_text if whole else data[:left].decode(errors="ignore"), whole))
             if left is not None:
                 left = left - len(data) if whole else 0
         if any(text for text, _ in texts):
@@ -47,6 +50,15 @@ def held_out(curated: Path, limit_bytes: int | None) -> HeldOut:
             todo="raise the validation share of `curate`",
         )
     return found
+
+
+def _texts(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (text, split) of each row of a table of documents or conversations."""
+    if path.parent.name == "documents":
+        yield from ((row.text, row.split) for row in read_rows(path, Document))
+    else:
+        for row in read_rows(path, Conversation):
+            yield "\n\n".join(text for _, text in said(row.messages)), row.split
 
 
 def joined(texts: list[tuple[str, bool]]) -> bytes:
@@ -65,19 +77,20 @@ def compressors(texts: HeldOut) -> dict[str, Any]:
 def bits_per_byte(loaded: Loaded, texts: HeldOut, config: EvaluateConfig, log: Log, name: str) -> dict[str, Any]:
     """Return a model's bits, tokens and bits per byte, per source and overall.
 
-    A document is coded as in training: after an end-of-text token (given, not paid for), its tokens, then
+    A document is coded as in training: after what begins it (given, not paid for), its tokens, then
     the end-of-text token that ends it (paid for: a code must say where a document stops).
     """
     from freehold.data.packing import cut
     from freehold.stages.evaluate.likelihood import score
 
     end = loaded.tokenizer.end_of_text
+    begin = loaded.begins_with or (end,)
     found: dict[str, Any] = {}
     for source, rows in texts.items():
         encoded = loaded.tokenizer.encode_batch([text for text, _ in rows])
         windows: list[list[int]] = []
         for ids, (_, whole) in zip(encoded, rows, strict=True):
-            windows += cut([end, *ids, end] if whole else [end, *ids], config.context_tokens)
+            windows += cut([*begin, *ids, end] if whole else [*begin, *ids], config.context_tokens)
         values = score(loaded.engine, windows, batch_items=config.batch_items, log=log, what=f"{name}: {source}")
         nats = -math.fsum(value for window in values for value in window)
         found[source] = _rate(nats / math.log(2), sum(map(len, values)), len(joined(rows)))

@@ -42,12 +42,15 @@ def _architecture(config: ModelConfig) -> Iterator[str]:
         yield f"num_experts is {config.num_experts}, llama.cpp holds at most {MAX_EXPERTS}"
 
 
-def check_tokenizer(tokenizer: dict[str, Any], config: ModelConfig) -> list[str]:
-    """Return the reasons why the tokenizer of a model (the content of `tokenizer.json`) cannot be exported."""
+def check_tokenizer(tokenizer: dict[str, Any], config: ModelConfig, *, gguf: bool = True) -> list[str]:
+    """Return the reasons why the tokenizer of a model (the content of `tokenizer.json`) cannot be exported.
+
+    How it cuts text matters for `gguf` files alone: the Hugging Face form carries the split.
+    """
     from freehold.tokenizer.bpe import CHAIN
 
     reasons = []
-    if tokenizer.get("pre_tokenizer") != CHAIN:
+    if gguf and tokenizer.get("pre_tokenizer") != CHAIN:
         reasons.append(
             f"the tokenizer does not cut text as llama.cpp does for `{PRE_TOKENIZER}`, and a GGUF file can only name "
             "a split, not carry one: train it with the tokenize stage"

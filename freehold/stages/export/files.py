@@ -14,37 +14,42 @@ from freehold.stages.export import gguf_writer
 from freehold.stages.export.imatrix import Importance
 from freehold.stages.export.mix import Choice, choose_types, visiting_order
 from freehold.stages.export.shards import Shards
+from freehold.stages.export.source import Weights
 from freehold.stages.export.stream import Target, Tensor, Writer, place
 
 
 def write_files(
-    hf_folder: Path, config: ModelConfig, files: Mapping[str, Path], *, name: str, imatrix: Path | None = None,
-    workers: int = 0, say: Callable[[str], None] = lambda _: None,
+    folder: Path, config: ModelConfig, files: Mapping[str, Path], *, name: str, imatrix: Path | None = None,
+    workers: int = 0, say: Callable[[str], None] = lambda _: None, weights: Weights | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write GGUF files (file type: path, all in one folder) in one read of the weights; return figures.
+
+    `folder` holds the tokenizer, and in Hugging Face form the weights when none are given.
 
     `workers` 0 means one a core. Memory is a slab a worker, whatever the size. ExportError when tensors do not add up,
     are not finite, when the importance matrix is another model's, or when the disk is full (repeat to resume).
     """
-    shards = Shards(hf_folder)
+    shards = weights or Shards(folder)
     try:
         importance = Importance(imatrix) if imatrix else None
         tensors = _tensors(config)
         account(shards, config)
         _check_importance(importance, config, say)
-        targets = [_target(hf_folder, config, kind, path, name, tensors, importance) for kind, path in files.items()]
+        targets = [_target(folder, config, kind, path, name, tensors, importance) for kind, path in files.items()]
         for target in targets:
             _say_fallbacks(target, say)
         writer = Writer(shards, tensors, targets, importance, workers or len(os.sched_getaffinity(0)), say)
         figures = writer.run()
     finally:
         shards.close()
+    for target in targets:
+        figures.setdefault("bytes", {})[target.file_type] = target.bytes
     figures["types"] = {t.file_type: dict(Counter(c.type for c in t.choices.values())) for t in targets}
     figures["fallbacks"] = {t.file_type: fallbacks(t.choices) for t in targets}
     return figures
 
 
-def account(shards: Shards, config: ModelConfig) -> None:
+def account(shards: Weights, config: ModelConfig) -> None:
     """Raise ExportError naming a tensor that is missing, left over, or of another shape than the config says."""
     wanted = {source: gguf_writer.source_shape(config, source) for t in _tensors(config) for source in t.sources}
     missing, unused = sorted(wanted.keys() - shards.tensors.keys()), sorted(shards.tensors.keys() - wanted.keys())

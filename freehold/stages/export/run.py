@@ -43,8 +43,9 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
         )
     checkpoint = work.input(stage) / name
     model_config, state = read_model(checkpoint)
-    reasons = check(model_config)
-    reasons += check_tokenizer(read_json(checkpoint / TOKENIZER_FILES[0]), model_config)
+    # What llama.cpp cannot express concerns its files alone.
+    reasons = check(model_config) if config.types else []
+    reasons += check_tokenizer(read_json(checkpoint / TOKENIZER_FILES[0]), model_config, gguf=bool(config.types))
     if reasons:
         raise ExportError("this model cannot be exported", where=checkpoint, found="\n            ".join(reasons))
 
@@ -53,6 +54,11 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
     for file in TOKENIZER_FILES:
         shutil.copyfile(checkpoint / file, hf / file)
     tokenizer = Tokenizer.load(hf)
+    begins_with = read_json(checkpoint / "trainer.json").get("begins_with", [tokenizer.end_of_text])
+    if begins_with != list(tokenizer.prefix):
+        work.log.warn(
+            f"the model learned texts that begin with {begins_with}; its exports begin with {list(tokenizer.prefix)}"
+        )
     write_json(hf / "generation_config.json", _generation(config, tokenizer))
     work.log.say(f"hf/: {_megabytes(hf)}")
     files: dict[str, Path] = {kind: work.folder / "gguf" / f"{config.name}-{kind}.gguf" for kind in config.types}

@@ -29,8 +29,9 @@ from freehold.core.errors import ExportError
 from freehold.kernels import quantize
 from freehold.kernels.quantize import NotFiniteError, widen
 from freehold.stages.export.imatrix import Importance
+from freehold.stages.export.masters import to_bf16
 from freehold.stages.export.mix import Choice
-from freehold.stages.export.shards import Shards
+from freehold.stages.export.source import Weights
 from freehold.stages.export.types import TENSOR_TYPES
 
 SLAB_VALUES = 1 << 19
@@ -98,8 +99,7 @@ def encode(kind: str, rows: np.ndarray, importance: np.ndarray | None) -> bytes:
     if kind == "F32":
         return values.tobytes()
     if kind == "BF16":
-        bits = values.view(np.uint32)
-        return rows.tobytes() if rows.dtype == np.uint16 else _upper(bits + 0x7FFF + ((bits >> 16) & 1)).tobytes()
+        return rows.tobytes() if rows.dtype == np.uint16 else to_bf16(values).tobytes()
     with np.errstate(over="ignore"):
         half = values.astype("<f2")
     if not np.isfinite(half).all():
@@ -107,15 +107,11 @@ def encode(kind: str, rows: np.ndarray, importance: np.ndarray | None) -> bytes:
     return half.tobytes()
 
 
-def _upper(bits: np.ndarray) -> np.ndarray:
-    return (bits >> 16).astype(np.uint16)
-
-
 class Writer:
     """Fills target files from shards; see the module. One writer a folder."""
 
     def __init__(
-        self, shards: Shards, tensors: list[Tensor], targets: list[Target], importance: Importance | None,
+        self, shards: Weights, tensors: list[Tensor], targets: list[Target], importance: Importance | None,
         workers: int, say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.shards, self.tensors, self.targets, self.importance = shards, tensors, targets, importance

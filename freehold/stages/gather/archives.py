@@ -6,13 +6,10 @@ and one that is too large is named and passed over; an archive that unpacks to m
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import functools
-import gzip
 import hashlib
 import io
-import lzma
 import stat
 import tarfile
 import zipfile
@@ -22,14 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-import pyarrow as pa
-
 from freehold.core.errors import DataError
+from freehold.text.streams import unpacked
 
 LEAVES = "its path leaves the archive"
 # What a damaged archive or an unreadable one makes the libraries below raise.
-DAMAGE = (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, zlib.error, lzma.LZMAError, RuntimeError,
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, zlib.error, RuntimeError,
           UnicodeDecodeError, ValueError)  # fmt: skip
+
+EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK)  # fmt: skip
+HEADER_BYTES = 1_000_000
+"""What an extended header may have; the longest path of Linux has 4,096 bytes."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def debian(archive: Path, limit: int) -> tuple[dict[str, str], Iterator[Entry]]:
             raise DataError("not a Debian package", where=archive, found=", ".join(parts) or "nothing")
         fields: dict[str, str] = {}
         for entry in _tar(_Part(file, *parts[control]), archive, limit):
-            if entry.path == "control":
+            if entry.path == "control" and entry.size_bytes <= HEADER_BYTES:
                 for line in entry.read().decode("utf-8", "replace").split("\n"):
                     name, colon, value = line.partition(":")
                     if colon and not line.startswith((" ", "\t")):
@@ -134,12 +135,27 @@ def _ar(file: BinaryIO, where: Path) -> Iterator[tuple[str, tuple[int, int]]]:
         file.seek(place)
 
 
+class _Header(tarfile.TarInfo):
+    """A header of a tar archive, refused where it would need much memory, or stand for bytes that are not there."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        # The documented place to look at a member before its kind is handled; names of paths are read as a whole.
+        if self.type in EXTENDED and self.size > HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes; {HEADER_BYTES:,} are enough for any name")
+        return super()._proc_member(tar)  # type: ignore[misc, no-any-return]
+
+
 def _tar(file: BinaryIO | io.RawIOBase, where: Path, limit: int) -> Iterator[Entry]:
     buffered = io.BufferedReader(file) if isinstance(file, io.RawIOBase) else file  # type: ignore[arg-type]
-    with tarfile.open(fileobj=_Bounded(_unpacked(buffered), limit, where), mode="r|") as tar:  # type: ignore[call-overload]
+    stream, left = _Bounded(unpacked(buffered), limit, where), limit
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as tar:  # type: ignore[call-overload]
         for info in tar:
             if info.isdir():
                 continue
+            # Holes of sparse members come from no stream: they are counted by their size.
+            left -= info.size
+            if left < 0:
+                raise _bomb(where, limit)
 
             def read(info: tarfile.TarInfo = info) -> bytes:
                 with damaged(where):  # it is read outside of this generator
@@ -147,7 +163,8 @@ def _tar(file: BinaryIO | io.RawIOBase, where: Path, limit: int) -> Iterator[Ent
                     return opened.read() if opened else b""
 
             path = info.name.removeprefix("./")
-            yield Entry(path, _problem(path, info.isreg()), info.size, functools.cache(read))
+            problem = "a sparse file" if info.issparse() else _problem(path, info.isreg())
+            yield Entry(path, problem, info.size, functools.cache(read))
 
 
 def _zip(archive: Path, limit: int) -> Iterator[Entry]:
@@ -178,20 +195,6 @@ def _problem(path: str, regular: bool) -> str:
     if path.startswith("/") or ".." in parts or "\\" in path or (parts and ":" in parts[0]):
         return LEAVES
     return "" if regular else "not a regular file"
-
-
-def _unpacked(file: BinaryIO) -> BinaryIO:
-    """Return the unpacked stream of a compressed one, recognised by its first bytes."""
-    head = file.peek(6)[:6]  # type: ignore[attr-defined]
-    if head.startswith(b"\x1f\x8b"):
-        return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
-    if head.startswith(b"\xfd7zXZ\0"):
-        return lzma.LZMAFile(file)  # type: ignore[return-value]
-    if head.startswith(b"BZh"):
-        return bz2.BZ2File(file)  # type: ignore[return-value]
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
-        return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")  # type: ignore[no-any-return]
-    return file
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from freehold.text.source import Generated, SourceBase
 Kind = Literal["prose", "code", "docstring", "reference"]
 # Keys or columns of a row's own rights: the names of these fields everywhere else in Freehold.
 LICENCE_KEY, EVIDENCE_KEY = "licence", "licence_evidence"
+MAX_UNPACKED_BYTES = 4_000_000_000
+"""Ten times the largest archive of the shipped recipes, unpacked."""
 GENERAL = ("auto", "docstrings", "html", "pdf", "python", "text")
 """The readers of general formats; the others are entry points of packages."""
 
@@ -41,7 +43,18 @@ class FileSource(SourceBase):
         default="", description="CSS selector of the main text for the html reader; empty: main, article or body"
     )
     content: Kind = Field(default="prose", description="what the documents are, for the filters of curate")
+    separator: str = Field(
+        default="",
+        description="words between the documents of one file, such as `<|endoftext|>`, for the text reader; "
+        "`max_document_bytes` is then the limit of a document, and a file may be of any size",
+    )
     cut_bytes: int | None = Field(default=None, gt=0, description="end longer documents at a paragraph before this")
+
+    @model_validator(mode="after")
+    def _one_reader_separates(self) -> FileSource:
+        if self.separator and self.reader != "text":
+            raise ValueError(f"`separator` is for the reader `text`; `{self.reader}` finds documents by itself")
+        return self
 
 
 class Package(FileSource):
@@ -81,7 +94,7 @@ class Archive(FileSource):
     file: str = Field(description="name of the archive below corpus_dir")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the archive")
     max_unpacked_bytes: int = Field(
-        default=4_000_000_000, gt=0, description="an archive that unpacks to more than this is refused as a bomb"
+        default=MAX_UNPACKED_BYTES, gt=0, description="an archive that unpacks to more than this is refused as a bomb"
     )
 
 
@@ -132,10 +145,13 @@ class Rows(SourceBase):
     origin: str = Field(default="", description="where it came from")
     content: Kind = Field(default="prose", description="what the documents are")
     text_key: str = Field(default="text", description="key or column of the text")
+    max_unpacked_bytes: int = Field(
+        default=MAX_UNPACKED_BYTES, gt=0, description="files that unpack to more text than this are refused as bombs"
+    )
 
 
 class JsonLines(Rows):
-    """A JSONL file, one object a line."""
+    """A JSONL file, one object a line, compressed or not; or every `*.jsonl` below a folder."""
 
     kind: Literal["jsonl"] = "jsonl"
 

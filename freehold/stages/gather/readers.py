@@ -17,6 +17,7 @@ from freehold.core.errors import ConfigError
 from freehold.core.extensions import load
 from freehold.ledger.evidence import Finding, of_cc_url
 from freehold.stages.gather.config import GENERAL
+from freehold.stages.gather.separated import separated
 from freehold.text.html import page_text
 from freehold.text.reading import READERS, Member, Part, Reader, Reading, unfit
 
@@ -52,7 +53,9 @@ class PerFile:
         """Yield the texts of the files in their order; no file is opened before its turn."""
         for member in members:
             name = self.pick(member.path)
-            if name in BYTES:
+            if reading.separator:
+                yield from separated(member, reading)
+            elif name in BYTES:
                 yield from reading.each_bytes([member], lambda member, data: BYTES[name](member, data, reading))  # noqa: B023
             else:
                 yield from reading.each([member], lambda member, text: TEXT[name](member, text, reading))  # noqa: B023

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from pathlib import Path
 
+from freehold.core.config import user_path
 from freehold.core.errors import DataError
 from freehold.corpora.config import CORPUS_LINE
 from freehold.stages.gather.config import (
@@ -42,7 +43,7 @@ def missing(sources: dict[str, Source], corpus_dir: Path, pinned: bool = True) -
         if isinstance(source, Archive) and not archive_path(source, corpus_dir, pinned).is_file():
             problems.append(f"{name}: no file {corpus_dir / source.file}")
             install.append(download_line(source, corpus_dir))
-        elif (isinstance(source, Folder) and not Path(source.path).is_dir()) or (
+        elif (isinstance(source, Folder) and not user_path(source.path).is_dir()) or (
             isinstance(source, Rows | Conversations) and not rows_files(source)
         ):
             problems.append(f"{name}: no such {source.kind} {source.path}")

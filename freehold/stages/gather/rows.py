@@ -7,26 +7,42 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from freehold.conversations.formats import detect
 from freehold.conversations.messages import Refused
 from freehold.core.artifact import sha256_file
+from freehold.core.config import user_path
 from freehold.core.document import Document, document_id
 from freehold.core.errors import DataError, LicenceError
-from freehold.ledger.evidence import Weighed, of_head, restrictions, weigh
+from freehold.ledger import conflicts
+from freehold.ledger.evidence import Finding, Weighed, of_head, restrictions, weigh
 from freehold.ledger.licence import normalise
 from freehold.stages.gather import rights
 from freehold.stages.gather.config import EVIDENCE_KEY, LICENCE_KEY, JsonLines, Rows
-from freehold.stages.gather.origins import date_of
+from freehold.stages.gather.parquet import parquet_rows
 from freehold.stages.gather.paths import Changed, rows_files
 from freehold.stages.gather.record import skips
-from freehold.text.reading import HALF_CHARACTER, encodable, unfit
+from freehold.text.reading import HALF_CHARACTER, encodable, unfit, without_thoughts
+from freehold.text.streams import UNREADABLE, Damaged, unpacked
+
+
+class Row(NamedTuple):
+    """One row of a file."""
+
+    place: str
+    """`file#number`."""
+    raw: bytes
+    """What its hash is taken of: the line, or the bytes of the text."""
+    fields: dict[str, Any]
+
+
+Skipped = list[tuple[str, str]]
 
 
 def read_rows(name: str, source: Rows) -> tuple[list[Document], dict[str, Any]]:
     """Return the documents of a source of rows, and what sources.json says of it; Changed when a file changes."""
-    skipped: list[tuple[str, str]] = []
+    skipped: Skipped = []
     before = {path: sha256_file(path) for path in rows_files(source)}
     rows = sorted(row_documents(name, source, skipped), key=lambda d: d.id)
     for path, digest in before.items():
@@ -44,73 +60,151 @@ def read_rows(name: str, source: Rows) -> tuple[list[Document], dict[str, Any]]:
             continue
         left = None if left is None else left - size
         documents.append(row)
-    files = {path.name: digest for path, digest in before.items()}
+    files = {_name(path, source): digest for path, digest in before.items()}
     return documents, {"files": files, "skipped": skips(skipped)}
 
 
-def row_documents(name: str, source: Rows, skipped: list[tuple[str, str]]) -> Iterator[Document]:
-    """Yield the rows of the files of a source; what is too long, damaged or without text is noted and passed over."""
-    read: Callable[..., Iterator[tuple[str, bytes, dict[str, Any]]]] = (
+def row_documents(name: str, source: Rows, skipped: Skipped) -> Iterator[Document]:
+    """Yield the rows of the files of a source; what is too long, damaged or without text is noted and passed over.
+
+    Raises DataError when a file is none of its kind, or unpacks to more than it may.
+    """
+    read: Callable[[Path, str, Rows, Skipped], Iterator[Row]] = (
         _json_rows if isinstance(source, JsonLines) else _parquet_rows
     )
-    stated = str(source.licence_evidence or "")
+    taken = 0
     for path in rows_files(source):
-        acquired = source.acquired or date_of(path)
-        for where, raw, row in read(path, source, skipped):
-            text = row.get(source.text_key)
-            licence = str(row.get(LICENCE_KEY) or source.licence)
-            evidence = str(row.get(EVIDENCE_KEY) or stated)
-            reason = unfit(text) if isinstance(text, str) else f"its `{source.text_key}` is not text"
-            if reason or not isinstance(text, str) or not encodable(licence + evidence):
-                skipped.append((where, reason or HALF_CHARACTER))
+        for row in read(path, _name(path, source), source, skipped):
+            text = row.fields.get(source.text_key)
+            if not isinstance(text, str):
+                skipped.append((row.place, f"its `{source.text_key}` is not text"))
                 continue
-            detected = licence == rights.DETECT
-            with contextlib.suppress(LicenceError):  # the gate refuses it, with every other row it refuses
-                licence = licence if detected or not licence.strip() else normalise(licence)
-            # A row that names its licence is one statement; with what shows it, somebody looked.
-            base = Weighed("" if detected else licence, "medium" if evidence else "low", evidence)
-            weighed = weigh(base, [*of_head(text), *restrictions(text)], detected=detected)
-            if weighed.confidence == "low" and source.settled:
-                weighed = Weighed(weighed.licence, "medium", f"{weighed.evidence}; settled: {source.settled}")
-            yield Document(
-                id=document_id(name, where),
-                text=text,
-                source=name,
-                source_version=source.origin or path.name,
-                path=where,
-                sha256=hashlib.sha256(raw).hexdigest(),
-                wrapper_licence="",
-                licence=weighed.licence,
-                licence_evidence=weighed.evidence,
-                acquired=acquired,
-                kind=source.content,
-                synthetic_from="",
-                teacher="",
-                split="",
-                licence_confidence=weighed.confidence,
-            )
+            text, thoughts = without_thoughts(text)
+            reason = thoughts or unfit(text)
+            if reason:
+                skipped.append((row.place, reason))
+                continue
+            taken += len(text)
+            if taken > source.max_unpacked_bytes:
+                raise _too_much(path, source)
+            document = _document(name, source, path, row, text)
+            if document is None:
+                skipped.append((row.place, HALF_CHARACTER))
+            else:
+                yield document
 
 
-def _json_rows(path: Path, source: Rows, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-    """Yield (place, line, object) of a JSONL file; a line is never held when it is longer than a document may be."""
-    number = 0
-    with path.open("rb") as file:
-        while line := file.readline(source.max_document_bytes + 1):
-            number += 1
-            where = f"{path.name}#{number}"
-            if len(line) > source.max_document_bytes:
-                while line and not line.endswith(b"\n"):  # pass over the rest without keeping it
-                    line = file.readline(1 << 20)
-                skipped.append((where, f"a line of more than max_document_bytes = {source.max_document_bytes:,}"))
-                continue
-            try:
-                row = json.loads(line)
-                row[source.text_key]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                _check_no_talk(path, source, line)
-                skipped.append((where, f"not a JSON object with a `{source.text_key}`"))
-                continue
-            yield where, line, row
+def _too_much(path: Path, source: Rows) -> DataError:
+    return DataError(
+        "a source of rows holds more text than it may",
+        where=path,
+        found=f"more than max_unpacked_bytes = {source.max_unpacked_bytes:,}",
+        todo="look at what it holds; raise max_unpacked_bytes when that is right",
+    )
+
+
+def _name(path: Path, source: Rows) -> str:
+    """Return a file's path as documents name it: below the folder that the source names, or its name alone."""
+    folder = user_path(source.path)
+    return path.relative_to(folder).as_posix() if folder.is_dir() else path.name
+
+
+def _document(name: str, source: Rows, path: Path, row: Row, text: str) -> Document | None:
+    """Return a row as a document with its rights; None when these hold half a character."""
+    licence = str(row.fields.get(LICENCE_KEY) or source.licence)
+    evidence = str(row.fields.get(EVIDENCE_KEY) or source.licence_evidence or "")
+    if not encodable(licence + evidence):
+        return None
+    detected = licence == rights.DETECT
+    with contextlib.suppress(LicenceError):  # the gate refuses it, with every other row it refuses
+        licence = licence if detected or not licence.strip() else normalise(licence)
+    # A row that names its licence is one statement; with what shows it, somebody looked.
+    base = Weighed("" if detected else licence, "medium" if evidence else "low", evidence)
+    weighed = _weighed(source, base, row, text, detected)
+    return Document(
+        id=document_id(name, row.place),
+        text=text,
+        source=name,
+        source_version=source.origin or path.name,
+        path=row.place,
+        sha256=hashlib.sha256(row.raw).hexdigest(),
+        wrapper_licence="",
+        licence=weighed.licence,
+        licence_evidence=weighed.evidence,
+        acquired=source.acquired,
+        kind=source.content,
+        synthetic_from="",
+        teacher="",
+        split="",
+        licence_confidence=weighed.confidence,
+    )
+
+
+def _weighed(source: Rows, base: Weighed, row: Row, text: str, detected: bool) -> Weighed:
+    """Return what a row is under: its claim, what its text says, and what its other keys state of a licence."""
+    own = [*of_head(text), *restrictions(text)]
+    stated = conflicts.of_row(row.fields, row.place, LICENCE_KEY)
+    known = [one for one in stated if conflicts.leaves(one.says)]
+    if detected:
+        own += [Finding("metadata", one.place, one.says) for one in known]
+        against = [str(one) for one in stated if one not in known]
+    else:
+        against = list(map(str, conflicts.conflicts(base.licence, stated, around=False)))
+        against += rights.against_claim(base.licence, own, text, row.place)
+    return rights.settled(source.settled, rights.doubted(weigh(base, own, detected=detected), against))
+
+
+def _json_rows(path: Path, name: str, source: Rows, skipped: Skipped) -> Iterator[Row]:
+    """Yield the objects of a JSONL file; a line is never held when it is longer than a document may be."""
+    limit = source.max_document_bytes
+    try:
+        with path.open("rb") as packed:
+            _check_kind(path, packed.read(8), source)
+            packed.seek(0)
+            file = unpacked(packed)
+            number, left = 0, source.max_unpacked_bytes
+            while line := file.readline(limit + 1):
+                number += 1
+                place = f"{name}#{number}"
+                left -= len(line)
+                if len(line) > limit:
+                    while line and not line.endswith(b"\n") and left >= 0:  # pass over the rest without keeping it
+                        line = file.readline(1 << 20)
+                        left -= len(line)
+                    skipped.append((place, f"a line of more than max_document_bytes = {limit:,}"))
+                elif reason := _not_a_row(path, source, line):
+                    skipped.append((place, reason))
+                else:
+                    yield Row(place, line, json.loads(line.decode("utf-8-sig")))
+                if left < 0 and file is not packed:
+                    raise _too_much(path, source)
+    except Damaged as error:
+        raise DataError("a compressed file cannot be unpacked", where=path, found=error) from error
+
+
+def _not_a_row(path: Path, source: Rows, line: bytes) -> str:
+    """Return why a line is no object with a text; empty when it is one."""
+    try:
+        json.loads(line.decode("utf-8-sig"))[source.text_key]
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        _check_no_talk(path, source, line)
+        return f"not a JSON object with a `{source.text_key}`"
+    return ""
+
+
+def _check_kind(path: Path, start: bytes, source: Rows) -> None:
+    """Raise DataError for a file whose first bytes are those of another kind of file."""
+    found = next((kind for magic, kind in UNREADABLE.items() if start.startswith(magic)), "")
+    if found:
+        raise DataError(
+            "a file is not JSON lines",
+            where=path,
+            found=found,
+            expected="one JSON object a line in UTF-8; .gz, .bz2, .xz and .zst are unpacked",
+            todo="write `kind: parquet`" if found == "parquet" else "unpack or convert the file",
+        )
 
 
 def _check_no_talk(path: Path, source: Rows, line: bytes) -> None:
@@ -128,46 +222,13 @@ def _check_no_talk(path: Path, source: Rows, line: bytes) -> None:
     )
 
 
-def _parquet_rows(
-    path: Path, source: Rows, skipped: list[tuple[str, str]]
-) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-    """Yield (place, text, row) of a parquet file, a few rows in memory at a time; DataError when it is none."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    name = path.relative_to(source.path).as_posix() if Path(source.path).is_dir() else path.name
-    try:
-        file = pq.ParquetFile(path)
-        columns = [key for key in (source.text_key, LICENCE_KEY, EVIDENCE_KEY)
-                   if key in file.schema_arrow.names]  # fmt: skip
-        kind = file.schema_arrow.field(source.text_key).type if source.text_key in columns else None
-        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
-            raise DataError(
-                "a parquet file has no column of text",
-                where=path,
-                found=", ".join(f"{f.name} ({f.type})" for f in file.schema_arrow),
-                expected=f"`{source.text_key}`, a string",
-                todo="name the column under `text_key`",
-            )
-        number = 0
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            texts = batch.column(source.text_key).cast(pa.large_binary())
-            sizes = pc.binary_length(texts).to_pylist()
-            others = {key: batch.column(key).cast(pa.string()).to_pylist() for key in columns if key != source.text_key}
-            for index, size in enumerate(sizes):
-                number += 1
-                where = f"{name}#{number}"
-                if size is None or size > source.max_document_bytes:
-                    skipped.append((where, "empty" if size is None
-                                    else f"more than max_document_bytes = {source.max_document_bytes:,}"))  # fmt: skip
-                    continue
-                raw = texts[index].as_py()
-                try:
-                    text = raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    skipped.append((where, f"not UTF-8: byte {error.start} is {raw[error.start]:#04x}"))
-                    continue
-                yield where, raw, {source.text_key: text} | {key: column[index] for key, column in others.items()}
-    except (pa.ArrowException, OSError) as error:
-        raise DataError("a parquet file cannot be read", where=path, found=str(error).splitlines()[0]) from error
+def _parquet_rows(path: Path, name: str, source: Rows, skipped: Skipped) -> Iterator[Row]:
+    """Yield the rows of a parquet file whose text may be a document; the others are noted."""
+    others = (LICENCE_KEY, EVIDENCE_KEY, *sorted(conflicts.KEYS))
+    limits = source.max_document_bytes, source.max_unpacked_bytes
+    for number, (raw, text, reason, fields) in enumerate(parquet_rows(path, source.text_key, others, *limits), 1):
+        place = f"{name}#{number}"
+        if reason:
+            skipped.append((place, reason))
+        else:
+            yield Row(place, raw, {source.text_key: text, **fields})

@@ -6,10 +6,12 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from freehold.core.artifact import Workspace, write_json
+from freehold.core.config import user_path
 from freehold.core.document import Conversation, Document, Rights, document_id, write_rows
 from freehold.core.errors import LicenceError
 from freehold.ledger.evidence import Weighed
@@ -28,7 +30,7 @@ from freehold.stages.gather.config import (
 from freehold.stages.gather.origins import Origin, find
 from freehold.stages.gather.quotes import check_evidence
 from freehold.stages.gather.readers import find_reader
-from freehold.stages.gather.record import NAMED_SKIPS, check_size, rights_record, skips
+from freehold.stages.gather.record import NAMED_SKIPS, check_size, rights_record, skips, unread
 from freehold.stages.gather.requirements import missing
 from freehold.stages.gather.rows import read_rows, row_documents
 from freehold.stages.gather.talks import Talks, read_talks
@@ -57,90 +59,164 @@ def run(config: GatherConfig, work: Workspace) -> dict[str, Any]:
         raise
 
 
-def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
-    corpus_dir = Path(config.corpus_dir)
-    for _ in gate(_known(config), config.policy):
-        pass  # read to its end: it raises after the last claim
-    refused_sources = _refused_by_claim(config)
-    sources = {name: source for name, source in config.sources.items() if name not in refused_sources}
-    missing(sources, corpus_dir, config.pinned)
-    origins = {n: find(n, s, corpus_dir, config.pinned) for n, s in sources.items() if isinstance(s, FileSource)}
-    claims = {n: rights.claim(config.sources[n], origin) for n, origin in origins.items()}  # type: ignore[arg-type]
-    for _ in gate(_claims(sources, origins, claims), config.policy):
-        pass
-    for name, origin in origins.items():
-        check_evidence(name, config.sources[name], origin, corpus_dir, config.pinned)  # type: ignore[arg-type]
+@dataclass
+class Gathered:
+    """What one source became."""
 
+    documents: list[Document] = field(default_factory=list)
+    conversations: list[Conversation] = field(default_factory=list)
+    tasks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    """What sources.json says."""
+    owners: Sequence[Rights] = ()
+    """The rows whose rights sources.json names; empty: the documents."""
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    notes: str = ""
+    """More for the line in the log."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The sources that the policy lets in, their files, and what they claim."""
+
+    refused: dict[str, Verdict]
+    origins: dict[str, Origin]
+    claims: dict[str, Weighed]
+    quotes: dict[str, str]
+    """What the recogniser makes of each quote: agrees, silent, or empty where there is none."""
+
+
+def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
+    found = _find(config)
     counts: dict[str, Any] = {"sources": {}}
     report: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     for name, source in config.sources.items():
         start = time.monotonic()
-        conversations: list[Conversation] = []
-        tasks: dict[str, list[dict[str, Any]]] = {}
-        if name in refused_sources:
+        if name in found.refused:
             counts["sources"][name] = {"documents": 0, "bytes": 0, "conversations": 0}
-            report[name] = {"kind": source.kind, "left_out": refused_sources[name].reason, **counts["sources"][name]}
-            work.log.say(f"  {name}: skipped, {refused_sources[name].reason}")
+            report[name] = {"kind": source.kind, "left_out": found.refused[name].reason, **counts["sources"][name]}
+            work.log.say(f"  {name}: skipped, {found.refused[name].reason}")
             continue
-        if isinstance(source, Generated):
-            generator = generator_of(source, name)
-            materials = {}
-            for key, (used, _) in generator.uses(source).items():
-                if used in origins:
-                    of = config.sources[used]
-                    assert isinstance(of, FileSource)
-                    materials[key] = rights.material(of, origins[used])
-                else:
-                    work.log.say(f"  {name}: nothing made of `{used}` ({key}), which is skipped")
-            made = generator.make(source, materials, name, work.seed)
-            documents, conversations, tasks = made.documents, made.conversations, made.tasks
-            record = made.record | {"made_from": sorted({d.synthetic_from for d in documents})}
-        elif isinstance(source, Conversations):
-            talks = read_talks(name, source)
-            documents, conversations, record = [], talks.conversations, _talks_record(talks)
-        elif isinstance(source, Rows):
-            documents, record = read_rows(name, source)
-        else:
-            documents, record = _files(name, source, origins[name], claims[name])
-        documents, refused = _through(documents, source, config.policy)
-        documents.sort(key=lambda d: d.path)
-        conversations, refused_talks = _through(conversations, source, config.policy)
-        if isinstance(source, Conversations):
-            refused += refused_talks
-            if talks.holds_tasks:
-                licences = {row.id: row.licence for row in conversations}
-                items = [{**i, "licence": licences[i["id"]]} for i in talks.items if i["id"] in licences]
-                conversations, tasks = [], {name: items}
-        size = sum(len(d.text.encode()) for d in documents)
-        check_size(name, source, size, refused, record)
-        write_rows(work.folder / "documents" / f"{name}.parquet", documents, Document)
-        if conversations:
-            write_rows(work.folder / "conversations" / f"{name}.parquet", conversations, Conversation)
-        for task, rows in tasks.items():
-            _write_task(work.folder / "tasks" / f"{task}.jsonl", rows)
-        counted: dict[str, Any] = {"documents": len(documents), "bytes": size, "conversations": len(conversations)}
-        counted |= {"tasks": {task: len(rows) for task, rows in tasks.items()}} if tasks else {}
-        counts["sources"][name] = counted
-        owners: Sequence[Rights] = talks.conversations if isinstance(source, Conversations) else documents
-        report[name] = rights_record(source, owners) | record | counted
-        if refused:
-            report[name]["refused"] = skips(refused)
+        made = _judged(name, source, _read(name, source, config, found, work), config.policy)
+        counts["sources"][name] = counted = _write(name, source, made, work)
+        report[name] = rights_record(source, made.owners or made.documents) | made.record | counted
+        if made.refused:
+            report[name]["refused"] = skips(made.refused)
         seconds[name] = round(time.monotonic() - start, 2)
-        skipped = report[name].get("skipped", {}).get("count", 0)
-        work.log.say(
-            f"  {name}: {len(documents):,} documents, {size / 1e6:.2f} MB"
-            + (f", {len(conversations):,} conversations" if conversations else "")
-            + (f", rows of {talks.format}" if isinstance(source, Conversations) else "")
-            + (f", {skipped:,} files skipped" if skipped else "")
-            + (f", {len(refused):,} refused" if refused else "")
-            + f", {seconds[name]:.1f} s"
-        )
+        _say(name, made, report[name], seconds[name], work)
     for key in ("documents", "bytes", "conversations"):
         counts[key] = sum(c[key] for c in counts["sources"].values())
+    if counts["documents"] and all(c["documents"] < 2 for c in counts["sources"].values()):
+        work.log.warn(
+            "no source has two documents: no text is held out for validation, so the model is measured on none. "
+            "Give more files, or `separator` where one file holds many documents"
+        )
     write_json(work.folder / "sources.json", report)
-    write_json(work.folder / "timing.json", {"seconds": seconds})
+    modified = {name: origin.modified for name, origin in found.origins.items()}
+    write_json(work.folder / "timing.json", {"seconds": seconds, "files_modified": modified})
     return counts
+
+
+def _find(config: GatherConfig) -> Found:
+    """Find the files of all sources, and judge what the sources claim before any text is read.
+
+    Raises DataError for what is missing, and LicenceError for what the policy stops.
+    """
+    corpus_dir = user_path(config.corpus_dir)
+    for _ in gate(_known(config), config.policy):
+        pass  # read to its end: it raises after the last claim
+    refused = _refused_by_claim(config)
+    sources = {name: source for name, source in config.sources.items() if name not in refused}
+    missing(sources, corpus_dir, config.pinned)
+    origins = {n: find(n, s, corpus_dir, config.pinned) for n, s in sources.items() if isinstance(s, FileSource)}
+    claims = {n: rights.claim(config.sources[n], origin) for n, origin in origins.items()}  # type: ignore[arg-type]
+    for _ in gate(_claims(sources, origins, claims), config.policy):
+        pass
+    quotes = {}
+    for name, origin in origins.items():
+        source, licence = config.sources[name], claims[name].licence
+        quotes[name] = check_evidence(name, source, origin, licence, corpus_dir, config.pinned)  # type: ignore[arg-type]
+    return Found(refused, origins, claims, quotes)
+
+
+def _read(name: str, source: Source, config: GatherConfig, found: Found, work: Workspace) -> Gathered:
+    """Return what a source holds, not yet judged row by row."""
+    if isinstance(source, Generated):
+        return _generated(name, source, config, found, work)
+    if isinstance(source, Conversations):
+        talks = read_talks(name, source)
+        made = Gathered([], talks.conversations, record=_talks_record(talks), owners=talks.conversations)
+        made.notes = f", rows of {talks.format}"
+        if talks.holds_tasks:
+            made.tasks = {name: talks.items}
+        return made
+    if isinstance(source, Rows):
+        documents, record = read_rows(name, source)
+        return Gathered(documents, record=record)
+    documents, record = _files(name, source, found.origins[name], found.claims[name])
+    if found.quotes[name]:
+        record["quote"] = found.quotes[name]
+    return Gathered(documents, record=record)
+
+
+def _generated(name: str, source: Generated, config: GatherConfig, found: Found, work: Workspace) -> Gathered:
+    """Return what a generator makes of the sources it uses."""
+    generator = generator_of(source, name)
+    materials = {}
+    for key, (used, _) in generator.uses(source).items():
+        if used in found.origins:
+            of = config.sources[used]
+            assert isinstance(of, FileSource)
+            materials[key] = rights.material(of, found.origins[used])
+        else:
+            work.log.say(f"  {name}: nothing made of `{used}` ({key}), which is skipped")
+    made = generator.make(source, materials, name, work.seed)
+    record = made.record | {"made_from": sorted({d.synthetic_from for d in made.documents})}
+    return Gathered(made.documents, made.conversations, made.tasks, record)
+
+
+def _judged(name: str, source: Source, made: Gathered, policy: Policy) -> Gathered:
+    """Return what the policy lets through; LicenceError to stop."""
+    made.documents, made.refused = _through(made.documents, source, policy)
+    made.documents.sort(key=lambda d: d.path)
+    made.conversations, refused = _through(made.conversations, source, policy)
+    if isinstance(source, Conversations):
+        made.refused += refused
+        if made.tasks:  # its rows are held-out items, under the licence of their row
+            licences = {row.id: row.licence for row in made.conversations}
+            items = [{**i, "licence": licences[i["id"]]} for i in made.tasks[name] if i["id"] in licences]
+            made.conversations, made.tasks = [], {name: items}
+    return made
+
+
+def _write(name: str, source: Source, made: Gathered, work: Workspace) -> dict[str, Any]:
+    """Write the files of a source; return its counts. Raises DataError when it came out too small."""
+    size = sum(len(d.text.encode()) for d in made.documents)
+    check_size(name, source, size, made.refused, made.record)
+    write_rows(work.folder / "documents" / f"{name}.parquet", made.documents, Document)
+    if made.conversations:
+        write_rows(work.folder / "conversations" / f"{name}.parquet", made.conversations, Conversation)
+    for task, rows in made.tasks.items():
+        _write_task(work.folder / "tasks" / f"{task}.jsonl", rows)
+    counted: dict[str, Any] = {
+        "documents": len(made.documents), "bytes": size, "conversations": len(made.conversations),
+    }  # fmt: skip
+    return counted | ({"tasks": {task: len(rows) for task, rows in made.tasks.items()}} if made.tasks else {})
+
+
+def _say(name: str, made: Gathered, record: dict[str, Any], seconds: float, work: Workspace) -> None:
+    skipped = record.get("skipped", {}).get("count", 0)
+    work.log.say(
+        f"  {name}: {record['documents']:,} documents, {record['bytes'] / 1e6:.2f} MB"
+        + (f", {record['conversations']:,} conversations" if record["conversations"] else "")
+        + made.notes
+        + (f", {skipped:,} files skipped" if skipped else "")
+        + (f", {len(made.refused):,} refused" if made.refused else "")
+        + f", {seconds:.1f} s"
+    )
+    for line in record.get("warnings", ()):
+        work.log.warn(f"{name}: {line}")
 
 
 def _through(rows: list[R], source: Source, policy: Policy) -> tuple[list[R], list[tuple[str, str]]]:
@@ -237,13 +313,13 @@ def _claims(sources: dict[str, Source], origins: dict[str, Origin], claims: dict
 
 
 def _files(name: str, source: FileSource, origin: Origin, claim: Weighed) -> tuple[list[Document], dict[str, Any]]:
-    reading = Reading(source.max_document_bytes, source.select, list(origin.skipped))
+    reading = Reading(source.max_document_bytes, source.select, source.separator, list(origin.skipped))
     # Members, then documents, in the order of the hash of their id: the same choice everywhere, and files that
     # are not needed to reach the cap are not even read.
     ordered = sorted(origin.members, key=lambda m: document_id(name, m.path))
     reader = find_reader(source.reader, f"gather.sources.{name}.reader")
     parts = reader.read(ordered, reading)
-    if reader.many_per_file:
+    if reader.many_per_file or source.separator:
         parts = iter(sorted(parts, key=lambda p: document_id(name, p.path)))
     trimmed = (Part(p.member, p.anchor, cut(p.text, source.cut_bytes), p.findings) for p in _sound(parts, reading))
     documents = []
@@ -269,7 +345,7 @@ def _files(name: str, source: FileSource, origin: Origin, claim: Weighed) -> tup
             )
         )
     used = {d.path.partition("#")[0] for d in documents}
-    return documents, {
+    return documents, unread(source, origin, documents) | {
         "members": len(origin.members),
         "members_sha256": origin.members_sha256,
         "files": {m.path: m.sha256 for m in origin.members if m.path in used},

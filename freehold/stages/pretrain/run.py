@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from freehold.checkpoint import dcp
-from freehold.core.artifact import Workspace, atomic_folder, read_manifest
+from freehold.core.artifact import Workspace, atomic_folder, read_json, read_manifest
 from freehold.core.errors import CheckpointError, ConfigError
 from freehold.core.machine import check_memory_fits
 from freehold.data.buffer import text_order
@@ -19,7 +21,7 @@ from freehold.data.shards import ShardSet
 from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
 from freehold.stages.pretrain.config import PretrainConfig
-from freehold.tokenizer.bpe import END_OF_TEXT
+from freehold.tokenizer.bpe import BOS, END_OF_TEXT
 from freehold.trainer.stage import Stage, Start, train_stage
 from freehold.trainer.validate import HeldOut, held_out, validator
 
@@ -28,12 +30,13 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
     """Train to the end of the last phase; resumable at any step. Returns steps, tokens and epochs per source."""
     # Verified: tokens are what a checkpoint will claim to have seen.
     shards = ShardSet.load(work.input("tokenize") / "tokens", verify=True)
-    model = with_vocabulary(config.model, shards.vocab_size)
+    model = with_vocabulary(config.model, shards.vocab_size, padded=bool(config.parent))
     parent = read_parent(config, model, shards.tokenizer_sha256) if config.parent else None
     # Nothing to train: the parent is the result.
     if parent is not None and not config.phases:
         return keep(parent.folder, parent.facts, work) if work.leads else {}
-    text = read_text(config, shards, parent, work)
+    begin = beginning(parent, work.folder)
+    text = read_text(config, shards, parent, begin, work)
     stage = Stage(
         name="pretrain",
         model=model,
@@ -42,7 +45,7 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
         tokenizer=work.input("tokenize") / "tokenizer",
         facts={"tokenizer_sha256": shards.tokenizer_sha256, **text.facts},
         start=parent.start() if parent is not None else Start(),
-        validate=lambda world: validator(validation_rows(config, shards), world),
+        validate=lambda world: validator(validation_rows(config, shards, begin), world),
     )
     counts = train_stage(stage, config, work)
     return {"steps": counts["steps"], **text.counts(config), **counts}
@@ -66,7 +69,20 @@ class Text:
         }
 
 
-def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, work: Workspace) -> Text:
+def beginning(parent: Parent | None, folder: Path) -> int:
+    """Return the id that a model reads before a text: BOS, or what earlier steps of this model began with.
+
+    A checkpoint that does not say it is of the time when texts began with the end of the one before.
+    """
+    made = sorted([*folder.glob("checkpoints/step_*/trainer.json"), *folder.glob("*/trainer.json")])
+    earlier = [read_json(made[-1])] if made else [parent.facts] if parent is not None else []
+    if not earlier:
+        return BOS
+    # A model that was imported may begin with nothing; its documents then follow the end of the one before.
+    return int((earlier[0].get("begins_with") or [END_OF_TEXT])[0])
+
+
+def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, begin: int, work: Workspace) -> Text:
     """Return the order of the text, which continues where the parent stopped reading; prints its summary."""
     rows = sum(phase.steps for phase in config.phases.values()) * config.batch.sequences
     check_memory_fits(rows * ROW_BYTES, "the order of the rows", "pretrain.phases")
@@ -74,21 +90,44 @@ def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, w
     data = shards.identity("train", without)
     consumed = parent.position(config, data, work) if parent is not None else None
     schedule = Schedule(config.phases, first_step=parent.facts["step"] if parent is not None else 0)
+    segments = [
+        PhaseRows(name, steps, phase.mixture)
+        for name, phase in config.phases.items()
+        for steps in segment_steps(phase.steps, work.lengthened.get(name, []))
+    ]
     order = text_order(
         config.batch,
         shards.sources("train", without),
-        [PhaseRows(name, phase.steps, phase.mixture) for name, phase in config.phases.items()],
+        segments,
         seed=work.seed,
         separator=END_OF_TEXT,
+        begin=begin,
         first_step=schedule.first_step,
         consumed=consumed,
     )
     for line in order.summary():
         work.log.say(f"  {line}")
     # A later run may branch off any phase's end. Only the parent knows where its own first phase began.
-    at_ends = {str(end): order.consumed_at(end) for end in schedule.ends().values()}
+    ends = itertools.accumulate((segment.steps for segment in segments), initial=schedule.first_step)
+    at_ends = {str(end): order.consumed_at(end) for end in itertools.islice(ends, 1, None)}
     first = {str(schedule.first_step): consumed} if consumed else {}
-    return Text(order, schedule, {"order": config.batch.order.model_dump(), "data": data, "consumed": first | at_ends})
+    facts = {
+        "order": config.batch.order.model_dump(),
+        "data": data,
+        "consumed": first | at_ends,
+        "begins_with": [begin],
+    }
+    return Text(order, schedule, facts | ({"lengthened": work.lengthened} if work.lengthened else {}))
+
+
+def segment_steps(steps: int, lengthened: list[int]) -> list[int]:
+    """Return a phase's steps as the segments it was made in: each was arranged when the phase ended with it.
+
+    >>> segment_steps(900, [600, 700])
+    [600, 100, 200]
+    """
+    ends = [0, *(end for end in lengthened if end < steps), steps]
+    return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
 @dataclass(frozen=True)
@@ -101,10 +140,16 @@ class Parent:
     def start(self) -> Start:
         """Return what the first step starts from."""
         digest = read_manifest(self.folder)["content_sha256"]
+        if dcp.is_imported(self.folder):  # weights alone: optimizer and balancing start from nothing
+            return Start(
+                parent=digest, tokens=self.facts["tokens"], weights=dcp.read_model(self.folder, verify=False)[1]
+            )
         return Start(parent=digest, tokens=self.facts["tokens"], checkpoint=self.folder)
 
     def position(self, config: PretrainConfig, data: dict[str, str], work: Workspace) -> Any:
         """Return what the parent consumed of each source; None when its order was another. Warns of other text."""
+        if dcp.is_imported(self.folder):
+            return None
         consumed: dict[str, int] | None = consumed_by(self.facts)
         if self.facts.get("order", {"kind": "stream"}) != config.batch.order.model_dump():
             consumed = None
@@ -128,7 +173,7 @@ def read_parent(config: PretrainConfig, model: ModelConfig, tokenizer_sha256: st
     return Parent(folder, facts)
 
 
-def validation_rows(config: PretrainConfig, shards: ShardSet) -> dict[str, HeldOut]:
+def validation_rows(config: PretrainConfig, shards: ShardSet, begin: int) -> dict[str, HeldOut]:
     """Return the rows that validation reads, by source; sources without held-out text have none."""
     return {
         name: held_out(
@@ -136,7 +181,7 @@ def validation_rows(config: PretrainConfig, shards: ShardSet) -> dict[str, HeldO
             shards.document_bytes("validation", name),
             config.batch.context_tokens,
             config.trainer.validation_tokens,
-            END_OF_TEXT,
+            begin,
         )
         for name, source in shards.sources("validation").items()
         if source.total_tokens
@@ -165,7 +210,7 @@ def quarantined(path: str) -> frozenset[str]:
 def keep(parent: Path, facts: dict[str, Any], work: Workspace) -> dict[str, Any]:
     """Take the parent over as it is, with what is known of its steps: no phase is left to train."""
     with atomic_folder(work.folder / parent.name) as folder:
-        shutil.copytree(parent, folder, dirs_exist_ok=True)
+        shutil.copytree(parent, folder, copy_function=_linked, dirs_exist_ok=True)
     traced = parent.parent / "trace.parquet"
     if traced.exists():
         shutil.copyfile(traced, work.folder / traced.name)
@@ -181,12 +226,21 @@ def keep(parent: Path, facts: dict[str, Any], work: Workspace) -> dict[str, Any]
     }
 
 
-def with_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
+def _linked(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def with_vocabulary(model: ModelConfig, vocab_size: int, *, padded: bool = False) -> ModelConfig:
     """Return the shape, checked against the tokenizer's vocabulary.
 
-    Raises ConfigError when the model has fewer or more rows than the tokenizer has ids.
+    Raises ConfigError when the model has fewer rows than the tokenizer has ids; more are for published models alone,
+    whose rows are padded to a multiple of 128.
     """
-    if model.vocab_size != vocab_size:
+    if model.vocab_size < vocab_size or (model.vocab_size > vocab_size and not padded):
         raise ConfigError(
             "the model and the tokenizer disagree about the vocabulary",
             where="pretrain.model.vocab_size",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from freehold.stages.rephrase.config import Limits
+from freehold.stages.rephrase.prompts import Limits
 from freehold.stages.rephrase.teacher import Answer
 from freehold.text import Why
 from freehold.text.language import language_detector
@@ -102,8 +102,8 @@ def judge(
         return "repetition", f"{found['repeated']:.2f}"
     if wrong := _wrong_form(rewrite, form):
         return "form", wrong
-    if limits.language and (language := _language(rewrite)) != limits.language:
-        return "language", language
+    if wrong := _other_language(passage, rewrite):
+        return "language", wrong
     if found["copied"] > limits.max_copied:
         return "copied", f"{found['copied']:.2f}"
     if found["new_numbers"] > limits.max_new_numbers:
@@ -115,9 +115,12 @@ def judge(
     return None
 
 
-def _language(text: str) -> str:
-    language, score = language_detector()(text)
-    return language if score >= LANGUAGE_SCORE else "unknown"
+def _other_language(passage: str, rewrite: str) -> str:
+    """Return the language of a rewrite that is not surely in that of its passage; empty when it is."""
+    expected, sure = language_detector()(passage)
+    language, score = language_detector()(rewrite)
+    found = language if score >= LANGUAGE_SCORE else "unknown"
+    return "" if sure < LANGUAGE_SCORE or found == expected else found
 
 
 def _wrong_form(rewrite: str, form: str) -> str:

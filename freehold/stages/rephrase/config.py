@@ -1,4 +1,4 @@
-"""What `freehold rephrase` can be told: who rewrites, which passages, in which way, and what a rewrite must be."""
+"""The settings of `freehold rephrase`: who rewrites, which passages, and in which way."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ class TeacherBase(Config):
         "use; rows get the strictest of it and the seed's",
     )
     licence_evidence: str = Field(pattern=r"\S", description="what shows that licence: a file, a page, a contract")
+    vendor: str = Field("", description="who made the teacher, for policies that ask")
+    country: str = Field("", description="country of the vendor, as ISO 3166 has it")
+    compute: str = Field("", description="country in which it was trained, as ISO 3166 has it")
 
 
 class EndpointTeacher(TeacherBase):
@@ -31,7 +34,7 @@ class EndpointTeacher(TeacherBase):
     kind: Literal["endpoint"] = "endpoint"
     url: str = Field("http://127.0.0.1:8000/v1", pattern="^https?://[^/]", description="the server's base, up to /v1")
     model: str = Field(min_length=1, description="the model's name there; rows carry it")
-    revision: str = Field("", description="version of its weights; another one is asked anew")
+    revision: str = Field("", description="version of its weights; another one is asked again")
     api_key_variable: str = Field("", description="environment variable that holds the key, if it wants one")
 
     @field_validator("url")
@@ -49,28 +52,10 @@ class GgufTeacher(TeacherBase):
     kind: Literal["gguf"] = "gguf"
     path: str = Field(min_length=1, description="the file; with `distribution`, its path in that")
     distribution: str = Field("", description="installed Python distribution that ships it")
-    context_tokens: int = Field(4096, ge=256, description="context it is opened with")
     threads: int = Field(2, ge=1, description="threads of llama.cpp")
 
 
 Teacher = Annotated[EndpointTeacher | GgufTeacher, Field(discriminator="kind")]
-
-
-class Limits(Config):
-    """How far a rewrite may be from its passage; outside of one of them it is dropped with that name."""
-
-    length: tuple[float, float] = Field((0.1, 2.0), description="words of the rewrite per word of the passage")
-    min_words: int = Field(12, ge=1, description="fewest words of a rewrite")
-    max_copied: float = Field(0.8, ge=0, le=1, description="most eight-word runs taken from the passage, as a share")
-    min_kept: float = Field(
-        0.3, ge=0, le=1, description="least share of the passage's numbers and names that must be in it"
-    )
-    max_new_numbers: float = Field(0.0, ge=0, le=1, description="most numbers that the passage has not, as a share")
-    max_new_names: float = Field(0.2, ge=0, le=1, description="most names that the passage has not, as a share")
-    max_repeated: float = Field(
-        0.2, ge=0, le=1, description="most five-word runs that repeat an earlier one, as a share"
-    )
-    language: str = Field("en", description="language a rewrite must be in; empty: any")
 
 
 class Strategy(Config):
@@ -79,7 +64,6 @@ class Strategy(Config):
     sources: tuple[str, ...] = Field((), description="sources of curate whose documents are seeds; none named: all")
     kinds: tuple[Kind, ...] = Field(("prose", "reference", "docstring"), description="kinds of document that are seeds")
     passages: int = Field(1000, ge=1, description="most passages, chosen by the hash of seed, strategy and place")
-    limits: Limits | None = Field(None, description="limits of its rewrites; none: those of the strategy")
 
 
 class Sampling(Config):
@@ -101,10 +85,8 @@ class RephraseConfig(Config):
         (300, 1500), description="fewest and most characters of a passage; documents are cut between paragraphs"
     )
     sampling: Sampling = Field(default_factory=Sampling, description="how the teacher picks its words")
-    concurrency: int = Field(8, ge=1, le=1024, description="requests under way at once; vLLM batches them")
-    timeout_s: float = Field(300.0, gt=0, description="patience with one answer")
+    concurrency: int = Field(8, ge=1, le=1024, description="requests under way at the same time; vLLM batches them")
     tries: int = Field(5, ge=1, description="times a request is sent before the teacher counts as gone")
-    wait_s: float = Field(1.0, ge=0, description="wait before the second try; doubled each time")
     min_accepted: float = Field(
         0.02, ge=0, le=1, description="least share of rewrites that must pass, or it is an error; 0: any"
     )
@@ -139,6 +121,6 @@ def plan(config: RephraseConfig) -> list[str]:
             f"{key}: up to {one.passages:,} passages of {', '.join(one.sources or one.kinds)}"
             for key, one in config.strategies.items()
         ),
-        f"at most {most:,} requests of up to {config.sampling.max_tokens:,} tokens, {config.concurrency} at once; what "
-        "was answered before is not asked again",
+        f"at most {most:,} requests of up to {config.sampling.max_tokens:,} tokens, {config.concurrency} at the same "
+        "time; what was answered before is not asked again",
     ]

@@ -19,9 +19,30 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from freehold.stages.rephrase.config import Limits
-
 Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a rewrite may be from its passage; outside of one of them it is dropped with that name.
+
+    The numbers are ours: set by reading what a small teacher wrote (benchmarks/rephrase.py).
+    """
+
+    length: tuple[float, float]
+    """Words of the rewrite for each word of the passage, least and most."""
+    max_copied: float
+    """Most eight-word runs taken from the passage, as a share."""
+    min_kept: float
+    """Least share of the passage's numbers and names that must be in the rewrite."""
+    min_words: int = 12
+    """Fewest words of a rewrite."""
+    max_new_numbers: float = 0.0
+    """Most numbers that the passage has not, as a share."""
+    max_new_names: float = 0.2
+    """Most names that the passage has not, as a share."""
+    max_repeated: float = 0.2
+    """Most five-word runs that repeat an earlier one, as a share."""
 
 
 @dataclass(frozen=True)

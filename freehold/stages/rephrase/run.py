@@ -287,9 +287,8 @@ def _judged(request: Request, answer: Answer, config: RephraseConfig, held_out: 
     prompt, passage = PROMPTS[request.strategy], request.passage.text
     text = clean(answer.text)
     found = measure(passage, text)
-    limits = config.strategies[request.strategy].limits or prompt.limits  # type: ignore[index]
     why = (
-        judge(answer, text, passage, prompt.ask, limits, prompt.form, found)
+        judge(answer, text, passage, prompt.ask, prompt.limits, prompt.form, found)
         or held_out.in_documents([text], [read_words(text)])[0]
     )
     return Rewrite(text, found, why)

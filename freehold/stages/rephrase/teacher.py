@@ -28,6 +28,12 @@ AGAIN = {408, 425, 429, *range(500, 600)}
 THIS_REQUEST = {400, 413, 422}
 MOST_BYTES = 16 << 20
 """An answer longer than this is none."""
+TIMEOUT_S = 300.0
+"""Patience with one answer: a large teacher under full load takes a minute or two."""
+WAIT_S = 1.0
+"""Wait before the second try; doubled each time."""
+CONTEXT_TOKENS = 4096
+"""Context that a GGUF file is opened with: the longest passage, its rewrite and the prompt take a fifth of it."""
 SHOWN_CHARS = 200
 """How much of a server's answer an error shows."""
 
@@ -60,7 +66,7 @@ class Teacher:
 
     def __init__(self, config: RephraseConfig, identity: Identity, url: str, key: str = "") -> None:
         self.identity = identity
-        self.timeout_s, self.tries, self.wait_s = config.timeout_s, config.tries, config.wait_s
+        self.tries = config.tries
         self.place = urllib.parse.urlsplit(url)
         self.path = self.place.path.rstrip("/") + "/chat/completions"
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -71,7 +77,7 @@ class Teacher:
         """Return the answer to one chat request; TeacherGone after the last try, ConfigError when it cannot work."""
         found: object = ""
         for attempt in range(self.tries):
-            if attempt and self._stop.wait(self.wait_s * 2 ** (attempt - 1)):
+            if attempt and self._stop.wait(WAIT_S * 2 ** (attempt - 1)):
                 break
             try:
                 status, data = self._send(json.dumps(body))
@@ -110,7 +116,7 @@ class Teacher:
     def _connection(self) -> http.client.HTTPConnection:
         if not hasattr(self._local, "connection"):
             kind = http.client.HTTPSConnection if self.place.scheme == "https" else http.client.HTTPConnection
-            self._local.connection = kind(self.place.netloc, timeout=self.timeout_s)
+            self._local.connection = kind(self.place.netloc, timeout=TIMEOUT_S)
         connection: http.client.HTTPConnection = self._local.connection
         return connection
 
@@ -152,7 +158,7 @@ def open_teacher(config: RephraseConfig, log: Path) -> Iterator[Teacher]:
         return
     path = gguf_path(teacher)
     identity = Identity(path.stem, sha256_file(path))
-    with Llama(path, teacher.context_tokens, threads=teacher.threads, log=log) as llama:
+    with Llama(path, CONTEXT_TOKENS, threads=teacher.threads, log=log) as llama:
         yield Teacher(config, identity, f"{llama.url}/v1")
 
 

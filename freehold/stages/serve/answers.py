@@ -7,13 +7,15 @@ import json
 import math
 import time
 import uuid
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from freehold.infer.engine import Scored, Token, Top
 from freehold.tokenizer.bpe import Tokenizer
-from freehold.tokenizer.output import AnswerParser, Piece, TextStream
+from freehold.tokenizer.dialects import Piece
+from freehold.tokenizer.output import AnswerParser, TextStream
 
 Event = tuple[int, Token] | list[Scored]
 Events = AsyncGenerator[Event, None]
@@ -28,30 +30,45 @@ class Choice:
     parser: AnswerParser | None
     """None = plain text: tags are shown as they are."""
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     finish_reason: str | None = None
     said: list[Piece] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
-    """Those that are part of the text, for the log-probabilities."""
+    """Those of which something is in the text, for the log-probabilities."""
+    starts: list[int] = field(default_factory=list)
+    """At which character of the text each of them begins."""
 
     def feed(self, token: Token) -> list[Piece]:
         """Take one token; return the pieces that are now certain. Sets `finish_reason` at the end."""
         if self.finish_reason:
             return []
         self.completion_tokens += 1
+        if self.parser is not None and self.parser.reasoning:
+            self.reasoning_tokens += 1
         text = ""
-        if token.finish_reason != "stop":  # a token that ends the answer is no part of it
-            text = self.text.feed(token.id)
+        if token.finish_reason != "stop":  # a token that ends the answer is not in its text
+            self.starts.append(self.text.decoded_chars)
             self.tokens.append(token)
+            text = self.text.feed(token.id)
         if self.text.stopped or token.finish_reason:
             return self.end("stop" if self.text.stopped else token.finish_reason or "stop", text)
         return self._say(text, last=False)
+
+    @property
+    def certain(self) -> int:
+        """How many of the tokens no stop string can take away any more."""
+        if self.finish_reason or not self.text.stops:
+            return len(self.tokens)
+        return bisect_left(self.starts, self.text.returned_chars)
 
     def end(self, reason: str, text: str = "") -> list[Piece]:
         """Close the answer; return what was held back."""
         pieces = self._say(text + self.text.finish(), last=True)
         if self.text.stopped:
             reason = "stop"
-        calls = any(piece.kind == "tool_call" for piece in self.said)
+            kept = bisect_left(self.starts, self.text.returned_chars)
+            del self.tokens[kept:], self.starts[kept:]
+        calls = any(piece.kind == "call" for piece in self.said)
         self.finish_reason = "tool_calls" if calls and reason == "stop" else reason
         return pieces
 
@@ -64,7 +81,7 @@ class Choice:
         return pieces
 
 
-async def collect(events: Events, choices: list[Choice]) -> AsyncIterator[tuple[int, list[Piece]]]:
+async def collect(events: Events, choices: list[Choice]) -> AsyncGenerator[tuple[int, list[Piece]]]:
     """Feed the choices; yield (number, pieces) for each token until all have ended."""
     async with contextlib.aclosing(events):
         async for event in events:
@@ -100,13 +117,14 @@ class Head:
         }  # fmt: skip
 
 
-def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, int]:
+def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, Any]:
     """Return the token counts of a request; a prompt counts once, however many choices it has."""
     completion = sum(choice.completion_tokens for choice in choices)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": prompt_tokens + completion,
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
     }
 
 
@@ -116,26 +134,48 @@ def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, int]:
 def chat_message(pieces: Sequence[Piece]) -> dict[str, Any]:
     """Return the assistant's message; reasoning and tool calls only when there are some."""
     texts = {kind: "".join(p.text for p in pieces if p.kind == kind) for kind in ("content", "reasoning")}
-    calls = [_tool_call(piece) for piece in pieces if piece.kind == "tool_call"]
+    calls: list[dict[str, Any]] = []
+    for piece in pieces:
+        if piece.kind == "call":
+            calls.append(_tool_call(piece.name))
+        elif piece.kind == "arguments":
+            calls[-1]["function"]["arguments"] += piece.text
     message: dict[str, Any] = {
         "role": "assistant", "content": texts["content"] or (None if calls else ""), "refusal": None
     }  # fmt: skip
     if texts["reasoning"]:
-        message["reasoning_content"] = texts["reasoning"]
+        message |= _reasoning(texts["reasoning"])
     if calls:
         message["tool_calls"] = calls
     return message
 
 
-def chat_delta(piece: Piece, calls_before: int) -> dict[str, Any]:
-    """Return one piece as a delta of a stream."""
-    if piece.kind == "tool_call":
-        return {"tool_calls": [{"index": calls_before, **_tool_call(piece)}]}
-    return {"content" if piece.kind == "content" else "reasoning_content": piece.text}
+def chat_choice(number: int, choice: Choice, tokenizer: Tokenizer, logprobs: bool) -> dict[str, Any]:
+    """Return one finished answer of a chat."""
+    return {
+        "index": number,
+        "message": chat_message(choice.said),
+        "logprobs": chat_logprobs(choice.tokens, tokenizer) if logprobs else None,
+        "finish_reason": choice.finish_reason,
+    }
 
 
-def _tool_call(piece: Piece) -> dict[str, Any]:
-    function = {"name": piece.name, "arguments": piece.text}
+def chat_delta(piece: Piece, call: int) -> dict[str, Any]:
+    """Return one piece as a delta of a stream; `call` is the number of the tool call it belongs to."""
+    if piece.kind == "call":
+        return {"tool_calls": [{"index": call, **_tool_call(piece.name)}]}
+    if piece.kind == "arguments":
+        return {"tool_calls": [{"index": call, "function": {"arguments": piece.text}}]}
+    return {"content": piece.text} if piece.kind == "content" else _reasoning(piece.text)
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Return reasoning under both of its names: clients look for the one or the other."""
+    return {"reasoning": text, "reasoning_content": text}
+
+
+def _tool_call(name: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": ""}
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
@@ -155,17 +195,17 @@ def chat_logprobs(tokens: Sequence[Token], tokenizer: Tokenizer) -> dict[str, An
 async def chat_chunks(
     head: Head, moves: AsyncIterator[tuple[int, list[Piece]]], choices: list[Choice], tokenizer: Tokenizer, *,
     logprobs: bool, usage_of_prompt_tokens: int | None,
-) -> AsyncIterator[dict[str, Any]]:  # fmt: skip
+) -> AsyncGenerator[dict[str, Any]]:  # fmt: skip
     """Yield the chunks of a streamed chat: the role first, the finish reason alone last, then the usage."""
     more = {} if usage_of_prompt_tokens is None else {"usage": None}
-    told = [0] * len(choices)
+    sent = [0] * len(choices)
 
     def chunk(number: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         choice = {"index": number, "delta": delta, "logprobs": None, "finish_reason": reason}
         if logprobs and not reason:
-            tokens = choices[number].tokens
-            choice["logprobs"] = chat_logprobs(tokens[told[number] :], tokenizer) if tokens[told[number] :] else None
-            told[number] = len(tokens)
+            tokens = choices[number].tokens[sent[number] : choices[number].certain]
+            choice["logprobs"] = chat_logprobs(tokens, tokenizer) if tokens else None
+            sent[number] += len(tokens)
         return head.body([choice], **more)
 
     for number in range(len(choices)):
@@ -178,14 +218,15 @@ async def chat_chunks(
             }],
             **more,
         )  # fmt: skip
-    calls = [0] * len(choices)
+    calls = [-1] * len(choices)
     async for number, pieces in moves:
         for piece in pieces:
-            yield chunk(number, chat_delta(piece, calls[number]))
-            calls[number] += piece.kind == "tool_call"
+            calls[number] += piece.kind == "call"
+            if piece.kind != "call_end":
+                yield chunk(number, chat_delta(piece, calls[number]))
         reason = choices[number].finish_reason
         if reason:
-            if logprobs and len(choices[number].tokens) > told[number]:
+            if logprobs and len(choices[number].tokens) > sent[number]:
                 yield chunk(number, {})
             yield chunk(number, {}, reason)
     if usage_of_prompt_tokens is not None:
@@ -197,11 +238,23 @@ async def chat_chunks(
 
 @dataclass
 class TextLogprobs:
-    """Log-probabilities in the form of text completions; continues over the chunks of a stream."""
+    """Log-probabilities in the form of text completions; continues over the chunks of a stream.
+
+    `offset` counts the characters of the text before a token: half a character and a hidden token are none.
+    """
 
     tokenizer: Tokenizer
     top: int
     offset: int = 0
+
+    def __post_init__(self) -> None:
+        """Begin between two characters."""
+        self._text = TextStream(self.tokenizer)
+
+    def end_of_prompt(self) -> None:
+        """Close the text of the prompt: half a character at its end is not continued by the answer."""
+        self.offset += len(self._text.finish())
+        self._text = TextStream(self.tokenizer)
 
     def block(self, ids: Sequence[int], logprobs: Sequence[float | None], tops: Sequence[Top]) -> dict[str, Any]:
         """Return the block for some tokens; a token without log-probability (the first of a prompt) has None."""
@@ -211,7 +264,7 @@ class TextLogprobs:
         for token, logprob, top in zip(ids, logprobs, tops, strict=True):
             names.append(self._name(token))
             offsets.append(self.offset)
-            self.offset += 0 if names[-1].startswith("bytes:") else len(names[-1])
+            self.offset += len(self._text.feed(token))
             if logprob is None:
                 best.append(None)
                 continue
@@ -220,8 +273,8 @@ class TextLogprobs:
             for i, p in [*top[: self.top], (token, logprob)]:
                 table.setdefault(self._name(i), _finite(p))
             best.append(table)
-        told = [None if p is None else _finite(p) for p in logprobs]
-        return {"tokens": names, "token_logprobs": told, "top_logprobs": best, "text_offset": offsets}
+        values = [None if p is None else _finite(p) for p in logprobs]
+        return {"tokens": names, "token_logprobs": values, "top_logprobs": best, "text_offset": offsets}
 
     def _name(self, token: int) -> str:
         data = _bytes(self.tokenizer, token)
@@ -238,6 +291,8 @@ class Echo:
     text: str
     ids: Sequence[int]
     scored: Scored | None
+    hidden: int = 0
+    """How many ids before the text are ours: what begins a text was not in the request, so it is not given back."""
 
 
 def text_choice(
@@ -254,26 +309,30 @@ def text_logprobs(tokens: Sequence[Token], echo: Echo | None, logprobs: TextLogp
     ids = [t.id for t in tokens]
     values: list[float | None] = [t.logprob for t in tokens]
     tops = [t.top_logprobs for t in tokens]
-    if echo and echo.scored:
-        ids, tops = [*echo.ids, *ids], [*echo.scored.top_logprobs, *tops]
-        values = [None, *echo.scored.logprobs[1:], *values]
-    return logprobs.block(ids, values, tops)
+    if not (echo and echo.scored):
+        return logprobs.block(ids, values, tops)
+    asked = slice(echo.hidden, None)
+    scores: list[float | None] = [None, *echo.scored.logprobs[1:]]
+    block = logprobs.block(echo.ids[asked], scores[asked], echo.scored.top_logprobs[asked])
+    logprobs.end_of_prompt()
+    after = logprobs.block(ids, values, tops)
+    return {name: [*block[name], *after[name]] for name in block}
 
 
 async def text_chunks(
     head: Head, moves: AsyncIterator[tuple[int, list[Piece]]], choices: list[Choice], echoes: list[Echo | None],
     logprobs: list[TextLogprobs | None], *, usage_of_prompt_tokens: int | None,
-) -> AsyncIterator[dict[str, Any]]:  # fmt: skip
+) -> AsyncGenerator[dict[str, Any]]:  # fmt: skip
     """Yield the chunks of streamed text completions; the finish reason is on the last of each choice only."""
     more = {} if usage_of_prompt_tokens is None else {"usage": None}
-    told = [0] * len(choices)
+    sent = [0] * len(choices)
 
     def chunk(number: int, text: str, echo: Echo | None = None, reason: str | None = None) -> dict[str, Any]:
         block, table = None, logprobs[number]
-        tokens = choices[number].tokens
-        if table and (echo or tokens[told[number] :]):
-            block = text_logprobs(tokens[told[number] :], echo, table)
-            told[number] = len(tokens)
+        tokens = choices[number].tokens[sent[number] : choices[number].certain]
+        if table and (echo or tokens):
+            block = text_logprobs(tokens, echo, table)
+            sent[number] += len(tokens)
         return head.body([{"index": number, "text": text, "logprobs": block, "finish_reason": reason}], **more)
 
     for number, echo in enumerate(echoes):
@@ -286,13 +345,6 @@ async def text_chunks(
             yield chunk(number, text, reason=reason)
     if usage_of_prompt_tokens is not None:
         yield head.body([], usage=usage(usage_of_prompt_tokens, choices))
-
-
-async def server_sent(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """Return chunks as server-sent events, `[DONE]` last."""
-    async for chunk in chunks:
-        yield b"data: " + to_bytes(chunk) + b"\n\n"
-    yield b"data: [DONE]\n\n"
 
 
 def to_bytes(body: Any) -> bytes:

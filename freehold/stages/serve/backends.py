@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import random
@@ -13,11 +14,13 @@ from typing import Any, Protocol
 
 from freehold import api
 from freehold.core.errors import ArtifactError, RequestError
+from freehold.core.log import Log
 from freehold.infer.engine import ContextOverflow, Scored, Token
 from freehold.infer.llama import Llama
 from freehold.infer.sampler import Sampling, check_ids
 from freehold.stages.serve.config import ServeConfig
-from freehold.tokenizer.bpe import Tokenizer
+from freehold.tokenizer.bpe import BOS, Tokenizer
+from freehold.tokenizer.output import AnswerFormat, read_format
 
 
 class Backend(Protocol):
@@ -41,22 +44,50 @@ class Served:
     name: str
     backend: Backend
     tokenizer: Tokenizer
-    at_once: int = 1
+    sampling: Sampling
+    """How it is sampled where a request does not say otherwise, and the tokens that end its answers."""
+    answers: AnswerFormat = AnswerFormat()
+    """How the model writes reasoning and tool calls."""
+    running: int = 1
     """Requests that may take turns."""
+    begins_with: tuple[int, ...] = (BOS,)
+    """The ids before a prompt that is plain text."""
     close: Callable[[], None] = lambda: None
     """Ends what does not end by itself."""
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return a plain text as the ids the model is given: what begins a text, then the text; never empty."""
+        return [*self.begins_with, *self.tokenizer.encode(text)] or [self.tokenizer.end_of_text]
 
 
 def open_model(config: ServeConfig, path: Path) -> Served:
     """Open a checkpoint, run folder, HF folder or .gguf file; ArtifactError when it is none of these."""
     if path.suffix == ".gguf":
-        tokenizer = Tokenizer.load(_tokenizer_folder(config, path))
+        folder = _tokenizer_folder(config, path)
+        tokenizer = Tokenizer.load(folder)
         gguf = Gguf(path, tokenizer, config.max_model_len)
-        # One at a time: llama.cpp keeps the keys and values of one conversation, and would read each anew every turn.
-        return Served(config.model_name or path.stem, gguf, tokenizer, close=gguf.close)
+        # One at a time: llama.cpp keeps the keys and values of one conversation, and would read each again every turn.
+        sampling, answers = api.default_sampling(folder, tokenizer), _format(config, read_format(folder))
+        name = config.model_name or path.stem
+        return Served(name, gguf, tokenizer, sampling, answers, begins_with=tokenizer.prefix, close=gguf.close)
     folder = api.find_model(path)
-    loaded = api.load(folder, config.dtype, max_batch=config.max_batch, limit_tokens=config.max_model_len)
-    return Served(config.model_name or folder.resolve().name, loaded.engine, loaded.tokenizer, config.max_running)
+    loaded = api.load(folder, config.dtype, device=config.device, limit_tokens=config.max_model_len)
+    name, answers = config.model_name or folder.resolve().name, _format(config, loaded.answers)
+    return Served(
+        name, loaded.engine, loaded.tokenizer, loaded.sampling, answers, config.max_running, loaded.begins_with
+    )
+
+
+def _format(config: ServeConfig, recorded: AnswerFormat) -> AnswerFormat:
+    """Return the format of answers that is asked for; print when it is not the one the model was taught."""
+    found = recorded
+    if config.dialect != "auto":
+        found = dataclasses.replace(found, dialect=config.dialect)
+    if config.calls_in_reasoning is not None:
+        found = dataclasses.replace(found, calls_in_reasoning=config.calls_in_reasoning)
+    if found.dialect != recorded.dialect:
+        Log().warn(f"tool calls are read as {found.dialect}; this model's chat template records {recorded.dialect}")
+    return found
 
 
 def _tokenizer_folder(config: ServeConfig, path: Path) -> Path:
@@ -66,7 +97,7 @@ def _tokenizer_folder(config: ServeConfig, path: Path) -> Path:
         if (folder / "tokenizer.json").exists():
             return folder
     raise ArtifactError(
-        "no tokenizer beside the GGUF file",
+        "no tokenizer next to the GGUF file",
         where=path,
         expected=f"tokenizer.json in {path.parent} or {path.parent.parent / 'hf'}",
         todo="name its folder: tokenizer=FOLDER",
@@ -77,7 +108,7 @@ class Gguf:
     """A GGUF file run by llama.cpp in a process of its own; prompts of one request follow each other.
 
     llama.cpp is asked for one token at a time (its prompt cache makes that as fast as asking for all): only so
-    does it tell the id of every token, those that end a turn or are half a character included. The latter come
+    does it report the id of every token, also of those that end a turn or are half a character. The latter come
     without log-probability.
     """
 
@@ -102,7 +133,7 @@ class Gguf:
                 yield number, token
 
     def score_top(self, sequences: Sequence[Sequence[int]], top: int) -> list[Scored]:
-        """Refuse: llama.cpp's server does not tell the log-probabilities of a prompt."""
+        """Refuse: llama.cpp's server does not report the log-probabilities of a prompt."""
         raise RequestError(
             "log-probabilities of the prompt are not available from a GGUF file",
             where="echo",
@@ -118,7 +149,7 @@ class Gguf:
             )
         if len(prompt) + (1 if sampling.max_tokens is None else sampling.max_tokens) > self.limit_tokens:
             raise ContextOverflow(
-                "the prompt and what is to be generated do not fit the context",
+                "the prompt and the requested tokens do not fit the context",
                 where="prompt",
                 found=f"{len(prompt)} prompt tokens + {sampling.max_tokens or 'at least 1'} to generate",
                 expected=f"at most {self.limit_tokens} tokens together",
@@ -134,9 +165,9 @@ class Gguf:
             token = int(answer["tokens"][0])
             ids.append(token)
             counts[token] += 1
-            told = next(iter(answer.get("completion_probabilities") or ()), None)
-            logprob = told["logprob"] if told else math.nan
-            top = [(t["id"], t["logprob"]) for t in told["top_logprobs"][: sampling.logprobs]] if told else []
+            found = next(iter(answer.get("completion_probabilities") or ()), None)
+            logprob = found["logprob"] if found else math.nan
+            top = [(t["id"], t["logprob"]) for t in found["top_logprobs"][: sampling.logprobs]] if found else []
             ends = token in sampling.stop_ids or answer["stop_type"] == "eos"
             reason = "stop" if ends else None if left else "length"
             yield Token(token, logprob, top, reason)

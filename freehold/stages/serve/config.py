@@ -1,4 +1,4 @@
-"""What serving can be told; imports without torch."""
+"""Settings of the server; imports without torch."""
 
 from __future__ import annotations
 
@@ -20,23 +20,34 @@ class ServeConfig(Config):
         None, description="Checkpoint, run folder, HF folder or .gguf file; default in a run: its aligned checkpoint."
     )
     tokenizer: Path | None = Field(
-        None, description="Folder of the tokenizer for a .gguf file; default: beside it, or in ../hf."
+        None, description="Folder of the tokenizer for a .gguf file; default: its own folder, or ../hf."
     )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 = every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 = any free one. A run takes a free one.")
     model_name: str | None = Field(None, description="Name clients ask for; default: the folder's or file's name.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format to compute in.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="Where it computes; auto = CUDA if there is some, and says so. A .gguf file: llama.cpp's own.",
+    )
     max_model_len: int | None = Field(
         None, gt=0, description="Longest context in tokens, prompt and answer together; default: the model's."
     )
-    max_batch: int = Field(32, gt=0, description="Prompts (or choices, `n`) of one request that are decoded together.")
     max_running: int = Field(
         8, gt=0, description="Requests answered at the same time, in turns of a token; a .gguf file: always one."
     )
     max_queue: int = Field(64, gt=0, description="Requests that may wait; one more is answered with status 429.")
+    dialect: Literal["auto", "hermes", "xml"] = Field(
+        "auto", description="How tool calls are read; auto = as recorded with the model's chat template."
+    )
+    calls_in_reasoning: bool | None = Field(
+        None, description="Whether a tool call while the model thinks counts; default: as recorded, else yes."
+    )
+    cors_origins: list[str] = Field(
+        default_factory=list,
+        description='Web pages that may ask from a browser, as http://localhost:3000; "*" = any. Empty: none.',
+    )
     question: str = Field("What is the capital of France?", description="What the walk asks, over HTTP.")
-    answer_tokens: int = Field(64, gt=0, description="Longest answer to that question, in tokens.")
-    start_timeout_s: float = Field(120, gt=0, description="How long the walk waits for the server to be ready.")
 
 
 def plan(config: ServeConfig) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 from pydantic import Field
+from pydantic_core import PydanticCustomError
 
 from freehold.core.errors import RequestError
 from freehold.infer.sampler import MAX_TOP_LOGPROBS, Sampling
@@ -15,13 +17,48 @@ MAX_CHOICES = 128
 MAX_BIASES, MAX_STOPS = 1024, 64
 MAX_ANSWERS = 1024
 """Prompts of one request times choices of each."""
-Ids = list[int]
+MAX_IDS, MAX_MESSAGES, MAX_TOOLS, MAX_PARTS = 1 << 20, 16_384, 1024, 1024
+# A list of a million wrong items is a million errors of which one is reported: the first ends the check.
+Ids = Annotated[list[int], Field(fail_fast=True, max_length=MAX_IDS)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_TOOLS)]
+
+
+def _bounded(value: Any) -> Any:
+    """Refuse a table that is too long before each of its values is checked."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise PydanticCustomError("too_long", "at most {most} token ids", {"most": MAX_BIASES})
+    return value
+
+
+Biases = Annotated[dict[str, float], pydantic.BeforeValidator(_bounded)]
+P = TypeVar("P", bound="_Part")
 
 
 class _Part(pydantic.BaseModel):
     """The base of every part of a request: strict types, unknown fields refused."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, value: Any) -> Any:
+        """Refuse the first unknown field; pydantic would make an error of each."""
+        for key in value if isinstance(value, dict) else ():
+            if key not in cls.model_fields:
+                raise PydanticCustomError("unknown_field", "unknown field", {"name": key[:100]})
+        return value
+
+
+def read(kind: type[P], body: bytes) -> P:
+    """Return a request from the bytes of its body; ValueError when they are not JSON, else pydantic's error.
+
+    Slow for a long body, so not for the thread that listens.
+    """
+    try:
+        value = json.loads(body)
+    except RecursionError as error:
+        raise ValueError("brackets are nested too deeply") from error
+    return kind.model_validate(value)
 
 
 class StreamOptions(_Part):
@@ -45,10 +82,10 @@ class Request(_Part):
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIASES)
+    logit_bias: Biases | None = None
     max_tokens: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
 
     # Accepted, and of no consequence for the answer.
     user: Any = None
@@ -73,25 +110,26 @@ class Request(_Part):
         """Whether a stream ends with a chunk of token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(
-        self, stop_ids: tuple[int, ...], *, choice: int = 0, logprobs: int = 0, max_tokens: int | None
-    ) -> Sampling:
-        """Return how choice number `choice` is sampled: with its own draws, but the same ones every time."""
+    def sampling(self, default: Sampling, *, choice: int = 0, logprobs: int = 0, max_tokens: int | None) -> Sampling:
+        """Return how choice number `choice` is sampled: with its own draws, but the same ones every time.
+
+        What the request does not say is as in `default`, the model's own way.
+        """
         bias: dict[int, float] = {}
         for key, value in (self.logit_bias or {}).items():
             if not re.fullmatch("[0-9]{1,9}", key):
                 raise RequestError("logit_bias maps token ids to numbers", where="logit_bias", found=key[:100])
             bias[int(key)] = value
         return Sampling(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=max(self.top_k or 0, 0),
-            min_p=self.min_p or 0.0,
+            temperature=default.temperature if self.temperature is None else self.temperature,
+            top_p=default.top_p if self.top_p is None else self.top_p,
+            top_k=default.top_k if self.top_k is None else max(self.top_k, 0),
+            min_p=default.min_p if self.min_p is None else self.min_p,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=bias,
             max_tokens=max_tokens,
-            stop_ids=stop_ids,
+            stop_ids=default.stop_ids,
             seed=None if self.seed is None else self.seed + choice,
             logprobs=logprobs,
         )
@@ -108,7 +146,7 @@ class Request(_Part):
 class CompletionRequest(Request):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | Ids | list[Ids]
+    prompt: str | Annotated[list[str], Field(fail_fast=True)] | Ids | Annotated[list[Ids], Field(fail_fast=True)] = ""
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = None
@@ -140,9 +178,9 @@ class ChatMessage(_Part):
     """One message; content may come as text or as a list of text parts."""
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Objects | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -175,11 +213,11 @@ class ChatMessage(_Part):
 class ChatRequest(Request):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: Any = None
     response_format: dict[str, Any] | None = None
     modalities: list[str] | None = None
@@ -207,5 +245,5 @@ class ChatRequest(Request):
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
-        """The tools the model is told of."""
+        """The tools the model may call."""
         return self.tools if self.tools and self.tool_choice != "none" else None

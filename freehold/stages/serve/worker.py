@@ -20,20 +20,24 @@ class Overloaded(RequestError):
     """Too many requests wait already."""
 
 
+class Stopping(RequestError):
+    """The server ends before the answer does."""
+
+
 @dataclass
 class _Job:
     items: Generator[Any]
     deliver: Callable[[str, Any], None]
     """Called in the worker's thread with ("item", x), ("error", e) or ("end", None)."""
     left: threading.Event = field(default_factory=threading.Event)
-    """Set when nobody waits for the result any more."""
+    """Set when no one waits for the result any more."""
 
 
 class Worker:
-    """Runs generators in a thread of its own: `at_once` of them in turn, an item each; at most `limit` more wait."""
+    """Runs generators in a thread of its own: `running` of them in turn, an item each; at most `limit` more wait."""
 
-    def __init__(self, limit: int, at_once: int = 1) -> None:
-        self._at_once = at_once
+    def __init__(self, limit: int, running: int = 1) -> None:
+        self._most_running = running
         self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=limit)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="freehold-model", daemon=True)
@@ -44,12 +48,15 @@ class Worker:
         """Requests that have not begun."""
         return self._jobs.qsize()
 
-    def stop(self) -> None:
-        """Drop the work that waits, end the piece being done, and wait for the thread."""
+    def begin_to_stop(self) -> None:
+        """End all work, also what waits, with `Stopping`; returns before it has ended."""
         self._stopping.set()
-        with self._jobs.mutex:
-            self._jobs.queue.clear()
-        self._jobs.put(None)
+        with contextlib.suppress(queue.Full):  # then the thread is awake anyway
+            self._jobs.put_nowait(None)
+
+    def stop(self) -> None:
+        """End all work and wait for the thread."""
+        self.begin_to_stop()
         self._thread.join(timeout=10)
 
     async def run(self, items: Generator[T]) -> AsyncGenerator[T, None]:
@@ -65,6 +72,8 @@ class Worker:
                 loop.call_soon_threadsafe(results.put_nowait, (what, value))
 
         job = _Job(items, deliver)
+        if self._stopping.is_set():
+            raise Stopping("the server is stopping")
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
@@ -88,12 +97,17 @@ class Worker:
             self._begin(running)
             if running and self._turn(job := running.popleft()):
                 running.append(job)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting = self._jobs.get_nowait()
+                running.extend([waiting] if waiting else [])
         for job in running:
             job.items.close()
+            job.deliver("error", Stopping("the server is stopping"))
 
     def _begin(self, running: deque[_Job]) -> None:
         """Take jobs that wait; wait for one when there is nothing to do."""
-        while len(running) < self._at_once:
+        while len(running) < self._most_running:
             try:
                 job = self._jobs.get(block=not running)
             except queue.Empty:

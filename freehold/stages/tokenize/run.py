@@ -28,7 +28,8 @@ def run(config: TokenizeConfig, work: Workspace) -> dict[str, Any]:
     text, too little for the vocabulary, or a document without a split.
     """
     paths = sorted((p for made in work.inputs.values() for p in made.glob("documents/*.parquet")), key=lambda p: p.stem)
-    if not paths:
+    only_talk = config.tokenizer is not None and any((work.input("curate") / "conversations").glob("*.parquet"))
+    if not paths and not only_talk:
         raise DataError(
             "there are no documents", where=work.input("curate") / "documents", expected="*.parquet", todo="run curate"
         )
@@ -58,7 +59,7 @@ def run(config: TokenizeConfig, work: Workspace) -> dict[str, Any]:
         split: {key: sum(of[split][key] for of in index.values()) for key in ("tokens", "documents", "bytes")}
         for split in SPLITS
     }
-    if not counts["train"]["tokens"]:
+    if paths and not counts["train"]["tokens"]:
         raise DataError("no document is for training", where=paths[0].parent, expected="split: train")
     work.log.say(f"{len(index)} sources: train {_told(counts['train'])}; validation {_told(counts['validation'])}")
     ratios = {name: _ratio(of["train"]) for name, of in index.items()}

@@ -1,0 +1,50 @@
+"""What /metrics reports, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class Metrics:
+    """Counts and times of one server; one registry each."""
+
+    def __init__(self, waiting: Callable[[], float]) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "freehold_requests", "Requests answered", ["route", "status"], registry=self.registry
+        )  # fmt: skip
+        self.prompt_tokens = Counter("freehold_prompt_tokens", "Prompt tokens read", registry=self.registry)
+        self.generated_tokens = Counter("freehold_generated_tokens", "Tokens generated", registry=self.registry)
+        self.seconds = Histogram("freehold_request_seconds", "Seconds until the last byte", registry=self.registry)
+        self.first_token_s = Histogram(
+            "freehold_first_token_seconds", "Seconds until the first token", registry=self.registry
+        )
+        gauge = Gauge("freehold_waiting_requests", "Requests that have not begun", registry=self.registry)
+        gauge.set_function(waiting)
+
+
+class CountRequests:
+    """Counts answers by route and status, without touching what flows."""
+
+    def __init__(self, app: ASGIApp, counter: Counter) -> None:
+        self.app, self.counter = app, counter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        status = "500"
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            self.counter.labels(getattr(scope.get("route"), "path", "other"), status).inc()
