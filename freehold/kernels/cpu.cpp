@@ -109,6 +109,9 @@ template <class F> void for_tasks(int threads, int64_t tasks, F work) {
     }
 }
 
+// Waking threads costs more than this many multiplications; bits do not depend on it.
+inline int threads_for(int threads, int64_t multiplications) { return multiplications < (1 << 18) ? 1 : threads; }
+
 // Call work(first, last) for stretches of `rows` rows.
 template <class F> void for_rows(int threads, int64_t rows, int64_t stretch, F work) {
     for_tasks(threads, (rows + stretch - 1) / stretch,
@@ -324,6 +327,7 @@ inline int64_t stretch_of(int64_t rows, int threads) { return std::min(TASK_ROWS
 // y[rows, outs] = x[rows, ins] . w[outs, ins]^T
 template <class T>
 void linear(int threads, const T* x, const T* w, T* y, int64_t rows, int64_t ins, int64_t outs) {
+    threads = threads_for(threads, (rows + 4) * ins * outs);
     word* packed = scratch<word>(11, packed_size<T>(ins, outs));
     int64_t steps = steps_of<T>(ins);
     for_rows(threads, outs, PANEL, [&](int64_t first, int64_t last) {
@@ -343,9 +347,6 @@ template <class T> void pack(int threads, const T* w, word* packed, int64_t matr
                         packed + matrix * packed_size<T>(ins, outs) + col * steps);
     });
 }
-
-// Waking threads costs more than this many multiplications; bits do not depend on it.
-inline int threads_for(int threads, int64_t multiplications) { return multiplications < (1 << 18) ? 1 : threads; }
 
 // Few rows are cut by columns, so that each thread reads its own part of the weight; many rows by rows.
 struct Cut {
@@ -372,6 +373,7 @@ void linear_packed(int threads, const T* x, const word* packed, T* y, int64_t ro
 // dx[rows, ins] = dy[rows, outs] . w[outs, ins]
 template <class T>
 void linear_input_gradient(int threads, const T* dy, const T* w, T* dx, int64_t rows, int64_t ins, int64_t outs) {
+    threads = threads_for(threads, (rows + 4) * ins * outs);
     word* packed = scratch<word>(11, packed_size<T>(outs, ins));
     int64_t steps = steps_of<T>(outs);
     for_rows(threads, ins, PANEL, [&](int64_t first, int64_t last) {
@@ -385,6 +387,7 @@ void linear_input_gradient(int threads, const T* dy, const T* w, T* dx, int64_t 
 // dw[outs, ins] = dy[rows, outs]^T . x[rows, ins]
 template <class T>
 void linear_weight_gradient(int threads, const T* dy, const T* x, T* dw, int64_t rows, int64_t ins, int64_t outs) {
+    threads = threads_for(threads, (rows + 4) * ins * outs);
     // Long sides are cut in two ways so that the float sums of a task stay in its cache.
     int64_t wide = std::max<int64_t>(PANEL, round_up((ins + threads - 1) / threads, PANEL)), high = 256;
     wide = std::min<int64_t>(wide, 512);
@@ -433,6 +436,8 @@ void swiglu(int threads, const T* x, const int64_t* counts, int64_t experts, con
             const T* down, T* both, T* y, int64_t width, int64_t inner) {
     auto parts = parts_of(counts, experts);
     int64_t steps = steps_of<T>(width), size = packed_size<T>(width, inner);
+    int64_t rows_here = parts.empty() ? 0 : parts.back().last + 4 * int64_t(parts.size());
+    threads = threads_for(threads, rows_here * width * inner * 3);
     for_tasks(threads, parts.size(), [&](int64_t task) {
         auto [e, first, last] = parts[task];
         int64_t rows = last - first;
@@ -488,6 +493,8 @@ void swiglu_backward(int threads, const T* dy, const T* x, const T* both, const 
                      T* dup, T* ddown, int64_t width, int64_t inner) {
     auto parts = parts_of(counts, experts);
     int64_t size = packed_size<T>(inner, width);
+    int64_t rows_here = parts.empty() ? 0 : parts.back().last + 4 * int64_t(parts.size());
+    threads = threads_for(threads, rows_here * width * inner * 6);
     for_tasks(threads, parts.size(), [&](int64_t task) {
         auto [e, first, last] = parts[task];
         int64_t rows = last - first;
@@ -779,6 +786,7 @@ void attention(int threads, const T* q, const T* k, const T* v, const int32_t* s
                float* log_sums, int64_t batch, int64_t tokens, int64_t heads, int64_t groups, int64_t width) {
     Heads hq{tokens, heads, width}, hk{tokens, groups, width};
     int64_t steps = steps_of<T>(width), all = round_up(tokens, PANEL), each = heads / groups;
+    threads = threads_for(threads, batch * heads * tokens * tokens * width);
     for_tasks(threads, batch * groups, [&](int64_t task) {
         int64_t row = task / groups, group = task % groups;
         word* keys = scratch<word>(0, packed_size<T>(width, tokens));
@@ -820,6 +828,7 @@ void attention_backward(int threads, const T* dout, const T* q, const T* k, cons
                         int64_t tokens, int64_t heads, int64_t groups, int64_t width) {
     Heads hq{tokens, heads, width}, hk{tokens, groups, width};
     int64_t steps = steps_of<T>(width), all = round_up(tokens, PANEL), each = heads / groups;
+    threads = threads_for(threads, batch * heads * tokens * tokens * width);
     for_tasks(threads, batch * groups, [&](int64_t task) {
         int64_t row = task / groups, group = task % groups;
         word* keys = scratch<word>(0, packed_size<T>(width, tokens));
