@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,18 @@ COLDEST = 2.0**-126
 """The smallest normal float32: a processor may take what is smaller for 0, and 0/0 is no logit."""
 RANKED = 1024
 """Tokens ranked before a whole vocabulary is."""
+
+
+class Constraint(Protocol):
+    """What may come next in one generation."""
+
+    def mask(self, logits: Tensor) -> None:
+        """Set the logits [V] of tokens that may not come next to minus infinity, in place."""
+        ...
+
+    def took(self, token: int) -> None:
+        """Take note of the token that came."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,8 @@ class Sampling:
     """Stop after one of these; it is the last token of the generation."""
     seed: int | None = None
     """The same seed gives the same tokens; None = another draw each time."""
+    constrain: Callable[[], Constraint] | None = None
+    """Makes what limits the tokens of one generation, which may depend on those before; None = nothing does."""
     logprobs: int = 0
     """Also report this many most probable tokens at each position."""
 
@@ -108,12 +123,15 @@ class Draw:
         self.sampling, self.position = sampling, position
         self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self.counts = torch.zeros(vocab_size) if sampling.penalises else None
+        self.constraint = sampling.constrain() if sampling.constrain else None
 
     def took(self, token: int) -> None:
         """Take note of the token that the request got."""
         self.position += 1
         if self.counts is not None:
             self.counts[token] += 1
+        if self.constraint is not None:
+            self.constraint.took(token)
 
     def point(self) -> float:
         """Return the random number of this position, in [0, 1)."""
@@ -124,7 +142,7 @@ class Draw:
         return int.from_bytes(digest, "little") / 2**32
 
     def adjust(self, logits: Tensor) -> None:
-        """Apply penalties and bias to the logits [V] in place."""
+        """Apply penalties, bias and constraint to the logits [V] in place."""
         s = self.sampling
         if self.counts is not None:
             penalty = s.presence_penalty * (self.counts > 0) + s.frequency_penalty * self.counts
@@ -132,6 +150,8 @@ class Draw:
         if s.logit_bias:
             ids = torch.tensor(list(s.logit_bias), device=logits.device)
             logits[ids] += torch.tensor(list(s.logit_bias.values()), device=logits.device)
+        if self.constraint is not None:
+            self.constraint.mask(logits)
 
 
 def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -140,7 +160,7 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     Every step works row by row: a row alone draws what it draws in company.
     """
     settings = [d.sampling for d in draws]
-    if any(s.penalises or s.logit_bias for s in settings):
+    if any(s.penalises or s.logit_bias or s.constrain for s in settings):
         logits = logits.clone()
         for row, one in enumerate(draws):
             one.adjust(logits[row])
