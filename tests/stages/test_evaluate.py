@@ -127,7 +127,7 @@ def test_bits_per_byte_equals_one_forward_pass_a_token(loaded: Loaded, tmp_path:
         loaded, held_out(curated(tmp_path, tales=[("validation", t) for t in texts]), None), CONFIG, QUIET, "base"
     )
     end = loaded.tokenizer.end_of_text
-    sequences = [[end, *loaded.tokenizer.encode(text), end] for text in texts]
+    sequences = [[loaded.tokenizer.bos, *loaded.tokenizer.encode(text), end] for text in texts]
     nats = sum(brute_force_nats(loaded.model, s, CONFIG.context_tokens) for s in sequences)
     size = sum(len(text.encode()) for text in texts)
     assert found["overall"]["bits"] == pytest.approx(nats / math.log(2), rel=1e-5)
@@ -146,7 +146,7 @@ def test_training_and_evaluation_count_the_same_bits(loaded: Loaded, tmp_path: P
     lengths = np.array([len(ids) for ids in documents])
     source = Source("tales", np.concatenate(documents), np.cumsum(lengths) - lengths, lengths, list("abcde"))
     sizes = np.array([len(text.encode()) for text in texts])
-    held = validate.held_out(source, sizes, CONFIG.context_tokens, 0, loaded.tokenizer.end_of_text)
+    held = validate.held_out(source, sizes, CONFIG.context_tokens, 0, loaded.tokenizer.bos)
     assert held.batch.target_tokens == evaluated["tokens"]
     assert len(held.batch.input_ids) < sum(-(-n // CONFIG.context_tokens) for n in lengths)  # windows share rows
     trained = validate.bits_per_byte(loaded.model, {"tales": held})["val/bpb"]

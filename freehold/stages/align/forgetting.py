@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from freehold.checkpoint import dcp
@@ -23,8 +24,9 @@ def open_for_use(folder: Path, dtype: str) -> Afmoe:
     return model.to_compute(DTYPES[dtype]).requires_grad_(False)
 
 
-def measure(folder: Path, config: AlignConfig, work: Workspace) -> float | None:
+def measure(folder: Path, begins_with: Sequence[int], config: AlignConfig, work: Workspace) -> float | None:
     """Return the held-out bits per byte of a checkpoint; None when there is no held-out text."""
+    begin = next(iter(begins_with), END_OF_TEXT)
     shards = ShardSet.load(work.input("tokenize") / "tokens")
     sources = {
         name: held_out(
@@ -32,7 +34,7 @@ def measure(folder: Path, config: AlignConfig, work: Workspace) -> float | None:
             shards.document_bytes("validation", name),
             config.batch.context_tokens,
             config.trainer.validation_tokens,
-            END_OF_TEXT,
+            begin,
         )
         for name, source in shards.sources("validation").items()
         if source.total_tokens

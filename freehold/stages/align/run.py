@@ -44,6 +44,11 @@ class Opened:
     model: ModelConfig
     start: Start
 
+    @property
+    def begins_with(self) -> list[int]:
+        """Return the tokens that a text begins with, as the checkpoint was trained."""
+        return list(self.facts.get("begins_with", [END_OF_TEXT]))
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -70,7 +75,7 @@ def run(config: AlignConfig, work: Workspace) -> dict[str, Any]:
         stage="align",
     )
     gated = config.max_forgetting is not None and work.leads
-    before = forgetting.measure(first.folder, config, work) if gated else None
+    before = forgetting.measure(first.folder, first.begins_with, config, work) if gated else None
     groups = config.groups()
     counts: dict[str, Any] = {}
     if len(groups) == 1:
@@ -78,7 +83,7 @@ def run(config: AlignConfig, work: Workspace) -> dict[str, Any]:
     else:
         counts = train_groups(config, work, tokenizer, first)
     if before is not None and config.max_forgetting is not None and (last := _last(config, work)) is not None:
-        after = forgetting.measure(last, config, work)
+        after = forgetting.measure(last, first.begins_with, config, work)
         if after is not None:
             counts["forgetting"] = forgetting.judge(before, after, config.max_forgetting, work)
     return counts
@@ -132,7 +137,7 @@ def train(
     schedule = Schedule(dict(config.phases), first_step=first_step)
     kind = next(iter(config.phases.values())).kind
     rows = (
-        conversations(config, work, tokenizer, first_step)
+        conversations(config, work, tokenizer, opened, first_step)
         if kind == "sft"
         else preferences(config, work, tokenizer, opened, first_step)
     )
@@ -142,7 +147,10 @@ def train(
         order=rows.order,
         schedule=schedule,
         tokenizer=work.input("tokenize") / "tokenizer",
-        facts={"tokenizer_sha256": tokenizer.sha256},
+        facts={
+            "tokenizer_sha256": tokenizer.sha256,
+            "begins_with": opened.begins_with,
+        },
         start=opened.start,
         loss=rows.loss,
     )
@@ -150,7 +158,7 @@ def train(
     return {"steps": counts["steps"], **rows.counts, **counts}
 
 
-def conversations(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, first_step: int) -> Rows:
+def conversations(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, opened: Opened, first_step: int) -> Rows:
     """Return the rows of fine-tuning: conversations, with replay also pre-training text."""
     steps = sum(phase.steps for phase in config.phases.values())
     replayed = round(config.replay * config.batch.sequences)
@@ -175,6 +183,7 @@ def conversations(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, fi
         sequences=replayed,
         seed=work.seed,
         separator=END_OF_TEXT,
+        begin=(opened.begins_with or [END_OF_TEXT])[0],
         first_step=first_step,
     )
     work.log.say(f"  replay: {replayed} of {config.batch.sequences} rows a step are pre-training text")
