@@ -180,7 +180,7 @@ def time_step(shape: Any, rows: int, tokens: int, device: str) -> dict[str, Any]
 
     repeats = 10 if device == "cuda" else 2
     rng = np.random.default_rng(0)
-    batch = text_batch(rng.integers(2, shape.vocab_size, (rows, tokens + 1)).astype(np.uint32), 0)
+    batch = text_batch(rng.integers(2, shape.vocab_size, (rows, tokens + 1)).astype(np.uint32), 0, 0)
     size = 8192 if device == "cuda" else 1024
     peak, found = gemm_flops_per_s(torch.bfloat16, device, size=size, seconds=1), {}
     weights = None
