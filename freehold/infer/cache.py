@@ -30,6 +30,7 @@ class Step:
         """int64 [S]: the position of each sequence's first new token"""
         self.offsets = torch.tensor(np.concatenate([[0], np.cumsum(counts)]))
         """int64 [S + 1]: where each sequence's tokens are"""
+        # Tables are filled up to the longest; the kernel reads no block beyond a sequence's own position.
         blocks = max(pages.table.shape[1] for pages, _ in parts)
         tables = np.full((len(pool.windows), len(parts), blocks), NO_PAGE, dtype=np.int32)
         for number, (pages, _) in enumerate(parts):
@@ -37,11 +38,13 @@ class Step:
         self.tables = torch.from_numpy(tables)  # [layers, S, blocks]
         self.positions = torch.cat([torch.arange(p.length, p.length + n) for p, n in parts])[None]  # [1, N]
         self._device = pool.store.device
+        # One interface for both ways, so the engine does not ask which one computes.
         self._plain: _Plain | None = None if pool.kernel else _Plain(self, counts)
         self.positions = self.positions.to(self._device)
 
     def attend(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep k and v [1, N, K, D]; return what the queries q [1, N, H, D] find, [1, N, H, D]."""
+        # Keys are written before any query reads: a token sees itself, and those next to it in this step.
         window, table = self.pool.windows[layer_index], self.tables[layer_index]
         if self._plain is not None:
             return self._plain.attend(q[0], k[0], v[0], table, window)[None]
@@ -69,11 +72,14 @@ class _Plain:
         device = q.device
         table = table.to(device).long()
         page, place = table[self.owners, self.own // PAGE_TOKENS], self.own % PAGE_TOKENS
+        # Scattered by (page, place): new tokens of many sequences in one assignment.
         self.store[page, 0, :, place] = k
         self.store[page, 1, :, place] = v
+        # One mask for all layers of a window; sliding layers share it.
         if window not in self.masks:
             self.masks[window] = self._mask(window, table.shape[1], device)
         blocks, allowed = self.masks[window]
+        # NO_PAGE becomes page 0, which the mask hides: indices must be valid even where nothing is read.
         pages = table.gather(1, blocks).clamp_min(0)  # [S, blocks seen]
         held = self.store[pages].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # [2, S, K, S keys, D]
         found = F.scaled_dot_product_attention(
@@ -88,6 +94,7 @@ class _Plain:
         count = int(((self.last - 1) // PAGE_TOKENS - low).max()) + 1
         number = (low[:, None] + torch.arange(count)).to(device)  # [S, n]
         keys = (number[..., None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=device)).flatten(1)[:, None]
+        # By absolute positions: a sequence that was cut into pieces has the mask it would have whole.
         allowed = keys <= self.positions[..., None]  # [S, T, n x 64]
         if window:
             allowed = allowed & (keys > self.positions[..., None] - window)

@@ -80,10 +80,14 @@ class Engine:
         self.vocab_size = model.config.vocab_size
         weight = model.lm_head.weight
         context = min(limit_tokens or model.config.max_position_embeddings, model.config.max_position_embeddings)
+        # Decided once: it must not change between two steps of one answer.
         self.exact = not_exact(model) is None
         self.share_steps = self.exact if share_steps is None else share_steps
         if self.exact:
+            # Weights are laid into the panels that the kernels read, once for each version of the weights, not for each
+            # call.
             model.pack()
+        # All memory for keys and values is fixed here: a server that starts does not die later of a long prompt.
         pages = _budget(model, weight.dtype, weight.device, max_batch, context, cache_bytes)
         self.pool = PagePool(model.config, weight.dtype, weight.device, pages)
         fits = self.pool.most_tokens(STEP_TOKENS)
@@ -117,6 +121,7 @@ class Engine:
 
         RequestError names an empty prompt or an id outside the vocabulary, ContextOverflow the limit.
         """
+        # One setting may serve all prompts; a seed then gives each the same draws, since position and seed decide them.
         settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         results = [Generation(len(prompt)) for prompt in prompts]
         for number, token in self.decode(prompts, settings):
@@ -148,6 +153,7 @@ class Engine:
                     self.queue.add(request)
             while True:
                 for number, request in enumerate(requests):
+                    # Tokens may be there already: another reader's step made them.
                     while request.tokens:
                         yield number, request.tokens.popleft()
                 if all(request.finished for request in requests):
@@ -178,12 +184,15 @@ class Engine:
     def step(self, only: Sequence[Request] | None = None) -> bool:
         """Run the model once for all requests that fit, or `only` for some; False when there was nothing to do."""
         with self._lock:
+            # Checked in each step: training may have changed the weights since the last one.
             self._forget_old_weights()
             parts = self.queue.next_step(only)
             if not parts:
                 return False
             hidden = self._forward([(r.pages, r.ids[r.pages.length :][:count]) for r, count in parts])  # [N, d]
+            # Only the last new token of a sequence has a next one to draw.
             ends = torch.tensor([count for _, count in parts]).cumsum(0) - 1
+            # A prompt that is read in pieces draws nothing before its last piece.
             ready = [place for place, (r, _) in enumerate(parts) if r.pending == 0]
             if ready:
                 self._draw([parts[place][0] for place in ready], hidden[ends[ready].to(hidden.device)])
@@ -191,6 +200,7 @@ class Engine:
 
     def _draw(self, requests: list[Request], hidden: Tensor) -> None:
         """Give each request the token that follows; hidden [B, d] of its last one."""
+        # The head on the rows that draw only: with a vocabulary of 200,192 it is the largest matrix there is.
         logits = self.model.lm_head(hidden)  # [B, V]
         drawn = draw(logits.float(), [request.draw for request in requests])
         wanted = [request.sampling.logprobs for request in requests]
@@ -235,6 +245,7 @@ class Engine:
         for row, ids in enumerate(sequences):
             pages, start = Pages(self.pool), 0
             while start < len(ids) - 1:  # the last token predicts nothing
+                # A long sequence is read over several passes; keys and values in its pages join them.
                 count = min(len(ids) - 1 - start, left)
                 if step and (count == 0 or blocks_of(count + 64) * len(self.pool.windows) > free):
                     yield step
@@ -249,6 +260,7 @@ class Engine:
 
     def _score(self, hidden: Tensor, targets: Sequence[int], top: int, result: Scored) -> None:
         """Append what each position [n, d] says about its successor."""
+        # Bounded by bytes: 2,048 rows of float32 logits of a large vocabulary would be 1.6 GB.
         rows = max(1, HEAD_BYTES // (4 * self.vocab_size))
         for first in range(0, len(targets), rows):
             ids = torch.tensor(targets[first : first + rows], device=hidden.device)
@@ -263,6 +275,7 @@ class Engine:
         self.model.eval()
         for pages, ids in parts:
             pages.extend(len(ids))
+        # One row of all tokens, without padding: the cache knows whose each of them is.
         cache = Step(self.pool, [(pages, len(ids)) for pages, ids in parts])
         tokens = torch.tensor([[i for _, ids in parts for i in ids]], device=self.pool.store.device)  # [1, N]
         hidden = self.model.hidden(tokens, positions=cache.positions, cache=cache)
@@ -271,6 +284,7 @@ class Engine:
         return hidden[0]
 
     def _weights_version(self) -> list[tuple[int, int]]:
+        # PyTorch counts in-place changes of a tensor; the address catches a tensor that was replaced.
         return [(p.data_ptr(), p._version) for p in self.model.parameters()]
 
     def _forget_old_weights(self) -> None:
@@ -348,6 +362,7 @@ def _budget(
     model: Afmoe, dtype: torch.dtype, device: torch.device, max_batch: int, context: int, cache_bytes: int | None
 ) -> int:
     """Return how many pages the engine may use."""
+    # Counted in pages of one layer, since sliding and global layers hold different numbers of them.
     one = page_bytes(model.config, dtype)
     if cache_bytes is not None:
         return cache_bytes // one
@@ -358,6 +373,7 @@ def _budget(
 
 def _logprobs(logits: Tensor, ids: Tensor, top: int) -> tuple[list[float], list[Top]]:
     """Return the log-probability of one id a row of logits [B, V], and the `top` best with theirs."""
+    # The same function as in training and in the losses, so the numbers are the same bits.
     total = log_partition(logits)  # [B]
     chosen = token_logprobs(logits, ids, total).tolist()
     if not top:

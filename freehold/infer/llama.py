@@ -44,6 +44,7 @@ class Llama:
         self.path = path
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
+        # A file, not a pipe: a pipe that no one reads would stop llama.cpp when it is full.
         self._log = tempfile.TemporaryFile() if log is None else log.open("w+b")  # noqa: SIM115  (`close` closes it)
         options = {"path": str(path), "context_tokens": context_tokens, "threads": threads, "exact": exact}
         self.process = subprocess.Popen(
@@ -56,6 +57,7 @@ class Llama:
             start_new_session=True,  # Ctrl-C is for us, and we close it
         )
         assert self.process.stdout is not None
+        # The process says one line when it listens; an end of file instead means that it died.
         address = urllib.parse.urlsplit(self.process.stdout.readline().strip())
         if not address.hostname:
             self.process.wait()
@@ -78,6 +80,7 @@ class Llama:
         """End the process and wait for it."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        # The end of its input is the signal to leave, so it also leaves when we are killed.
         self.process.stdin.close()
         try:
             self.process.wait(timeout=20)
@@ -127,6 +130,7 @@ def _serve(path: str, context_tokens: int, threads: int, exact: bool) -> None:
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = path
+    # One slot: its cache is then used by one request at a time, as a proof needs it.
     parameters.n_ctx, parameters.n_parallel = context_tokens, 1
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     parameters.warmup, parameters.cache_ram_mib = False, 0
@@ -139,6 +143,7 @@ def _serve(path: str, context_tokens: int, threads: int, exact: bool) -> None:
     server = xllamacpp.Server(parameters)
     os.write(ours, (server.listening_address + "\n").encode())
     sys.stdin.read()
+    # Without running llama.cpp's destructors, some of which wait for threads that never end.
     os._exit(0)
 
 

@@ -38,6 +38,7 @@ def free_bytes(device: torch.device) -> int:
     """Return the memory of a device that nothing uses now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    # Free pages only, not the file cache: the first estimate of a budget should not push files out.
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -75,6 +76,7 @@ class PagePool:
         """Return how long one sequence can grow if it has the pool for itself and comes in steps of this many."""
         globals_ = self.windows.count(None)
         sliding = sum(window_pages(w, step_tokens) for w in self.windows if w is not None)
+        # Sliding layers stop growing at their window; what is left is for the layers that see everything.
         left = self.pages - sliding
         every = self.pages // len(self.windows)  # blocks that all layers can hold: short sequences
         return max(left // globals_ if globals_ and left > 0 else 0, every) * PAGE_TOKENS
@@ -83,6 +85,7 @@ class PagePool:
         """Return pages that were free."""
         if count > self.free:
             raise RequestError("the cache has no page left", found=f"{self.free} free", expected=count)
+        # From the end of a list: no search, and a page given back is taken again while it is still in the cache.
         return [self._free.pop() for _ in range(count)]
 
     def give_back(self, pages: list[int]) -> None:
@@ -102,6 +105,7 @@ class Pages:
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
         self.length = 0
+        # A matrix, not lists: a step copies the tables of all its sequences for the kernel.
         self.table = np.full((len(pool.windows), 0), NO_PAGE, dtype=np.int32)
         """[layers, blocks]: the page of each block of positions"""
 
@@ -111,6 +115,8 @@ class Pages:
 
     def extend(self, tokens: int) -> None:
         """Take the pages for the next tokens; RequestError when the pool has too few."""
+        # Each layer takes a page for each block, sliding ones too: what their window leaves is given back after the
+        # step.
         more = blocks_of(self.length + tokens) - self.table.shape[1]
         if more > 0:
             pages = np.array(self.pool.take(more * len(self.table)), dtype=np.int32)
@@ -126,9 +132,12 @@ class Pages:
             held = row[row != NO_PAGE]
             if len(held):
                 self.pool.give_back(held.tolist())
+                # The kernel skips these blocks by position; the mark is for `release`, which must not give a page back
+                # twice.
                 row[:] = NO_PAGE
 
     def release(self) -> None:
         """Give everything back and start again at length 0."""
         self.pool.give_back(self.table[self.table != NO_PAGE].tolist())
+        # The tokens are kept by the request, so everything can be computed again, to the same bits.
         self.table, self.length = self.table[:, :0], 0

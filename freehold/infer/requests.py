@@ -33,9 +33,11 @@ class Request:
     """One prompt and what was generated for it; `tokens` holds what no one has read yet."""
 
     def __init__(self, prompt: Sequence[int], sampling: Sampling, budget: int, pool: PagePool, vocab_size: int) -> None:
+        # Prompt and answer in one list: a request whose pages were taken reads all of them again.
         self.ids = list(prompt)
         self.sampling, self.budget = sampling, budget
         self.draw = Draw(sampling, vocab_size, len(prompt))
+        # Looked up once for each token.
         self.stop_ids = frozenset(sampling.stop_ids)
         self.pages = Pages(pool)
         self.tokens: deque[Token] = deque()
@@ -51,6 +53,7 @@ class Request:
     def take(self, token: int, logprob: float, top: Top) -> None:
         """Add a token that was drawn."""
         self.ids.append(token)
+        # Position and counts move here and nowhere else, so reading a request again draws nothing twice.
         self.draw.took(token)
         self.budget -= 1
         reason = "stop" if token in self.stop_ids else "length" if self.budget == 0 else None
@@ -86,6 +89,7 @@ class Queue:
         self._admit()
         # Decoding rows first: a long prompt must not make those who read an answer wait.
         order = sorted(self.running, key=lambda request: request.pending > 1)
+        # The budget bounds how long one step takes, which is how long each reader waits for a token.
         left, parts = self.step_tokens, []
         for request in order if only is None else [r for r in order if r in only]:
             count = min(request.pending, left)
@@ -100,6 +104,7 @@ class Queue:
         """Let requests in as long as the pages of their next piece are free."""
         promised = 0
         while self.waiting and len(self.running) < self.max_batch:
+            # Only the first in line is looked at: letting a small request overtake could keep a large one out for ever.
             request = self.waiting[0]
             promised += request.pages.missing(min(request.pending, self.step_tokens))
             # The first always enters: alone it fits, or it would have been refused.
@@ -109,6 +114,7 @@ class Queue:
 
     def preempt_all(self) -> None:
         """Take all pages away; requests keep their order."""
+        # The youngest first, each to the front: at the end they wait in the order in which they came.
         for request in reversed(self.running.copy()):
             self.preempt(request)
 
@@ -122,6 +128,7 @@ class Queue:
     def _make_room(self, request: Request, count: int) -> bool:
         """Free the pages a request needs by pre-empting younger ones; False when it is the youngest itself."""
         while request.pages.missing(count) > self.pool.free:
+            # The youngest has the least to compute again, and the oldest always moves on, so someone always finishes.
             youngest = self.running[-1]
             self.preempt(youngest)
             if youngest is request:

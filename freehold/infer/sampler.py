@@ -121,7 +121,10 @@ class Draw:
 
     def __init__(self, sampling: Sampling, vocab_size: int, position: int = 0) -> None:
         self.sampling, self.position = sampling, position
+        # One seed for the whole generation: without one it is drawn here, so even then each draw depends on the
+        # position.
         self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        # A vocabulary of floats for each request that needs it, and for no other.
         self.counts = torch.zeros(vocab_size) if sampling.penalises else None
         self.constraint = sampling.constrain() if sampling.constrain else None
 
@@ -137,6 +140,7 @@ class Draw:
         """Return the random number of this position, in [0, 1)."""
         if self.sampling.greedy:
             return 0.0
+        # A hash of seed and position, not a generator's state: batch, cuts and pre-emption cannot move the draws.
         digest = hashlib.blake2b(f"{self.seed} {self.position}".encode(), digest_size=4).digest()
         # 32 bits, so that a draw times the total stays below the total: never past the last possible token.
         return int.from_bytes(digest, "little") / 2**32
@@ -145,6 +149,7 @@ class Draw:
         """Apply penalties, bias and constraint to the logits [V] in place."""
         s = self.sampling
         if self.counts is not None:
+            # OpenAI's formula: subtracted from logits, once for having occurred and once for each time.
             penalty = s.presence_penalty * (self.counts > 0) + s.frequency_penalty * self.counts
             logits -= penalty.to(logits.device)
         if s.logit_bias:
@@ -164,6 +169,7 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         logits = logits.clone()
         for row, one in enumerate(draws):
             one.adjust(logits[row])
+    # argmax takes the lowest id of equal logits, on every device.
     best = logits.argmax(dim=-1)  # [B]
     if all(s.greedy for s in settings):
         return best
@@ -177,8 +183,10 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     # float64: in float32 the rounding of a long sum would be larger than a rare token's share.
     cumulative = scaled.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     points = torch.tensor([d.point() for d in draws], dtype=torch.float64, device=logits.device)[:, None]
+    # Inverse transform sampling: times the total, because the sum of rounded probabilities is not exactly 1.
     drawn = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)[:, 0]
     greedy = torch.tensor([s.greedy for s in settings], device=logits.device)
+    # Greedy and sampling requests share a batch; each row takes its own.
     return torch.where(greedy, best, drawn)
 
 

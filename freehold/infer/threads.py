@@ -33,7 +33,9 @@ def choose_threads(engine: Engine) -> int:
     before = torch.get_num_threads()
     if os.environ.get("OMP_NUM_THREADS") or next(engine.model.parameters()).device.type != "cpu":
         return before
+    # What this process may use: in a container that is less than what the machine has.
     cores = len(os.sched_getaffinity(0))
+    # Powers of two and all cores: the curve is flat between them, and each measurement costs a user's time.
     candidates = sorted({cores, *(2**n for n in range(cores.bit_length()) if 2**n <= cores)})
     best = 1
     try:
@@ -50,6 +52,7 @@ def _fastest(engine: Engine, candidates: list[int]) -> int:
     out: set[int] = set()
     """Numbers of threads that are far slower than one, or give other bits."""
     for _ in range(ROUNDS):
+        # In turn, not one after the other: another program that starts meanwhile disturbs all of them.
         for threads in [n for n in candidates if n not in out]:
             torch.set_num_threads(threads)
             taken, found = _decode(engine, HOPELESS * seconds[1])
@@ -71,6 +74,7 @@ def _decode(engine: Engine, limit_s: float) -> tuple[float, list[tuple[int, floa
     Ends early, with what there is, when they take longer than the limit.
     """
     steps = min(STEPS, engine.limit_tokens - 1)
+    # One stream, greedy: what a user of the API waits for, and comparable bit for bit.
     stream = engine.stream([0], Sampling(temperature=0, max_tokens=steps))
     found = [(first.id, first.logprob) for first in [next(stream)]]
     began = time.perf_counter()

@@ -29,10 +29,12 @@ class Block(nn.Module):
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config, index)
+        # Sandwich norms: one before and one after each half keep the stream's scale independent of depth.
         self.input_layernorm = RMSNorm(width, eps)
         self.post_attention_layernorm = RMSNorm(width, eps)
         self.pre_mlp_layernorm = RMSNorm(width, eps)
         self.post_mlp_layernorm = RMSNorm(width, eps)
+        # The first layers are dense: with hardly mixed tokens a router has nothing to tell experts apart by.
         dense = index < config.num_dense_layers
         self.mlp: SwiGLU | MoE = SwiGLU(width, config.intermediate_size) if dense else MoE(config)
 
@@ -56,6 +58,7 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        # A dictionary, not a list: a pipeline rank deletes layers and the others keep their checkpoint names.
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(config.num_hidden_layers)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -74,6 +77,7 @@ class Afmoe(nn.Module):
         self.positions: Callable[[Tensor], Tensor] = count_positions
         self.masks: Callable[[ModelConfig, Tensor, Tensor | None, Tensor | None], dict[str, Mask]] = build_masks
         self.model = Trunk(config)
+        # Not tied to the embedding: AFMoE trains two matrices, and Hugging Face stores two.
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     def forward(
@@ -114,20 +118,25 @@ class Afmoe(nn.Module):
         if cache is not None and (positions is None or document_ids is not None):
             raise ValueError("with a cache, positions are required and document_ids cannot be given")
         if document_ids is not None:
+            # Padding is routed like any token, because shapes must not depend on values, but it counts for no expert.
             real = document_ids != -1
             token_mask = real if token_mask is None else token_mask & real
         numbers = range(config.num_hidden_layers) if layers is None else layers
         h = input_ids
         if numbers[0] == 0:
             h = trunk.embed_tokens(input_ids)
+            # Embeddings start at sigma 0.5/sqrt(d); times sqrt(d) the stream starts near the scale of what layers add.
             if config.mup_enabled:
                 h = h * config.hidden_size**0.5
+        # Built once for all layers of a kind; with a cache, the cache decides what each query sees.
         masks = {} if cache is not None else self.masks(config, h, positions, document_ids)
         where = self.positions(input_ids) if positions is None else positions
         cos, sin = rotary(where, config.head_dim, config.rope_theta, h.dtype)
         context = Context(cos, sin, masks, cache, token_mask)
         for block in (trunk.layers[str(number)] for number in numbers):
             if self.recompute and self.training and torch.is_grad_enabled():
+                # The whole layer is run again: its routing is recomputed from the same inputs, so it chooses the same
+                # experts.
                 h, routing = checkpoint(block, h, context, use_reentrant=False)
             else:
                 h, routing = block(h, context)
@@ -143,6 +152,7 @@ class Afmoe(nn.Module):
         """
         for block in self.model.layers.values():
             plain = block.forward
+            # One shape in training, so no symbolic sizes: they would cost a guard at each call.
             compiled = torch.compile(plain, backend=backend, dynamic=False)
             block.forward = functools.partial(_with_gradients, compiled, plain)  # type: ignore[method-assign]
 
@@ -170,12 +180,15 @@ class Afmoe(nn.Module):
         Matrices: normal, sigma = initializer_range, cut at 3 sigma. Gains: 1, but 1/sqrt(layers) for the norms
         after attention and feed-forward. The numbers depend on the generator alone, not on the dtype.
         """
+        # In fp32 from one generator: bf16 and fp32 runs, and any sharding, start from the same numbers.
         sigma = self.config.initializer_range
         for name, parameter in self.named_parameters():
             values = torch.empty(parameter.shape, dtype=torch.float32, device=generator.device)
             if parameter.ndim > 1:
                 yield name, nn.init.trunc_normal_(values, 0.0, sigma, -3 * sigma, 3 * sigma, generator)
             else:
+                # What a layer adds starts at 1/sqrt(layers), so the sum over all layers starts at the scale of the
+                # embedding.
                 post = name.endswith(("post_attention_layernorm.weight", "post_mlp_layernorm.weight"))
                 yield name, values.fill_(self.config.num_hidden_layers**-0.5 if post else 1.0)
 
@@ -186,6 +199,7 @@ class Afmoe(nn.Module):
         for name, values in self.initial_values(generator):
             parameters[name].copy_(values)
         for moe in self.moe_layers().values():
+            # No expert is preferred before any load was counted.
             moe.expert_bias.zero_()
 
     def to_compute(self, dtype: torch.dtype) -> Afmoe:

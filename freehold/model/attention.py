@@ -41,6 +41,7 @@ class Context(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attend: q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D]."""
     if mask.start is not None:
+        # A view: heads stay next to each other in memory as the projections wrote them.
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, T, H or K, D], as the kernel reads them
         return cpu.attention(q, k, v, mask.start)[0].transpose(1, 2)
     if mask.blocks is not None:
@@ -57,6 +58,7 @@ def _flex_attention(compiled: bool) -> Any:
     """Return PyTorch's flex attention; uncompiled it makes every score, which is for tests."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    # Compiled it is one fused kernel over the blocks of the mask; eager it would hold all T x S scores.
     return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
 
@@ -71,14 +73,17 @@ class Attention(nn.Module):
         self.q_proj = Linear(config.hidden_size, config.query_width)
         self.k_proj = Linear(config.hidden_size, config.key_width)
         self.v_proj = Linear(config.hidden_size, config.key_width)
+        # The output gate: without it one head must attend somewhere even when it has nothing to say (attention sinks).
         self.gate_proj = Linear(config.hidden_size, config.query_width)
         self.o_proj = Linear(config.query_width, config.hidden_size)
+        # Norms on each head bound the scores, so that bf16 softmax stays exact enough and Muon's large steps are safe.
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.core: Callable[[Tensor, Tensor, Tensor, Mask], Tensor] = attend
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Map [B, T, d] to [B, T, d]."""
+        # -1: query heads for q, key-value heads for k and v.
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (project(x).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.kind == "sliding_attention":  # full layers have no positional encoding at all
@@ -87,6 +92,8 @@ class Attention(nn.Module):
                 for y, norm in ((q, self.q_norm), (k, self.k_norm))
             )
         else:
+            # Full layers are NoPE: order reaches them through the sliding layers, and length is not bound to rotations
+            # seen.
             q, k = self.q_norm(q), self.k_norm(k)
         if context.cache is not None:
             out = context.cache.attend(self.layer_index, q, k, v)  # [B, T, H, D]

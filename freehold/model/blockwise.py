@@ -27,14 +27,17 @@ class Block(NamedTuple):
 def attention_blocks(allowed: Tensor) -> list[Block]:
     """Cut the pairs that `allowed` ([B, 1, T, S] bool, or [1, 1, T, S] for all) into blocks without the empty part."""
     rows, _, tokens, width = allowed.shape
+    # 128 queries: a block of scores stays in the second-level cache, and a window of 128 wastes at most half.
     starts = range(0, tokens, BLOCK_TOKENS)
     seen = torch.stack([allowed[:, 0, start : start + BLOCK_TOKENS].any(1) for start in starts], 1).to(torch.uint8)
+    # argmax of a 0/1 row is its first 1; of the reversed row, its last.
     first, beyond = seen.argmax(-1).tolist(), (width - seen.flip(-1).argmax(-1)).tolist()
     blocks = []
     for row in range(rows):
         for number, start in enumerate(starts):
             queries, keys = slice(start, start + BLOCK_TOKENS), slice(first[row][number], beyond[row][number])
             part = allowed[row, 0, queries, keys]
+            # Added to the scores: cheaper than masked_fill on each head, and exact since exp(-inf) is 0.
             bias = torch.zeros(part.shape, device=part.device).masked_fill_(~part, -torch.inf)
             blocks.append(Block(slice(row, row + 1) if rows > 1 else slice(None), queries, keys, bias))
     return blocks
@@ -53,6 +56,7 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
+        # Probabilities are T x S for each head; computing them again costs one product and keeps memory linear.
         ctx.save_for_backward(q, k, v)
         ctx.blocks = blocks
         out = _like_tokens_first(q)
@@ -67,12 +71,14 @@ class _BlockwiseAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
         exact = torch.promote_types(q.dtype, torch.float32)
+        # Keys are seen by many blocks: their gradients add up in fp32 and are rounded once at the end.
         dq, dk, dv = _like_tokens_first(q), torch.zeros_like(k, dtype=exact), torch.zeros_like(v, dtype=exact)
         for block in ctx.blocks:
             qs, ks, vs = _part(q, block.sequences, block.queries, k), _keys(k, block), _keys(v, block)
             dpart = _part(dout, block.sequences, block.queries, k)
             p = _probabilities(qs, ks, block.bias, q.shape[-1])
             dp = torch.bmm(dpart, vs.transpose(1, 2)).to(exact)
+            # PyTorch's own fused form of p * (dp - sum(p * dp)).
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, exact).mul_(q.shape[-1] ** -0.5).to(q.dtype)
             target = dq[block.sequences, :, block.queries]
             target.copy_(torch.bmm(ds, ks).view(target.shape))
@@ -96,6 +102,7 @@ def _probabilities(qs: Tensor, ks: Tensor, bias: Tensor, head_dim: int) -> Tenso
 def _part(x: Tensor, sequences: slice, tokens: slice, k: Tensor) -> Tensor:
     """Return the queries of a block, those of one key head together: [n K, H/K t, D]."""
     part = x[sequences, :, tokens]
+    # The query heads of one key head are stacked along T: grouped-query attention becomes a plain batched product.
     return part.reshape(part.shape[0] * k.shape[1], -1, x.shape[-1])
 
 

@@ -48,6 +48,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         exact = torch.promote_types(x.dtype, torch.float32)
         rows = x.reshape(-1, x.shape[-1]).to(exact)
+        # vecdot reads x once; x.pow(2).mean() would write a tensor as large as x first.
         scale = torch.linalg.vecdot(rows, rows).div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, gain, scale)
         return (rows * scale[:, None]).mul_(gain).to(x.dtype).view(x.shape)
@@ -57,8 +58,10 @@ class _RMSNorm(torch.autograd.Function):
         x, gain, scale = ctx.saved_tensors
         width, exact = x.shape[-1], scale.dtype
         rows, drows = x.reshape(-1, width).to(exact), dy.reshape(-1, width).to(exact)
+        # The one new tensor of this pass; the gradient is written into it below.
         product = rows * drows
         dgain = product.t().mv(scale).to(gain.dtype)
+        # d/dx of 1/rms: -x (x . g dy) / (d rms^3), for each row one number times the row.
         pull = product.mv(gain.to(exact)).mul_(scale).mul_(scale).mul_(scale).div_(-width)
         dx = torch.mul(drows, gain, out=product).mul_(scale[:, None]).addcmul_(rows, pull[:, None])
         return dx.to(x.dtype).view(x.shape), dgain, None
@@ -80,9 +83,11 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     exact = x.to(cos.dtype)
+    # Halves, not even and odd places: that is how Hugging Face's weights are ordered.
     first, second = exact.chunk(2, dim=-1)
     out = torch.empty_like(exact)
     half = cos.shape[-1]
+    # Rotating by the negative angle is the inverse, so the gradient is the same code with the sign turned.
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-direction)
     torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=direction)
     return out.to(x.dtype)
@@ -97,6 +102,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
         inner = down.shape[2]
+        # Gate and up of all experts in one buffer: the elementwise part is one pass whatever the number of experts.
         both, y = x.new_empty(len(x), 2 * inner), torch.empty_like(x)
         for expert, rows in _runs(counts):
             torch.mm(x[rows], gate_up[expert].t(), out=both[rows])
@@ -113,6 +119,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         needs_x, _, needs_gate_up, needs_down = ctx.needs_input_grad
         gate, up = both.chunk(2, dim=-1)
         active = F.silu(gate)
+        # Rows of a transposed gradient would make every product below copy.
         dy = dy.contiguous()
         dproduct = torch.empty_like(active)
         for expert, rows in _runs(ctx.counts):
@@ -120,10 +127,12 @@ class _GroupedSwiGLU(torch.autograd.Function):
         dx = d_gate_up = d_down = None
         if needs_down:
             d_down = torch.empty_like(down)
+            # Computed again rather than kept: one multiplication against a tensor [R, i] for each layer.
             product = active * up
             for expert, rows in _runs(ctx.counts, d_down):
                 torch.mm(dy[rows].t(), product[rows], out=d_down[expert])
         dboth = torch.empty_like(both)
+        # up's gradient first: dproduct is overwritten by the next line.
         torch.mul(dproduct, active, out=dboth[:, active.shape[1] :])
         torch.ops.aten.silu_backward.grad_input(dproduct.mul_(up), gate, grad_input=dboth[:, : active.shape[1]])
         if needs_gate_up:
@@ -159,6 +168,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        # By permutation and in slot order: index_add_ on several threads would sum in another order each time.
         first, *others = ctx.inverse.view(ctx.tokens, -1).unbind(1)
         total = dy.index_select(0, first).to(torch.promote_types(dy.dtype, torch.float32))
         for slot in others:
@@ -171,6 +181,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, path: Route, weights: Tensor, base: Tensor) -> Tensor:
+        # A copy, since the sum is built in it and autograd may still need base.
         total = base.to(weights.dtype, copy=True)
         inverse = path.inverse.view(weights.shape)
         for slot in range(weights.shape[1]):
@@ -185,6 +196,7 @@ class _Combine(torch.autograd.Function):
         y, weights = ctx.saved_tensors
         path = ctx.path
         rows = dout.index_select(0, path.token)
+        # The weight's gradient is a dot product of d terms: in bf16 it would lose what balancing needs.
         exact = rows.to(weights.dtype)
         dweights = torch.linalg.vecdot(exact, y.to(weights.dtype))
         dy = (exact * weights.flatten()[path.order, None]).to(y.dtype)

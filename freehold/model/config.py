@@ -106,6 +106,7 @@ class ModelConfig(Config):
         """Merge the keys into their preset and fill in what follows from the others."""
         if not isinstance(data, dict):
             return data
+        # null in a recipe means: derive it, or take the preset's.
         data = {k: v for k, v in data.items() if v is not None}
         name = data.pop("preset", None)
         if name is not None:
@@ -121,10 +122,13 @@ class ModelConfig(Config):
         layers, every = data.get("num_hidden_layers"), data.get("global_attn_every_n_layers", 4)
         if "layer_types" not in data and isinstance(layers, int) and isinstance(every, int) and every > 0:
             data["layer_types"] = tuple(
-                "sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(layers)
+                # Every n-th layer, counted from 1, is full: with n = 4 the last layer of Nano, Mini and Large is.
+                "sliding_attention" if (layer + 1) % every else "full_attention"
+                for layer in range(layers)
             )
         width = data.get("hidden_size")
         if "initializer_range" not in data and isinstance(width, int) and width > 0:
+            # The report's rule; with embeddings times sqrt(d) the stream starts at 0.5 for any width.
             data["initializer_range"] = 0.5 / math.sqrt(width)
         return data
 
@@ -187,11 +191,13 @@ def compute_route_scale(num_experts: int, num_experts_per_tok: int) -> float:
     published 2.826 of (128, 8); 2.449 for (256, 6), published as 2.448. Only the k largest are drawn: the
     maximum of n uniform numbers is U**(1/n), and the next is the maximum of n - 1 below it.
     """
+    # Enough for three decimals, and the same on every machine: a route scale is part of a checkpoint.
     rng, normal, draws = random.Random(0), statistics.NormalDist(), 2000
     total = 0.0
     for _ in range(draws):
         top, scores = 1.0, []
         for left in range(num_experts, num_experts - num_experts_per_tok, -1):
+            # The maximum of n uniform numbers is distributed as U**(1/n): no need to draw and sort all experts.
             top *= (1.0 - rng.random()) ** (1.0 / left)
             logit = normal.inv_cdf(min(max(top, 1e-300), 1 - 1e-16))
             scores.append(1.0 / (1.0 + math.exp(-logit)))
@@ -210,6 +216,7 @@ def parameter_counts(config: ModelConfig, parts: Mapping[str, int] | None = None
     `router`): so other architectures are counted by the same arithmetic.
     """
     d, layers, parts = config.hidden_size, config.num_hidden_layers, parts or {}
+    # Numbers alone, no tensors: a trillion parameters are counted as fast as a thousand.
     moe_layers = layers - config.num_dense_layers
     attention = parts.get("attention_per_layer", 3 * d * config.query_width + 2 * d * config.key_width)
     norms = parts.get("norms_per_layer", 4 * d + 2 * config.head_dim)
@@ -218,6 +225,7 @@ def parameter_counts(config: ModelConfig, parts: Mapping[str, int] | None = None
     shared = parts.get("shared_experts", expert * config.num_shared_experts)
     router = parts.get("router", d * config.num_experts)
     moe_layer = expert * config.num_experts + shared + router
+    # Embedding and head are two matrices; the embedding is a look-up and costs no FLOPs.
     embedding = config.vocab_size * d
     always = layers * (attention + norms) + config.num_dense_layers * dense_ffn + moe_layers * (shared + router) + d
     routed = moe_layers * expert * config.num_experts

@@ -53,6 +53,7 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.gate_proj = Linear(width, inner)
+        # Two matrices, as Hugging Face stores them; the kernels read both in one pass.
         self.up_proj = Linear(width, inner)
         self.down_proj = Linear(inner, width)
         self.packs: ops.Packs | None = None
@@ -68,7 +69,8 @@ def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -
     In fp32, or in `dtype` where that is finer.
     """
     exact = torch.promote_types(dtype, torch.float32)
+    # In fp32: at position 100,000 a bf16 angle is wrong by whole turns.
     exponents = torch.arange(0, head_dim, 2, dtype=exact, device=positions.device) / head_dim
-    angles = positions[..., None].to(exact) * theta**-exponents
+    angles = positions[..., None].to(exact) * theta**-exponents  # [T, D/2] or [B, T, D/2]
     angles = angles[:, None] if positions.ndim == 2 else angles[None, None]
     return angles.cos(), angles.sin()

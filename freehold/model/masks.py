@@ -49,6 +49,7 @@ def document_starts(document_ids: Tensor) -> Tensor:
     way that would make the host wait for the device.
     """
     place = torch.arange(document_ids.shape[1], dtype=torch.int32, device=document_ids.device)
+    # int32 throughout: half the memory traffic of torch's default, and no row has 2^31 tokens.
     first = torch.zeros(document_ids.shape, dtype=torch.int32, device=document_ids.device)
     first[:, 1:] = (document_ids.diff(dim=1) != 0) * place[1:]
     # The latest start so far is that of the document a token is in.
@@ -83,10 +84,12 @@ def flex_mask(start: Tensor) -> BlockMask:
 
     tokens = start.shape[1]
     count = -(-tokens // FLEX_BLOCK)
+    # Padding queries start after the last token, so they pull no further key block into their block.
     padded = F.pad(start, (0, count * FLEX_BLOCK - tokens), value=tokens)
     # A block of queries needs the keys from the earliest one any of them sees.
     first = padded.unflatten(1, (count, FLEX_BLOCK)).amin(2) // FLEX_BLOCK  # [B, blocks]
     numbers = torch.arange(count, dtype=torch.int32, device=start.device)
+    # Clamped entries are beyond the count of blocks given next to them, so they are never read.
     indices = (first[..., None] + numbers).clamp_max(count - 1)  # [B, blocks, blocks]
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -111,6 +114,7 @@ def build_masks(
     # Intervals need positions that count up by one, which only we can promise.
     as_intervals = positions is None and cpu.available(h, config.head_dim)
     as_blocks = positions is None and takes_flex(device, tokens)
+    # One mask for a kind of layer, not for each layer: they depend on the window alone.
     for kind in sorted(set(config.layer_types)):
         window = config.sliding_window if kind == "sliding_attention" else None
         if as_intervals or as_blocks:
@@ -127,11 +131,13 @@ def _dense(h: Tensor, window: int | None, positions: Tensor | None, document_ids
     tokens, device = h.shape[1], h.device
     # Only here do CPUs gain from skipping blocks: PyTorch's kernel for short rows is as fast.
     as_blocks = device.type == "cpu" and blockwise.BLOCK_TOKENS < tokens <= blockwise.BLOCKWISE_MAX_TOKENS
+    # A window as long as the row hides nothing; given positions may be far apart, so then it must be checked.
     narrow = window is not None and (positions is not None or window < tokens)
     if positions is None and document_ids is None and not narrow and not as_blocks:
         return Mask(None, True, window)
     order = torch.arange(tokens, device=device) if positions is None else positions
     order = order.int().expand(1, -1) if order.ndim == 1 else order.int()  # [B or 1, T]
+    # By positions, not by places in the row: the caller may have skipped tokens between them.
     distance = order[:, :, None] - order[:, None, :]  # [B or 1, T, T]
     seen = distance >= 0
     if document_ids is not None:

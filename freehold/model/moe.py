@@ -78,6 +78,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         experts, width, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        # Stacked and fused: one tensor for a grouped product, one optimizer state, half the reads of x.
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
         self.packs: ops.Packs | None = None
@@ -104,11 +105,13 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config)
         self.shared_experts = SwiGLU(config.hidden_size, config.moe_intermediate_size * config.num_shared_experts)
+        # Expert parallelism replaces this object; nothing else in the layer changes.
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoE:
         """Follow the model to another device, but not to another precision."""
+        # nn.Module.to(bfloat16) casts buffers too; the bias moves by 1e-3 and less, which bf16 would swallow.
         exact = self.expert_bias
         super()._apply(fn, recurse)
         if self.expert_bias.dtype != torch.float32:
@@ -120,11 +123,17 @@ class MoE(nn.Module):
         flat = x.flatten(0, -2)
         logits, weights, chosen = self.router(flat, self.expert_bias)
         experts = self.expert_bias.numel()
+        # Counted before dispatch: ranks exchange counts first, to know how many rows will come.
         counts = _loads(chosen, experts)
+        # Sorted by expert, so that each expert reads one stretch of rows and its product is one matrix multiplication.
         path = route(chosen)
         rows, local_counts, context = self.dispatcher.dispatch(ops.gather(flat, path), counts)
+        # The experts see rows only: neither tokens nor weights, so they can be on any rank.
         results = self.dispatcher.combine(self.experts(rows, local_counts), context)
+        # The shared expert is the start of the sum: no extra pass over [N, d] to add it.
         out = ops.combine(results, path, weights, self.shared_experts(flat))
+        # Worked example: 3 tokens choose (0, 2), (2, 1), (0, 1) of 4 experts, the last token is padding. All rows:
+        # counts [2, 2, 2, 0]. Counted loads: [1, 1, 2, 0].
         counted = counts if token_mask is None else _loads(chosen, experts, token_mask)
         return out.view_as(x), Routing(logits, chosen, weights, counted)
 
