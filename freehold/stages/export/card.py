@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from gguf.quants import dequantize
 
-from freehold.core.artifact import write_atomic, write_json
+from freehold.core.artifact import read_json, write_atomic, write_json
+from freehold.core.errors import ExportError
 from freehold.kernels.quantize import widen
 from freehold.stages.export.mix import Choice, layer_of
 from freehold.stages.export.source import Weights
@@ -79,7 +80,7 @@ def worst(errors: Mapping[str, float]) -> list[dict[str, Any]]:
 
 def make_card(
     path: Path, file_type: str, choices: Mapping[str, Choice], *, planned_bytes: int, calibration: Mapping[str, Any],
-    errors: Mapping[str, float], proof: Mapping[str, Any], limit: float | None,
+    errors: Mapping[str, float], proof: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Return the card of one file; `proof` is its record in parity.json, or says that it was not run."""
     size = path.stat().st_size
@@ -93,7 +94,7 @@ def make_card(
         "quantizers": QUANTIZERS,
         "calibration": dict(calibration),
         "worst_tensors": worst(errors),
-        "max_mean_kl": limit,
+        "max_mean_kl": None,
         "proof": dict(proof),
     }
 
@@ -102,6 +103,12 @@ def write_card(path: Path, card: Mapping[str, Any]) -> None:
     """Write `<file>.card.json` and `<file>.card.md` next to a GGUF file."""
     write_json(path.with_suffix(".card.json"), card)
     write_atomic(path.with_suffix(".card.md"), markdown(card))
+
+
+def add_proof(path: Path, proof: Mapping[str, Any], errors: Mapping[str, float], limit: float) -> None:
+    """Put the proof of a file, and the errors of all its tensors, into the card next to it."""
+    card = read_json(path.with_suffix(".card.json"), ExportError)
+    write_card(path, {**card, "proof": dict(proof), "worst_tensors": worst(errors), "max_mean_kl": limit})
 
 
 def markdown(card: Mapping[str, Any]) -> str:

@@ -22,12 +22,11 @@ from freehold.stages.export.stream import Target, Tensor, Writer, place
 def write_files(
     folder: Path, config: ModelConfig, files: Mapping[str, Path], *, name: str, imatrix: Path | None = None,
     workers: int = 0, say: Callable[[str], None] = lambda _: None, weights: Weights | None = None,
-    sample_cards: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write GGUF files (file type: path, all in one folder) in one read of the weights; return figures.
 
-    `folder` holds the tokenizer, and in Hugging Face form the weights when none are given. `sample_cards`: write a card
-    next to each file, with the errors of some layers read back.
+    `folder` holds the tokenizer, and in Hugging Face form the weights when none are given. A card is
+    written next to each file, with the errors of some layers read back.
 
     `workers` 0 means one a core. Memory is a slab a worker, whatever the size. ExportError when tensors do not add up,
     are not finite, when the importance matrix is another model's, or when the disk is full (repeat to resume).
@@ -44,8 +43,7 @@ def write_files(
         writer = Writer(shards, tensors, targets, importance, workers or len(os.sched_getaffinity(0)), say)
         figures = writer.run()
         for target in targets:
-            if sample_cards:
-                write_card(target.path, _card(target, importance, sampled_errors(shards, tensors, target)))
+            write_card(target.path, _card(target, importance, sampled_errors(shards, tensors, target)))
     finally:
         shards.close()
     figures["bytes"] = {target.file_type: target.bytes for target in targets}
@@ -65,7 +63,8 @@ def describe_calibration(importance: Importance | None) -> dict[str, Any]:
         "text": importance.dataset,
         "chunks": importance.chunks,
         "weights": len(importance.names),
-        "matrices that saw no token": importance.idle(),
+        "matrices that saw no token": importance.idle() + len(importance.prior_only),
+        "of these with a neutral prior": len(importance.prior_only),
     }
 
 
@@ -75,7 +74,7 @@ NOT_RUN = "not run: weights of the first, middle and last layer were read back, 
 def _card(target: Target, importance: Importance | None, errors: dict[str, float]) -> dict[str, Any]:
     return make_card(
         target.path, target.file_type, target.choices, planned_bytes=target.bytes,
-        calibration=describe_calibration(importance), errors=errors, proof={"model": NOT_RUN}, limit=None,
+        calibration=describe_calibration(importance), errors=errors, proof={"model": NOT_RUN},
     )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def export_folder(folder: Path, request: Request, say: Callable[[str], None] = l
     files = {kind: request.output / f"{request.name}-{kind}.gguf" for kind in request.types}
     figures = write_files(
         folder, source.config, files, name=request.name, imatrix=request.imatrix, workers=request.workers, say=say,
-        weights=source.weights, sample_cards=True,
+        weights=source.weights,
     )  # fmt: skip
     write_release(
         request.output, files, source.config, name=request.name, source=folder, licence=request.licence,
