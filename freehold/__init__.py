@@ -20,7 +20,7 @@ __version__ = VERSION
 
 def load(path: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32", **options: Any) -> Loaded:
     """Open a Freehold checkpoint or an HF AFMoE folder; the options are those of `freehold.api.load`."""
-    environment.prepare()  # before PyTorch is imported, which reads some of it
+    environment.prepare()  # before PyTorch is imported, which reads the environment
     from freehold import api
 
     return api.load(path, dtype=dtype, **options)

@@ -143,7 +143,7 @@ def _rights(args: argparse.Namespace) -> int:
     if args.of:
         groups = policy_check.checkpoint(run, find_checkpoint(run, args.of) or args.of, policy, rewritten)
     else:
-        groups = policy_check.corpus(run, policy, rewritten)
+        groups = policy_check.everything(run, policy, rewritten)
     answer = {
         "run": run.name,
         "of": args.of or "corpus",

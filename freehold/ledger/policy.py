@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Protocol, TypeVar
@@ -85,6 +85,43 @@ class Note(Config):
     )
 
 
+class Origin(Config):
+    """Who made a model, a teacher or a package, and where; empty is unknown."""
+
+    vendor: str = Field(default="", description="who made it")
+    country: str = Field(default="", description="country of the vendor, as ISO 3166 has it")
+    compute: str = Field(default="", description="country in which it was computed, as ISO 3166 has it")
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.model_dump().items() if value) or "unknown"
+
+
+class OriginRule(Config):
+    """What follows for models, teachers and packages whose origin matches every pattern given."""
+
+    vendor: str = Field(default="*", description="glob over vendors")
+    country: str = Field(default="*", description="glob over countries")
+    compute: str = Field(default="*", description="glob over places of compute")
+    decision: Literal["review", "refuse"] = Field(default="refuse", description="what follows")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> OriginRule:
+        if self.vendor == self.country == self.compute == "*":
+            raise ValueError("a rule of origin needs a vendor, a country or a place of compute")
+        return self
+
+    def matches(self, origin: Origin) -> bool:
+        """Return whether it is about an origin; what is unknown matches only `*`."""
+        return all(
+            pattern == "*" or (value and fnmatchcase(value.casefold(), pattern.casefold()))
+            for pattern, value in (
+                (self.vendor, origin.vendor),
+                (self.country, origin.country),
+                (self.compute, origin.compute),
+            )
+        )
+
+
 NOTES = (
     Note(where="US", licences=("LicenseRef-PD-expired",), note="the term is 95 years from publication"),
     Note(where="EU", licences=("LicenseRef-PD-expired",), note="the term is the author's life and 70 years"),
@@ -135,6 +172,18 @@ class Policy(Config):
     min_confidence: Confidence = Field(
         default="medium",
         description="rows whose evidence is weaker stop for review; low is contradicted, withheld or unread",
+    )
+
+    origins: tuple[OriginRule, ...] = Field(
+        default=(), description="models, teachers and packages that stop because of who made them, or where"
+    )
+    unknown_origin: Decision = Field(
+        default="allow", description="what follows for a model or teacher whose vendor and country are not stated"
+    )
+    parents: dict[Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")], Annotated[str, Field(pattern=r"\S")]] = Field(
+        default={},
+        description="parents without a record that may be used all the same: the beginning of the checkpoint's hash, "
+        "and the reason in your words",
     )
 
     @model_validator(mode="before")
@@ -234,6 +283,27 @@ def judge_row(row: Row, policy: Policy) -> Verdict:
     if weak and verdict.decision == "allow":
         return Verdict("review", f"the evidence is of {row.licence_confidence} confidence: {row.licence_evidence}", "")
     return verdict
+
+
+def judge_origin(what: str, origin: Origin, policy: Policy) -> Verdict:
+    """Judge a model, teacher or package by who made it and where."""
+    found = [rule.decision for rule in policy.origins if rule.matches(origin)]
+    if found:
+        return Verdict(max(found, key=SEVERITY.__getitem__), f"the policy stops {what} by its origin: {origin}", "")
+    if not (origin.vendor or origin.country) and what.partition(" ")[0] in ("model", "teacher"):
+        return Verdict(policy.unknown_origin, f"the origin of {what} is not stated", "")
+    return Verdict("allow", f"origin: {origin}", "")
+
+
+def judge_unknown(reason: str, content_sha256: str, policy: Policy) -> Verdict:
+    """Judge a parent of which something is not known: a person decides, by its hash in `policy.parents`."""
+    stated = settled(content_sha256, policy.parents)
+    return Verdict("allow", f"settled: {stated}", "") if stated else Verdict("review", reason, "")
+
+
+def settled(content_sha256: str, parents: Mapping[str, str]) -> str:
+    """Return why a parent without a record may be used; empty when no one said so."""
+    return next((why for start, why in parents.items() if content_sha256.startswith(start)), "")
 
 
 def gate(rows: Iterable[R], policy: Policy) -> Iterator[R]:

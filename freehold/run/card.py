@@ -14,6 +14,8 @@ from pydantic import Field
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.config import Config, fill, load_yaml
 from freehold.core.errors import ArtifactError
+from freehold.ledger.policy import settled
+from freehold.run.ancestry import ancestors
 from freehold.run.checkpoints import read_checkpoints
 from freehold.run.layout import CURATE, GATHER, RunFolder, training
 from freehold.run.tables import Tables, readable
@@ -129,6 +131,19 @@ def facts(run_folder: Path) -> dict[str, Any]:
         for c in read_checkpoints(run_folder)
         if c.named
     ]
+    result["ancestors"] = [
+        {
+            "name": record.name,
+            "content_sha256": record.content_sha256,
+            "licences": sorted({row.licence for row in record.rows}),
+            "documents": sum(row.documents for row in record.rows),
+            "origin": "; ".join(str(made.origin) for made in record.origins),
+            "unknown": list(record.unknown),
+            "settled": settled(record.content_sha256, result["policy"].get("parents", {})),
+        }
+        for root in ancestors(run)
+        for record in root.all()
+    ]
     return result
 
 
@@ -140,6 +155,9 @@ def _sources(run_folder: Path, kept: list[dict[str, Any]]) -> list[dict[str, Any
     """Return every source that was gathered, with what is left."""
     path = RunFolder(run_folder).sources
     gathered = read_json(path) if path.exists() else {}
+    # A source without a date in the recipe was acquired when the stage first read it.
+    folder = RunFolder(run_folder).stage(GATHER)
+    read = str(read_manifest(folder).get("created", ""))[:10] if (folder / MANIFEST).exists() else ""
     names = sorted({*gathered, *(row["source"] for row in kept)})
     rows = []
     for name in names:
@@ -150,7 +168,7 @@ def _sources(run_folder: Path, kept: list[dict[str, Any]]) -> list[dict[str, Any
                 "source": name,
                 "kind": entry.get("kind", ""),
                 "version": entry.get("version", ""),
-                "acquired": entry.get("acquired", ""),
+                "acquired": entry.get("acquired") or (read if entry.get("kind") else ""),
                 "wrapper_licence": entry.get("wrapper_licence", ""),
                 "licences": sorted(entry.get("licences", {})),
                 "evidence": entry.get("licence_evidence", []),

@@ -118,9 +118,17 @@ def data_card(facts: dict[str, Any], stated: Statements) -> str:
     parts.append(Table("Training", ["stage", "steps", "tokens read"], rows).markdown())
     rows = [[c["path"], c["stage_type"], _n(c["step"]), c["content_sha256"]] for c in facts["checkpoints"]]
     parts.append(Table("Checkpoints", ["checkpoint", "what", "steps", "content"], rows, left=(0, 1, 3)).markdown())
+    rows = []
+    for a in facts["ancestors"]:
+        open_points = [*a["unknown"], *([f"settled: {a['settled']}"] if a["settled"] else [])]
+        licences = ", ".join(a["licences"]) or "unknown"
+        made_by = a["origin"] or "unknown"
+        rows.append([a["name"], a["content_sha256"], licences, _n(a["documents"]), made_by, "; ".join(open_points)])
+    header = ["model", "content", "licences it learned from", "documents", "made by", "not known"]
+    parts.append(Table("Models of other runs", header, rows, left=(0, 1, 2, 4, 5)).markdown() if rows else "")
     if facts["missing"]:
         parts.append("Not known: " + "; ".join(facts["missing"]) + ".\n")
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def eu_summary(facts: dict[str, Any], stated: Statements) -> str:
@@ -154,7 +162,9 @@ def eu_summary(facts: dict[str, Any], stated: Statements) -> str:
         _field("Versioned model name(s)", model),
         _field(
             "Model dependencies",
-            f"continues from a checkpoint of another run, content {', '.join(outside)}" if outside
+            "; ".join(f"{a['name']}, content {a['content_sha256']}, under {', '.join(a['licences']) or 'unknown terms'}"
+                      for a in facts["ancestors"]) if facts["ancestors"]
+            else f"continues from a checkpoint of another run, content {', '.join(outside)}" if outside
             else "none: trained from random weights" if facts["checkpoints"] else "",
         ),
         _field("Date of placement of the model on the Union market", stated.placed_on_market),

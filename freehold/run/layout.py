@@ -196,6 +196,10 @@ class RunFolder:
         """Return a stage's tables of documents."""
         return sorted((self.root / name / "documents").glob("*.parquet"))
 
+    def ancestry(self, name: str) -> Path:
+        """Return the records of the parents and teachers of a stage that are in other runs."""
+        return self.root / name / "ancestry.json"
+
     def step_checkpoints(self, name: str) -> Path:
         """Return the folder of a training stage's checkpoints of every few steps."""
         return self.root / name / "checkpoints"

@@ -9,6 +9,7 @@ from typing import Any
 
 from freehold.core.artifact import MANIFEST, read_json, read_manifest, sha256_json
 from freehold.core.errors import ArtifactError
+from freehold.run.ancestry import Record, ancestors, ancestors_of_stage, origin_of, unknown
 from freehold.run.checkpoints import Checkpoint, exported_checkpoint, read_checkpoints
 from freehold.run.layout import (
     ALIGN,
@@ -38,6 +39,8 @@ class Node:
     detail: str = ""
     content_sha256: str = ""
     created: str = ""
+    origin: str = ""
+    """Who made it and where: `vendor Acme, country US`; of models, teachers and packages that say it."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,10 @@ class _Builder:
         """Add sources, documents, teacher, tokenizer and tokens."""
         if GATHER in self.manifests:
             self.add(_stage_node(GATHER, self.manifests[GATHER], "documents"))
+            configured = self.manifests[GATHER].get("config", {}).get("sources") or {}
             for name, version, licence in _sources(self.run.sources):
-                self.add(Node(f"source {name}", "source", f"{version} {licence}".strip()))
+                made_by = origin_of(configured.get(name, {}).get("made_by") or {})
+                self.add(Node(f"source {name}", "source", f"{version} {licence}".strip(), origin=made_by))
                 self.tie(f"source {name}", GATHER)
         if CURATE in self.manifests:
             self.add(_stage_node(CURATE, self.manifests[CURATE], "documents"))
@@ -127,8 +132,13 @@ class _Builder:
         if teacher:
             self.add(_stage_node(REPHRASE, self.manifests[REPHRASE], "documents"))
             self.stage_edge(CURATE, REPHRASE, REPHRASE, CURATE)
-            self.add(Node(f"teacher {teacher}", "teacher", "wrote documents again"))
+            settings = self.manifests[REPHRASE].get("config", {}).get("teacher") or {}
+            made_by = origin_of(settings)
+            self.add(Node(f"teacher {teacher}", "teacher", "wrote documents again", origin=made_by))
             self.tie(f"teacher {teacher}", REPHRASE)
+            for record in ancestors_of_stage(self.run, REPHRASE):
+                if record.run:
+                    self.tie(self._add_record(record), f"teacher {teacher}", record.content_sha256)
         if TOKENIZE in self.manifests:
             for part in ("tokenizer", "tokens"):
                 self.add(_part(part, part, self.manifests[TOKENIZE], f"{part}/"))
@@ -163,8 +173,23 @@ class _Builder:
         elif parent and PRETRAIN in before and checkpoint.stage == ALIGN:
             self.tie(before[PRETRAIN], name, parent, matches=False)
         elif parent:
-            outside = self.add(Node(f"outside {parent[:12]}", "outside", "a checkpoint of another run", parent))
-            self.tie(outside, name, parent)
+            known = {record.content_sha256: record for record in ancestors(self.run, checkpoint)}
+            record = known.get(parent) or unknown("there is no record of it", parent)
+            self.tie(self._add_record(record), name, parent)
+
+    def _add_record(self, record: Record) -> str:
+        """Add a checkpoint of another run and its own ancestors; return its node."""
+        name = record.name if record.run else f"outside {record.content_sha256[:12] or record.path}"
+        if name in {node.name for node in self.graph.nodes}:
+            return name
+        licences = ", ".join(sorted({row.licence or "unknown" for row in record.rows}))
+        detail = f"a checkpoint of another run, learned from {licences}" if licences else "a checkpoint of another run"
+        detail = "; ".join([detail, *record.unknown])
+        made_by = "; ".join(str(made.origin) for made in record.origins)
+        self.add(Node(name, "outside", detail, record.content_sha256, origin=made_by))
+        for parent in record.parents:
+            self.tie(self._add_record(parent), name, parent.content_sha256)
+        return name
 
     def add_exports(self) -> None:
         """Add the Hugging Face folder and the GGUF files."""
@@ -241,6 +266,7 @@ def _tree(graph: Graph, width: int) -> str:
         text = node.name + (f"  {node.content_sha256[:12]}" if node.content_sha256 else "")
         text += f"  {node.created}" if node.created else ""
         text += f"  {node.detail}" if node.detail else ""
+        text += f"  ({node.origin})" if node.origin else ""
         also = [e.origin for e in edges if e.origin != main[node.name] and not e.origin.startswith("source ")]
         text += f"  (also from {', '.join(also)})" if also else ""
         for edge in edges:
@@ -253,7 +279,7 @@ def _tree(graph: Graph, width: int) -> str:
             branch = tree.add(label(node))
             if node.name == GATHER:
                 for source in (n for n in graph.nodes if n.kind == "source"):
-                    branch.add(f"{source.name}  {source.detail}")
+                    branch.add(f"{source.name}  {source.detail}" + (f"  ({source.origin})" if source.origin else ""))
             grow(branch, node.name)
 
     tree = Tree(f"run {graph.run}" + ("" if graph.sound else "  (some recorded hashes do not match)"))

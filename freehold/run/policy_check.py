@@ -6,18 +6,27 @@ a model trained for one use is to be passed on for another. The answer names the
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from freehold.ledger.policy import SEVERITY, Claim, Decision, Policy, Verdict, judge_row, refusal
+from freehold.core.errors import DataError
+from freehold.ledger.policy import (
+    SEVERITY,
+    Claim,
+    Decision,
+    Policy,
+    Verdict,
+    judge_origin,
+    judge_row,
+    judge_unknown,
+    refusal,
+)
+from freehold.run.ancestry import MadeBy, Record, Rows, ancestors, learned_rows, own_origins, records_for, sum_rows
 from freehold.run.checkpoints import read_checkpoints
-from freehold.run.layout import CURATE, WALK, RunFolder
+from freehold.run.layout import CURATE, PRETRAIN, REPHRASE, WALK, RunFolder
 from freehold.run.tables import Tables, readable
-from freehold.run.trace import learned_from
-
-RIGHTS = "source, source_version, kind, wrapper_licence, licence, licence_evidence, licence_confidence, teacher"
 
 
 @dataclass(frozen=True)
@@ -49,14 +58,53 @@ def corpus(
         " and ($kind = '' or (kind = 'conversation') = ($kind = 'conversation'))"
     )
     with readable(run_folder), Tables(run_folder) as tables:
-        return _judged(tables, rows, policy, rewritten, sources=sorted(sources), kind=kind)
+        tables.with_all_columns()
+        found = sum_rows(tables, rows, sources=sorted(sources), kind=kind)
+    return _judged(found, policy, rewritten) + _made_by(own_origins(RunFolder(run_folder)), policy)
 
 
 def checkpoint(run_folder: Path, path: str, policy: Policy, rewritten: Policy | None = None) -> list[Group]:
-    """Judge every row that a checkpoint, or one it was made from, learned from; DataError when there is no such one."""
-    with readable(run_folder), Tables(run_folder) as tables:
-        learned_from(tables, path)
-        return _judged(tables, "all_rights where id in (select id from learned)", policy, rewritten)
+    """Judge every row that a checkpoint learned from, its ancestors' in other runs included, and their origins.
+
+    Raises DataError when there is no such checkpoint.
+    """
+    run, checkpoints = RunFolder(run_folder), read_checkpoints(run_folder)
+    found = next((c for c in checkpoints if c.path == path), None)
+    if found is None:
+        expected = ", ".join(c.path for c in checkpoints) or None
+        raise DataError("no such checkpoint", where=run_folder, found=path, expected=expected)
+    rows, gaps = learned_rows(run, found)
+    own = Record(run_folder.name, path, found.content_sha256, unknown=gaps, origins=own_origins(run))
+    return _judged(rows, policy, rewritten) + inherited([own, *ancestors(run, found)], policy, rewritten)
+
+
+def everything(run_folder: Path, policy: Policy, rewritten: Policy | None = None) -> list[Group]:
+    """Judge the corpus of a run and what its models inherit from other runs."""
+    return corpus(run_folder, policy, rewritten) + inherited(ancestors(RunFolder(run_folder)), policy, rewritten)
+
+
+def inherited(records: Iterable[Record], policy: Policy, rewritten: Policy | None = None) -> list[Group]:
+    """Judge what models of other runs learned from, to the roots; what is not known of them is for a person."""
+    groups: list[Group] = []
+    for record in (each for root in records for each in root.all()):
+        for group in _judged(record.rows, policy, rewritten):
+            groups.append(replace(group, claim=replace(group.claim, source=f"{record.name}: {group.claim.source}")))
+        groups += _made_by(record.origins, policy)
+        for reason in record.unknown:
+            claim = Claim(record.name, record.content_sha256, record.path, "", "", reason)
+            verdict = judge_unknown(f"{record.name}: {reason}", record.content_sha256, policy)
+            groups.append(Group(claim, "model", "", 1, verdict))
+    return groups
+
+
+def _made_by(origins: Iterable[MadeBy], policy: Policy) -> list[Group]:
+    """Return what stops by its origin."""
+    judged = [(made, judge_origin(made.what, made.origin, policy)) for made in origins]
+    return [
+        Group(Claim(made.what, "", "", "", "", str(made.origin)), "origin", "", 1, verdict)
+        for made, verdict in judged
+        if verdict.decision != "allow"
+    ]
 
 
 def worst(groups: list[Group]) -> Decision:
@@ -81,8 +129,11 @@ def before_stage(
     names (`uses`) and those of the policy.
     """
     gate = WALK[stage].gate
-    if not gate or not RunFolder(run_folder).finished(CURATE):
-        return  # the parent of a branch is in another run, and was judged there
+    run = RunFolder(run_folder)
+    if stage in (PRETRAIN, REPHRASE):
+        hold("the run by its parent or teacher", inherited(records_for(run, stage, config), policy, rewritten))
+    if not gate or not run.finished(CURATE):
+        return
     if gate == "mixture":
         weights = [phase.get("mixture") or {} for phase in config.get("phases", {}).values()]
         # A phase without a mixture reads every source.
@@ -123,16 +174,18 @@ def table(groups: list[Group]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-SEVERITY[row["decision"]], row["source"], row["licence"]))
 
 
-def _judged(tables: Tables, rows: str, policy: Policy, rewritten: Policy | None, **values: Any) -> list[Group]:
-    tables.with_all_columns()
-    weighed = "licence_confidence" in tables.column_names(rows.partition(" ")[0])
-    columns = RIGHTS if weighed else RIGHTS.replace("licence_confidence", "'' licence_confidence")
+def _judged(rows: Iterable[Rows], policy: Policy, rewritten: Policy | None) -> list[Group]:
     groups = []
-    for row in tables.rows(
-        f"select {columns}, count(*) documents, min(path) path from {rows} group by all order by all", **values
-    ):
-        about = {key: row.pop(key) for key in ("kind", "teacher", "documents")}
-        claim = Claim(**{key: value or "" for key, value in row.items()})
-        verdict = judge_row(claim, rewritten if rewritten and about["teacher"] else policy)
-        groups.append(Group(claim, **about, verdict=verdict))
+    for row in rows:
+        claim = Claim(
+            row.source,
+            row.source_version,
+            row.path,
+            row.wrapper_licence,
+            row.licence,
+            row.licence_evidence,
+            row.licence_confidence,
+        )
+        verdict = judge_row(claim, rewritten if rewritten and row.teacher else policy)
+        groups.append(Group(claim, row.kind, row.teacher, row.documents, verdict))
     return groups

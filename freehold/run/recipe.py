@@ -13,6 +13,7 @@ from freehold.core.artifact import read_manifest
 from freehold.core.code import code_sha256, contract_versions
 from freehold.core.config import Config, fill, load_recipe, merge, override, unknown_key
 from freehold.core.errors import ConfigError
+from freehold.ledger.policy import Origin
 from freehold.run.layout import SERVE, WALK, RunFolder, Stage
 
 
@@ -24,6 +25,7 @@ class Head(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run folder below runs_dir")
     seed: int = Field(0, ge=0, lt=2**63, description="the one seed every random choice follows from")
     runs_dir: Path = Field(Path("runs"), description="folder of the run folders")
+    origin: Origin = Field(Origin(), description="who trains, and where: recorded with what training makes")
     until: str = Field(SERVE, description="last stage of the walk to run")
 
 

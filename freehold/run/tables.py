@@ -174,9 +174,9 @@ class Tables:
         names = [column[0] for column in result.description or []]
         return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
 
-    def read(self, kind: type[R], sql: str, **values: Any) -> tuple[R, ...]:
+    def read(self, row: type[R], sql: str, /, **values: Any) -> tuple[R, ...]:
         """Return the rows of a query as a frozen dataclass whose fields are its columns."""
-        return tuple(kind(**row) for row in self.rows(sql, **values))
+        return tuple(row(**found) for found in self.rows(sql, **values))
 
     def first_row(self, sql: str, **values: Any) -> tuple[Any, ...]:
         """Return the first row of a query that always has one."""

@@ -26,8 +26,9 @@ from freehold.core.config import difference, refill, to_yaml
 from freehold.core.errors import ArtifactError
 from freehold.core.log import Log
 from freehold.core.machine import cpu_name, machine_limits
+from freehold.ledger.policy import Origin
 from freehold.parallel import launch
-from freehold.run import policy_check
+from freehold.run import ancestry, policy_check
 from freehold.run.code_spans import add_span, other_code, other_contract, read_spans
 from freehold.run.layout import GATHER, KEPT_WHEN_MADE_AGAIN, REPHRASE, before, finished_parts, until
 from freehold.run.lengthen import branch_command, lengthen, recorded
@@ -162,6 +163,7 @@ def run_stage(plan: Plan, name: str, options: Options) -> dict[str, Any]:
     log.say(f"== {name}" + (" (resuming)" if what == "resume" else ""))
     artifact.write_atomic(stage.run.resolved(name), to_yaml(stage.config))
     spans = _record_start(stage, key, log)
+    ancestry.write(stage.run, name, key["config"])
     started = time.monotonic()
     try:
         with machine_limits(stage.folder):
@@ -196,6 +198,8 @@ def _finish(
     write_json(timing, {**earlier, "total_s": round(seconds, 1), "peak_memory_bytes": peak})
     lengthened = recorded(stage.run, stage.name)
     record: dict[str, Any] = {**key, **({"lengthened": lengthened} if lengthened else {})}
+    if stage.stage.trains and stage.head.origin != Origin():
+        record["origin"] = stage.head.origin.model_dump()
     manifest = write_manifest(
         stage.folder,
         kind=stage.name,

@@ -271,7 +271,7 @@ def _json(text: str) -> str:
 
 
 def partial(text: str, marks: Sequence[str]) -> int:
-    """Return the length of the longest end of `text` that is the beginning, but not the whole, of a mark."""
+    """Return the length of the longest end of `text` that is the beginning of a mark, not all."""
     longest = min(len(text), max((len(mark) - 1 for mark in marks), default=0))
     return next((n for n in range(longest, 0, -1) if any(m.startswith(text[-n:]) and len(m) > n for m in marks)), 0)
 

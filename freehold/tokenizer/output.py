@@ -124,6 +124,11 @@ class AnswerParser:
         return pieces
 
     @property
+    def reasoning(self) -> bool:
+        """Whether the model thinks at this point."""
+        return self._kind == "reasoning"
+
+    @property
     def _tags(self) -> tuple[str, ...]:
         """The tags that count here."""
         if self._in_call:

@@ -48,7 +48,7 @@ def streamed_tokens(answer, field):
 @pytest.mark.parametrize("at", [0, 1, 3, 6])
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_no_logprob_without_text(ask, at, width):
-    """A token that lies across a stop string stays, one behind it does not; streamed or not."""
+    """A token that straddles a stop string stays, one behind it does not; streamed or not."""
     said = content(ask("/v1/chat/completions", **GREEDY))
     stop = said[at : at + width]
     body = GREEDY | {"stop": stop, "logprobs": True}
@@ -88,12 +88,12 @@ def test_any_small_temperature_is_greedy(ask, temperature):
         assert (answer.status_code, content(answer)) == (200, greedy)
 
 
-@pytest.mark.parametrize("prompt", ["", [""], ["a", ""], [[]], [[1], []]])
+@pytest.mark.parametrize("prompt", ["", [""], ["a", ""], [[]], [[1], []], None])
 def test_empty_prompt_begins_a_document(ask, prompt):
     body = {"model": MODEL, "max_tokens": 6, "temperature": 0}
-    answers = ask("/v1/completions", **body, prompt=prompt)
+    answers = ask("/v1/completions", **body, **({} if prompt is None else {"prompt": prompt}))
     assert answers.status_code == 200
-    begun = ask("/v1/completions", **body, prompt=[[ask.loaded.tokenizer.end_of_text]]).json()["choices"][0]["text"]
+    begun = ask("/v1/completions", **body, prompt=[[ask.loaded.tokenizer.bos]]).json()["choices"][0]["text"]
     assert answers.json()["choices"][-1]["text"] == begun == ask.loaded.complete("", max_tokens=6)
 
 

@@ -73,6 +73,11 @@ def test_longer_decay_names_the_branch_command(copied, capsys):
     manifest = read_manifest(copied / "tiny-longer/pretrain")
     assert manifest["counts"]["steps"] == 38
     assert read_manifest(copied / "tiny/pretrain")["counts"]["steps"] == 36
+    # The rights of the run it branched from came along.
+    (record,) = read_json(copied / "tiny-longer/pretrain/ancestry.json")["parents"]
+    assert record["path"] == "pretrain/truebase"
+    assert "PSF-2.0" in {row["licence"] for row in record["rows"]}
+    assert "pretrain/ancestry.json".partition("/")[2] in manifest["files"]
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def collect(model: Afmoe, chunks: Sequence[Sequence[int]]) -> Collector:
 
 
 def make_chunks(tokenizer: Tokenizer, text: Sequence[int], tokens: int, longest: int) -> list[list[int]]:
-    """Return chunks that begin with BOS: sample conversations with tools through the template, then held-out text.
+    """Return chunks that begin as every text does: sample conversations with tools through the template, then held-out text.
 
     `text` is ids of the text, cut into chunks of at most `CHUNK_TOKENS` and `longest`; `tokens` bounds them all.
     """
@@ -139,9 +139,9 @@ def make_chunks(tokenizer: Tokenizer, text: Sequence[int], tokens: int, longest:
     ]
     left, at = tokens - sum(map(len, chunks)), 0
     while left > 1 and at < len(text):
-        taken = min(size, left) - 1
-        chunks.append([tokenizer.bos, *text[at : at + taken]])
-        at, left = at + taken, left - taken - 1
+        taken = min(size, left) - len(tokenizer.prefix)
+        chunks.append([*tokenizer.prefix, *text[at : at + taken]])
+        at, left = at + taken, left - len(chunks[-1])
     return [chunk for chunk in chunks if len(chunk) > 1]
 
 

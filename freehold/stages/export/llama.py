@@ -28,12 +28,9 @@ class ExactLlama(Llama):
             result[entry["id"]] = entry["logprob"]
         return result - np.logaddexp.reduce(result)
 
-    def tokenize(self, text: str, *, specials: bool = False, begin: bool = False) -> list[int]:
-        """Return llama.cpp's ids of a text; with `specials` as of a prompt: special tokens are known, BOS is added.
-
-        `begin`: as of a plain text, which begins with what the file says.
-        """
-        body = {"content": text, "add_special": specials or begin, "parse_special": specials}
+    def tokenize(self, text: str, *, specials: bool = False) -> list[int]:
+        """Return llama.cpp's ids of a text; with `specials` as of a prompt: special tokens are known, BOS is added."""
+        body = {"content": text, "add_special": specials, "parse_special": specials}
         return [int(i) for i in self.ask("/tokenize", body)["tokens"]]
 
     def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:

@@ -29,7 +29,6 @@ from freehold.tokenizer.bpe import Tokenizer
 
 Record = dict[str, Any]
 TEXTS = samples.KINDS | samples.SCRIPTS
-BEGINNING = "The river"
 
 
 def prove_hf(
@@ -69,8 +68,8 @@ def prove_hf(
         ((n, tokenizer.encode(text), theirs.encode(text, add_special_tokens=False)) for n, text in TEXTS.items()),
     )
 
-    begins = [tokenizer.bos, *tokenizer.encode(BEGINNING)]
-    failures += _compare("plain text begins", [("plain", begins, theirs.encode(BEGINNING))])
+    begun = [*tokenizer.prefix, *tokenizer.encode("a b")], theirs("a b")["input_ids"]
+    failures += _compare("ids of a prompt", (("plain", *begun),))
 
     def rendered(messages: Any, tools: Any) -> Any:
         return theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
@@ -110,8 +109,8 @@ def prove_gguf(
             agreement.add(reference, candidate)
             said.add(passage.ids[length:], reference, candidate)
         failures += _compare("token ids", ((n, tokenizer.encode(t), llama.tokenize(t)) for n, t in TEXTS.items()))
-        begins = [tokenizer.bos, *tokenizer.encode(BEGINNING)]
-        failures += _compare("plain text begins", [("plain", begins, llama.tokenize(BEGINNING, begin=True))])
+        begun = [*tokenizer.prefix, *tokenizer.encode("a b")], llama.tokenize("a b", specials=True)
+        failures += _compare("ids of a prompt", (("plain", *begun),))
         failures += _compare_conversations(
             tokenizer, lambda m, tools: llama.tokenize(llama.render(m, tools), specials=True)
         )
@@ -121,7 +120,7 @@ def prove_gguf(
         "bytes": path.stat().st_size,
         **agreement.record(),
         **said.record(),
-        "plain_text_begins_with": begins[:1],
+        "plain_text_begins_with": list(tokenizer.prefix),
         "texts_tokenized": len(TEXTS),
         "conversations_rendered": len(samples.CONVERSATIONS),
         "failures": failures,

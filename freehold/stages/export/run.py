@@ -59,6 +59,11 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
     # Without it transformers takes a tokenizer for one without limit and cuts nothing.
     write_json(hf / TOKENIZER_FILES[1], settings | {"model_max_length": model_config.max_position_embeddings})
     tokenizer = Tokenizer.load(hf)
+    begins_with = read_json(checkpoint / "trainer.json").get("begins_with", [tokenizer.end_of_text])
+    if begins_with != list(tokenizer.prefix):
+        work.log.warn(
+            f"the model learned texts that begin with {begins_with}; its exports begin with {list(tokenizer.prefix)}"
+        )
     write_json(hf / "generation_config.json", _generation(config, tokenizer))
     work.log.say(f"hf/: {_megabytes(hf)}")
     rounded = {name: _rounded(tensor, dtype) for name, tensor in state.items()}

@@ -23,6 +23,9 @@ class TeacherBase(Config):
         "use; rows get the strictest of it and the seed's",
     )
     licence_evidence: str = Field(pattern=r"\S", description="what shows that licence: a file, a page, a contract")
+    vendor: str = Field("", description="who made the teacher, for policies that ask")
+    country: str = Field("", description="country of the vendor, as ISO 3166 has it")
+    compute: str = Field("", description="country in which it was trained, as ISO 3166 has it")
 
 
 class EndpointTeacher(TeacherBase):

@@ -30,6 +30,7 @@ class Choice:
     parser: AnswerParser | None
     """None = plain text: tags are shown as they are."""
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     finish_reason: str | None = None
     said: list[Piece] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
@@ -42,6 +43,8 @@ class Choice:
         if self.finish_reason:
             return []
         self.completion_tokens += 1
+        if self.parser is not None and self.parser.reasoning:
+            self.reasoning_tokens += 1
         text = ""
         if token.finish_reason != "stop":  # a token that ends the answer is not in its text
             self.starts.append(self.text.decoded_chars)
@@ -114,13 +117,14 @@ class Head:
         }  # fmt: skip
 
 
-def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, int]:
+def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, Any]:
     """Return the token counts of a request; a prompt counts once, however many choices it has."""
     completion = sum(choice.completion_tokens for choice in choices)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": prompt_tokens + completion,
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
     }
 
 
@@ -287,6 +291,8 @@ class Echo:
     text: str
     ids: Sequence[int]
     scored: Scored | None
+    hidden: int = 0
+    """How many ids before the text are ours: what begins a text was not in the request, so it is not given back."""
 
 
 def text_choice(
@@ -305,7 +311,9 @@ def text_logprobs(tokens: Sequence[Token], echo: Echo | None, logprobs: TextLogp
     tops = [t.top_logprobs for t in tokens]
     if not (echo and echo.scored):
         return logprobs.block(ids, values, tops)
-    block = logprobs.block(echo.ids, [None, *echo.scored.logprobs[1:]], echo.scored.top_logprobs)
+    asked = slice(echo.hidden, None)
+    scores: list[float | None] = [None, *echo.scored.logprobs[1:]]
+    block = logprobs.block(echo.ids[asked], scores[asked], echo.scored.top_logprobs[asked])
     logprobs.end_of_prompt()
     after = logprobs.block(ids, values, tops)
     return {name: [*block[name], *after[name]] for name in block}

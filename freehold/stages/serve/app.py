@@ -23,6 +23,8 @@ from freehold.stages.serve.errors import ApiError, Json, add_errors, explain
 from freehold.stages.serve.front import Front
 from freehold.stages.serve.limits import LimitBody, mute_repeats
 from freehold.stages.serve.metrics import CountRequests
+from freehold.stages.serve.page import PAGE_HEADERS, page_html
+from freehold.stages.serve.responses import ResponsesRequest
 from freehold.stages.serve.schema import ChatRequest, CompletionRequest, Request, read
 
 CLIENT_GONE = 499
@@ -66,6 +68,22 @@ def create_app(served: Served, config: ServeConfig, api_key: str | None = None) 
     async def completions(request: HttpRequest) -> Response:
         """Continue texts."""
         return await _unless_gone(request, front.complete(await _read(CompletionRequest, request)))
+
+    @app.post("/v1/responses")
+    async def respond(request: HttpRequest) -> Response:
+        """Answer a conversation, in OpenAI's newer form."""
+        return await _unless_gone(request, front.respond(await _read(ResponsesRequest, request)))
+
+    @app.api_route("/v1/embeddings", methods=["GET", "POST"])
+    async def embeddings() -> Response:
+        """Say why there are none."""
+        message = "This model was trained to write, not to embed: its hidden states are no measure of likeness."
+        raise ApiError(404, message, "embeddings_not_supported")
+
+    @app.get("/")
+    async def page() -> Response:
+        """Show the page to talk to the model."""
+        return Response(page_html(), media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, str]:

@@ -12,15 +12,17 @@ from typing import Any
 from starlette.responses import Response, StreamingResponse
 
 from freehold.infer.engine import ContextOverflow, Scored
-from freehold.stages.serve import answers
+from freehold.stages.serve import answers, responses
 from freehold.stages.serve.answers import Choice, Echo, Head, TextLogprobs
 from freehold.stages.serve.backends import Served
 from freehold.stages.serve.config import ServeConfig
 from freehold.stages.serve.errors import ApiError, as_api_error
 from freehold.stages.serve.metrics import Metrics
+from freehold.stages.serve.responses import ResponsesRequest
 from freehold.stages.serve.schema import ChatRequest, CompletionRequest, Request
 from freehold.stages.serve.worker import Worker
 from freehold.tokenizer.chat import render, render_ids
+from freehold.tokenizer.dialects import Piece
 from freehold.tokenizer.output import TextStream
 
 LOG = logging.getLogger("uvicorn.error")
@@ -28,6 +30,9 @@ INTERNAL = 500
 DEFAULT_COMPLETION_TOKENS = 16
 SCORE_TOKENS = 2048
 """Tokens of prompts scored in one turn: others wait no longer than that takes."""
+
+
+Moves = AsyncGenerator[tuple[int, list[Piece]]]
 
 
 class Front:
@@ -60,8 +65,8 @@ class Front:
             message = f"The model `{name}` does not exist; this server has `{self.served.name}`."
             raise ApiError(404, message, "model_not_found", param="model")
 
-    async def chat(self, request: ChatRequest) -> Response:
-        """Answer `POST /v1/chat/completions`."""
+    async def _converse(self, request: ChatRequest) -> tuple[int, list[Choice], Moves]:
+        """Start the answers to a conversation; return the tokens of its prompt, the answers, and their pieces."""
         self.check_model(request.model)
         request.check()
         tools = request.offered_tools
@@ -77,13 +82,17 @@ class Front:
         def work() -> Generator[answers.Event]:
             yield from self.backend.decode([prompt] * len(settings), settings)
 
-        moves = await self._started(self.worker.run(work()), choices, len(prompt))
+        return len(prompt), choices, await self._started(self.worker.run(work()), choices, len(prompt))
+
+    async def chat(self, request: ChatRequest) -> Response:
+        """Answer `POST /v1/chat/completions`."""
+        prompt_tokens, choices, moves = await self._converse(request)
         if request.stream:
             return _stream(
                 answers.chat_chunks(
                     Head.new("chatcmpl", self.served.name, "chat.completion.chunk"), moves, choices, self.tokenizer,
                     logprobs=bool(request.logprobs),
-                    usage_of_prompt_tokens=len(prompt) if request.usage_wanted else None,
+                    usage_of_prompt_tokens=prompt_tokens if request.usage_wanted else None,
                 )
             )  # fmt: skip
         async for _ in moves:
@@ -92,9 +101,22 @@ class Front:
         return await _body(
             lambda: head.body(
                 [answers.chat_choice(n, c, self.tokenizer, bool(request.logprobs)) for n, c in enumerate(choices)],
-                usage=answers.usage(len(prompt), choices),
+                usage=answers.usage(prompt_tokens, choices),
             )
         )
+
+    async def respond(self, request: ResponsesRequest) -> Response:
+        """Answer `POST /v1/responses`."""
+        prompt_tokens, (choice,), moves = await self._converse(request.as_chat())
+        body = responses.Body(request)
+        if request.stream:
+            return _stream(responses.events(body, moves, choice, prompt_tokens), named=True)
+        output = responses.Output()
+        async for _, pieces in moves:
+            for piece in pieces:
+                list(output.feed(piece))
+        list(output.close("incomplete" if choice.finish_reason == "length" else "completed"))
+        return await _body(lambda: body.ended(output, choice, prompt_tokens))
 
     async def complete(self, request: CompletionRequest) -> Response:
         """Answer `POST /v1/completions`."""
@@ -127,7 +149,8 @@ class Front:
         echoes: list[Echo | None] = [None] * len(owners)
         if request.echo:
             texts = await asyncio.to_thread(lambda: [self._decode(ids) for ids in prompts])
-            echoes = [Echo(texts[i], prompts[i], scored[i] if scored else None) for i in owners]
+            hidden = [len(self.served.begins_with) if isinstance(prompt, str) else 0 for prompt in request.prompts]
+            echoes = [Echo(texts[i], prompts[i], scored[i] if scored else None, hidden[i]) for i in owners]
         logprobs = [
             TextLogprobs(self.tokenizer, top, 0 if echo is None or echo.scored else len(echo.text))
             if request.logprobs is not None else None
@@ -170,8 +193,8 @@ class Front:
         """
         if isinstance(prompt, str):
             self._check_length(prompt)
-            prompt = self.tokenizer.encode(prompt)
-        return prompt or [self.tokenizer.end_of_text]
+            prompt = self.served.text_ids(prompt)
+        return prompt or self.served.text_ids("")
 
     def _check_length(self, text: str) -> None:
         """Refuse what cannot fit the context however well it is encoded, and spare us encoding it."""
@@ -212,22 +235,33 @@ class Front:
         return counted()
 
 
-def _stream(chunks: AsyncGenerator[dict[str, Any]]) -> Response:
-    return StreamingResponse(server_sent(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+def _stream(chunks: AsyncGenerator[dict[str, Any]], *, named: bool = False) -> Response:
+    return StreamingResponse(
+        server_sent(chunks, named=named), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+    )
 
 
-async def server_sent(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """Return chunks as server-sent events, `[DONE]` last; what ends a stream early is an event of its own."""
+async def server_sent(chunks: AsyncGenerator[dict[str, Any]], *, named: bool) -> AsyncIterator[bytes]:
+    """Return chunks as server-sent events; what ends a stream early is an event of its own.
+
+    `named`: each event has its type as its name, as clients of /v1/responses want it; else `[DONE]` is the last.
+    """
+
+    def event(body: dict[str, Any]) -> bytes:
+        name = f"event: {body['type']}\n".encode() if named else b""
+        return name + b"data: " + answers.to_bytes(body) + b"\n\n"
+
     async with contextlib.aclosing(chunks):
         try:
             async for chunk in chunks:
-                yield b"data: " + answers.to_bytes(chunk) + b"\n\n"
+                yield event(chunk)
         except Exception as error:
             known = as_api_error(error)
             if known.status_code == INTERNAL:
                 LOG.error("a stream was cut", exc_info=error)
-            yield b"data: " + answers.to_bytes(known.body) + b"\n\n"
-    yield b"data: [DONE]\n\n"
+            yield event({"type": "error", **known.body["error"]} if named else known.body)
+    if not named:
+        yield b"data: [DONE]\n\n"
 
 
 async def _body(make: Callable[[], Any]) -> Response:
