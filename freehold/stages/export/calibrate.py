@@ -128,9 +128,9 @@ def collect(model: Afmoe, chunks: Sequence[Sequence[int]]) -> Collector:
 
 
 def make_chunks(tokenizer: Tokenizer, text: Sequence[int], tokens: int, longest: int) -> list[list[int]]:
-    """Return chunks that begin as every text does: sample conversations with tools through the template, then held-out text.
+    """Return chunks that begin as every text does: sample conversations through the template, then held-out text.
 
-    `text` is ids of the text, cut into chunks of at most `CHUNK_TOKENS` and `longest`; `tokens` bounds them all.
+    `text` is the ids of the latter, cut into chunks of at most `CHUNK_TOKENS` and `longest`; `tokens` bounds them all.
     """
     size = min(CHUNK_TOKENS, longest)
     chunks = [
