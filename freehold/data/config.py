@@ -39,6 +39,7 @@ class BatchConfig(Config):
 
     @model_validator(mode="after")
     def _divides(self) -> BatchConfig:
+        # Equal micro-batches, so that compiled code and memory are the same in each.
         if self.sequences % self.micro:
             raise ValueError(f"sequences ({self.sequences}) must be a multiple of micro_sequences ({self.micro})")
         return self
@@ -84,6 +85,7 @@ class EpochLimit(Config):
 
     def of(self, source: str) -> float | None:
         """Return the limit of a source, or None."""
+        # What is said of one source goes before what is said of all.
         return self.sources.get(source, self.most)
 
 
@@ -100,6 +102,7 @@ class TextBatchConfig(BatchConfig):
         if isinstance(self.order, BufferConfig):
             workers = self.order.workers
             for name, n in (("sequences", self.sequences), ("order.documents", self.order.documents)):
+                # Equal parts for all workers: the order then depends on their number, and on nothing else.
                 if n % workers:
                     raise ValueError(f"{name} ({n}) must be a multiple of order.workers ({workers})")
         return self
