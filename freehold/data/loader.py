@@ -255,8 +255,8 @@ class TextOrder:
                 left[name] = max(most_rows - given[name], 0)
         over = [name for name in asked if asked[name] > left.get(name, total)]
         if over and self.limit.over == "error":
-            raise self._too_much(
-                phase, over, asked, left, "a mixture asks for more of a source than its limit of epochs"
+            raise _over_limit(
+                self, phase, over, asked, left, "a mixture asks for more of a source than its limit of epochs"
             )
         counts, full = asked, dict[str, int]()
         # Rows taken from a limited source go to the others by weight, which may push another over its own limit. Each
@@ -265,7 +265,9 @@ class TextOrder:
             full |= {name: left[name] for name in over}
             rest = {name: weight for name, weight in weights.items() if name not in full}
             if not any(rest.values()):
-                raise self._too_much(phase, list(full), asked, left, "no source is left to give what limits take away")
+                raise _over_limit(
+                    self, phase, list(full), asked, left, "no source is left to give what limits take away"
+                )
             counts = full | apportion(rest, total - sum(full.values()))
             over = [name for name in rest if counts[name] > left.get(name, total)]
         whole = sum(source.total_tokens for source in self.sources.values())
@@ -285,23 +287,6 @@ class TextOrder:
                 )
             )
         return {name: counts[name] for name in self.names}
-
-    def _too_much(
-        self, phase: PhaseRows, over: Sequence[str], asked: Mapping[str, int], left: Mapping[str, int], what: str
-    ) -> DataError:
-        t = self.context_tokens
-        described = [
-            f"{name}: {asked[name] * t:,} tokens asked for, {left[name] * t:,} left of {self.limit.of(name):g} epochs "
-            f"of {self.sources[name].total_tokens:,}"
-            for name in over
-        ]
-        return DataError(
-            what,
-            where=f"phases.{phase.name}",
-            found="\n            ".join(described),
-            todo="lower its weight, make the phase shorter, raise batch.epochs"
-            + (", or set batch.epochs.over=redistribute" if self.limit.over == "error" else ""),
-        )
 
     def _arrange(self, counts: list[int], rng: np.random.Generator) -> np.ndarray:
         """Return a phase's rows [N, 2] of (lane number, row number): the next `counts` of each source, shuffled."""
@@ -364,6 +349,30 @@ class TextOrder:
         # The name is part of the seed: two sources of equal length are not permuted in the same way.
         order = generator(self.seed, "documents", name, epoch).permutation(len(source.lengths))
         return order, np.cumsum(source.lengths[order])
+
+
+def _over_limit(
+    order: TextOrder,
+    phase: PhaseRows,
+    over: Sequence[str],
+    asked: Mapping[str, int],
+    left: Mapping[str, int],
+    what: str,
+) -> DataError:
+    """Return the error that names the sources of which a phase asks for more than their limit leaves."""
+    t = order.context_tokens
+    described = [
+        f"{name}: {asked[name] * t:,} tokens asked for, {left[name] * t:,} left of {order.limit.of(name):g} epochs "
+        f"of {order.sources[name].total_tokens:,}"
+        for name in over
+    ]
+    return DataError(
+        what,
+        where=f"phases.{phase.name}",
+        found="\n            ".join(described),
+        todo="lower its weight, make the phase shorter, raise batch.epochs"
+        + (", or set batch.epochs.over=redistribute" if order.limit.over == "error" else ""),
+    )
 
 
 def consumed_by(facts: Mapping[str, Any]) -> dict[str, int]:
