@@ -94,7 +94,7 @@ _LEAD = re.compile(
 _LABEL = re.compile(r"^(text|rewritten text|summary|answer)\s*:\s*\n+", re.I)
 
 
-    """Return the answer without thoughts and what teachers put around it: quotes, fences, `Here is the text:`."""
+# How servers without a parser for reasoning mark a model's thoughts: DeepSeek and Qwen, a habit of others, Mistral,
 # Kimi. Harmony (gpt-oss) has channels instead, of which `final` is the answer.
 _THOUGHTS = [
     tuple(re.compile(re.escape(tag), re.I) for tag in tags)
