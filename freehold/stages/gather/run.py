@@ -313,7 +313,7 @@ def _claims(sources: dict[str, Source], origins: dict[str, Origin], claims: dict
 
 
 def _files(name: str, source: FileSource, origin: Origin, claim: Weighed) -> tuple[list[Document], dict[str, Any]]:
-    reading = Reading(source.max_document_bytes, source.select, source.separator, list(origin.skipped))
+    reading = Reading(source.max_document_bytes, source.select, source.separator, skipped=list(origin.skipped))
     # Members, then documents, in the order of the hash of their id: the same choice everywhere, and files that
     # are not needed to reach the cap are not even read.
     ordered = sorted(origin.members, key=lambda m: document_id(name, m.path))
