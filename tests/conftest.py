@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide CUDA devices from all tests but those marked cuda: `device: auto` would take them."""
+    if config.option.markexpr in ("", "not cuda"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,7 +58,7 @@ def tiny_checkpoint(tiny_model, tiny_tokenizer, tmp_path_factory):
     run = tmp_path_factory.mktemp("tiny") / "run"
     tiny_tokenizer.save(run / "tokenizer")
     files = [run / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]
-    facts = {"step": 1, "stage_type": "Preview", "tokenizer_sha256": tiny_tokenizer.sha256}
+    facts = {"step": 1, "stage_type": "Preview", "tokenizer_sha256": tiny_tokenizer.sha256, "begins_with": [0]}
     folder = run / "align" / "preview"
     folder.parent.mkdir(parents=True)
     dcp.save(folder, {"model": tiny_model.state_dict()}, tiny_model.config, facts, files)

@@ -22,6 +22,7 @@ from freehold.core.machine import FULL, disk_error
 from freehold.core.process import forward_signals
 from freehold.parallel import launch, verdict
 from freehold.parallel.config import SuperviseConfig
+from freehold.parallel.hosts import Hosts
 from freehold.parallel.observe import Watched, hangs, look_at, slow_ranks
 from freehold.parallel.relaunch import Decision, Patience
 from freehold.parallel.verdict import End
@@ -62,14 +63,19 @@ class Supervisor:
         documents_of: Callable[[int], list[dict[str, Any]]] = lambda _: [],
         say: Callable[[str], None] = print,
         echo: Callable[[str], None] | None = None,
+        hosts: Hosts | None = None,
     ) -> None:
+        """Take what to run and how to follow it; `hosts`: the other machines, if there are any."""
         self.command, self.nproc, self.folder, self.config = list(command), nproc, folder, config
         self.newest_step, self.documents_of, self.say, self.echo = newest_step, documents_of, say, echo
+        self.hosts = hosts
         self.asked: list[int] = []
         self.ranks: list[launch.Rank] = []
+        # When all of us last woke from a stop: a rank's silence before that means nothing.
         self.resumed = 0.0
         folder.mkdir(parents=True, exist_ok=True)
-        self.number = len(list(folder.glob("world_*")))
+        # Not their count: worlds of several machines may skip a number.
+        self.number = max((int(path.name[6:]) for path in folder.glob("world_[0-9]*")), default=0)
 
     def run(self) -> str:
         """Return what rank 0 printed once a world ended well.
@@ -80,16 +86,33 @@ class Supervisor:
         patience = Patience(self.config, self.folder, self.newest_step())
         with forward_signals(self._pass_on, self.asked, self._note_resume):
             while True:
-                self.number += 1
-                end = self._one_world()
+                network = self._next_world()
+                if network is None:
+                    raise KeyboardInterrupt
+                self.number = network.world
+                end = self._one_world(network)
+                self._report("failed" if end.what else "finished", end.what)
+                if self.hosts is not None and not end.what:
+                    end = End(self.hosts.finish(self.number, lambda: bool(self.asked)))
                 if not end.what:
                     return self.ranks[0].out.read_text(encoding="utf-8", errors="replace")
                 if self.asked:
                     raise KeyboardInterrupt
                 self._after_failure(end, patience)
 
+    def _next_world(self) -> launch.Network | None:
+        """Return where the next ranks meet, once all machines are ready; None when the user asked to stop meanwhile."""
+        if self.hosts is None:
+            return launch.alone(self.number + 1, self.nproc)
+        return self.hosts.meet(self.number, lambda: bool(self.asked))
+
+    def _report(self, state: str, what: str = "") -> None:
+        if self.hosts is not None:
+            self.hosts.report(state, self.number, what)
+
     def _after_failure(self, end: End, patience: Patience) -> None:
         """Write the post-mortem; return when the next world may start, raise when there is none."""
+        # Read once: a background save may finish between two reads, and record and decision must agree.
         step = self.newest_step()
         decision = patience.after(end, step)
         path = self._post_mortem(end, step, decision)
@@ -105,15 +128,17 @@ class Supervisor:
         self.say(f"{end.what}; starting again from step {max(step, 0)} in {decision.pause_s:.0f} s ({path})")
         self._pause(decision.pause_s)
 
-    def _one_world(self) -> End:
+    def _one_world(self, network: launch.Network) -> End:
         """Start the ranks and watch them to their end; none is left running."""
         folder = self.folder / f"world_{self.number:03d}"
         try:
-            self.ranks = launch.start(self.command, self.nproc, folder)
+            self.ranks = launch.start(self.command, self.nproc, folder, network)
         except OSError as error:
+            # A full disk is judged like one that a rank reports; anything else is a mistake of ours.
             if error.errno not in FULL:
                 raise
             return End(f"no rank could be started: {error.strerror}", error=disk_error(error, folder).to_dict())
+        self._report("running")
         self.event("started", nproc=self.nproc, from_step=self.newest_step())
         # A signal may have come before there was a rank to pass it on to.
         for number in self.asked:
@@ -122,6 +147,7 @@ class Supervisor:
         try:
             return self._watch([Watched(rank) for rank in self.ranks], echo)
         finally:
+            # Whatever happened here, also an exception of ours: no rank may outlive its supervisor.
             launch.kill(self.ranks)
             echo.rest()
 
@@ -131,6 +157,7 @@ class Supervisor:
         looked = time.monotonic()
         while True:
             time.sleep(POLL_S)
+            # Before the look: what a rank printed because of a failure comes after the failure.
             echo.read()
             now = look_at(watched, self.config)
             # The machine slept, or all of us were stopped: no rank hung meanwhile.
@@ -143,6 +170,8 @@ class Supervisor:
             if any(each.failed for each in watched):
                 return self._failed(watched, echo)
             echo.say()
+            if self.hosts is not None and (trouble := self.hosts.trouble(self.number)):
+                return verdict.end_of(trouble, watched, [], verdict.end_the_rest(watched))
             silent = [each for each in watched if hangs(each, now, self.resumed, self.config)]
             if silent:
                 return verdict.of_hung(watched, silent)
@@ -202,6 +231,7 @@ class Supervisor:
 
     def event(self, name: str, **facts: Any) -> None:
         """Append one line to `supervisor.jsonl`."""
+        # Opened for each line: events are rare, and a copy of the file is whole at any time.
         with contextlib.suppress(OSError), (self.folder / "supervisor.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"at": time.time(), "event": name, "world": self.number, **facts}) + "\n")
 
@@ -215,6 +245,7 @@ class Supervisor:
         self.resumed = time.monotonic()
 
     def _pause(self, seconds: float) -> None:
+        # In small pieces, so that a wish to stop is seen.
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self.asked:
             time.sleep(POLL_S)
@@ -234,6 +265,7 @@ class Echo:
         with self.path.open("rb") as file:
             file.seek(self.done)
             text = file.read()
+        # A line that is still being written comes with the next look.
         complete = text[: text.rfind(b"\n") + 1]
         self.done += len(complete)
         self.lines += complete.decode(errors="replace").splitlines()

@@ -149,7 +149,7 @@ def test_stop_strings_end_the_answer_and_are_not_in_it(client):
 
 def test_completions_take_texts_and_ids(client, loaded):
     texts = ["The capital", "def add"]
-    ids = [loaded.tokenizer.encode(t) for t in texts]
+    ids = [loaded.text_ids(t) for t in texts]
     options = {"model": MODEL, "max_tokens": 7, "temperature": 0}
     expected = [c.text for c in client.completions.create(prompt=texts, **options).choices]
     assert [c.text for c in client.completions.create(prompt=ids, **options).choices] == expected
@@ -180,6 +180,17 @@ def test_echoed_logprobs_equal_the_engines_score(client, loaded, max_tokens):
     assert answer.choices[0].text.startswith("The capital of France is Paris.")
 
 
+def test_echo_of_a_text_gives_its_first_token_a_logprob(client, loaded):
+    """What begins a text is read before it, but is not part of the answer."""
+    text = "The capital of France"
+    ids = loaded.text_ids(text)
+    options = {"model": MODEL, "echo": True, "max_tokens": 0, "logprobs": 1}
+    one, empty = client.completions.create(prompt=[text, ""], **options).choices
+    assert one.text == text
+    assert one.logprobs.token_logprobs == pytest.approx(loaded.engine.score([ids])[0][1:], abs=1e-4)
+    assert (empty.text, empty.logprobs.tokens) == ("", [])
+
+
 def test_greedy_tokens_are_seen_to_be_greedy(client, loaded):
     ids = loaded.tokenizer.encode("The capital")
     full = ids + loaded.engine.generate([ids], Sampling(temperature=0, max_tokens=5))[0].ids
@@ -195,14 +206,14 @@ def test_lm_evaluation_harness_gets_the_engines_numbers(server, loaded, tiny_che
 
     harness = LocalCompletionsAPI(
         base_url=server.address + "/v1/completions", model=MODEL, tokenizer=str(tiny_checkpoint), batch_size=2,
-        max_length=1024, tokenizer_backend="huggingface",
+        max_length=1024, tokenizer_backend="huggingface", add_bos_token=True,
     )  # fmt: skip
     asked = [("The capital of France is", " Paris."), ("The capital of Peru is", " Lima."), ("def", " add(a, b):")]
     found = harness.loglikelihood(
         [Instance("loglikelihood", {}, arguments, number) for number, arguments in enumerate(asked)], disable_tqdm=True
     )
     for (context, answer), (logprob, _) in zip(asked, found, strict=True):
-        before, whole = loaded.tokenizer.encode(context), loaded.tokenizer.encode(context + answer)
+        before, whole = loaded.text_ids(context), loaded.text_ids(context + answer)
         assert logprob == pytest.approx(sum(loaded.engine.score([whole])[0][len(before) :]), abs=1e-3)
     until = [Instance("generate_until", {}, ("The capital", {"until": ["\n"], "max_gen_toks": 9}), 0)]
     assert harness.generate_until(until, disable_tqdm=True) == [
@@ -251,7 +262,9 @@ def calls(arguments: str) -> dict:
         ({"model": MODEL}, 400, "messages", "missing_required_parameter"),
         (CHAT | {"wisdom": 1}, 400, "wisdom", "unknown_parameter"),
         (CHAT | {"tool_choice": "required"}, 400, "tool_choice", "invalid_value"),
-        (CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format", "invalid_value"),
+        (CHAT | {"response_format": {"type": "poem"}}, 400, "response_format", "invalid_value"),
+        (CHAT | {"response_format": {"type": "json_schema"}}, 400, "response_format", "invalid_value"),
+        (CHAT | {"tool_choice": {"type": "function", "function": {"name": "add"}}}, 400, "tool_choice", None),
         (CHAT | {"functions": []}, 400, "functions", "invalid_value"),
         (CHAT | {"top_logprobs": 2}, 400, "top_logprobs", "invalid_value"),
         (CHAT | {"logit_bias": {"a": 1}}, 400, "logit_bias", "invalid_value"),
@@ -290,20 +303,6 @@ def test_a_request_that_cannot_be_answered_is_refused_by_name(server, body, stat
     assert code in (None, error["code"])
     assert error["type"] == "invalid_request_error"
     assert error["message"]
-
-
-@pytest.mark.parametrize(
-    ("body", "why"),
-    [
-        ({"tool_choice": "required"}, "nothing makes it call a tool"),
-        ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, "nothing makes it call a tool"),
-        ({"response_format": {"type": "json_object"}}, "nothing makes it write JSON"),
-    ],
-)
-def test_what_would_need_forced_words_is_refused_with_the_reason(server, body, why):
-    answer = httpx.post(server.address + "/v1/chat/completions", json=CHAT | body)
-    assert answer.status_code == 400
-    assert why in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
@@ -20,6 +21,7 @@ from freehold.stages.serve.errors import ApiError, as_api_error
 from freehold.stages.serve.metrics import Metrics
 from freehold.stages.serve.responses import ResponsesRequest
 from freehold.stages.serve.schema import ChatRequest, CompletionRequest, Request
+from freehold.stages.serve.structure import Structures
 from freehold.stages.serve.worker import Worker
 from freehold.tokenizer.chat import render, render_ids
 from freehold.tokenizer.dialects import Piece
@@ -43,6 +45,7 @@ class Front:
         self.tokenizer, self.backend = served.tokenizer, served.backend
         self.worker = Worker(config.max_queue, served.running)
         self.metrics = Metrics(lambda: self.worker.waiting)
+        self.structures = Structures(self.tokenizer, served.answers)
         self.started = int(time.time())
 
     def model(self) -> dict[str, Any]:
@@ -75,7 +78,8 @@ class Front:
         limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         top = request.top_logprobs or 0
         numbers = range(request.n or 1)
-        default = self.served.sampling
+        structure = await asyncio.to_thread(self.structures.of, request)
+        default = dataclasses.replace(self.served.sampling, constrain=structure)
         settings = [request.sampling(default, choice=i, logprobs=top, max_tokens=limit) for i in numbers]
         choices = [Choice(self._text(request), self.served.answers.parser(tools)) for _ in numbers]
 
@@ -149,7 +153,8 @@ class Front:
         echoes: list[Echo | None] = [None] * len(owners)
         if request.echo:
             texts = await asyncio.to_thread(lambda: [self._decode(ids) for ids in prompts])
-            echoes = [Echo(texts[i], prompts[i], scored[i] if scored else None) for i in owners]
+            hidden = [len(self.served.begins_with) if isinstance(prompt, str) else 0 for prompt in request.prompts]
+            echoes = [Echo(texts[i], prompts[i], scored[i] if scored else None, hidden[i]) for i in owners]
         logprobs = [
             TextLogprobs(self.tokenizer, top, 0 if echo is None or echo.scored else len(echo.text))
             if request.logprobs is not None else None
@@ -192,8 +197,8 @@ class Front:
         """
         if isinstance(prompt, str):
             self._check_length(prompt)
-            prompt = self.tokenizer.encode(prompt)
-        return prompt or [self.tokenizer.end_of_text]
+            prompt = self.served.text_ids(prompt)
+        return prompt or self.served.text_ids("")
 
     def _check_length(self, text: str) -> None:
         """Refuse what cannot fit the context however well it is encoded, and spare us encoding it."""
