@@ -50,7 +50,7 @@ def test_files_that_take_too_much_are_skipped_and_named() -> None:
     ]
     with pytest.raises(ChildProcessError):  # it is gone
         os.waitpid(child, os.WNOHANG)
-    assert len({part.text.split()[1] for part in parts}) == 4
+    assert len({part.text.split()[1] for part in parts}) == 3
 
 
 def test_mistakes_in_a_worker_are_raised_where_it_was_asked() -> None:
