@@ -6,7 +6,7 @@ The folder (a checkpoint or Hugging Face folder) is exported as F32. llama.cpp, 
 wheel, evaluates chunks of random ids; at every product with a weight of a layer the callback adds the squares of the
 inputs in fp32, by expert, as llama.cpp's tools/imatrix does. Ours are `freehold.stages.export.calibrate`. Printed:
 whether all weights and counts are equal, the largest relative difference of a matrix (norm of the difference over
-norm), which must be at most 1e-5, and that of any single sum, where both runtimes' order of fp32 sums in the activations shows.
+norm; at most 1e-5 is allowed), and that of any single sum, where the order of fp32 sums in both runtimes shows.
 """
 
 from __future__ import annotations
