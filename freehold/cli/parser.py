@@ -43,6 +43,13 @@ def walk_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict-code", action="store_true", help="refuse stages that other code made, instead of warning"
     )
+    parser.add_argument(
+        "--allow-secret",
+        action="append",
+        default=[],
+        metavar="VARIABLE@HOST",
+        help="let a recipe send this variable of the environment to this host; repeatable",
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
     parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)

@@ -214,6 +214,10 @@ class RunFolder:
         depth = 2 if parts[0] == "checkpoints" else 1
         return "/".join(parts[:depth]) if len(parts) > depth else ""
 
+    def log(self, name: str) -> Path:
+        """Return the folder of what a stage said."""
+        return self.root / name / "log"
+
     def timing(self, name: str) -> Path:
         """Return how long a stage took."""
         return self.root / name / "timing.json"
