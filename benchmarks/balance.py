@@ -42,7 +42,7 @@ from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig, SignConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
-from freehold.tokenizer.bpe import END_OF_TEXT
+from freehold.tokenizer.bpe import BOS, END_OF_TEXT
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.job import Job
 from freehold.trainer.loop import Trainer
@@ -86,6 +86,7 @@ def build(args: argparse.Namespace, shards: ShardSet, experts: int, balance: Bal
         sequences=SEQUENCES,
         seed=args.seed,
         separator=END_OF_TEXT,
+        begin=BOS,
     )
     start = Afmoe(model)
     start.init_weights(torch.Generator().manual_seed(args.seed))
@@ -119,7 +120,7 @@ def run_case(args: argparse.Namespace, shards: ShardSet, experts: int, rule: str
         biases.append(torch.stack([layer.expert_bias for layer in layers]).numpy().copy())
     cpu, wall = time.process_time() - cpu, time.monotonic() - wall
     source = shards.sources("validation")["code"]
-    held = held_out(source, shards.document_bytes("validation", "code"), CONTEXT_TOKENS, 0, END_OF_TEXT)
+    held = held_out(source, shards.document_bytes("validation", "code"), CONTEXT_TOKENS, 0, BOS)
     return {
         "experts": experts,
         "rule": rule,

@@ -60,7 +60,7 @@ from freehold.optim.config import PhaseConfig
 from freehold.optim.schedule import Schedule
 from freehold.run.figure import BLUE, GREEN, MUTED, ORANGE, STYLE
 from freehold.stages.pretrain.config import PretrainConfig
-from freehold.tokenizer.bpe import END_OF_TEXT
+from freehold.tokenizer.bpe import BOS, END_OF_TEXT
 from freehold.trainer.job import Job
 from freehold.trainer.loop import Trainer
 from freehold.trainer.validate import bits_per_byte, held_out
@@ -97,7 +97,7 @@ def merged(sources: Sources) -> Sources:
 
 def orders(sources: Sources, context_tokens: int, seed: int) -> Makers:
     """Return what makes each order."""
-    shape: dict[str, Any] = {"context_tokens": context_tokens, "seed": seed, "separator": END_OF_TEXT}
+    shape: dict[str, Any] = {"context_tokens": context_tokens, "seed": seed, "separator": END_OF_TEXT, "begin": BOS}
     whole = merged(sources)
 
     def rows(steps: int) -> list[PhaseRows]:
@@ -123,7 +123,7 @@ def same_pairs(sources: Sources, seed: int) -> bool:
     for documents, refill in ((1, 1.0), (BUFFER, 2.0)):
         order = BufferOrder(
             {name: source}, [PhaseRows("epoch", 1, {})], context_tokens=1, sequences=source.total_tokens, seed=seed,
-            separator=END_OF_TEXT, documents=documents, refill=refill,
+            separator=END_OF_TEXT, begin=BOS, documents=documents, refill=refill,
         )  # fmt: skip
         batch = order.batch(0)
         found.append(np.sort(batch.input_ids[:, 0] << 32 | batch.targets[:, 0]))
@@ -207,7 +207,13 @@ def biases(sources: Sources, context_tokens: int, seed: int, makers: Makers, ste
     """Return the bias of plain packing, and of buffers of all sizes."""
 
     def of(sizes: Sequence[int], read: Sources, **more: Any) -> dict[str, Any]:
-        shape = {"context_tokens": context_tokens, "sequences": WORKERS, "seed": seed, "separator": END_OF_TEXT}
+        shape = {
+            "context_tokens": context_tokens,
+            "sequences": WORKERS,
+            "seed": seed,
+            "separator": END_OF_TEXT,
+            "begin": BOS,
+        }
         rows = [PhaseRows("benchmark", steps, {})]
         return {str(n): bias(BufferOrder(read, rows, **shape, documents=n, **more), sources, steps) for n in sizes}
 
@@ -255,7 +261,7 @@ def train(order: TextOrder, run: Path, validation: dict[str, Any], steps: int) -
 def training(run: Path, shards: ShardSet, context_tokens: int, makers: Makers, steps: int) -> dict[str, Any]:
     """Return what training on gives in each order that is worth the time."""
     validation = {
-        name: held_out(source, shards.document_bytes("validation", name), context_tokens, 8192, END_OF_TEXT)
+        name: held_out(source, shards.document_bytes("validation", name), context_tokens, 8192, BOS)
         for name, source in shards.sources("validation").items()
     }
     found = {}

@@ -48,7 +48,7 @@ from freehold.data.shards import ShardSet
 from freehold.parallel.heartbeat import read_beat
 from freehold.run import verify
 from freehold.stages.pretrain.config import PretrainConfig
-from freehold.tokenizer.bpe import END_OF_TEXT
+from freehold.tokenizer.bpe import BOS, END_OF_TEXT
 
 RECIPE = Path("recipes/tiny.yaml")
 STEPS = 36
@@ -178,11 +178,12 @@ def poison(inputs: Path, undisturbed: Path) -> None:
         [PhaseRows(name, phase.steps, phase.mixture) for name, phase in config.phases.items()],
         seed=read_manifest(undisturbed)["seed"],
         separator=END_OF_TEXT,
+        begin=BOS,
     )
     dice = np.random.default_rng(0)
     for path in sorted((inputs / "tokenize" / "tokens").glob("*.train.bin")):
         data = path.read_bytes()
-        for row in (row for step in POISONED for row in order.batch(step).input_ids):
+        for row in (row for step in POISONED for row in order.batch(step).targets):
             for piece in np.split(row.astype("<u2"), np.flatnonzero(row == END_OF_TEXT) + 1):
                 at = data.find(piece.tobytes()) if len(piece) > 8 else -1
                 if at >= 0:

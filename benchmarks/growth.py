@@ -61,7 +61,7 @@ def trainer_of(model: ModelConfig, matrices: str, sequences: int, threads: int) 
 
 def rows(context_tokens: int, sequences: int, vocab_size: int = S["vocab_size"]) -> Batch:
     ids = np.random.default_rng(0).integers(32, vocab_size, (sequences, context_tokens + 1))
-    return text_batch(ids.astype(np.uint16), 0)
+    return text_batch(ids.astype(np.uint16), 0, 0)
 
 
 def model_alone(trainer: Trainer, batch: Batch) -> Callable[[], None]:

@@ -95,7 +95,7 @@ def step_seconds(
     seconds = {}
     for (batch, width), ways in found.items():
         ids = np.random.default_rng(0).integers(32, vocab_size, (batch // CONTEXT_TOKENS, CONTEXT_TOKENS + 1))
-        rows = text_batch(ids.astype(np.uint16), 0)
+        rows = text_batch(ids.astype(np.uint16), 0, 0)
         trainers = {name: trainer_of(made, vocab_size, threads) for name, (made, _) in ways.items()}
         taken = interleaved({name: partial(t.train_step, rows) for name, t in trainers.items()}, rounds, pause_s)
         seconds[batch, width] = {

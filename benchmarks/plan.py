@@ -94,7 +94,7 @@ def build(spec: dict[str, Any], threads: int) -> tuple[Trainer, Batch]:
         parent="",
     )
     ids = np.random.default_rng(0).integers(32, model.vocab_size, (spec["sequences"], spec["context_tokens"] + 1))
-    return Trainer(job, Log(folder, quiet=True), seed=0), text_batch(ids.astype(np.uint16), 0)
+    return Trainer(job, Log(folder, quiet=True), seed=0), text_batch(ids.astype(np.uint16), 0, 0)
 
 
 def measure(spec: dict[str, Any], steps: int, threads: int) -> dict[str, float]:

@@ -25,7 +25,7 @@ from freehold.kernels import cpu
 from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
-from freehold.tokenizer.bpe import END_OF_TEXT
+from freehold.tokenizer.bpe import BOS, END_OF_TEXT
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.job import Job
 from freehold.trainer.loop import Trainer
@@ -89,7 +89,7 @@ class Runs:
         self.folder, self.threads = folder, threads
         self.validation = {
             name: held_out(
-                source, self.shards.document_bytes("validation", name), CONTEXT_TOKENS, VALIDATION_TOKENS, END_OF_TEXT
+                source, self.shards.document_bytes("validation", name), CONTEXT_TOKENS, VALIDATION_TOKENS, BOS
             )
             for name, source in self.shards.sources("validation").items()
             if source.total_tokens
@@ -126,6 +126,7 @@ class Runs:
             sequences=setting.batch_tokens // CONTEXT_TOKENS,
             seed=setting.seed,
             separator=END_OF_TEXT,
+            begin=BOS,
         )
         trainer = trainer_of(setting, self.shards.vocab_size, self.threads, order)
         losses: list[float] = []

@@ -36,7 +36,7 @@ from freehold.data.shards import ShardSet
 from freehold.model.config import ModelConfig
 from freehold.optim.config import OptimConfig, PhaseConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
-from freehold.tokenizer.bpe import END_OF_TEXT, Tokenizer
+from freehold.tokenizer.bpe import BOS, END_OF_TEXT, Tokenizer
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.job import Job
 from freehold.trainer.loop import Trainer
@@ -103,7 +103,7 @@ def train(sources: dict[str, Source], mixture: dict[str, float], seed: int, step
     """Train one model; returns its trainer."""
     order = TextOrder(
         sources, [PhaseRows("all", steps, mixture)], context_tokens=CONTEXT, sequences=ROWS, seed=seed,
-        separator=END_OF_TEXT, limit=EpochLimit(most=4, over="redistribute"),
+        separator=END_OF_TEXT, begin=BOS, limit=EpochLimit(most=4, over="redistribute"),
     )  # fmt: skip
     shape = {
         "preset": "laptop", "vocab_size": vocab_size, "hidden_size": 96, "intermediate_size": 192,
@@ -137,9 +137,7 @@ def accuracy(model: torch.nn.Module, tokenizer: Tokenizer, items: Sequence[dict[
         asked = tokenizer.encode(f"Question: {item['prompt'][-1]['content']}\nAnswer: ")
         for choice in item["choices"]:
             ids = tokenizer.encode(choice)
-            examples.append(
-                Example("", "", [END_OF_TEXT, *asked, *ids], [False] * (len(asked) + 1) + [True] * len(ids))
-            )
+            examples.append(Example("", "", [BOS, *asked, *ids], [False] * (len(asked) + 1) + [True] * len(ids)))
             sizes.append(len(choice.encode()))
     width = max(len(example.ids) for example in examples)
     losses = []
@@ -176,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shards = ShardSet.load(args.run / "tokenize" / "tokens", tokenizer_sha256=tokenizer.sha256)
     made = arms(args.run, args.rewrites, shards, tokenizer)
     validation = {
-        name: held_out(source, shards.document_bytes("validation", name), CONTEXT, 6000, END_OF_TEXT)
+        name: held_out(source, shards.document_bytes("validation", name), CONTEXT, 6000, BOS)
         for name, source in shards.sources("validation").items()
         if name in REAL
     }

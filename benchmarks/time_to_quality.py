@@ -50,7 +50,7 @@ from freehold.model.afmoe import Afmoe
 from freehold.model.config import SHAPES, ModelConfig, parameter_counts, to_hf_dict
 from freehold.optim.config import NoBalanceConfig, OptimConfig, PhaseConfig, SignConfig, SmebuConfig
 from freehold.optim.schedule import Schedule
-from freehold.tokenizer.bpe import END_OF_TEXT
+from freehold.tokenizer.bpe import BOS, END_OF_TEXT
 from freehold.trainer.config import TrainerConfig
 from freehold.trainer.job import Job
 from freehold.trainer.loop import Trainer
@@ -230,11 +230,12 @@ class Bench:
                 sequences=SEQUENCES,
                 seed=seed,
                 separator=END_OF_TEXT,
+                begin=BOS,
             )
             for seed in range(args.seeds)
         }
         validation = {
-            name: held_out(source, shards.document_bytes("validation", name), CONTEXT_TOKENS, 4096, END_OF_TEXT)
+            name: held_out(source, shards.document_bytes("validation", name), CONTEXT_TOKENS, 4096, BOS)
             for name, source in shards.sources("validation").items()
             if source.total_tokens
         }

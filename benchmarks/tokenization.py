@@ -28,7 +28,7 @@ from freehold.core.log import read_metrics
 from freehold.data.buffer import BufferOrder
 from freehold.data.loader import PhaseRows, TextOrder
 from freehold.data.shards import ShardSet
-from freehold.tokenizer.bpe import END_OF_TEXT, Tokenizer
+from freehold.tokenizer.bpe import BOS, END_OF_TEXT, Tokenizer
 
 BATCH = 64
 STEPS = 200
@@ -114,6 +114,7 @@ def loading(run: Path) -> dict[str, Any]:
         "sequences": config["batch"]["sequences"],
         "seed": 0,
         "separator": END_OF_TEXT,
+        "begin": BOS,
     }
     phases = [PhaseRows("benchmark", STEPS, {})]
     made: dict[str, Callable[[], TextOrder]] = {

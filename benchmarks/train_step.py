@@ -134,7 +134,7 @@ def main() -> int:
     shape, sequences, tokens = SHAPES[args.config]
     config, autocast = ModelConfig(**shape), args.dtype == "bfloat16"
     rng = np.random.default_rng(0)
-    batch = text_batch(rng.integers(2, config.vocab_size, (sequences, tokens + 1)).astype(np.uint16), 0)
+    batch = text_batch(rng.integers(2, config.vocab_size, (sequences, tokens + 1)).astype(np.uint16), 0, 0)
     trainer = ours(config, args.dtype, sequences, Path(os.environ.get("TMPDIR", "/tmp")) / "freehold-train-step")
     # Parameters have transformers' names in memory.
     weights = {name: tensor.detach().float() for name, tensor in trainer.checkpoints.tensors()["model"].items()}

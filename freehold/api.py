@@ -25,7 +25,7 @@ from freehold.infer.threads import choose_threads
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.model.device import Device, choose_device
-from freehold.tokenizer.bpe import Tokenizer
+from freehold.tokenizer.bpe import BOS, END_OF_TEXT, Tokenizer
 from freehold.tokenizer.chat import render_ids
 from freehold.tokenizer.output import AnswerFormat, Piece, TextStream, read_format
 
@@ -47,6 +47,7 @@ class NoTokenizer:
     """Stands in a model that was imported without a tokenizer of ours; asking anything of it raises ArtifactError."""
 
     bos = end_of_text = eos = -1  # no id: nothing ends an answer
+    prefix: tuple[int, ...] = ()
 
     def __init__(self, folder: Path, why: str) -> None:
         self._folder, self._why = folder, why
@@ -75,6 +76,8 @@ class Loaded:
     """How it writes reasoning and tool calls, as recorded with its chat template."""
     sampling: Sampling
     """How it likes to be sampled (`generation_config.json`, else DEFAULT), with the tokens that end an answer."""
+    begins_with: tuple[int, ...] = (BOS,)
+    """The ids that the model reads before a plain text, as it was trained: BOS, or what its checkpoint says."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -91,6 +94,10 @@ class Loaded:
         """
         sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, stop_ids=self.stop_ids)
         return "".join(piece.text for piece in self.answer(prompt, sampling) if piece.kind == "content")
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return a plain text as the ids the model is given: what begins a text, then the text; never empty."""
+        return [*self.begins_with, *self.tokenizer.encode(text)] or [self.tokenizer.end_of_text]
 
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
         """Return a question or a conversation as the ids the model is given, ready for its answer."""
@@ -113,7 +120,7 @@ class Loaded:
         `max_tokens` and ContextOverflow as in `generate`.
         """
         sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed, stop_ids=self.stop_ids)
-        ids = self.tokenizer.encode(text) or [self.tokenizer.end_of_text]
+        ids = self.text_ids(text)
         stream = TextStream(self.tokenizer)
         return "".join(stream.feed(i) for i in self.engine.generate([ids], sampling)[0].ids) + stream.finish()
 
@@ -153,7 +160,20 @@ def load(
         choose_threads(engine)
     else:
         torch.set_num_threads(threads)
-    return Loaded(model, tokenizer, config, engine, folder, read_format(folder), default_sampling(folder, tokenizer))
+    begins_with, sampling = text_beginning(folder, tokenizer), default_sampling(folder, tokenizer)
+    return Loaded(model, tokenizer, config, engine, folder, read_format(folder), sampling, begins_with)
+
+
+def text_beginning(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that a model folder's plain texts begin with.
+
+    A checkpoint says how it was trained; one that does not is of the time when texts began with the end of the one
+    before. Any other folder begins as its tokenizer.json does.
+    """
+    facts = folder / "trainer.json"
+    if not facts.exists():
+        return tokenizer.prefix
+    return tuple(json.loads(facts.read_text(encoding="utf-8")).get("begins_with", [END_OF_TEXT]))
 
 
 def default_sampling(folder: Path, tokenizer: Tokenizer) -> Sampling:

@@ -51,7 +51,7 @@ def tiny_checkpoint(tiny_model, tiny_tokenizer, tmp_path_factory):
     run = tmp_path_factory.mktemp("tiny") / "run"
     tiny_tokenizer.save(run / "tokenizer")
     files = [run / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]
-    facts = {"step": 1, "stage_type": "Preview", "tokenizer_sha256": tiny_tokenizer.sha256}
+    facts = {"step": 1, "stage_type": "Preview", "tokenizer_sha256": tiny_tokenizer.sha256, "begins_with": [0]}
     folder = run / "align" / "preview"
     folder.parent.mkdir(parents=True)
     dcp.save(folder, {"model": tiny_model.state_dict()}, tiny_model.config, facts, files)

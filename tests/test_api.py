@@ -32,7 +32,7 @@ def test_without_max_tokens_the_context_is_the_end(short_folder):
     answer = model.engine.generate([ids], Sampling(temperature=0, stop_ids=model.stop_ids))[0]
     assert len(ids) + len(answer.ids) == 40  # or else this shows nothing
     assert model.generate("hi") == model.generate("hi", max_tokens=40 - len(ids))
-    assert model.complete("hi") == model.complete("hi", max_tokens=40 - len(model.tokenizer.encode("hi")))
+    assert model.complete("hi") == model.complete("hi", max_tokens=40 - len(model.text_ids("hi")))
     with pytest.raises(ContextOverflow, match="at most 40"):
         model.generate("hi", max_tokens=40)
 
@@ -45,7 +45,8 @@ def test_temperature_and_seed(tiny_checkpoint):
 
 def test_a_text_is_continued(tiny_checkpoint):
     model = api.load(tiny_checkpoint)
-    ids = model.tokenizer.encode("The capital")
+    ids = model.text_ids("The capital")
+    assert ids == [model.tokenizer.bos, *model.tokenizer.encode("The capital")]
     expected = model.engine.generate([ids], Sampling(temperature=0, max_tokens=6, stop_ids=model.stop_ids))[0].ids
     assert model.complete("The capital", max_tokens=6) == model.tokenizer.decode(expected)
     assert isinstance(model.complete("", max_tokens=3), str)

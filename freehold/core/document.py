@@ -60,7 +60,7 @@ class Rights:
     licence_evidence: str
     """Where the content's licence is shown: a path and a quoted line, or a rule of law."""
     acquired: str
-    """ISO date on which the package was installed or downloaded."""
+    """ISO date on which the source was obtained, if the recipe says so; else the manifest of gather has the day."""
     kind: str
     """prose | code | docstring | reference | generated | conversation"""
     synthetic_from: str

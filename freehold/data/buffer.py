@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -149,6 +150,7 @@ class BufferOrder(TextOrder):
         sequences: int,
         seed: int,
         separator: int,
+        begin: int | None = None,
         first_step: int = 0,
         consumed: Mapping[str, int] | None = None,
         limit: EpochLimit | None = None,
@@ -165,6 +167,7 @@ class BufferOrder(TextOrder):
             sequences=sequences,
             seed=seed,
             separator=separator,
+            begin=begin,
             first_step=first_step,
             consumed=consumed,
             limit=limit,
@@ -198,7 +201,7 @@ class BufferOrder(TextOrder):
     def batch(self, step: int, part: slice = WHOLE) -> Batch:
         """Return the rows of one optimizer step, or a part of them.
 
-        Targets are a document's tokens, its ending separator included; inputs are the tokens before them, a separator
+        Targets are a document's tokens, its ending separator included; inputs are the tokens before them, `begin`
         before the first. So an epoch has the same (input, target) pairs as without the buffer. A piece of a document
         sees no other piece of the row; like any row that begins within a document, it does not see what came before.
         """
@@ -210,7 +213,7 @@ class BufferOrder(TextOrder):
                 # A piece that starts inside its document reads the true token before it, not a made-up beginning.
                 begin, end = int(source.starts[document]) + first, at + tokens
                 batch.targets[r, at:end] = source.tokens[begin : begin + tokens]
-                batch.input_ids[r, at] = source.tokens[begin - 1] if first else self.separator
+                batch.input_ids[r, at] = source.tokens[begin - 1] if first else self.begin
                 batch.input_ids[r, at + 1 : end] = source.tokens[begin : begin + tokens - 1]
                 batch.document_ids[r, at:end] = number
                 at = end
@@ -251,11 +254,18 @@ def text_order(
     *,
     seed: int,
     separator: int,
+    begin: int | None = None,
     first_step: int = 0,
     consumed: Mapping[str, int] | None = None,
 ) -> TextOrder:
     """Return the order of pre-training that a recipe asks for."""
-    shape = {"context_tokens": batch.context_tokens, "sequences": batch.sequences, "seed": seed, "separator": separator}
+    shape: dict[str, Any] = {
+        "context_tokens": batch.context_tokens,
+        "sequences": batch.sequences,
+        "seed": seed,
+        "separator": separator,
+        "begin": begin,
+    }
     if batch.order.kind == "stream":
         return TextOrder(sources, phases, **shape, first_step=first_step, consumed=consumed, limit=batch.epochs)
     return BufferOrder(

@@ -111,8 +111,9 @@ class TextOrder:
     """The order of pre-training: phases over weighted sources.
 
     A lane is an endless stream of rows; here each source is one. `consumed` are the rows each lane had given when a
-    parent checkpoint was made; a branch goes on from there. Raises DataError for a mixture that names no known source,
-    or that asks for more of one than `limit` lets it give.
+    parent checkpoint was made; a branch continues from there. `separator` is the token that ends each document in the
+    shards, `begin` the one that a model reads before its first (None: the separator, as before checkpoints said it).
+    Raises DataError for a mixture that names no known source, or that asks for more of one than `limit` lets it give.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class TextOrder:
         sequences: int,
         seed: int,
         separator: int,
+        begin: int | None = None,
         first_step: int = 0,
         consumed: Mapping[str, int] | None = None,
         limit: EpochLimit | None = None,
@@ -133,6 +135,7 @@ class TextOrder:
         if not self.sources:
             raise DataError("there is no text to train on", found="no source with tokens")
         self.context_tokens, self.sequences, self.seed, self.separator = context_tokens, sequences, seed, separator
+        self.begin = separator if begin is None else begin
         self.first_step, self.limit = first_step, limit or EpochLimit()
         self.phases: list[tuple[int, int, str, np.ndarray]] = []
         """(first step, end step, name, rows [steps * B, 2] of (lane number, row number in its stream))"""
@@ -210,7 +213,7 @@ class TextOrder:
         # One token more than a row: rows overlap by it, so the last input has a target and every token is a target
         # once.
         rows = [self._read(self.sources[name], row * t, t + 1) for name, row in self.rows(step)[part]]
-        return text_batch(np.stack(rows), self.separator)
+        return text_batch(np.stack(rows), self.separator, self.begin)
 
     def documents(self, step: int) -> list[Piece]:
         """Return the documents a step learned from, in row order, with the tokens that were inputs.

@@ -35,15 +35,18 @@ class Batch:
         return int((self.targets != IGNORE).sum())
 
 
-def text_batch(rows: np.ndarray, separator: int) -> Batch:
+def text_batch(rows: np.ndarray, separator: int, begin: int) -> Batch:
     """Make a batch from rows [B, T+1] of a token stream in which each document ends with `separator`.
 
-    The separator that ends a document opens the next one: as a target it belongs to the text before it, as an
-    input it is the first token of the document after it, so every document starts from a clean context.
+    The place of a separator belongs to two documents: as a target it is the end of the one before it, as an input it is
+    `begin`, the first token of the one after it. So every document starts from a clean context and from the id that
+    every front puts before a text, and no position of a row is spent on it.
     """
     # int64: what torch's embedding and cross-entropy take; shards hold uint16 or uint32.
-    inputs = rows[:, :-1].astype(np.int64)
-    return Batch(inputs, rows[:, 1:].astype(np.int64), np.cumsum(inputs == separator, axis=1).astype(np.int32))
+    inputs = rows[:, :-1].astype(np.int64)  # [B, T]
+    starts = inputs == separator  # [B, T]
+    inputs[starts] = begin
+    return Batch(inputs, rows[:, 1:].astype(np.int64), np.cumsum(starts, axis=1).astype(np.int32))
 
 
 def cut(ids: Sequence[int], context_tokens: int) -> list[list[int]]:

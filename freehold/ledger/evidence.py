@@ -8,7 +8,7 @@ another is named. Licence texts are recognised by `licenseclassifier`, the patte
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -24,9 +24,8 @@ HEAD_CHARS, TAIL_CHARS = 4_000, 1_500
 NOTICE_CHARS = 60
 QUOTE_CHARS = 120
 
-TAG = re.compile(
-    r"^[\s#/*;%.<!\"'-]{0,12}SPDX-License-Identifier:[ \t]*([^\n\r<>\"']{2,120}?)[ \t]*(?:\*/|-->)?[ \t]*$", re.M
-)
+TAG = "SPDX-License-Identifier:"
+TAG_CHARS = 120
 ABOUT_RIGHTS = re.compile(r"licen[cs]e|redistribut|permission is hereby|public domain", re.I)
 CREATIVE_COMMONS = re.compile(
     r"creativecommons\.org/(?:licen[cs]es/(by(?:-nc)?(?:-sa|-nd)?|nc(?:-sa)?|nd|sa)/(\d\.\d)(?:/([a-z]{2,3})\b)?"
@@ -129,6 +128,19 @@ def licence_text(text: str) -> Text:
     return Text(ids, min(explained, 1.0), bool(found) and found[0].start > 1_000)
 
 
+@lru_cache(maxsize=1024)
+def licence_places(text: str) -> tuple[tuple[str, int], ...]:
+    """Return (id, line) of the licences whose words a text holds, each once, where it begins."""
+    from licenseclassifier import identify_license
+
+    found: dict[str, int] = {}
+    for match in identify_license(text, 0.0):
+        words = text[match.start : match.end]
+        start = match.start + len(words) - len(words.lstrip())
+        found.setdefault(_current(match.id), 1 + text.count("\n", 0, start))
+    return tuple(found.items())
+
+
 def agreement(expression: str, text: Text) -> Literal["agrees", "partly", "silent", "contradicts"]:
     """Say whether a licence text confirms an expression: completely, in part, or as the text of other licences only.
 
@@ -149,17 +161,27 @@ def of_head(text: str, place: str = "") -> list[Finding]:
     """Return what a text says of its own rights in its first lines: SPDX tags, or else a licence notice."""
     head = text[:HEAD_CHARS]
     found = []
-    for match in TAG.finditer(head) if "SPDX-License-Identifier" in head else ():
+    for said in _tags(head):
         try:
-            found.append(Finding("tag", place, normalise(match[1].strip()), match[1].strip()))
+            found.append(Finding("tag", place, normalise(said), said))
         except LicenceError:
-            found.append(Finding("restriction", place, "", f"a tag that is no SPDX expression: {match[1].strip()}"))
+            found.append(Finding("restriction", place, "", f"a tag that is no SPDX expression: {said}"))
     if found or not ABOUT_RIGHTS.search(head):
         return found
     ids = _notices(head)
     if ids:
         found.append(Finding("notice", place, normalise(" AND ".join(ids))))
     return found
+
+
+def _tags(head: str) -> Iterator[str]:
+    """Yield what SPDX tags say: alone on a line but for the marks of a comment around them."""
+    for line in head.splitlines() if TAG in head else ():
+        before, _, said = line.partition(TAG)
+        if said and len(before.strip()) <= 12 and not before.strip(" \t#/*;%.<!\"'-"):
+            said = said.strip().removesuffix("*/").removesuffix("-->").strip()
+            if 2 <= len(said) <= TAG_CHARS and not set(said) & set("<>\"'"):
+                yield said
 
 
 def restrictions(text: str, place: str = "", *, foreign: bool = False) -> list[Finding]:
@@ -261,10 +283,10 @@ def _share(tree: Any, ids: set[str]) -> float:
         parts = [_share(part, ids) for part in tree.args]
         return max(parts) if operator == "OR" else sum(parts) / len(parts)
     key = str(getattr(tree, "license_symbol", tree).key)
-    return float(any(_same(key, other) for other in ids))
+    return float(any(same_licence(key, other) for other in ids))
 
 
-def _same(claimed: str, found: str) -> bool:
+def same_licence(claimed: str, found: str) -> bool:
     """Say whether a text found is that of the licence claimed: a text does not say `only` or `or later`."""
     first, second = _family(claimed), _family(found)
     if first[0] != second[0]:

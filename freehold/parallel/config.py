@@ -37,6 +37,7 @@ class ParallelConfig(Config):
     nproc: int = Field(
         0, ge=0, description="processes to start on this machine (0: one, or those that a launcher has started)"
     )
+    hosts: int = Field(1, ge=1, description="machines that start `nproc` each (docs/never-lose-a-step.md)")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="cpu (over gloo) or cuda (over NCCL); auto: cuda where each local process has a device"
     )
@@ -92,7 +93,8 @@ def check_divisible(parallel: ParallelConfig, *, sequences: int, micro_sequences
     """Raise ConfigError for what is wrong whatever the model: processes, rows, passes; see `validate_layout`."""
     p, place = parallel, f"{stage}." if stage else ""
     if p.nproc:
-        check_degrees(p, p.nproc, f"processes to start ({place}parallel.nproc)", f"{place}parallel")
+        started = f"{place}parallel.nproc" + (f" x {place}parallel.hosts" if p.hosts > 1 else "")
+        check_degrees(p, p.nproc * p.hosts, f"processes to start ({started})", f"{place}parallel")
     # Experts are sharded among ranks that already share the dense parameters.
     if p.group % p.expert:
         raise ConfigError(

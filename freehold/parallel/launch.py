@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from freehold.core.errors import ConfigError
 from freehold.core.machine import check_memory_fits
@@ -22,6 +23,8 @@ from freehold.parallel.config import ParallelConfig
 from freehold.parallel.heartbeat import FOLDER
 
 LOOPBACK = "127.0.0.1"
+HOST = "FREEHOLD_HOST"
+"""The environment variable with the number of this machine, where `parallel.hosts` are several."""
 RANK_BYTES = 300_000_000
 """What a process holds before its first tensor: Python, PyTorch, pyarrow (287 MB resident)."""
 
@@ -50,9 +53,10 @@ def place(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None
 
 
 def leads() -> bool:
-    """Return whether this process writes what a run writes once: rank 0, or the only one."""
+    """Return whether this process writes what a run writes once: rank 0, the only one, or the first machine's."""
     found = place()
-    return found is None or found[0] == 0
+    # A machine's supervisor is no rank: that of the first machine does what rank 0 would.
+    return os.environ.get(HOST, "0") == "0" if found is None else found[0] == 0
 
 
 def check_fits_machine(parallel: ParallelConfig, stage: str) -> None:
@@ -105,22 +109,40 @@ class Rank:
             return file.read().decode(errors="replace").splitlines()[-count:]
 
 
-def start(command: Sequence[str], nproc: int, folder: Path) -> list[Rank]:
-    """Start `nproc` ranks of `command` that meet at a new port; their output and beats go to `folder`, a new one."""
+class Network(NamedTuple):
+    """A world: its number, the first rank of this machine, how many ranks there are, and where they meet."""
+
+    world: int
+    first_rank: int
+    size: int
+    address: str
+    port: int
+
+
+def alone(world: int, nproc: int) -> Network:
+    """Return a world of this machine's ranks only, at a new port."""
+    return Network(world, 0, nproc, LOOPBACK, free_port())
+
+
+def start(command: Sequence[str], nproc: int, folder: Path, network: Network) -> list[Rank]:
+    """Start this machine's `nproc` ranks of `command`; their output and beats go to `folder`, a new one."""
     folder.mkdir(parents=True)
     base = {
         **os.environ,
-        "WORLD_SIZE": str(nproc),
+        "WORLD_SIZE": str(network.size),
         "LOCAL_WORLD_SIZE": str(nproc),
-        "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(free_port()),
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        "MASTER_ADDR": network.address,
+        "MASTER_PORT": str(network.port),
         FOLDER: str(folder.resolve()),
     }
+    # Between machines the interface is the user's to name, or follows from the host name.
+    if network.address == LOOPBACK:
+        base["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     ranks: list[Rank] = []
     try:
-        for rank in range(nproc):
-            ranks.append(Rank(rank, command, folder, {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        for local in range(nproc):
+            rank = network.first_rank + local
+            ranks.append(Rank(rank, command, folder, {**base, "RANK": str(rank), "LOCAL_RANK": str(local)}))
     except BaseException:
         # Also for a signal: ranks that were started must not outlive this process.
         kill(ranks)

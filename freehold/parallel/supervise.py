@@ -22,6 +22,7 @@ from freehold.core.machine import FULL, disk_error
 from freehold.core.process import forward_signals
 from freehold.parallel import launch, verdict
 from freehold.parallel.config import SuperviseConfig
+from freehold.parallel.hosts import Hosts
 from freehold.parallel.observe import Watched, hangs, look_at, slow_ranks
 from freehold.parallel.relaunch import Decision, Patience
 from freehold.parallel.verdict import End
@@ -62,14 +63,18 @@ class Supervisor:
         documents_of: Callable[[int], list[dict[str, Any]]] = lambda _: [],
         say: Callable[[str], None] = print,
         echo: Callable[[str], None] | None = None,
+        hosts: Hosts | None = None,
     ) -> None:
+        """Take what to run and how to follow it; `hosts`: the other machines, if there are any."""
         self.command, self.nproc, self.folder, self.config = list(command), nproc, folder, config
         self.newest_step, self.documents_of, self.say, self.echo = newest_step, documents_of, say, echo
+        self.hosts = hosts
         self.asked: list[int] = []
         self.ranks: list[launch.Rank] = []
         self.resumed = 0.0
         folder.mkdir(parents=True, exist_ok=True)
-        self.number = len(list(folder.glob("world_*")))
+        # Not their count: worlds of several machines may skip a number.
+        self.number = max((int(path.name[6:]) for path in folder.glob("world_[0-9]*")), default=0)
 
     def run(self) -> str:
         """Return what rank 0 printed once a world ended well.
@@ -80,13 +85,29 @@ class Supervisor:
         patience = Patience(self.config, self.folder, self.newest_step())
         with forward_signals(self._pass_on, self.asked, self._note_resume):
             while True:
-                self.number += 1
-                end = self._one_world()
+                network = self._next_world()
+                if network is None:
+                    raise KeyboardInterrupt
+                self.number = network.world
+                end = self._one_world(network)
+                self._report("failed" if end.what else "finished", end.what)
+                if self.hosts is not None and not end.what:
+                    end = End(self.hosts.finish(self.number, lambda: bool(self.asked)))
                 if not end.what:
                     return self.ranks[0].out.read_text(encoding="utf-8", errors="replace")
                 if self.asked:
                     raise KeyboardInterrupt
                 self._after_failure(end, patience)
+
+    def _next_world(self) -> launch.Network | None:
+        """Return where the next ranks meet, once all machines are ready; None when the user asked to stop meanwhile."""
+        if self.hosts is None:
+            return launch.alone(self.number + 1, self.nproc)
+        return self.hosts.meet(self.number, lambda: bool(self.asked))
+
+    def _report(self, state: str, what: str = "") -> None:
+        if self.hosts is not None:
+            self.hosts.report(state, self.number, what)
 
     def _after_failure(self, end: End, patience: Patience) -> None:
         """Write the post-mortem; return when the next world may start, raise when there is none."""
@@ -105,15 +126,16 @@ class Supervisor:
         self.say(f"{end.what}; starting again from step {max(step, 0)} in {decision.pause_s:.0f} s ({path})")
         self._pause(decision.pause_s)
 
-    def _one_world(self) -> End:
+    def _one_world(self, network: launch.Network) -> End:
         """Start the ranks and watch them to their end; none is left running."""
         folder = self.folder / f"world_{self.number:03d}"
         try:
-            self.ranks = launch.start(self.command, self.nproc, folder)
+            self.ranks = launch.start(self.command, self.nproc, folder, network)
         except OSError as error:
             if error.errno not in FULL:
                 raise
             return End(f"no rank could be started: {error.strerror}", error=disk_error(error, folder).to_dict())
+        self._report("running")
         self.event("started", nproc=self.nproc, from_step=self.newest_step())
         # A signal may have come before there was a rank to pass it on to.
         for number in self.asked:
@@ -143,6 +165,8 @@ class Supervisor:
             if any(each.failed for each in watched):
                 return self._failed(watched, echo)
             echo.say()
+            if self.hosts is not None and (trouble := self.hosts.trouble(self.number)):
+                return verdict.end_of(trouble, watched, [], verdict.end_the_rest(watched))
             silent = [each for each in watched if hangs(each, now, self.resumed, self.config)]
             if silent:
                 return verdict.of_hung(watched, silent)

@@ -155,6 +155,9 @@ def _sources(run_folder: Path, kept: list[dict[str, Any]]) -> list[dict[str, Any
     """Return every source that was gathered, with what is left."""
     path = RunFolder(run_folder).sources
     gathered = read_json(path) if path.exists() else {}
+    # A source without a date in the recipe was acquired when the stage first read it.
+    folder = RunFolder(run_folder).stage(GATHER)
+    read = str(read_manifest(folder).get("created", ""))[:10] if (folder / MANIFEST).exists() else ""
     names = sorted({*gathered, *(row["source"] for row in kept)})
     rows = []
     for name in names:
@@ -165,7 +168,7 @@ def _sources(run_folder: Path, kept: list[dict[str, Any]]) -> list[dict[str, Any
                 "source": name,
                 "kind": entry.get("kind", ""),
                 "version": entry.get("version", ""),
-                "acquired": entry.get("acquired", ""),
+                "acquired": entry.get("acquired") or (read if entry.get("kind") else ""),
                 "wrapper_licence": entry.get("wrapper_licence", ""),
                 "licences": sorted(entry.get("licences", {})),
                 "evidence": entry.get("licence_evidence", []),

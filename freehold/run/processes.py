@@ -22,6 +22,7 @@ from freehold.core.log import Log
 from freehold.core.machine import disk_error
 from freehold.core.process import forward_signals, split_answer
 from freehold.parallel import launch
+from freehold.parallel.hosts import Hosts, host_number
 from freehold.parallel.supervise import Supervisor
 from freehold.run.layout import RunFolder, newest_step
 from freehold.run.recipe import Plan, StagePlan
@@ -88,18 +89,26 @@ def run_process(command: Sequence[str], lock: int) -> Ended:
 def supervise(stage: StagePlan, plan: Plan, options: Options) -> None:
     """Make one stage as `parallel.nproc` ranks that are started here, watched, and restarted when they fail."""
     launch.check_fits_machine(stage.parallel, stage.name)
-    log = Log(quiet=options.quiet)
+    log, number = Log(quiet=options.quiet), host_number(stage.parallel.hosts)
+    folder, hosts = stage.folder / "log", None
+    if stage.parallel.hosts > 1:
+        hosts = Hosts(folder / "hosts", number, stage.parallel.hosts, stage.parallel.nproc, log.say)
+        # Each machine keeps the worlds it started; the first one where a run of one machine has them.
+        folder = folder / f"host_{number}" if number else folder
     once = Options(quiet=options.quiet, strict_code=options.strict_code)  # --clean was done before the ranks start
-    Supervisor(
+    supervisor = Supervisor(
         stage_command(plan, stage.name, once),
         stage.parallel.nproc,
-        stage.folder / "log",
+        folder,
         stage.parallel.supervise,
         newest_step=functools.partial(newest_step, stage.folder),
         documents_of=functools.partial(documents_of_step, stage.folder),
         say=log.warn,
-        echo=None if options.quiet else log.say,
-    ).run()
+        echo=None if options.quiet or number else log.say,
+        hosts=hosts,
+    )
+    with contextlib.closing(hosts) if hosts is not None else contextlib.nullcontext():
+        supervisor.run()
 
 
 class StageFailed(FreeholdError):

@@ -163,7 +163,7 @@ def run_stage(plan: Plan, name: str, options: Options) -> dict[str, Any]:
     """Make one stage in this process, or as ranks started here; return its manifest. Does nothing when it is done."""
     stage = plan.stages[name]
     if not launch.leads():
-        return _follow(stage, options)
+        return _follow(stage, plan, options)
     what = check_stage(stage, options)
     if what == "done":
         return read_manifest(stage.folder)
@@ -247,11 +247,14 @@ def _workspace(stage: StagePlan, log: Log, leads: bool = True) -> Workspace:
     )
 
 
-def _follow(stage: StagePlan, options: Options) -> dict[str, Any]:
+def _follow(stage: StagePlan, plan: Plan, options: Options) -> dict[str, Any]:
     """Take part in a stage as a rank other than the first: it writes its own files and prints only errors."""
     if not options.clean and state_of(stage, strict_code=options.strict_code).what == "done":
         return read_manifest(stage.folder)
     if stage.parallel is None:  # one process does it all
+        return {"counts": {}}
+    if launch.place() is None:  # not a rank: another machine, whose ranks are started and watched there
+        supervise(stage, plan, options)
         return {"counts": {}}
     with machine_limits(stage.folder):
         return {"counts": _work(stage, _workspace(stage, Log(quiet=True), leads=False), stage.key())}

@@ -40,8 +40,8 @@ class SourceBase(Config):
     acquired: str = Field(
         default="",
         pattern=r"^(\d{4}-\d{2}-\d{2})?$",
-        description="ISO date on which this version was first obtained; empty: the day it came to this machine, so "
-        "that rows gathered after another day's installation are other rows",
+        description="ISO date on which this version was first obtained; empty: the day on which gather read it, which "
+        "cards take from its manifest, so that rows are the same whatever the day",
     )
     made_by: Origin = Field(default=Origin(), description="who made it and where, for policies that ask")
     settled: str = Field(

@@ -243,6 +243,8 @@ class Tokenizer:
                 found = self.specials.get(SPECIALS[number], "absent")
                 raise DataError(f"{SPECIALS[number]} is not the token it must be", found=found, expected=number)
         self.vocab_size = self._chain.get_vocab_size(with_added_tokens=True)
+        self.prefix: tuple[int, ...] = tuple(self._chain.encode("", add_special_tokens=True).ids)
+        """What this file puts before a text, in any runtime that reads it: BOS, or nothing."""
         special_ids = set(self.specials.values())
         try:
             ranks = {

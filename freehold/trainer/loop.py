@@ -130,6 +130,8 @@ class Trainer:
                     watch.restart(done, progress.tokens)
                 if due.stop and done < schedule.total_steps:
                     raise Interrupted
+        # What is left, closing files and groups, has no steps to count.
+        self.heartbeat.beat(progress.step, "done")
 
     def _begin(self) -> bool:
         """Restore what there is; return whether steps are left to do."""

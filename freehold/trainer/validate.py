@@ -29,13 +29,11 @@ class HeldOut:
     text_bytes: int
 
 
-def held_out(
-    source: Source, document_bytes: np.ndarray, context_tokens: int, limit_tokens: int, separator: int
-) -> HeldOut:
+def held_out(source: Source, document_bytes: np.ndarray, context_tokens: int, limit_tokens: int, begin: int) -> HeldOut:
     """Arrange a source's first validation documents in rows, up to `limit_tokens` (0: all; at least one document).
 
-    A document is coded after a separator (given, not paid for) and up to the one that ends it (paid for). A window that
-    is no full row shares a row with others, none of which it sees.
+    A document is coded after the token that begins it (given, not paid for) and up to the one that ends it (paid for).
+    A window that is no full row shares a row with others, none of which it sees.
     """
     count = len(source.lengths)
     if limit_tokens:
@@ -43,11 +41,11 @@ def held_out(
         count = max(1, int(np.searchsorted(np.cumsum(source.lengths), limit_tokens, side="right")))
     windows: list[Example] = []
     for start, length in zip(source.starts[:count], source.lengths[:count], strict=True):
-        # The separator is context only: it belongs to no document.
-        for ids in cut([separator, *source.tokens[start : start + length].tolist()], context_tokens):
+        # What begins a document is context only: it is no part of the text.
+        for ids in cut([begin, *source.tokens[start : start + length].tolist()], context_tokens):
             windows.append(Example("", source.name, ids, [True] * len(ids)))
     rows = pack([len(window.ids) - 1 for window in windows], context_tokens)
-    batch = conversation_batch([[windows[i] for i in row] for row in rows], context_tokens, separator)
+    batch = conversation_batch([[windows[i] for i in row] for row in rows], context_tokens, begin)
     return HeldOut(batch, int(document_bytes[:count].sum()))
 
 

@@ -237,7 +237,7 @@ def test_any_launcher_that_says_all_is_believed():
 
 
 def test_a_signal_is_not_sent_to_a_process_that_has_gone(tmp_path):
-    ranks = launch.start([sys.executable, "-c", ""], 1, tmp_path / "world")
+    ranks = launch.start([sys.executable, "-c", ""], 1, tmp_path / "world", launch.alone(1, 1))
     ranks[0].process.wait()
     ranks[0].send(signal.SIGKILL)
     assert ranks[0].process.returncode == 0

@@ -26,10 +26,11 @@ from freehold.data.loader import Source
 from freehold.data.packing import cut
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
-from freehold.stages.evaluate.config import EvaluateConfig, plan
-from freehold.stages.evaluate.items import Item, normalise, read_items, wilson
+from freehold.stages.evaluate.config import EvaluateConfig, HarnessConfig, plan
+from freehold.stages.evaluate.items import Item, normalise, read_files, read_items, wilson
 from freehold.stages.evaluate.likelihood import batches, score
 from freehold.stages.evaluate.run import evaluate_model, gain, run
+from freehold.stages.evaluate.table import tables
 from freehold.stages.evaluate.tasks import do_tasks
 from freehold.stages.evaluate.text import bits_per_byte, compressors, held_out
 from freehold.tokenizer.bpe import train
@@ -126,7 +127,7 @@ def test_bits_per_byte_equals_one_forward_pass_a_token(loaded: Loaded, tmp_path:
         loaded, held_out(curated(tmp_path, tales=[("validation", t) for t in texts]), None), CONFIG, QUIET, "base"
     )
     end = loaded.tokenizer.end_of_text
-    sequences = [[end, *loaded.tokenizer.encode(text), end] for text in texts]
+    sequences = [[loaded.tokenizer.bos, *loaded.tokenizer.encode(text), end] for text in texts]
     nats = sum(brute_force_nats(loaded.model, s, CONFIG.context_tokens) for s in sequences)
     size = sum(len(text.encode()) for text in texts)
     assert found["overall"]["bits"] == pytest.approx(nats / math.log(2), rel=1e-5)
@@ -145,7 +146,7 @@ def test_training_and_evaluation_count_the_same_bits(loaded: Loaded, tmp_path: P
     lengths = np.array([len(ids) for ids in documents])
     source = Source("tales", np.concatenate(documents), np.cumsum(lengths) - lengths, lengths, list("abcde"))
     sizes = np.array([len(text.encode()) for text in texts])
-    held = validate.held_out(source, sizes, CONFIG.context_tokens, 0, loaded.tokenizer.end_of_text)
+    held = validate.held_out(source, sizes, CONFIG.context_tokens, 0, loaded.tokenizer.bos)
     assert held.batch.target_tokens == evaluated["tokens"]
     assert len(held.batch.input_ids) < sum(-(-n // CONFIG.context_tokens) for n in lengths)  # windows share rows
     trained = validate.bits_per_byte(loaded.model, {"tales": held})["val/bpb"]
@@ -371,8 +372,12 @@ def test_stage_writes_the_same_files_twice(work: Workspace) -> None:
         "answers/base.jsonl",
         "answers/preview.jsonl",
         "lm_eval/README.md",
+        "lm_eval/freehold_capitals.jsonl",
+        "lm_eval/freehold_capitals.yaml",
         "lm_eval/freehold_choices.jsonl",
         "lm_eval/freehold_choices.yaml",
+        "lm_eval/freehold_results.py",
+        "lm_eval/requests.jsonl",
         "results.json",
         "results.md",
     ]
@@ -388,6 +393,36 @@ def test_stage_writes_the_same_files_twice(work: Workspace) -> None:
     assert "| source | bytes | xz -9 | zstd -19 | truebase | base | preview |" in table
     assert "| capitals: capitals | 3 |" in table
     assert "| task | items | chance | base | preview | preview − base |" in table
+
+
+def test_task_files_of_the_recipe_are_asked(work: Workspace, tmp_path: Path) -> None:
+    folder = write_items(tmp_path / "own", "mine", [question(n, task="mine") for n in range(2)])
+    changes = {"checkpoints": ("base",), "task_checkpoints": ("base",), "files": {"mine": folder / "mine.jsonl"}}
+    run(CONFIG.model_copy(update=changes), work)
+    results = json.loads((work.folder / "results.json").read_text())
+    assert results["checkpoints"]["base"]["tasks"]["tasks"]["mine"]["items"] == 2
+    assert list(results["settings"]["files"]) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("absent", "no such task file"), ("taken", "is there already"), ("empty", "is empty")]
+)
+def test_task_files_that_cannot_be_asked_are_named(tmp_path: Path, name: str, says: str) -> None:
+    for file in ("taken", "empty"):
+        (tmp_path / f"{file}.jsonl").write_text("")
+    with pytest.raises(DataError, match=says):
+        read_files({name: tmp_path / f"{name}.jsonl"}, None, taken={"taken"})
+
+
+def test_harness_figures_have_a_table() -> None:
+    rate = {"bits_per_byte": 1.0}
+    plain = {"bytes": 1, "xz": 1.0, "zstd": 1.0}
+    base = {"bits_per_byte": {"overall": rate, "sources": {}}, "harness": {"cloze": {"acc": 0.5}}}
+    results = {
+        "settings": {"context_tokens": 8, "dtype": "float32"}, "text": {"sources": {}, "overall": plain},
+        "checkpoints": {"base": base}, "gain": {},
+    }  # fmt: skip
+    assert "| cloze | acc | 0.5000 |" in tables(results)[-1].markdown()
 
 
 def test_stage_without_tasks(work: Workspace) -> None:
@@ -431,3 +466,4 @@ def test_plan_says_what_will_be_measured() -> None:
     assert "all held-out text" in plan(config)[0]
     assert "up to 9 held-out items of each task" in plan(config)[1]
     assert len(plan(EvaluateConfig(task_checkpoints=()))) == 1
+    assert plan(EvaluateConfig(harness=HarnessConfig(tasks=("cloze",))))[-1].startswith("lm-evaluation-harness: cloze")

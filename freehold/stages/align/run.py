@@ -62,7 +62,10 @@ def run(config: AlignConfig, work: Workspace) -> dict[str, Any]:
         order=order,
         schedule=schedule,
         tokenizer=folder,
-        facts={"tokenizer_sha256": tokenizer.sha256},
+        facts={
+            "tokenizer_sha256": tokenizer.sha256,
+            "begins_with": facts.get("begins_with", [tokenizer.end_of_text]),
+        },
         start=Start(parent=read_manifest(start)["content_sha256"], tokens=facts["tokens"], weights=weights),
     )
     counts = train_stage(stage, config, work)

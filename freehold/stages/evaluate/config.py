@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +12,19 @@ from freehold.core.config import Config
 Checkpoint = Literal["truebase", "base", "preview"]
 # Which stage writes which named checkpoint.
 MADE_BY: dict[str, str] = {"truebase": "pretrain", "base": "pretrain", "preview": "align"}
+
+
+class HarnessConfig(Config):
+    """Tasks of lm-evaluation-harness that are on disk: asked through our engine, counted by the harness."""
+
+    tasks: tuple[str, ...] = Field((), description="names of tasks; none: the harness is not used")
+    include_path: Path | None = Field(
+        None, description="folder with YAML files of tasks; their data files are found from inside it"
+    )
+    shipped: bool = Field(False, description="also know the tasks that come with the harness (most need a network)")
+    max_items: int | None = Field(None, gt=0, description="items of each task, in file order; null takes all")
+    num_fewshot: int | None = Field(None, ge=0, description="examples in each prompt; null: as the task says")
+    chat_template: bool = Field(False, description="put each prompt into a user turn")
 
 
 class EvaluateConfig(Config):
@@ -31,6 +45,13 @@ class EvaluateConfig(Config):
     )
     max_items_per_task: int | None = Field(None, gt=0, description="task items used, in file order; null takes all")
     max_answer_tokens: int = Field(24, gt=0, description="longest answer to a generate task")
+    files: dict[str, Path] = Field(
+        default_factory=dict,
+        description="further task files by task name: JSONL of items, as in docs/formats.md; unlike tasks that gather "
+        "reads, training text is not searched for their questions",
+    )
+    harness: HarnessConfig = Field(default_factory=HarnessConfig, description="tasks of lm-evaluation-harness")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="type of the matrices while evaluating; sums and log-softmax are float32"
     )
@@ -56,5 +77,9 @@ def plan(config: EvaluateConfig) -> list[str]:
         items = "every held-out item" if limit is None else f"up to {limit:,} held-out items of each task"
         lines.append(
             f"{items} by {', '.join(config.task_checkpoints)}, answers up to {config.max_answer_tokens} tokens"
+        )
+    if config.harness.tasks:
+        lines.append(
+            f"lm-evaluation-harness: {', '.join(config.harness.tasks)} by {', '.join(config.task_checkpoints)}"
         )
     return lines

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,29 +53,47 @@ def read_items(folder: Path, limit: int | None = None) -> dict[str, list[Item]]:
 
     DataError names file and line of what is not an item, and of an item whose kind differs from those before it.
     """
-    tasks: dict[str, list[Item]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        items: list[Item] = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:limit], 1):
-            try:
-                item = Item.model_validate(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError("a task item is not JSON", where=f"{path}:{number}", found=error) from error
-            except pydantic.ValidationError as error:
-                problem = error.errors()[0]
-                found = f"{'.'.join(map(str, problem['loc'])) or 'item'}: {problem['msg']}"
-                raise DataError("not a task item", where=f"{path}:{number}", found=found) from error
-            if items and item.kind != items[0].kind:
-                raise DataError(
-                    "a task file holds items of one kind",
-                    where=f"{path}:{number}",
-                    found=item.kind,
-                    expected=items[0].kind,
-                )
-            items.append(item)
-        if items:
-            tasks[path.stem] = items
-    return tasks
+    found = {path.stem: _read(path, limit) for path in sorted(folder.glob("*.jsonl"))}
+    return {task: items for task, items in found.items() if items}
+
+
+def read_files(files: Mapping[str, Path], limit: int | None, taken: Container[str] = ()) -> dict[str, list[Item]]:
+    """Return the items of task files by task name; DataError also for a missing or empty file and a name `taken`."""
+    found = {}
+    for task, path in files.items():
+        if task in taken or not path.is_file():
+            raise DataError(
+                "a task of this name is there already" if task in taken else "no such task file",
+                where=f"evaluate.files.{task}",
+                found=path,
+                todo="give another name" if task in taken else "mend the path",
+            )
+        found[task] = _read(path, limit)
+        if not found[task]:
+            raise DataError("a task file is empty", where=path, expected="one item a line")
+    return found
+
+
+def _read(path: Path, limit: int | None) -> list[Item]:
+    items: list[Item] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:limit], 1):
+        try:
+            item = Item.model_validate(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError("a task item is not JSON", where=f"{path}:{number}", found=error) from error
+        except pydantic.ValidationError as error:
+            problem = error.errors()[0]
+            found = f"{'.'.join(map(str, problem['loc'])) or 'item'}: {problem['msg']}"
+            raise DataError("not a task item", where=f"{path}:{number}", found=found) from error
+        if items and item.kind != items[0].kind:
+            raise DataError(
+                "a task file holds items of one kind",
+                where=f"{path}:{number}",
+                found=item.kind,
+                expected=items[0].kind,
+            )
+        items.append(item)
+    return items
 
 
 def normalise(text: str) -> str:

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from freehold.api import load
-from freehold.core.artifact import Workspace, write_atomic, write_json
+from freehold.core.artifact import Workspace, sha256_file, write_atomic, write_json
 from freehold.core.errors import ConfigError
 from freehold.core.log import Log
 from freehold.stages.evaluate import harness
 from freehold.stages.evaluate.config import MADE_BY, EvaluateConfig
-from freehold.stages.evaluate.items import Item, read_items
+from freehold.stages.evaluate.items import Item, read_files, read_items
+from freehold.stages.evaluate.lm_eval_tasks import run_tasks
 from freehold.stages.evaluate.table import parts, tables
 from freehold.stages.evaluate.tasks import do_tasks
 from freehold.stages.evaluate.text import HeldOut, bits_per_byte, compressors, held_out
+from freehold.tokenizer.bpe import Tokenizer
 
 SETTINGS = ("context_tokens", "max_bytes_per_source", "max_items_per_task", "max_answer_tokens", "dtype")
 
@@ -24,8 +26,9 @@ def run(config: EvaluateConfig, work: Workspace) -> dict[str, Any]:
     """Write results.json, results.md, `answers/<checkpoint>.jsonl` and lm_eval/; return the headline figures."""
     texts = held_out(work.input("curate"), config.max_bytes_per_source)
     tasks = read_items(work.input("curate") / "tasks", config.max_items_per_task)
+    tasks |= read_files(config.files, config.max_items_per_task, taken=tasks)
     results: dict[str, Any] = {
-        "settings": config.model_dump(mode="json", include=set(SETTINGS)),
+        "settings": config.model_dump(mode="json", include=set(SETTINGS)) | _files(config),
         "text": compressors(texts),
         "checkpoints": {},
     }
@@ -42,8 +45,15 @@ def run(config: EvaluateConfig, work: Workspace) -> dict[str, Any]:
     shown = tables(results) + ([parts(results)] if any("tasks" in r for r in results["checkpoints"].values()) else [])
     markdown = "\n".join(table.markdown() for table in shown)
     write_atomic(work.folder / "results.md", f"# Evaluation\n\n{markdown}")
-    harness.write_tasks(work.folder / "lm_eval", tasks)
+    last = config.checkpoints[-1]
+    tokenizer = Tokenizer.load(work.input(MADE_BY[last]) / last)
+    harness.write_tasks(work.folder / "lm_eval", tasks, tokenizer, config.max_answer_tokens)
     return headline(results)
+
+
+def _files(config: EvaluateConfig) -> dict[str, Any]:
+    """Return the hashes of the task files that the recipe names: their content is not part of the stage's key."""
+    return {"files": {name: sha256_file(path) for name, path in config.files.items()}} if config.files else {}
 
 
 def evaluate_model(
@@ -54,7 +64,7 @@ def evaluate_model(
     `path` is a checkpoint or an HF folder; the model reads the text through its own tokenizer, so models
     with different vocabularies compare fairly by bits per byte.
     """
-    loaded = load(path, dtype=config.dtype)
+    loaded = load(path, dtype=config.dtype, device=config.device)
     limit = loaded.config.max_position_embeddings
     if config.context_tokens >= limit:
         raise ConfigError(
@@ -70,6 +80,8 @@ def evaluate_model(
         result["tasks"], rows = do_tasks(loaded, tasks, config, log, name)
         overall = result["tasks"]["overall"]
         log.say(f"  {name}: {overall['correct']} of {overall['items']} items right")
+    if config.harness.tasks and name in config.task_checkpoints:
+        result["harness"] = run_tasks(loaded, config.harness, log, name)
     return result, rows
 
 

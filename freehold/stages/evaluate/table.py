@@ -17,7 +17,9 @@ def in_order(checkpoints: dict[str, Any]) -> dict[str, Any]:
 def tables(results: dict[str, Any]) -> list[Table]:
     """Return bits per byte next to the compressors, and, when tasks were done, accuracies and the gain."""
     tested = {name: result["tasks"] for name, result in in_order(results["checkpoints"]).items() if "tasks" in result}
-    return [_bits(results), *([_tasks(tested, results["gain"])] if tested else [])]
+    by_harness = {n: r["harness"] for n, r in in_order(results["checkpoints"]).items() if "harness" in r}
+    shown = [_bits(results), *([_tasks(tested, results["gain"])] if tested else [])]
+    return [*shown, *([_harness(by_harness)] if by_harness else [])]
 
 
 def parts(results: dict[str, Any]) -> Table:
@@ -32,6 +34,16 @@ def parts(results: dict[str, Any]) -> Table:
             found = [tasks[task]["parts"][part]["accuracy"] for tasks in tested.values()]
             rows.append([f"{task}: {part}", str(counted["items"]), *(f"{100 * value:.0f}" for value in found)])
     return Table("Parts of the tasks", ["part", "items", *tested], rows, "Accuracy in percent; few items, wide errors.")
+
+
+def _harness(found: dict[str, Any]) -> Table:
+    first = next(iter(found.values()))
+    rows = [
+        [task, metric, *(f"{tasks[task][metric]:.4f}" for tasks in found.values())]
+        for task, figures in first.items()
+        for metric in figures
+    ]
+    return Table("lm-evaluation-harness", ["task", "metric", *found], rows, "Counted by the harness over our engine.")
 
 
 def _bits(results: dict[str, Any]) -> Table:

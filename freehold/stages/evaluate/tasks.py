@@ -9,6 +9,7 @@ from freehold.core.errors import DataError
 from freehold.core.log import Log
 from freehold.infer.sampler import Sampling
 from freehold.stages.evaluate.config import EvaluateConfig
+from freehold.stages.evaluate.harness import choice_ids
 from freehold.stages.evaluate.items import Item, normalise, score
 from freehold.stages.evaluate.likelihood import batches
 from freehold.stages.evaluate.likelihood import score as log_probabilities
@@ -69,7 +70,7 @@ def _choose(loaded: Loaded, items: list[Item], config: EvaluateConfig, log: Log,
     """Take the choice whose text has the highest log-probability per UTF-8 byte after the rendered prompt."""
     sequences, lengths = [], []
     for item in items:
-        encoded = loaded.tokenizer.encode_batch(list(item.choices or []))
+        _, encoded = choice_ids(loaded.tokenizer, item)
         prompt = _prompt(loaded, item, max(map(len, encoded)))
         sequences += [prompt + ids for ids in encoded]
         lengths += [len(ids) for ids in encoded]

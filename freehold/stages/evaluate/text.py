@@ -77,19 +77,20 @@ def compressors(texts: HeldOut) -> dict[str, Any]:
 def bits_per_byte(loaded: Loaded, texts: HeldOut, config: EvaluateConfig, log: Log, name: str) -> dict[str, Any]:
     """Return a model's bits, tokens and bits per byte, per source and overall.
 
-    A document is coded as in training: after an end-of-text token (given, not paid for), its tokens, then
+    A document is coded as in training: after what begins it (given, not paid for), its tokens, then
     the end-of-text token that ends it (paid for: a code must say where a document stops).
     """
     from freehold.data.packing import cut
     from freehold.stages.evaluate.likelihood import score
 
     end = loaded.tokenizer.end_of_text
+    begin = loaded.begins_with or (end,)
     found: dict[str, Any] = {}
     for source, rows in texts.items():
         encoded = loaded.tokenizer.encode_batch([text for text, _ in rows])
         windows: list[list[int]] = []
         for ids, (_, whole) in zip(encoded, rows, strict=True):
-            windows += cut([end, *ids, end] if whole else [end, *ids], config.context_tokens)
+            windows += cut([*begin, *ids, end] if whole else [*begin, *ids], config.context_tokens)
         values = score(loaded.engine, windows, batch_items=config.batch_items, log=log, what=f"{name}: {source}")
         nats = -math.fsum(value for window in values for value in window)
         found[source] = _rate(nats / math.log(2), sum(map(len, values)), len(joined(rows)))

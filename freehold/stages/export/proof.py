@@ -66,6 +66,9 @@ def prove_hf(
         ((n, tokenizer.encode(text), theirs.encode(text, add_special_tokens=False)) for n, text in TEXTS.items()),
     )
 
+    begun = [*tokenizer.prefix, *tokenizer.encode("a b")], theirs("a b")["input_ids"]
+    failures += _compare("ids of a prompt", (("plain", *begun),))
+
     def rendered(messages: Any, tools: Any) -> Any:
         return theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
 
@@ -101,6 +104,8 @@ def prove_gguf(
             candidate = llama.log_probabilities(passage.ids[:length], config.vocab_size)
             agreement.add(log_probabilities(passage.logits[length - 1]), candidate)
         failures += _compare("token ids", ((n, tokenizer.encode(t), llama.tokenize(t)) for n, t in TEXTS.items()))
+        begun = [*tokenizer.prefix, *tokenizer.encode("a b")], llama.tokenize("a b", specials=True)
+        failures += _compare("ids of a prompt", (("plain", *begun),))
         failures += _compare_conversations(
             tokenizer, lambda m, tools: llama.tokenize(llama.render(m, tools), specials=True)
         )

@@ -54,6 +54,11 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
     for file in TOKENIZER_FILES:
         shutil.copyfile(checkpoint / file, hf / file)
     tokenizer = Tokenizer.load(hf)
+    begins_with = read_json(checkpoint / "trainer.json").get("begins_with", [tokenizer.end_of_text])
+    if begins_with != list(tokenizer.prefix):
+        work.log.warn(
+            f"the model learned texts that begin with {begins_with}; its exports begin with {list(tokenizer.prefix)}"
+        )
     write_json(hf / "generation_config.json", _generation(config, tokenizer))
     work.log.say(f"hf/: {_megabytes(hf)}")
     files: dict[str, Path] = {kind: work.folder / "gguf" / f"{config.name}-{kind}.gguf" for kind in config.types}

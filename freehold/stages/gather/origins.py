@@ -44,8 +44,18 @@ from freehold.text.streams import unpack
 LICENCE_FILE_BYTES = 2_000_000
 LICENCE_FILE = re.compile(r"(UN)?LICEN[CS]E|COPYING|COPYRIGHT|NOTICE", re.I)
 README_FILE = re.compile(r"README", re.I)
+# Files that state a licence in a field: packages of other languages, data sets, REUSE, and `name.txt.license`.
+METADATA_FILE = re.compile(
+    r"package\.json|pyproject\.toml|setup\.(?:cfg|py)|cargo\.toml|composer\.json|bower\.json|citation\.cff"
+    r"|datapackage\.json|dataset_infos?\.json|croissant\.json|metadata\.(?:json|ya?ml)|description|reuse\.toml|dep5"
+    r"|license\.(?:json|ya?ml)|.{1,200}\.license",
+    re.I,
+)
+LICENCE_FOLDERS = {"LICENSES", "licenses", ".reuse", "debian"}
+"""Folders whose files are about the folder around them."""
 # Bundled licences of others beyond these say nothing more about the package itself.
 MOST_LICENCE_FILES = 40
+MOST_STATEMENTS = 1000
 
 
 @dataclass
@@ -55,8 +65,11 @@ class Origin:
     name: str
     version: str
     wrapper_licence: str
-    acquired: str
+    modified: tuple[str, ...]
+    """First and last date on which its files were modified, as they say: an archive keeps those of its maker."""
     members: list[Member]
+    acquired: str = ""
+    """What the recipe says; without it the day on which the stage read it, which the manifest has, holds."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """(path, reason) of what could not be taken."""
     declared: str = ""
@@ -65,6 +78,8 @@ class Origin:
     """(path, text) of the licence files of the package."""
     about: list[tuple[str, str]] = field(default_factory=list)
     """(path, text) of what describes the package: README, description."""
+    statements: list[tuple[str, str]] = field(default_factory=list)
+    """(path, text) of files that state a licence anywhere below: metadata, and licence files of folders."""
     paths: list[str] = field(default_factory=list)
     """Every file that is there, wanted or not."""
     copyright: debian.Copyright | None = None
@@ -95,13 +110,18 @@ def find(name: str, source: FileSource, corpus_dir: Path, pinned: bool = True) -
     else:
         assert isinstance(source, Folder)
         origin = _folder(name, source)
-    origin.acquired = source.acquired or origin.acquired
+    origin.acquired = source.acquired
     return origin
 
 
 def date_of(path: Path) -> str:
-    """Return the ISO date (UTC) of a file's modification time: when it was installed or downloaded."""
+    """Return the ISO date (UTC) of a file's modification time."""
     return time.strftime("%Y-%m-%d", time.gmtime(path.stat().st_mtime))
+
+
+def _modified(paths: Iterable[Path]) -> tuple[str, ...]:
+    dates = sorted(date_of(path) for path in paths)
+    return (dates[0], dates[-1]) if dates else ()
 
 
 def read_bounded(opened: BinaryIO | gzip.GzipFile, limit: int) -> bytes | None:
@@ -137,16 +157,17 @@ def read_file(path: Path, sha256: str = "") -> Callable[[int], bytes | None]:
 
 def _package(name: str, source: Package) -> Origin:
     distribution = importlib.metadata.distribution(source.distribution)
-    members, newest = [], ""
+    members: list[Member] = []
     paths: list[str] = []
     licences: list[tuple[str, str]] = []
+    statements: list[tuple[str, str]] = []
     for entry in distribution.files or []:
         where = Path(str(distribution.locate_file(entry)))
         of_whole = len(entry.parts) <= 2 or entry.parts[0].endswith(".dist-info")
         if of_whole and LICENCE_FILE.match(entry.name) and len(licences) < MOST_LICENCE_FILES and where.is_file():
             licences.append((entry.as_posix(), _text_of(where)))
-        if entry.name in {"RECORD", "METADATA"} and entry.parent.suffix == ".dist-info":
-            newest = max(newest, date_of(where))
+        elif states_rights(entry.as_posix()) and len(statements) < MOST_STATEMENTS and where.is_file():
+            statements.append((entry.as_posix(), _text_of(where)))
         path = entry.as_posix()
         paths.append(path)
         if not wanted(path, source):
@@ -176,7 +197,14 @@ def _package(name: str, source: Package) -> Origin:
     declared = of_distribution(distribution)
     version = f"{source.distribution}=={source.version}"
     origin = Origin(
-        name, version, declared.expression or "", newest, members, licence_files=sorted(licences), paths=paths
+        name,
+        version,
+        declared.expression or "",
+        _modified(Path(str(distribution.locate_file(m.path))) for m in members),
+        members,
+        licence_files=sorted(licences),
+        paths=paths,
+        statements=statements,
     )
     _describe(origin, declared, distribution.metadata)
     return origin
@@ -189,7 +217,14 @@ def _stdlib(name: str, source: Stdlib) -> Origin:
     version = f"python=={platform.python_version()}"
     licences = [("LICENSE.txt", _text_of(root / "LICENSE.txt"))] if (root / "LICENSE.txt").is_file() else []
     return Origin(
-        name, version, "PSF-2.0", date_of(root / "os.py"), members, skipped, "Python itself", licence_files=licences
+        name,
+        version,
+        "PSF-2.0",
+        _modified(root / m.path for m in members),
+        members,
+        skipped=skipped,
+        declared="Python itself",
+        licence_files=licences,
     )
 
 
@@ -198,8 +233,8 @@ def _folder(name: str, source: Folder) -> Origin:
     skipped: list[tuple[str, str]] = []
     paths: list[str] = []
     members = walk(root, source, skipped, paths)
-    newest = max((date_of(root / m.path) for m in members), default="")
-    origin = Origin(name, source.origin or root.resolve().name, "", newest, members, skipped, paths=paths)
+    modified = _modified(root / m.path for m in members)
+    origin = Origin(name, source.origin or root.resolve().name, "", modified, members, skipped=skipped, paths=paths)
     top = [*sorted(root.iterdir()), *sorted((root / "LICENSES").glob("*"))]
     for path in (p for p in top if p.is_file() and not p.is_symlink() and encodable(p.name)):
         if LICENCE_FILE.match(path.name) or path.parent.name == "LICENSES":
@@ -207,7 +242,17 @@ def _folder(name: str, source: Folder) -> Origin:
         elif README_FILE.match(path.name):
             origin.about.append((path.name, _text_of(path)))
     del origin.licence_files[MOST_LICENCE_FILES:]
+    for relative in [p for p in paths if states_rights(p)][:MOST_STATEMENTS]:
+        path = root / relative
+        if path.is_file() and not path.is_symlink():
+            origin.statements.append((relative, _text_of(path)))
     return origin
+
+
+def states_rights(path: str) -> bool:
+    """Return whether a file's name is that of a licence or of metadata that state one."""
+    name = PurePosixPath(path).name
+    return bool(LICENCE_FILE.match(name) or METADATA_FILE.fullmatch(name) or "/LICENSES/" in f"/{path}")
 
 
 def walk(
@@ -279,7 +324,7 @@ def _checked(source: Archive, corpus_dir: Path, pinned: bool) -> Path:
 
 def _sdist(name: str, source: Sdist, corpus_dir: Path) -> Origin:
     archive = _checked(source, corpus_dir, True)
-    origin = Origin(name, f"{source.distribution}=={source.version}", "", date_of(archive), [])
+    origin = Origin(name, f"{source.distribution}=={source.version}", "", (date_of(archive),), [])
     wheel = archive.suffix == ".whl"
 
     def placed(entry: archives.Entry) -> str:
@@ -300,6 +345,8 @@ def _sdist(name: str, source: Sdist, corpus_dir: Path) -> Origin:
             origin.licence_files.append((path, entry.read().decode("utf-8", "replace")))
         elif README_FILE.match(top.name) and len(top.parts) == 1:
             origin.about.append((path, entry.read().decode("utf-8", "replace")))
+        elif states_rights(path) and len(origin.statements) < MOST_STATEMENTS:
+            origin.statements.append((path, entry.read().decode("utf-8", "replace")))
     del origin.licence_files[MOST_LICENCE_FILES:]
     return origin
 
@@ -315,7 +362,7 @@ def _debian(name: str, source: Debian, corpus_dir: Path, pinned: bool) -> Origin
             expected=f"{source.package} {source.version}",
         )
     version = f"{source.package}=={fields.get('version', '')}"
-    origin = Origin(name, version, "", date_of(archive), [])
+    origin = Origin(name, version, "", (date_of(archive),), [])
     notice = f"usr/share/doc/{source.package}/copyright"
     for path, entry in _taken(origin, source, files, lambda entry: entry.path):
         if path == notice and not entry.problem and entry.size_bytes < LICENCE_FILE_BYTES:

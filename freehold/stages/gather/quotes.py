@@ -11,21 +11,37 @@ from pathlib import Path
 
 from freehold.core.config import user_path
 from freehold.core.errors import LicenceError
+from freehold.ledger.conflicts import quoted
 from freehold.stages.gather.config import Archive, FileSource, Folder, Package
 from freehold.stages.gather.origins import LICENCE_FILE_BYTES, Origin, find, read_file, walk
 from freehold.stages.gather.paths import wanted
 from freehold.text.source import Evidence
 
 
-def check_evidence(name: str, source: FileSource, origin: Origin, corpus_dir: Path, pinned: bool = True) -> None:
-    """Look the quote up in the file it is quoted from; LicenceError when it is not there."""
+def check_evidence(
+    name: str, source: FileSource, origin: Origin, licence: str, corpus_dir: Path, pinned: bool = True
+) -> str:
+    """Look the quote up in the file it is quoted from; return what the recogniser makes of it.
+
+    `agrees`, `silent` where it cannot tell, or empty without a quote. Raises LicenceError when the words are not there,
+    and when they are those of another licence than the one they are quoted for.
+    """
     evidence = source.licence_evidence
     if evidence is None or not evidence.file:
-        return
+        return ""
+    verdict, found = quoted(evidence.quote, licence) if licence else ("silent", [])
+    if verdict == "contradicts" and not source.settled:
+        raise LicenceError(
+            "the evidence for a licence is that of another one",
+            where=f"{name}: {evidence.file}",
+            found=f'"{" ".join(evidence.quote.split())[:120]}", words of {", ".join(found)}',
+            expected=f"words of {licence}",
+            todo="give the licence that the file states, or say in `settled` why it does not hold",
+        )
     quote = " ".join(evidence.quote.split())
     known = [text for path, text in origin.licence_files if fnmatch.fnmatchcase(path, evidence.file)]
     if any(quote in " ".join(text.split()) for text in known):
-        return
+        return verdict
     texts = _evidence_texts(source, evidence, corpus_dir, pinned)
     if not any(quote in " ".join(text.split()) for text in texts):
         raise LicenceError(
@@ -35,6 +51,7 @@ def check_evidence(name: str, source: FileSource, origin: Origin, corpus_dir: Pa
             expected=f'"{quote}"',
             todo="read the source's licence files and quote the line that holds",
         )
+    return verdict
 
 
 def _evidence_texts(source: FileSource, evidence: Evidence, corpus_dir: Path, pinned: bool) -> list[str]:

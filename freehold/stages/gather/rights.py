@@ -8,6 +8,7 @@ import functools
 import re
 
 from freehold.core.errors import LicenceError
+from freehold.ledger.conflicts import covered, is_free
 from freehold.ledger.evidence import (
     Confidence,
     Finding,
@@ -23,6 +24,7 @@ from freehold.ledger.evidence import (
 from freehold.ledger.licence import normalise, strictest
 from freehold.stages.gather.config import Debian, FileSource
 from freehold.stages.gather.origins import Origin
+from freehold.stages.gather.statements import against, against_wrapper
 from freehold.text.making import Material
 from freehold.text.reading import Part
 
@@ -47,17 +49,19 @@ def wrapper_findings(origin: Origin) -> list[Finding]:
 def claim(source: FileSource, origin: Origin) -> Weighed:
     """Return the licence a source claims for all its texts, how sure that is, and what speaks against it.
 
-    The wrapper's licence files speak against the wrapper's licence only: what a person says of the content stands until
-    the content, or a licence file that is about it, says otherwise.
+    Whatever a file of the source states under other terms speaks against the claim, and is named with its line; of a
+    package around the text see `freehold.ledger.conflicts.conflicts`.
     """
     evidence = str(source.licence_evidence or "")
     conflicts: list[str] = []
     if source.licence == WRAPPER:
         licence = origin.wrapper_licence
         confidence, conflicts = _borne_out(licence, origin)
+        conflicts += against_wrapper(licence, source, origin)
     elif source.licence == DETECT:
         licence, confidence, conflicts, evidence = _detected(origin)
     else:
+        conflicts = against(source.licence, source, origin)
         licence = source.licence
         confidence = "high" if source.licence_evidence and source.licence_evidence.file else "medium"
     if licence:
@@ -73,7 +77,7 @@ def claim(source: FileSource, origin: Origin) -> Weighed:
     if conflicts:
         confidence = "low"
         evidence = "; ".join(filter(None, [evidence, *(f"against it: {conflict}" for conflict in conflicts)]))
-    return _settled(source, Weighed(licence, confidence, evidence, tuple(conflicts)))
+    return settled(source.settled, Weighed(licence, confidence, evidence, tuple(conflicts)))
 
 
 def of_document(source: FileSource, origin: Origin, base: Weighed, part: Part) -> Weighed:
@@ -84,7 +88,31 @@ def of_document(source: FileSource, origin: Origin, base: Weighed, part: Part) -
         own.insert(0, stated)
     if source.licence != DETECT:
         own = [finding for finding in own if finding.sure or not finding.says]
-    return _settled(source, weigh(base, own, detected=source.licence == DETECT))
+    weighed = weigh(base, own, detected=source.licence == DETECT)
+    if source.licence != DETECT:
+        weighed = doubted(weighed, against_claim(base.licence, own, part.text, part.path))
+    return settled(source.settled, weighed)
+
+
+def against_claim(licence: str, own: list[Finding], text: str, path: str) -> list[str]:
+    """Return what a document states that asks for more than its source's claim, with its line.
+
+    Terms that ask for no more than a notice are added to the document's licence, and contradict nothing.
+    """
+    found = []
+    for finding in own:
+        if finding.says and licence and not covered(finding.says, licence) and not is_free(finding.says):
+            line = 1 + text.count("\n", 0, max(text.find(finding.quote), 0)) if finding.quote else 1
+            found.append(f"{path}:{line} ({finding.kind}) says {finding.says}")
+    return found
+
+
+def doubted(weighed: Weighed, found: list[str]) -> Weighed:
+    """Return the verdict with further statements against it."""
+    if not found:
+        return weighed
+    evidence = "; ".join(filter(None, [weighed.evidence, *(f"against it: {one}" for one in found)]))
+    return Weighed(weighed.licence, "low", evidence, (*weighed.conflicts, *found))
 
 
 def material(source: FileSource, origin: Origin) -> Material:
@@ -96,11 +124,11 @@ def material(source: FileSource, origin: Origin) -> Material:
     return Material(origin.version, origin.acquired, origin.members, source.max_document_bytes, licence, doubt)
 
 
-def _settled(source: FileSource, weighed: Weighed) -> Weighed:
+def settled(reason: str, weighed: Weighed) -> Weighed:
     """Return the verdict with a person's answer to what speaks against it; that makes low medium."""
-    if not source.settled or weighed.confidence != "low" or source.settled in weighed.evidence:
+    if not reason or weighed.confidence != "low" or reason in weighed.evidence:
         return weighed
-    evidence = f"{weighed.evidence}; settled: {source.settled}"
+    evidence = f"{weighed.evidence}; settled: {reason}"
     return dataclasses.replace(weighed, confidence="medium", evidence=evidence, conflicts=())
 
 

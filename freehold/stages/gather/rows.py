@@ -15,11 +15,11 @@ from freehold.core.artifact import sha256_file
 from freehold.core.config import user_path
 from freehold.core.document import Document, document_id
 from freehold.core.errors import DataError, LicenceError
-from freehold.ledger.evidence import Weighed, of_head, restrictions, weigh
+from freehold.ledger import conflicts
+from freehold.ledger.evidence import Finding, Weighed, of_head, restrictions, weigh
 from freehold.ledger.licence import normalise
 from freehold.stages.gather import rights
 from freehold.stages.gather.config import EVIDENCE_KEY, LICENCE_KEY, JsonLines, Rows
-from freehold.stages.gather.origins import date_of
 from freehold.stages.gather.parquet import parquet_rows
 from freehold.stages.gather.paths import Changed, rows_files
 from freehold.stages.gather.record import skips
@@ -120,9 +120,7 @@ def _document(name: str, source: Rows, path: Path, row: Row, text: str) -> Docum
         licence = licence if detected or not licence.strip() else normalise(licence)
     # A row that names its licence is one statement; with what shows it, somebody looked.
     base = Weighed("" if detected else licence, "medium" if evidence else "low", evidence)
-    weighed = weigh(base, [*of_head(text), *restrictions(text)], detected=detected)
-    if weighed.confidence == "low" and source.settled:
-        weighed = Weighed(weighed.licence, "medium", f"{weighed.evidence}; settled: {source.settled}")
+    weighed = _weighed(source, base, row, text, detected)
     return Document(
         id=document_id(name, row.place),
         text=text,
@@ -133,13 +131,27 @@ def _document(name: str, source: Rows, path: Path, row: Row, text: str) -> Docum
         wrapper_licence="",
         licence=weighed.licence,
         licence_evidence=weighed.evidence,
-        acquired=source.acquired or date_of(path),
+        acquired=source.acquired,
         kind=source.content,
         synthetic_from="",
         teacher="",
         split="",
         licence_confidence=weighed.confidence,
     )
+
+
+def _weighed(source: Rows, base: Weighed, row: Row, text: str, detected: bool) -> Weighed:
+    """Return what a row is under: its claim, what its text says, and what its other keys state of a licence."""
+    own = [*of_head(text), *restrictions(text)]
+    stated = conflicts.of_row(row.fields, row.place, LICENCE_KEY)
+    known = [one for one in stated if conflicts.leaves(one.says)]
+    if detected:
+        own += [Finding("metadata", one.place, one.says) for one in known]
+        against = [str(one) for one in stated if one not in known]
+    else:
+        against = list(map(str, conflicts.conflicts(base.licence, stated, around=False)))
+        against += rights.against_claim(base.licence, own, text, row.place)
+    return rights.settled(source.settled, rights.doubted(weigh(base, own, detected=detected), against))
 
 
 def _json_rows(path: Path, name: str, source: Rows, skipped: Skipped) -> Iterator[Row]:
@@ -212,7 +224,7 @@ def _check_no_talk(path: Path, source: Rows, line: bytes) -> None:
 
 def _parquet_rows(path: Path, name: str, source: Rows, skipped: Skipped) -> Iterator[Row]:
     """Yield the rows of a parquet file whose text may be a document; the others are noted."""
-    others = (LICENCE_KEY, EVIDENCE_KEY)
+    others = (LICENCE_KEY, EVIDENCE_KEY, *sorted(conflicts.KEYS))
     limits = source.max_document_bytes, source.max_unpacked_bytes
     for number, (raw, text, reason, fields) in enumerate(parquet_rows(path, source.text_key, others, *limits), 1):
         place = f"{name}#{number}"

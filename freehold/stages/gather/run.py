@@ -82,6 +82,8 @@ class Found:
     refused: dict[str, Verdict]
     origins: dict[str, Origin]
     claims: dict[str, Weighed]
+    quotes: dict[str, str]
+    """What the recogniser makes of each quote: agrees, silent, or empty where there is none."""
 
 
 def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
@@ -111,7 +113,8 @@ def _gather(config: GatherConfig, work: Workspace) -> dict[str, Any]:
             "Give more files, or `separator` where one file holds many documents"
         )
     write_json(work.folder / "sources.json", report)
-    write_json(work.folder / "timing.json", {"seconds": seconds})
+    modified = {name: origin.modified for name, origin in found.origins.items()}
+    write_json(work.folder / "timing.json", {"seconds": seconds, "files_modified": modified})
     return counts
 
 
@@ -130,9 +133,11 @@ def _find(config: GatherConfig) -> Found:
     claims = {n: rights.claim(config.sources[n], origin) for n, origin in origins.items()}  # type: ignore[arg-type]
     for _ in gate(_claims(sources, origins, claims), config.policy):
         pass
+    quotes = {}
     for name, origin in origins.items():
-        check_evidence(name, config.sources[name], origin, corpus_dir, config.pinned)  # type: ignore[arg-type]
-    return Found(refused, origins, claims)
+        source, licence = config.sources[name], claims[name].licence
+        quotes[name] = check_evidence(name, source, origin, licence, corpus_dir, config.pinned)  # type: ignore[arg-type]
+    return Found(refused, origins, claims, quotes)
 
 
 def _read(name: str, source: Source, config: GatherConfig, found: Found, work: Workspace) -> Gathered:
@@ -150,6 +155,8 @@ def _read(name: str, source: Source, config: GatherConfig, found: Found, work: W
         documents, record = read_rows(name, source)
         return Gathered(documents, record=record)
     documents, record = _files(name, source, found.origins[name], found.claims[name])
+    if found.quotes[name]:
+        record["quote"] = found.quotes[name]
     return Gathered(documents, record=record)
 
 

@@ -14,11 +14,11 @@ from freehold.core.artifact import sha256_file
 from freehold.core.config import user_path
 from freehold.core.document import Conversation, document_id, said
 from freehold.core.errors import DataError, LicenceError
+from freehold.ledger import conflicts
 from freehold.ledger.evidence import Weighed, of_head, restrictions, weigh
 from freehold.ledger.licence import normalise
 from freehold.stages.gather import rights
 from freehold.stages.gather.config import EVIDENCE_KEY, LICENCE_KEY, Conversations
-from freehold.stages.gather.origins import date_of
 from freehold.stages.gather.paths import Changed
 from freehold.text.reading import encodable, unfit
 
@@ -100,7 +100,7 @@ def _conversation(name: str, source: Conversations, row: Row, place: str) -> Con
         wrapper_licence="",
         licence=weighed.licence,
         licence_evidence=weighed.evidence,
-        acquired=source.acquired or date_of(user_path(source.path)),
+        acquired=source.acquired,
         kind="conversation",
         synthetic_from="",
         teacher=str(row.fields.get("teacher") or ""),
@@ -120,9 +120,11 @@ def _weighed(source: Conversations, row: Row) -> Weighed:
     base = Weighed("" if detected else licence, "medium" if evidence else "low", evidence)
     text = "\n".join(text for _, text in said(row.made.messages))
     weighed = weigh(base, [*of_head(text), *restrictions(text)], detected=detected)
-    if weighed.confidence == "low" and source.settled:
-        weighed = Weighed(weighed.licence, "medium", f"{weighed.evidence}; settled: {source.settled}")
-    return weighed
+    if not detected:
+        stated = conflicts.of_row(row.fields, f"row {row.number}", LICENCE_KEY)
+        against = list(map(str, conflicts.conflicts(base.licence, stated, around=False)))
+        weighed = rights.doubted(weighed, against)
+    return rights.settled(source.settled, weighed)
 
 
 def _check_refused(name: str, source: Conversations, found: Talks) -> None:

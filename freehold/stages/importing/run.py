@@ -226,6 +226,7 @@ def _facts(rights: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any
         "parent": "",
         "skipped_steps": [],
         "tokenizer_sha256": tokenizer.sha256 if tokenizer else "",
+        "begins_with": list(tokenizer.prefix) if tokenizer else [],
     }
 
 

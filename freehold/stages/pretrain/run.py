@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from freehold.checkpoint import dcp
-from freehold.core.artifact import Workspace, atomic_folder, read_manifest
+from freehold.core.artifact import Workspace, atomic_folder, read_json, read_manifest
 from freehold.core.errors import CheckpointError, ConfigError
 from freehold.core.machine import check_memory_fits
 from freehold.data.buffer import text_order
@@ -21,7 +21,7 @@ from freehold.data.shards import ShardSet
 from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
 from freehold.stages.pretrain.config import PretrainConfig
-from freehold.tokenizer.bpe import END_OF_TEXT
+from freehold.tokenizer.bpe import BOS, END_OF_TEXT
 from freehold.trainer.stage import Stage, Start, train_stage
 from freehold.trainer.validate import HeldOut, held_out, validator
 
@@ -35,7 +35,8 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
     # Nothing to train: the parent is the result.
     if parent is not None and not config.phases:
         return keep(parent.folder, parent.facts, work) if work.leads else {}
-    text = read_text(config, shards, parent, work)
+    begin = beginning(parent, work.folder)
+    text = read_text(config, shards, parent, begin, work)
     stage = Stage(
         name="pretrain",
         model=model,
@@ -44,7 +45,7 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
         tokenizer=work.input("tokenize") / "tokenizer",
         facts={"tokenizer_sha256": shards.tokenizer_sha256, **text.facts},
         start=parent.start() if parent is not None else Start(),
-        validate=lambda world: validator(validation_rows(config, shards), world),
+        validate=lambda world: validator(validation_rows(config, shards, begin), world),
     )
     counts = train_stage(stage, config, work)
     return {"steps": counts["steps"], **text.counts(config), **counts}
@@ -68,7 +69,20 @@ class Text:
         }
 
 
-def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, work: Workspace) -> Text:
+def beginning(parent: Parent | None, folder: Path) -> int:
+    """Return the id that a model reads before a text: BOS, or what earlier steps of this model began with.
+
+    A checkpoint that does not say it is of the time when texts began with the end of the one before.
+    """
+    made = sorted([*folder.glob("checkpoints/step_*/trainer.json"), *folder.glob("*/trainer.json")])
+    earlier = [read_json(made[-1])] if made else [parent.facts] if parent is not None else []
+    if not earlier:
+        return BOS
+    # A model that was imported may begin with nothing; its documents then follow the end of the one before.
+    return int((earlier[0].get("begins_with") or [END_OF_TEXT])[0])
+
+
+def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, begin: int, work: Workspace) -> Text:
     """Return the order of the text, which continues where the parent stopped reading; prints its summary."""
     rows = sum(phase.steps for phase in config.phases.values()) * config.batch.sequences
     check_memory_fits(rows * ROW_BYTES, "the order of the rows", "pretrain.phases")
@@ -87,6 +101,7 @@ def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, w
         segments,
         seed=work.seed,
         separator=END_OF_TEXT,
+        begin=begin,
         first_step=schedule.first_step,
         consumed=consumed,
     )
@@ -96,7 +111,12 @@ def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, w
     ends = itertools.accumulate((segment.steps for segment in segments), initial=schedule.first_step)
     at_ends = {str(end): order.consumed_at(end) for end in itertools.islice(ends, 1, None)}
     first = {str(schedule.first_step): consumed} if consumed else {}
-    facts = {"order": config.batch.order.model_dump(), "data": data, "consumed": first | at_ends}
+    facts = {
+        "order": config.batch.order.model_dump(),
+        "data": data,
+        "consumed": first | at_ends,
+        "begins_with": [begin],
+    }
     return Text(order, schedule, facts | ({"lengthened": work.lengthened} if work.lengthened else {}))
 
 
@@ -153,7 +173,7 @@ def read_parent(config: PretrainConfig, model: ModelConfig, tokenizer_sha256: st
     return Parent(folder, facts)
 
 
-def validation_rows(config: PretrainConfig, shards: ShardSet) -> dict[str, HeldOut]:
+def validation_rows(config: PretrainConfig, shards: ShardSet, begin: int) -> dict[str, HeldOut]:
     """Return the rows that validation reads, by source; sources without held-out text have none."""
     return {
         name: held_out(
@@ -161,7 +181,7 @@ def validation_rows(config: PretrainConfig, shards: ShardSet) -> dict[str, HeldO
             shards.document_bytes("validation", name),
             config.batch.context_tokens,
             config.trainer.validation_tokens,
-            END_OF_TEXT,
+            begin,
         )
         for name, source in shards.sources("validation").items()
         if source.total_tokens

@@ -291,6 +291,8 @@ class Echo:
     text: str
     ids: Sequence[int]
     scored: Scored | None
+    hidden: int = 0
+    """How many ids before the text are ours: what begins a text was not in the request, so it is not given back."""
 
 
 def text_choice(
@@ -309,7 +311,9 @@ def text_logprobs(tokens: Sequence[Token], echo: Echo | None, logprobs: TextLogp
     tops = [t.top_logprobs for t in tokens]
     if not (echo and echo.scored):
         return logprobs.block(ids, values, tops)
-    block = logprobs.block(echo.ids, [None, *echo.scored.logprobs[1:]], echo.scored.top_logprobs)
+    asked = slice(echo.hidden, None)
+    scores: list[float | None] = [None, *echo.scored.logprobs[1:]]
+    block = logprobs.block(echo.ids[asked], scores[asked], echo.scored.top_logprobs[asked])
     logprobs.end_of_prompt()
     after = logprobs.block(ids, values, tops)
     return {name: [*block[name], *after[name]] for name in block}

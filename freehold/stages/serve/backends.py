@@ -19,7 +19,7 @@ from freehold.infer.engine import ContextOverflow, Scored, Token
 from freehold.infer.llama import Llama
 from freehold.infer.sampler import Sampling, check_ids
 from freehold.stages.serve.config import ServeConfig
-from freehold.tokenizer.bpe import Tokenizer
+from freehold.tokenizer.bpe import BOS, Tokenizer
 from freehold.tokenizer.output import AnswerFormat, read_format
 
 
@@ -50,8 +50,14 @@ class Served:
     """How the model writes reasoning and tool calls."""
     running: int = 1
     """Requests that may take turns."""
+    begins_with: tuple[int, ...] = (BOS,)
+    """The ids before a prompt that is plain text."""
     close: Callable[[], None] = lambda: None
     """Ends what does not end by itself."""
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return a plain text as the ids the model is given: what begins a text, then the text; never empty."""
+        return [*self.begins_with, *self.tokenizer.encode(text)] or [self.tokenizer.end_of_text]
 
 
 def open_model(config: ServeConfig, path: Path) -> Served:
@@ -62,11 +68,14 @@ def open_model(config: ServeConfig, path: Path) -> Served:
         gguf = Gguf(path, tokenizer, config.max_model_len)
         # One at a time: llama.cpp keeps the keys and values of one conversation, and would read each again every turn.
         sampling, answers = api.default_sampling(folder, tokenizer), _format(config, read_format(folder))
-        return Served(config.model_name or path.stem, gguf, tokenizer, sampling, answers, close=gguf.close)
+        name = config.model_name or path.stem
+        return Served(name, gguf, tokenizer, sampling, answers, begins_with=tokenizer.prefix, close=gguf.close)
     folder = api.find_model(path)
     loaded = api.load(folder, config.dtype, device=config.device, limit_tokens=config.max_model_len)
     name, answers = config.model_name or folder.resolve().name, _format(config, loaded.answers)
-    return Served(name, loaded.engine, loaded.tokenizer, loaded.sampling, answers, config.max_running)
+    return Served(
+        name, loaded.engine, loaded.tokenizer, loaded.sampling, answers, config.max_running, loaded.begins_with
+    )
 
 
 def _format(config: ServeConfig, recorded: AnswerFormat) -> AnswerFormat:

@@ -149,7 +149,8 @@ class Front:
         echoes: list[Echo | None] = [None] * len(owners)
         if request.echo:
             texts = await asyncio.to_thread(lambda: [self._decode(ids) for ids in prompts])
-            echoes = [Echo(texts[i], prompts[i], scored[i] if scored else None) for i in owners]
+            hidden = [len(self.served.begins_with) if isinstance(prompt, str) else 0 for prompt in request.prompts]
+            echoes = [Echo(texts[i], prompts[i], scored[i] if scored else None, hidden[i]) for i in owners]
         logprobs = [
             TextLogprobs(self.tokenizer, top, 0 if echo is None or echo.scored else len(echo.text))
             if request.logprobs is not None else None
@@ -192,8 +193,8 @@ class Front:
         """
         if isinstance(prompt, str):
             self._check_length(prompt)
-            prompt = self.tokenizer.encode(prompt)
-        return prompt or [self.tokenizer.end_of_text]
+            prompt = self.served.text_ids(prompt)
+        return prompt or self.served.text_ids("")
 
     def _check_length(self, text: str) -> None:
         """Refuse what cannot fit the context however well it is encoded, and spare us encoding it."""
