@@ -40,7 +40,7 @@ class Interrupting(list):
         ("run RECIPE pretrain.optim.lr=fast", "not a valid value", "pretrain.optim.lr"),
         ("run RECIPE until=nowhere", "no such stage", "until"),
         ("run RECIPE --nonsense", "unrecognized argument: --nonsense", None),
-        ("run", "required: recipe", "freehold run"),
+        ("run", "`freehold run` needs to know which recipe", "freehold run"),
         ("walk", "invalid choice", "freehold"),
         ("trace x --step one", "invalid int value", "freehold trace"),
         ("lineage nowhere", "no such run folder", "nowhere"),

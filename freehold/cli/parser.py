@@ -8,12 +8,27 @@ from typing import Any, NoReturn
 
 from freehold.core.errors import ArtifactError, ConfigError
 
+EXAMPLES = {"recipe": "recipes/laptop.yaml", "path": "runs/laptop", "document": "sotu"}
+"""What each positional may be."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are ours: one message, as JSON too."""
 
     def error(self, message: str) -> NoReturn:
         """Raise a ConfigError instead of leaving."""
+        needed = message.partition("the following arguments are required: ")[2]
+        if needed:
+            names = [name for name in needed.split(", ") if name != "key=value"]
+            verb_name = self.prog.rpartition(" ")[2]
+            example = EXAMPLES.get(names[0], "")
+            raise ConfigError(
+                f"`{self.prog}` needs to know which {' and which '.join(names)} to work on",
+                where=self.prog,
+                expected=f"`freehold {verb_name} {' '.join(name.upper() for name in names)}`"
+                + (f", e.g. `freehold {verb_name} {example}`" if example else ""),
+                todo=f"see `{self.prog} --help`",
+            )
         raise ConfigError(message, where=self.prog, todo=f"see `{self.prog} --help`")
 
 

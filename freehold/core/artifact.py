@@ -158,6 +158,7 @@ def write_manifest(
     else worth keeping (seconds, config, inputs). Returns the manifest.
     """
     files = hash_files(folder) if files is None else files
+    folder.mkdir(parents=True, exist_ok=True)
     flush(folder, files)
     manifest = {
         "kind": kind,

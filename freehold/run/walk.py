@@ -82,6 +82,10 @@ def key_changes(stage: StagePlan, old: dict[str, Any], key: dict[str, Any]) -> l
         refilled = refill(stage.stage.config_class(), old.get("config") or {}, stage.name)
         changes = difference({k: v for k, v in refilled.items() if k != "parallel"}, key["config"], "config")
     changes += difference(old.get("seed"), key["seed"], "seed")
+    for name, digest in key.get("sources", {}).items():
+        # Earlier versions recorded none: what is unknown cannot differ.
+        if old.get("sources", {}).get(name, digest) != digest:
+            changes.append(f"sources.{name}: its files have changed")
     changes += difference(old.get("inputs"), key["inputs"], "inputs")
     return changes + other_contract(old.get("contract", {}), key["contract"])
 
