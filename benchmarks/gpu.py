@@ -172,7 +172,6 @@ def time_step(shape: Any, rows: int, tokens: int, device: str) -> dict[str, Any]
     """Time our step, eager and compiled, and transformers' with torch.compile, on the same batch and weights."""
     import numpy as np
     import torch
-    import train_step
 
     from freehold.data.packing import text_batch
     from freehold.model.config import flops_per_token
@@ -180,30 +179,18 @@ def time_step(shape: Any, rows: int, tokens: int, device: str) -> dict[str, Any]
 
     repeats = 10 if device == "cuda" else 2
     rng = np.random.default_rng(0)
-    batch = text_batch(rng.integers(2, shape.vocab_size, (rows, tokens + 1)).astype(np.uint32), 0)
+    batch = text_batch(rng.integers(2, shape.vocab_size, (rows, tokens + 1)).astype(np.uint32), 0, 0)
     size = 8192 if device == "cuda" else 1024
     peak, found = gemm_flops_per_s(torch.bfloat16, device, size=size, seconds=1), {}
-    weights = None
-    for compiled in (False, True):
-        with tempfile.TemporaryDirectory() as folder:
-            reset_peak(device)
-            trainer = train_step.ours(shape, "bfloat16", rows, Path(folder), device=device, compiled=compiled)
-            if weights is None:
-                model = trainer.checkpoints.tensors()["model"]
-                # Copies: on a CPU they would be the tensors that the steps below change.
-                weights = {n: t.detach().float().cpu().clone() for n, t in model.items()}
-            first = trainer.train_step(batch)
-            seconds = repeat(lambda t=trainer: t.train_step(batch), repeats, device)
-            found["ours+compile" if compiled else "ours"] = {
-                "first_loss": first["loss/mean"], "seconds": seconds, **peak_bytes(device),
-            }  # fmt: skip
-            del trainer, first
+    weights: dict[str, Any] = {}
+    for who, compiled in (("ours", False), ("ours+compile", True)):
+        found[who] = time_ours(shape, batch, repeats, device, compiled, weights)
     planned = planned_bytes(shape, rows, tokens)
     found["transformers"] = time_peer(shape, weights, batch, repeats, device)
     del weights
     flops = flops_per_token(shape, tokens) * rows * tokens
     middle = {who: statistics.median(f["seconds"]) for who, f in found.items() if "seconds" in f}
-    ours = min(middle[who] for who in ("ours", "ours+compile"))
+    ours = min(middle[who] for who in ("ours", "ours+compile") if who in middle)
     result = {
         "shape": {"rows": rows, "tokens": tokens, **shape.model_dump(mode="json", exclude={"layer_types"})},
         "runs": found,
@@ -218,6 +205,30 @@ def time_step(shape: Any, rows: int, tokens: int, device: str) -> dict[str, Any]
         if not close:
             result |= {"status": "failed", "why": "the first losses differ"}
     return result
+
+
+def time_ours(
+    shape: Any, batch: Any, repeats: int, device: str, compiled: bool, weights: dict[str, Any]
+) -> dict[str, Any]:
+    """Time our step; the first weights go into `weights` if it is empty. A compiler that fails is an answer, too."""
+    import train_step
+
+    reset_peak(device)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = len(batch.input_ids)
+        trainer = train_step.ours(shape, "bfloat16", rows, Path(folder), device=device, compiled=compiled)
+        # Copies: on a CPU they would be the tensors that the steps below change.
+        if not weights:
+            for name, tensor in trainer.checkpoints.tensors()["model"].items():
+                weights[name] = tensor.detach().float().cpu().clone()
+        try:
+            first = trainer.train_step(batch)["loss/mean"]
+            seconds = repeat(lambda: trainer.train_step(batch), repeats, device)
+        except Exception as problem:
+            if not compiled:
+                raise
+            return {"error": f"{type(problem).__name__}: {str(problem)[:300]}"}
+        return {"first_loss": first, "seconds": seconds, **peak_bytes(device)}
 
 
 def time_peer(shape: Any, weights: Any, batch: Any, repeats: int, device: str) -> dict[str, Any]:

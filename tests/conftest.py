@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide CUDA devices from all tests but those marked cuda: `device: auto` would take them."""
+    if config.option.markexpr in ("", "not cuda"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from freehold.cli import machine, make, prove, read
+from freehold.cli import look, machine, make, prove, read
 from freehold.cli.parser import Parser
 from freehold.core import environment
 from freehold.core.errors import FreeholdError
@@ -95,6 +95,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"freehold {VERSION}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for room in (machine, make, read, prove):
+    for room in (machine, make, read, look, prove):
         room.add_verbs(verbs)
     return parser

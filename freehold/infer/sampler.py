@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,18 @@ COLDEST = 2.0**-126
 """The smallest normal float32: a processor may take what is smaller for 0, and 0/0 is no logit."""
 RANKED = 1024
 """Tokens ranked before a whole vocabulary is."""
+
+
+class Constraint(Protocol):
+    """What may come next in one generation."""
+
+    def mask(self, logits: Tensor) -> None:
+        """Set the logits [V] of tokens that may not come next to minus infinity, in place."""
+        ...
+
+    def took(self, token: int) -> None:
+        """Take note of the token that came."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,8 @@ class Sampling:
     """Stop after one of these; it is the last token of the generation."""
     seed: int | None = None
     """The same seed gives the same tokens; None = another draw each time."""
+    constrain: Callable[[], Constraint] | None = None
+    """Makes what limits the tokens of one generation, which may depend on those before; None = nothing does."""
     logprobs: int = 0
     """Also report this many most probable tokens at each position."""
 
@@ -103,11 +117,12 @@ class Sampler:
         self.settings = list(settings)
         self._random = [random.Random(s.seed) if s.seed is not None else random.Random() for s in settings]
         self._counts = [torch.zeros(vocab_size) if s.penalises else None for s in settings]
+        self._constraints = [s.constrain() if s.constrain else None for s in settings]
         self._prepare()
 
     def remove(self, row: int) -> None:
         """Forget a row; the last row takes its place."""
-        for rows in (self.settings, self._random, self._counts):
+        for rows in (self.settings, self._random, self._counts, self._constraints):
             _replace_by_last(rows, row)
         self._prepare()
 
@@ -138,6 +153,9 @@ class Sampler:
         for counts, token in zip(self._counts, ids, strict=True):
             if counts is not None:
                 counts[token] += 1
+        for constraint, token in zip(self._constraints, ids, strict=True):
+            if constraint is not None:
+                constraint.took(token)
 
     def _prepare(self) -> None:
         """Work out, once for a set of rows, which steps they need."""
@@ -145,7 +163,7 @@ class Sampler:
         self._greedy = [r for r, s in enumerate(self.settings) if s.greedy]
         self._greedy_all = len(self._greedy) == len(self.settings)
         self._filtered = [r for r, s in enumerate(self.settings) if s.filters]
-        self._adjusted = [r for r, s in enumerate(self.settings) if s.penalises or s.logit_bias]
+        self._adjusted = [r for r, s in enumerate(self.settings) if s.penalises or s.logit_bias or s.constrain]
         self._temperature = torch.tensor([[1.0 if s.greedy else s.temperature] for s in self.settings])
 
     def _adjust(self, logits: Tensor) -> Tensor:
@@ -158,6 +176,9 @@ class Sampler:
             if s.logit_bias:
                 ids = torch.tensor(list(s.logit_bias), device=logits.device)
                 logits[row, ids] += torch.tensor(list(s.logit_bias.values()), device=logits.device)
+            constraint = self._constraints[row]
+            if constraint is not None:
+                constraint.mask(logits[row])
         return logits
 
 

@@ -61,6 +61,7 @@ def as_matrices(name: str, tensor: Tensor) -> Tensor:
 
 def rate_scale(name: str, shape: torch.Size) -> float:
     """Return sqrt(max(1, fan_out / fan_in)) of the matrices in a parameter of that shape; see `as_matrices`."""
+    # Gate and up are two maps in one matrix: its rows are twice the fan-out of each.
     fan_out, fan_in = shape[-2] // 2 if name.endswith("gate_up_proj") else shape[-2], shape[-1]
     return math.sqrt(max(1.0, fan_out / fan_in))
 
@@ -91,6 +92,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5, *, in_place: bool = False) -
         x = torch.cat([newton_schulz(matrix[None], coefficients) for matrix in x])
     else:
         x = newton_schulz(x, coefficients)
+    # A view: the update is written with its own strides, so nothing is copied.
     return x.transpose(-2, -1) if tall else x
 
 

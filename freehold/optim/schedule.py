@@ -46,6 +46,7 @@ class Schedule:
 
     def ends(self) -> dict[str, int]:
         """Return each phase's name and the absolute number of steps done when it ends."""
+        # Absolute numbers: a checkpoint at such a step carries the phase's name, also in a branch.
         result, done = {}, self.first_step
         for name, phase in self.phases.items():
             done += phase.steps

@@ -66,4 +66,5 @@ def exchange(x: Tensor, receives: list[int] | None, sends: list[int] | None, gro
     Sizes None: all stretches have the same length. These functional collectives are private in PyTorch 2.13; this is
     the one place that calls them.
     """
+    # Functional, so that the gradient is an exchange in the other direction.
     return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), receives, sends, group))

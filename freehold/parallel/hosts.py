@@ -115,6 +115,7 @@ class Hosts:
 
     def _missing(self) -> list[int]:
         """Return the machines that are not ready, as far as this one can know."""
+        # Only machine 0 waits for each of the others; they wait for what it writes.
         if self.number:
             return [0]
         return [n for n, seen in self.seen.items() if self._silent_s(seen) > LOST_S or not self._ready(seen)]
@@ -142,7 +143,7 @@ class Hosts:
             if state in ("failed", "ready") and theirs >= world:
                 return f"machine {number}: {seen.record['what'] or 'it was started again'}"
             if state != "finished" and self._silent_s(seen) > LOST_S:
-                return f"machine {number} is lost: no sign of it for {self._silent_s(seen):.0f} s"
+                return f"machine {number} is lost: no sign for {self._silent_s(seen):.0f} s"
         return ""
 
     def finish(self, world: int, stop: Callable[[], bool]) -> str:
@@ -169,6 +170,7 @@ class Hosts:
 def write(path: Path, record: dict[str, Any]) -> None:
     """Write a small file that readers see whole; a disk that refuses is a missed beat."""
     with contextlib.suppress(OSError):
+        # A reader on another machine sees the old file or the new one, never half of either.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         temporary.write_text(json.dumps(record), encoding="utf-8")
         temporary.replace(path)

@@ -126,6 +126,7 @@ def alone(world: int, nproc: int) -> Network:
 
 def start(command: Sequence[str], nproc: int, folder: Path, network: Network) -> list[Rank]:
     """Start this machine's `nproc` ranks of `command`; their output and beats go to `folder`, a new one."""
+    # Never an old folder: beats of an earlier world would look like those of this one.
     folder.mkdir(parents=True)
     base = {
         **os.environ,
@@ -138,6 +139,7 @@ def start(command: Sequence[str], nproc: int, folder: Path, network: Network) ->
     # Between machines the interface is the user's to name, or follows from the host name.
     if network.address == LOOPBACK:
         base["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    # Each rank differs from the others in two variables only, as with any other launcher.
     ranks: list[Rank] = []
     try:
         for local in range(nproc):

@@ -57,6 +57,7 @@ class Watched:
         # Saving and starting are not shared evenly: one rank works while the others wait, as they should.
         if self.beat.get("doing") == "step":
             self.busy.append((now, self.state not in (psutil.STATUS_SLEEPING, psutil.STATUS_IDLE)))
+        # Only the last seconds count: a rank that was slow an hour ago is not slow.
         while self.busy and now - self.busy[0][0] > window_s:
             self.busy.popleft()
 
@@ -87,6 +88,7 @@ class Watched:
 
     def reported(self) -> dict[str, Any] | None:
         """Return the error the rank reported as JSON, as `--json` makes it."""
+        # The last line of stdout is the answer of `--json`, an error too.
         error = split_answer(self.rank.out.read_text(encoding="utf-8", errors="replace"))[0].get("error")
         return error if isinstance(error, dict) else None
 
@@ -129,6 +131,7 @@ def slow_ranks(watched: Sequence[Watched], now: float, config: SuperviseConfig) 
     """Yield the ranks that the others wait for, and the others' median share; none before a full window of steps."""
     if len(watched) < 2 or not all(each.busy and each.beat.get("doing") == "step" for each in watched):
         return
+    # Compared with the median of the others, not the mean: two slow ranks must not hide each other.
     for each in watched:
         full = now - each.busy[0][0] > FULL_WINDOW * config.slow_s
         others = statistics.median(other.share for other in watched if other is not each)

@@ -35,7 +35,7 @@ class OwnerShards:
         """
         # Every rank computes the same assignment from the shapes alone: nothing is communicated for it.
         by_owner = self._partition(name for name in updates if len(self.shapes[name]) == 2)
-        mine = self._gather(updates, by_owner)
+        mine = self._gather(updates, by_owner)  # [1, m, n] each
         stacks = {name: update for name, update in updates.items() if len(self.shapes[name]) == 3}
         batches: dict[torch.Size, list[tuple[str, Tensor]]] = {}
         for name, whole in (*mine.items(), *stacks.items()):
@@ -43,7 +43,7 @@ class OwnerShards:
         done: dict[str, Tensor] = {}
         for items in batches.values():
             # Small matrices leave a device idle; a batch of them does not.
-            together = orthogonalize(torch.cat([whole for _, whole in items]))
+            together = orthogonalize(torch.cat([whole for _, whole in items]))  # [matrices, m, n]
             parts = together.split([len(whole) for _, whole in items])
             done |= zip([name for name, _ in items], parts, strict=True)
         yield from ((name, done[name]) for name in stacks)
@@ -83,6 +83,7 @@ class OwnerShards:
         pieces = [[whole[self._rows(len(whole), rank)].flatten() for whole in done] for rank in range(self.ranks)]
         sends = [sum(piece.numel() for piece in each) for each in pieces]
         receives = [sum(updates[name].numel() for name in names) for names in by_owner]
+        # Rows of one matrix to one rank, rank after rank: the order in which `split` below reads them.
         flat = self._together([piece for each in pieces for piece in each], updates)
         names = [name for each in by_owner for name in each]
         came = exchange(flat, receives, sends, self.group).split([updates[name].numel() for name in names])

@@ -41,6 +41,7 @@ class Patience:
     def after(self, end: End, newest_step: int) -> Decision:
         """Return what to do after a world that failed and left `newest_step` as the newest checkpoint."""
         gained, self.newest_step = newest_step > self.newest_step, newest_step
+        # Any progress makes the run worth another try, however often it failed before.
         if gained:
             self.futile = self.full_times = 0
         if disk_full(end, self.folder):
@@ -48,6 +49,7 @@ class Patience:
         self.futile += not gained
         # What the user got wrong would be wrong again.
         give_up = end.error is not None or self.futile > self.config.max_relaunches
+        # Doubled each time: what failed for lack of a resource may find it a minute later.
         return Decision(give_up, min(2.0 ** min(self.futile - 1, 6) - 1, LONGEST_PAUSE_S) if self.futile else 0.0)
 
     def _wait_for_room(self) -> Decision:

@@ -71,6 +71,7 @@ class Supervisor:
         self.hosts = hosts
         self.asked: list[int] = []
         self.ranks: list[launch.Rank] = []
+        # When all of us last woke from a stop: a rank's silence before that means nothing.
         self.resumed = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         # Not their count: worlds of several machines may skip a number.
@@ -111,6 +112,7 @@ class Supervisor:
 
     def _after_failure(self, end: End, patience: Patience) -> None:
         """Write the post-mortem; return when the next world may start, raise when there is none."""
+        # Read once: a background save may finish between two reads, and record and decision must agree.
         step = self.newest_step()
         decision = patience.after(end, step)
         path = self._post_mortem(end, step, decision)
@@ -132,6 +134,7 @@ class Supervisor:
         try:
             self.ranks = launch.start(self.command, self.nproc, folder, network)
         except OSError as error:
+            # A full disk is judged like one that a rank reports; anything else is a mistake of ours.
             if error.errno not in FULL:
                 raise
             return End(f"no rank could be started: {error.strerror}", error=disk_error(error, folder).to_dict())
@@ -144,6 +147,7 @@ class Supervisor:
         try:
             return self._watch([Watched(rank) for rank in self.ranks], echo)
         finally:
+            # Whatever happened here, also an exception of ours: no rank may outlive its supervisor.
             launch.kill(self.ranks)
             echo.rest()
 
@@ -153,6 +157,7 @@ class Supervisor:
         looked = time.monotonic()
         while True:
             time.sleep(POLL_S)
+            # Before the look: what a rank printed because of a failure comes after the failure.
             echo.read()
             now = look_at(watched, self.config)
             # The machine slept, or all of us were stopped: no rank hung meanwhile.
@@ -226,6 +231,7 @@ class Supervisor:
 
     def event(self, name: str, **facts: Any) -> None:
         """Append one line to `supervisor.jsonl`."""
+        # Opened for each line: events are rare, and a copy of the file is whole at any time.
         with contextlib.suppress(OSError), (self.folder / "supervisor.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"at": time.time(), "event": name, "world": self.number, **facts}) + "\n")
 
@@ -239,6 +245,7 @@ class Supervisor:
         self.resumed = time.monotonic()
 
     def _pause(self, seconds: float) -> None:
+        # In small pieces, so that a wish to stop is seen.
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self.asked:
             time.sleep(POLL_S)
@@ -258,6 +265,7 @@ class Echo:
         with self.path.open("rb") as file:
             file.seek(self.done)
             text = file.read()
+        # A line that is still being written comes with the next look.
         complete = text[: text.rfind(b"\n") + 1]
         self.done += len(complete)
         self.lines += complete.decode(errors="replace").splitlines()

@@ -56,6 +56,7 @@ def of_failed(watched: Sequence[Watched]) -> End:
     if sent:
         # One event outside (a job's time limit, the memory killer) ends several ranks in the same look.
         blamed = [each for each in sent if each.ended == sent[0].ended]
+    # A rank that was killed had no mistake in the recipe, whatever its peers report.
     error = None if sent or not reported else reported[0].reported()
     return end_of(_how_it_failed(blamed, error), watched, blamed, by_us, error)
 
@@ -103,12 +104,14 @@ def end_of(
 ) -> End:
     """Return the end of a world with the record of each rank; `by_us`: the ranks that the supervisor ended."""
     now = time.monotonic()
+    # All ranks, not only the blamed: who is innocent is our judgement, and the reader may judge otherwise.
     records = tuple(each.record(now, each.number in by_us) for each in watched)
     return End(what, tuple(each.number for each in blamed), error, records)
 
 
 def end_the_rest(watched: Sequence[Watched]) -> set[int]:
     """Kill the ranks that still run; return their numbers."""
+    # Asked before they are killed: afterwards all have an exit code.
     running = {each.number for each in watched if each.code is None}
     launch.kill([each.rank for each in watched])
     return running

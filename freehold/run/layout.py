@@ -325,6 +325,11 @@ class RunFolder:
         return self.root / "card"
 
     @property
+    def dashboard(self) -> Path:
+        """Return the page that shows the run."""
+        return self.root / "dashboard.html"
+
+    @property
     def release(self) -> Path:
         """Return the folder of the signed release."""
         return self.root / "release" / "pack"

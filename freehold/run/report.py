@@ -115,13 +115,14 @@ def training_rows(run_folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def tables(run_folder: Path) -> list[Table]:
-    """Return every table there is something to fill with."""
-    found = [_made(run_folder), _training(run_folder), _mixture(run_folder)]
-    results = _read_json(RunFolder(run_folder).evaluation)
+def tables(run_folder: Path, *, of_metrics: bool = True) -> list[Table]:
+    """Return every table there is something to fill with; without `of_metrics` no `metrics.jsonl` is read."""
+    run = RunFolder(run_folder)
+    found = [_made(run_folder), *([_training(run_folder)] if of_metrics else []), _mixture(run_folder)]
+    results = _read_json(run.evaluation)
     if results:
         found += evaluation_tables(results)
-    found += [_balance(run_folder), _parity(run_folder), _licences(run_folder)]
+    found += [*([_balance(run_folder)] if of_metrics else []), _parity(run_folder), _licences(run_folder)]
     return [table for table in found if table.rows]
 
 

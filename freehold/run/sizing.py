@@ -60,7 +60,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Size:
-    """A model and a training of it."""
+    """A model, and how long it is trained."""
 
     name: str
     model: dict[str, Any]

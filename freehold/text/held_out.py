@@ -14,7 +14,17 @@ import numpy as np
 from freehold.core.document import Conversation, said
 from freehold.core.errors import DataError
 from freehold.text import Why
-from freehold.text.words import Lookup, Words, longer, ngrams, read_batch, split_words, word_spans
+from freehold.text.words import (
+    Lookup,
+    Words,
+    is_word_part,
+    longer,
+    ngrams,
+    read_batch,
+    spaced,
+    split_words,
+    word_spans,
+)
 
 RUN_WORDS = 13
 """Words of a question that prove it by themselves (Brown et al. 2020, appendix C)."""
@@ -25,6 +35,7 @@ LEAST_WORDS = 6
 
 # Operators stay: `3 + 4` and `3 - 4` are different questions. So do comma and question mark: what begins like a
 # held-out question and continues (`2 cats?` in `2 cats, 1 dog?`) is another one.
+_KEPT = frozenset("+-*/=<>^%,?")
 _PUNCTUATION = re.compile(r"[^\w+\-*/=<>^%,?]+")
 
 # (number of the question, what must be in the plain text, whether that is the whole question)
@@ -33,7 +44,12 @@ _Entry = tuple[int, str, bool]
 
 def plain(text: str) -> str:
     """Return the text in lower case, words, operators, `,` and `?` only, one space between them, and around."""
-    return f" {_PUNCTUATION.sub(' ', text.lower()).strip()} "
+    lower = text.lower()
+    if lower.isascii():
+        return f" {_PUNCTUATION.sub(' ', lower).strip()} "
+    # No expression of `re` names marks, and a letter that is a word of its own stands alone as words do.
+    kept = "".join(c if c in _KEPT or is_word_part(c) else " " for c in spaced(lower))
+    return f" {' '.join(kept.split())} "
 
 
 def plain_words(text: str) -> str:
@@ -101,7 +117,8 @@ class Questions:
         runs: dict[int, list[tuple[int, str]]] = {}
         shared: dict[int, set[str]] = defaultdict(set)
         for number, one in enumerate(read_batch([text for _, text in questions])):
-            if len(one.hashes) < least_words:
+            # Two letters of a script without spaces say about what a word says.
+            if len(one.hashes) - one.alone // 2 < least_words:
                 continue
             n = min(RUN_WORDS, len(one.hashes))
             hashes = ngrams(one.hashes, n).tolist()

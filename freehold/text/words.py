@@ -1,8 +1,14 @@
-"""Documents' words as 64-bit hashes, a batch together: counted, shingled and looked up with numpy, not strings."""
+"""Documents' words as 64-bit hashes, a batch in one pass: counted, shingled and looked up with numpy, not strings.
+
+A word is a run of letters, digits, underscores and the marks that belong to them. A script that writes no spaces
+between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese and others) has no such runs: there each letter with its
+marks is a word of its own. So duplicates, runs of words and lengths mean in every script what they mean in English.
+Every step that counts words gets them here.
+"""
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -10,13 +16,50 @@ from functools import lru_cache
 import numpy as np
 import xxhash
 
-WORD = re.compile(r"\w+")
+# Letters of scripts that write no spaces between words (Unicode 15 blocks, as UAX 29 leaves them to dictionaries).
+_UNSPACED = np.array(
+    [
+        (0x0E00, 0x0EFF),  # Thai, Lao
+        (0x1000, 0x109F),  # Burmese
+        (0x1780, 0x17FF),  # Khmer
+        (0x1950, 0x19DF),  # Tai Le, New Tai Lue
+        (0x1A20, 0x1AAF),  # Tai Tham
+        (0x1B00, 0x1B7F),  # Balinese
+        (0x3005, 0x3007),  # marks that repeat a Han character, and zero
+        (0x3040, 0x30FF),  # Hiragana, Katakana
+        (0x31F0, 0x31FF),
+        (0x3400, 0x4DBF),  # Han
+        (0x4E00, 0x9FFF),
+        (0xA000, 0xA48F),  # Yi
+        (0xA980, 0xA9FF),  # Javanese, Burmese
+        (0xAA60, 0xAADF),  # Burmese, Tai Viet
+        (0xF900, 0xFAFF),
+        (0xFF66, 0xFF9F),  # half-width Katakana
+        (0x1B000, 0x1B16F),
+        (0x20000, 0x323AF),
+    ],
+    np.uint32,
+)
+_NONE, _PART, _MARK, _ALONE = range(4)
+"""What a character beyond ASCII is: no part of a word, a part, a mark on the letter before it, a word of its own."""
 # The commonest English words: every page of English has many of them, a list of codes has none.
 _COMMON = (
     "the be to of and that have with a in is it for as on was by are this or from an not at which his he they we you i"
     " thou my me will shall"
 )
 STOP_WORDS = frozenset(_COMMON.split(" "))
+# The same for other languages, by ISO 639-1; of scripts without spaces the commonest letters.
+_COMMON_OF = {
+    "de": "der die und in den von zu das mit sich des auf für ist im dem nicht ein eine als auch es an er hat aus sie",
+    "es": "de la que el en y a los se del las un por con no una su para es al lo como más o pero sus le ha me si",
+    "fr": "de la le et les des en un du une que est pour qui dans a par plus pas au sur ne se ce il sont avec son aux",
+    "it": "di e il la che in a per un è del non una i si con le da della dei come al sono più nel alla o gli lo ha",
+    "ja": "の に は を た が で て と し れ さ る い も す な こ",
+    "nl": "de van het een en in is dat op te zijn met die voor niet aan er om ook als dan maar bij of uit nog naar",
+    "pt": "de a o que e do da em um para é com não uma os no se na por mais as dos como mas foi ao ele das tem à seu",
+    "ru": "и в не на я что он с как это по но они к у его за из от так же бы о до для мы все был вы",
+    "zh": "的 一 是 不 了 在 人 有 我 他 这 中 大 来 上 国 和 地 到 以 這 來 國",
+}
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _HALF = np.uint64(32)
 # Of the bytes of a text, those that are part of a word; from 0x80 on it hangs on the character.
@@ -40,6 +83,9 @@ class Words:
     chars: int
     """Characters of all words together: letters, digits, underscores."""
     stop_fraction: float
+    """Share of the commonest English words among all."""
+    alone: int = 0
+    """How many words are single letters, because their script has no spaces."""
     cache: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def ngrams(self, n: int) -> np.ndarray:
@@ -74,18 +120,19 @@ def _lower(text: str) -> bytes:
 
 
 def read_batch(texts: Sequence[str]) -> list[Words]:
-    """Return the words of each text: the lower-cased matches of `\\w+`, hashed; all texts in one pass."""
+    """Return the words of each text, in lower case and hashed; all texts in one pass."""
     parts = [_lower(text) for text in texts]
     # Spaces around and between the texts, and eight behind for the last word's chunk.
     joined = b" " + b" ".join(parts) + b" " * 9
     inside: np.ndarray = np.frombuffer(bytearray(joined.translate(_INSIDE_TABLE)), bool)
     is_ascii = joined.isascii()
+    breaks = alone = np.zeros(0, np.int64)
     if not is_ascii:
-        _exclude_symbols(joined, inside)
+        breaks, alone = _beyond_ascii_words(joined, inside)
     edges = np.flatnonzero(inside[1:] != inside[:-1])
     edges += 1
-    starts = edges[::2].copy()
-    sizes = edges[1::2] - starts
+    starts, stops_at = _split_at(edges[::2].copy(), edges[1::2], breaks)
+    sizes = stops_at - starts
     hashes = _hash_words(joined, starts, sizes)
     ends = np.cumsum([len(part) + 1 for part in parts])
     borders = np.searchsorted(starts, np.concatenate([[0], ends]))
@@ -94,33 +141,75 @@ def read_batch(texts: Sequence[str]) -> list[Words]:
         raw = np.frombuffer(joined, np.uint8)
         tails = np.flatnonzero(((raw & 0xC0) == 0x80) & inside)
         char_sums -= np.searchsorted(tails, np.concatenate([[0], ends]))
-    stops = np.searchsorted(stop_words().find(hashes)[0], borders).tolist()
+    english = stop_words()
+    assert english is not None
+    stops = np.searchsorted(english.find(hashes)[0], borders).tolist()
     places, chars = borders.tolist(), char_sums.tolist()
+    letters = np.searchsorted(alone, np.concatenate([[0], ends])).tolist()
     return [
         Words(
             hashes[start:end],
             chars[i + 1] - chars[i],
             (stops[i + 1] - stops[i]) / (end - start) if end > start else 0.0,
+            letters[i + 1] - letters[i],
         )
         for i, (start, end) in enumerate(zip(places[:-1], places[1:], strict=True))
     ]
 
 
-def _exclude_symbols(joined: bytes, inside: np.ndarray) -> None:
-    """Set `inside` to false at the bytes of those characters beyond ASCII that are no part of a word."""
+def _beyond_ascii_words(joined: bytes, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Set `inside` to false at the bytes of characters beyond ASCII that are no part of a word.
+
+    Returns where a word begins inside a run of `inside`, and the first byte of each letter that is a word of its own.
+    """
     raw = np.frombuffer(joined, np.uint8)
     leads = np.flatnonzero(raw >= 0xC0)
     points = np.frombuffer(joined.translate(None, ASCII).decode().encode("utf-32-le"), "<u4")
-    which = np.flatnonzero(~_in_words(points))
-    sizes = 1 + (points[which] >= 0x80) + (points[which] >= 0x800) + (points[which] >= 0x10000)
+    kinds = _kinds(points)
+    sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    which = np.flatnonzero(kinds == _NONE)
     for byte in range(4):
-        inside[leads[which[sizes > byte]] + byte] = False
+        inside[leads[which[sizes[which] > byte]] + byte] = False
+    breaks = _breaks(leads, leads + sizes, kinds)
+    return breaks[inside[breaks] & inside[breaks - 1]], leads[kinds == _ALONE]
 
 
-def _in_words(points: np.ndarray) -> np.ndarray:
-    """Return bool [points]: whether each code point beyond ASCII is part of a word."""
+def _breaks(starts: np.ndarray, ends: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Return, sorted, the places before and after each letter that is a word of its own, its marks included.
+
+    All arrays have one entry a character beyond ASCII: where it starts and ends, and what it is.
+    """
+    if not (kinds == _ALONE).any():
+        return np.zeros(0, np.int64)
+    # A mark belongs to the letter before it, through any marks between them.
+    joined = np.concatenate([[False], (kinds[1:] == _MARK) & (starts[1:] == ends[:-1])])
+    letter = np.maximum.accumulate(np.where(joined, 0, np.arange(len(kinds))))
+    last = np.concatenate([~joined[1:], [True]])
+    return np.unique(np.concatenate([starts[kinds == _ALONE], ends[(kinds[letter] == _ALONE) & last]]))
+
+
+def _split_at(starts: np.ndarray, ends: np.ndarray, breaks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return runs cut in two at each of the breaks, which are inside them."""
+    if not len(breaks):
+        return starts, ends
+    return np.sort(np.concatenate([starts, breaks])), np.sort(np.concatenate([ends, breaks]))
+
+
+def _kinds(points: np.ndarray) -> np.ndarray:
+    """Return int64 [points]: what each code point beyond ASCII is."""
     letters, which = np.unique(points, return_inverse=True)
-    return np.array([chr(point).isalnum() for point in letters.tolist()], bool)[which]
+    return np.array([_kind(point) for point in letters.tolist()], np.int64)[which]
+
+
+@lru_cache(maxsize=1 << 16)
+def _kind(point: int) -> int:
+    category = unicodedata.category(chr(point))
+    if category[0] == "M":
+        return _MARK
+    # Digits of these scripts make numbers, as others do.
+    if category != "Nd" and chr(point).isalnum() and ((_UNSPACED[:, 0] <= point) & (point <= _UNSPACED[:, 1])).any():
+        return _ALONE
+    return _PART if chr(point).isalnum() else _NONE
 
 
 def _hash_words(joined: bytes, starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -151,14 +240,31 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def word_spans(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first character of each word of a text and the one after its last: the spans of WORD's matches."""
-    points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    """Return the first character of each word of a text and the one after its last."""
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
     inside = np.zeros(len(points) + 2, bool)
     inside[1:-1] = _INSIDE[np.minimum(points, 127)]  # the last of ASCII is no part of a word
     beyond = np.flatnonzero(points >= 128)
-    inside[1 + beyond] = _in_words(points[beyond])
+    kinds = _kinds(points[beyond])
+    inside[1 + beyond] = kinds != _NONE
     edges = np.flatnonzero(inside[1:] != inside[:-1])
-    return edges[::2], edges[1::2]
+    breaks = _breaks(beyond, beyond + 1, kinds)
+    return _split_at(edges[::2], edges[1::2], breaks[inside[1 + breaks] & inside[breaks]])
+
+
+def spaced(text: str) -> str:
+    """Return a text with a space before and after each letter that is a word of its own."""
+    if text.isascii():
+        return text
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    beyond = np.flatnonzero(points >= 128)
+    places = _breaks(beyond, beyond + 1, _kinds(points[beyond])).tolist()
+    return " ".join(text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True))
+
+
+def is_word_part(character: str) -> bool:
+    """Return whether a character is part of a word: a letter, a digit, an underscore, or a mark on one."""
+    return character == "_" or character.isalnum() or unicodedata.category(character)[0] == "M"
 
 
 class Lookup:
@@ -187,20 +293,30 @@ class Lookup:
 
 def word_hashes(words: Sequence[str]) -> np.ndarray:
     """Return uint64 [words], the hash of each single word; ValueError for what is not one word."""
-    parts = [word.lower().encode() for word in words]
-    for part, word in zip(parts, words, strict=True):
-        if WORD.fullmatch(word) is None or len(part) > _LONG_BYTES:
-            raise ValueError(f"not one word: {word!r}")
+    lower = [word.lower() for word in words]
+    parts = [word.encode() for word in lower]
+    if split_words(" ".join(lower)) != lower or max(map(len, parts), default=0) > _LONG_BYTES:
+        wrong = [word for word in lower if split_words(word) != [word] or len(word.encode()) > _LONG_BYTES]
+        raise ValueError(f"not one word: {wrong[0]!r}")
     joined = b" " + b" ".join(parts) + b" " * 9
     sizes = np.array([len(part) for part in parts], np.int64)
     starts = 1 + np.concatenate([[0], np.cumsum(sizes + 1)])[:-1].astype(np.int64)
     return _hash_words(joined, starts, sizes)
 
 
-@lru_cache(maxsize=1)
-def stop_words() -> Lookup:
-    """Return the commonest English words as hashes."""
-    return Lookup(word_hashes(sorted(STOP_WORDS)))
+@lru_cache(maxsize=16)
+def stop_words(language: str = "en") -> Lookup | None:
+    """Return the commonest words of a language (ISO 639-1) as hashes; None for one whose words are not known here."""
+    known = STOP_WORDS if language == "en" else _COMMON_OF.get(language, "").split()
+    return Lookup(word_hashes(sorted(set(known)))) if known else None
+
+
+def stop_share(words: Words, language: str) -> float | None:
+    """Return the share of the commonest words of a language among all; None when they are not known here."""
+    lookup = stop_words(language)
+    if lookup is None:
+        return None
+    return len(lookup.find(words.hashes)[0]) / max(1, len(words.hashes))
 
 
 def repeats_at_most(values: np.ndarray, share: float) -> bool:

@@ -77,7 +77,7 @@ def test_flex_attention_is_that_of_a_dense_mask(device, window):
     place = torch.arange(tokens, device=device)
     seen = (place[None, None] <= place[None, :, None]) & (place[None, None] >= start[:, :, None])  # [B, T, T]
     for x in (q, k, v):
-        x.requires_grad_(device.type == "cuda")  # PyTorch has no backward pass of it on a CPU
+        x.requires_grad_(device.type == "cuda")  # PyTorch has no backward pass for it on a CPU
     found, expected = (attend(q, k, v, mask) for mask in (Mask(None, False, window, flex=flex_mask(start)),
                                                           Mask(seen[:, None], False, window)))  # fmt: skip
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -29,7 +29,7 @@ from freehold.stages.curate.dedup import cut_lines, cut_words, find_overlaps, re
 from freehold.stages.curate.rules import CONTAINED_SHARE
 from freehold.stages.curate.toxicity import scorer
 from freehold.text.held_out import Questions, read_questions
-from freehold.text.words import WORD, read_batch, read_words
+from freehold.text.words import read_batch, read_words, split_words
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -82,7 +82,7 @@ def naive_repeats(texts: list[str], n: int) -> set[tuple[int, int]]:
     seen: set[tuple[str, ...]] = set()
     found = set()
     for number, text in enumerate(texts):
-        words = WORD.findall(text.lower())
+        words = split_words(text)
         runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
         found |= {(number, i) for i, run in enumerate(runs) if run in seen}
         seen |= set(runs)
@@ -232,7 +232,7 @@ def test_toxicity_is_the_number_of_the_package() -> None:
     for text in texts:
         words = read_words(text).hashes
         assert scorer().passages(words, 10**6) == pytest.approx(predict_prob([text]), abs=1e-9)
-    words = WORD.findall(texts[0].lower())
+    words = split_words(texts[0])
     pieces = [" ".join(words[i : i + 50]) for i in range(0, len(words) // 50 * 50 - 50, 50)]
     parts = scorer().passages(read_words(texts[0]).hashes, 50)
     assert parts[: len(pieces)] == pytest.approx(predict_prob(pieces), abs=1e-9)

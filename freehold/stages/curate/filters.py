@@ -17,12 +17,13 @@ from freehold.stages.curate.rules import (
     MAX_LINE_CHARS,
     MAX_LOST,
     MIN_LANGUAGE_SCORE,
+    SURE_LANGUAGE_SCORE,
     CodeLimits,
     ProseLimits,
 )
 from freehold.text import Why
 from freehold.text.language import language_detector
-from freehold.text.words import Words, beyond_ascii, distinct, repeats_at_most
+from freehold.text.words import Words, beyond_ascii, distinct, repeats_at_most, stop_share
 
 NEWLINES = re.compile("\r\n?|[\u0085\u2028\u2029]")
 # C0 except tab and newline, DEL, C1, the byte order mark and the non-characters that end plane 0.
@@ -131,7 +132,8 @@ def check_prose(text: str, words: Words, limits: ProseLimits) -> Why | None:
         return "few_words", f"{count} words, at least {limits.min_words}"
     low, high = limits.mean_word_chars
     mean = words.chars / count
-    if not low <= mean <= high:
+    # Where most words are single letters, their length says nothing.
+    if 2 * words.alone < count and not low <= mean <= high:
         return "word_length", f"mean {mean:.2f} characters, {low} to {high}"
     letters = _letters(text, words)
     # Underlines and table borders are layout: a run of one mark counts as nothing, which never makes the share smaller.
@@ -144,8 +146,18 @@ def check_prose(text: str, words: Words, limits: ProseLimits) -> Why | None:
     if symbols > limits.max_symbols:
         return "symbols", f"{symbols:.2f} per word, at most {limits.max_symbols}"
     if words.stop_fraction < limits.min_stop_words:
-        return "stop_words", f"{words.stop_fraction:.3f} of the words, at least {limits.min_stop_words}"
+        share = _stop_share(text, words)
+        if share is not None and share < limits.min_stop_words:
+            return "stop_words", f"{share:.3f} of the words, at least {limits.min_stop_words}"
     return check_lines(text, ellipses, limits) or _check_repetition(words, limits)
+
+
+def _stop_share(text: str, words: Words) -> float | None:
+    """Return the share of the commonest words of the text's own language; None when that language's are not known."""
+    language, score = language_detector()(text[:LANGUAGE_SAMPLE_CHARS])
+    if language == "en" or score < SURE_LANGUAGE_SCORE:
+        return words.stop_fraction
+    return stop_share(words, language)
 
 
 def _letters(text: str, words: Words) -> float:
@@ -186,7 +198,8 @@ def stripped(parts: list[str]) -> list[str]:
 
 
 def _check_repetition(words: Words, limits: ProseLimits) -> Why | None:
-    runs = words.ngrams(5)
+    # Five letters of a script without spaces come again in any text; ten say about what five words say.
+    runs = words.ngrams(10 if 2 * words.alone > len(words.hashes) else 5)
     if repeats_at_most(runs, limits.max_repeated_ngrams):
         return None
     repeated = 1 - len(distinct(runs)) / len(runs)

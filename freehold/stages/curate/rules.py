@@ -14,6 +14,8 @@ MAX_LOST = 0.005
 """Most replacement characters, as a share: above it the text was decoded with the wrong table."""
 MIN_LANGUAGE_SCORE = 0.30
 """A language found with less is not believed: tables and code score low in any language."""
+SURE_LANGUAGE_SCORE = 0.50
+"""A text found to be in another language with this is not judged by English words: below it are lists of codes."""
 LANGUAGE_SAMPLE_CHARS = 700
 """Characters that the detector reads at the start, in the middle and at the end."""
 

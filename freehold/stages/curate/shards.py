@@ -31,6 +31,9 @@ from freehold.stages.curate.steps import BATCH_CHARS, Draft, Tally, Tools, read,
 from freehold.text.held_out import Questions, read_questions
 from freehold.text.words import Words
 
+WORDS = 2
+"""Raised when a text has other words than before: shards of a stage that was stopped are then made again."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -60,7 +63,7 @@ class Job:
         settings = config.model_dump(mode="json", exclude={"engine", "workers", "memory_bytes"})
         paths = [*gathered.glob("documents/*.parquet"), *gathered.glob("tasks/*.jsonl")]
         inputs = {path.name: sha256_file(path) for path in sorted(paths)}
-        return cls(gathered, folder, config, sha256_json({"config": settings, "inputs": inputs}))
+        return cls(gathered, folder, config, sha256_json({"config": settings, "inputs": inputs, "words": WORDS}))
 
     @property
     def shards(self) -> Path:

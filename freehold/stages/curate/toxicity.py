@@ -16,7 +16,7 @@ import numpy as np
 from freehold.core.errors import ConfigError
 from freehold.stages.curate.rules import JUDGED_KINDS, MAX_TOXIC_SHARE, PASSAGE_WORDS, TOXIC
 from freehold.text import Why
-from freehold.text.words import Lookup, Words, word_hashes
+from freehold.text.words import Lookup, Words, split_words, word_hashes
 
 
 class Scorer:
@@ -33,9 +33,12 @@ class Scorer:
                 todo="pip install 'freehold[toxicity]' -c constraints.txt, or set curate.toxicity.act=off",
             ) from error
         vectorizer, parts = package.vectorizer, package.model.calibrated_classifiers_
-        self.lookup = Lookup(word_hashes(list(vectorizer.get_feature_names_out())))
-        self.idf = vectorizer.idf_
-        self.weights = np.stack([part.estimator.coef_[0] for part in parts])
+        names = list(vectorizer.get_feature_names_out())
+        # A few of its words are several of ours: their letters have no spaces between them.
+        ours = [i for i, name in enumerate(names) if name.isascii() or split_words(name) == [name]]
+        self.lookup = Lookup(word_hashes([names[i] for i in ours]))
+        self.idf = vectorizer.idf_[ours]
+        self.weights = np.stack([part.estimator.coef_[0][ours] for part in parts])
         self.intercepts = np.array([part.estimator.intercept_[0] for part in parts])
         self.slopes = np.array([part.calibrators[0].a_ for part in parts])
         self.shifts = np.array([part.calibrators[0].b_ for part in parts])

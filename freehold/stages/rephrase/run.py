@@ -51,6 +51,10 @@ _COLUMNS = pa.schema(
 )
 
 
+# Scripts without spaces end a sentence with a mark of their own and nothing after it; Thai ends one with a space.
+_SENTENCE_END = re.compile(r"[.!?।۔؟။។][\"'”’)]*(?=\s)|[。！？．｡][」』”’）]*|(?<=[\u0e00-\u0eff])(?= )")
+
+
 @dataclass(frozen=True)
 class Passage:
     """A stretch of a seed that is rewritten as a whole."""
@@ -171,7 +175,7 @@ def cut(text: str, least_chars: int, most_chars: int) -> Iterator[str]:
 def _sentences(paragraph: str, most_chars: int) -> Iterator[str]:
     """Yield a paragraph in parts of at most `most_chars` that end with a sentence; what has no end is left out."""
     while len(paragraph) > most_chars:
-        ends = [m.end() for m in re.finditer(r"[.!?][\"'”’)]*(?=\s)", paragraph[:most_chars])]
+        ends = [m.end() for m in _SENTENCE_END.finditer(paragraph[:most_chars])]
         if not ends:
             return
         yield paragraph[: ends[-1]]

@@ -141,6 +141,12 @@ class Gguf:
         )
 
     def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        if sampling.constrain is not None:
+            raise RequestError(
+                "answers of a given structure are not available from a GGUF file",
+                where="response_format",
+                todo="serve the checkpoint or the HF folder instead",
+            )
         if not prompt:
             raise RequestError("the prompt is empty", where="prompt", expected="at least one token")
         if min(prompt) < 0 or max(prompt) >= self._vocab_size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
@@ -20,6 +21,7 @@ from freehold.stages.serve.errors import ApiError, as_api_error
 from freehold.stages.serve.metrics import Metrics
 from freehold.stages.serve.responses import ResponsesRequest
 from freehold.stages.serve.schema import ChatRequest, CompletionRequest, Request
+from freehold.stages.serve.structure import Structures
 from freehold.stages.serve.worker import Worker
 from freehold.tokenizer.chat import render, render_ids
 from freehold.tokenizer.dialects import Piece
@@ -43,6 +45,7 @@ class Front:
         self.tokenizer, self.backend = served.tokenizer, served.backend
         self.worker = Worker(config.max_queue, served.running)
         self.metrics = Metrics(lambda: self.worker.waiting)
+        self.structures = Structures(self.tokenizer, served.answers)
         self.started = int(time.time())
 
     def model(self) -> dict[str, Any]:
@@ -75,7 +78,8 @@ class Front:
         limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         top = request.top_logprobs or 0
         numbers = range(request.n or 1)
-        default = self.served.sampling
+        structure = await asyncio.to_thread(self.structures.of, request)
+        default = dataclasses.replace(self.served.sampling, constrain=structure)
         settings = [request.sampling(default, choice=i, logprobs=top, max_tokens=limit) for i in numbers]
         choices = [Choice(self._text(request), self.served.answers.parser(tools)) for _ in numbers]
 

@@ -130,6 +130,7 @@ class Request(_Part):
             logit_bias=bias,
             max_tokens=max_tokens,
             stop_ids=default.stop_ids,
+            constrain=default.constrain,
             seed=None if self.seed is None else self.seed + choice,
             logprobs=logprobs,
         )
@@ -234,14 +235,55 @@ class ChatRequest(Request):
 
     def check(self) -> None:
         """Refuse what cannot be done as asked."""
-        free = "the model writes freely, nothing makes it"
-        self.refuse("tool_choice", "none", "auto", why=f"{free} call a tool")
-        self.refuse("response_format", {"type": "text"}, why=f"{free} write JSON")
+        _ = self.forced_tools, self.content_schema
         self.refuse("modalities", ["text"])
         for name in ("functions", "function_call", "audio", "prediction", "web_search_options"):
             self.refuse(name)
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs", where="top_logprobs", expected="logprobs: true")
+
+    @property
+    def forced_tools(self) -> list[dict[str, Any]] | None:
+        """The tools of which one must be called; None when none must. RequestError names a choice that is none."""
+        choice = self.tool_choice
+        if choice in (None, "none", "auto"):
+            return None
+        tools = self.tools or []
+        if isinstance(choice, dict) and choice.get("type") == "function" and isinstance(choice.get("function"), dict):
+            name = choice["function"].get("name")
+            tools = [tool for tool in tools if (tool.get("function") or {}).get("name") == name]
+        elif choice != "required":
+            raise RequestError(
+                "not a choice of tools",
+                where="tool_choice",
+                found=repr(choice)[:100],
+                expected='none, auto, required or {"type": "function", "function": {"name": ...}}',
+            )
+        if not tools:
+            raise RequestError(
+                "the tool that must be called is not offered", where="tool_choice", found=repr(choice)[:100]
+            )
+        return tools
+
+    @property
+    def content_schema(self) -> dict[str, Any] | None:
+        """The schema the content must follow; None when it is free. RequestError names a format that is none."""
+        wanted = self.response_format
+        kind = (wanted or {}).get("type", "text")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return {"type": "object"}
+        described = (wanted or {}).get("json_schema")
+        if kind != "json_schema" or not isinstance(described, dict) or not isinstance(described.get("schema"), dict):
+            raise RequestError(
+                "not a format",
+                where="response_format",
+                found=repr(wanted)[:100],
+                expected='text, json_object, or {"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}',
+            )
+        schema: dict[str, Any] = described["schema"]
+        return schema
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
