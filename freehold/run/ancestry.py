@@ -70,7 +70,7 @@ class Record:
     rows: tuple[Rows, ...] = ()
     origins: tuple[MadeBy, ...] = ()
     unknown: tuple[str, ...] = ()
-    """What is not known of it, in sentences; a policy reviews that."""
+    """What is not known, in sentences; a policy reviews that."""
     parents: tuple[Record, ...] = field(default=())
     settled: str = ""
     """Why what is not known does not matter, in the words of who looked into it (`pretrain.parent_settled`)."""
@@ -143,7 +143,7 @@ def ancestors(run: RunFolder, checkpoint: Checkpoint | None = None) -> tuple[Rec
             # A folder that is gone cannot say its hash; the child recorded it.
             lost = next((record for record in found if record.unknown and not record.content_sha256), None)
             found = [record for record in found if record is not lost]
-            reason = lost.unknown[0] if lost else "there is no record of it"
+            reason = lost.unknown[0] if lost else "it has no record"
             settled = str(_config(run, PRETRAIN).get("parent_settled") or "")
             found.append(replace(unknown(reason, one.outside), settled=settled))
     return tuple(found)
@@ -230,7 +230,7 @@ def _of_run(run: RunFolder, folder: Path, content: str) -> Record:
 
 
 def learned_rows(run: RunFolder, checkpoint: Checkpoint) -> tuple[tuple[Rows, ...], tuple[str, ...]]:
-    """Return what a checkpoint learned from in this run, summed by rights, and what is not known of it.
+    """Return what a checkpoint learned from in this run, summed by rights, and what is not known.
 
     Where its steps are not recorded, as in a run that is not finished, all rows kept for training count.
     """

@@ -175,7 +175,7 @@ class _Builder:
             self.tie(before[PRETRAIN], name, parent, matches=False)
         elif parent:
             known = {record.content_sha256: record for record in ancestors(self.run, checkpoint)}
-            record = known.get(parent) or unknown("there is no record of it", parent)
+            record = known.get(parent) or unknown("it has no record", parent)
             self.tie(self._add_record(record), name, parent)
 
     def _add_record(self, record: Record) -> str:

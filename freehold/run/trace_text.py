@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from freehold.core.log import printable
-from freehold.run.takedown import Restart, Takedown
+from freehold.run.takedown_answer import Restart, Takedown
 from freehold.run.takedown_recipe import Applied
 from freehold.run.trace import CheckpointTrace, DocumentTrace, StepTrace, TracedDocument
 
