@@ -396,7 +396,15 @@ class ConversationOrder:
     """The order of supervised fine-tuning: whole conversations, packed into rows, permuted anew each epoch."""
 
     def __init__(
-        self, examples: Sequence[Example], *, context_tokens: int, sequences: int, steps: int, seed: int, pad: int
+        self,
+        examples: Sequence[Example],
+        *,
+        context_tokens: int,
+        sequences: int,
+        steps: int,
+        seed: int,
+        pad: int,
+        first_step: int = 0,
     ) -> None:
         # A conversation is never cut: half an answer would teach to stop in mid-sentence. What is too long is counted.
         self.examples = [e for e in examples if len(e.ids) - 1 <= context_tokens]
@@ -407,7 +415,7 @@ class ConversationOrder:
                 found=f"{len(examples)} conversations",
                 expected=f"<= {context_tokens} tokens",
             )
-        self.context_tokens, self.sequences, self.pad = context_tokens, sequences, pad
+        self.context_tokens, self.sequences, self.pad, self.first_step = context_tokens, sequences, pad, first_step
         self.rows: list[list[int]] = []
         self.epochs = 0
         # Packed epoch by epoch: a conversation is not read again before every other one was read.
@@ -429,7 +437,8 @@ class ConversationOrder:
         return [Piece(e.id, e.source, len(e.ids) - 1) for e in examples]
 
     def _rows(self, step: int) -> list[list[int]]:
-        return self.rows[step * self.sequences : (step + 1) * self.sequences]
+        at = (step - self.first_step) * self.sequences
+        return self.rows[at : at + self.sequences]
 
 
 def apportion(weights: Mapping[str, float], total: int) -> dict[str, int]:

@@ -5,8 +5,10 @@ Shapes: B rows, T tokens a row.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 
@@ -21,13 +23,17 @@ class Batch:
     targets: np.ndarray
     document_ids: np.ndarray
 
-    def rows(self, start: int, stop: int) -> Batch:
+    def rows(self, start: int, stop: int) -> Self:
         """Return rows start..stop of the batch."""
-        return Batch(self.input_ids[start:stop], self.targets[start:stop], self.document_ids[start:stop])
+        return self._cut(slice(start, stop))
 
-    def columns(self, part: slice) -> Batch:
+    def columns(self, part: slice) -> Self:
         """Return a stretch of every row."""
-        return Batch(self.input_ids[:, part], self.targets[:, part], self.document_ids[:, part])
+        return self._cut((slice(None), part))
+
+    def _cut(self, part: Any) -> Self:
+        # A batch of another loss has more arrays of the same shape.
+        return type(self)(**{field.name: getattr(self, field.name)[part] for field in dataclasses.fields(self)})
 
     @property
     def target_tokens(self) -> int:

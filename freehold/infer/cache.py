@@ -1,181 +1,94 @@
-"""The key/value cache: ring buffers of one window for sliding layers, growing buffers for global layers.
+"""What one forward pass sees of the pages: any number of sequences, each with any number of new tokens.
 
-Shapes: B rows, T new tokens a row, S slots or keys, H key/value heads, D head width.
-
-Rows are independent. A row's tokens arrive in order of position, from 0, without gaps; position -1 is padding
-and may stand anywhere. So rows of different lengths (right-padded prompts) share a batch, a long prompt can
-arrive in pieces, and the position of what lies in a slot follows from how far its row has come.
-Slot 0 of every buffer is a bin for padding and for what a window has already left behind; it is never read.
+Shapes: N new tokens of all sequences, S sequences, T the most new tokens of one, H query heads, K key heads, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from freehold.core.errors import RequestError
-from freehold.model.config import ModelConfig
-
-FIRST_SLOTS = 256
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What all layers of one kind share in one forward pass."""
-
-    slots: Tensor
-    """[B,T] where each new key goes; 0 = the bin."""
-    mask: Tensor | None
-    """[B,1,T,S] bool, True = may look; None = every query may look at every key."""
-    column: int | None
-    """The one slot all rows write to, when they are equally long and bring one token each."""
+from freehold.infer.pages import NO_PAGE, PagePool, Pages
+from freehold.kernels import packed
+from freehold.kernels.packed import PAGE_TOKENS
 
 
-class KVCache:
-    """Keys and values of B rows, as attention asks for them: `update(layer, k, v, positions)`.
+class Step:
+    """The cache of one forward pass over [1, N] tokens: those of the first sequence, then those of the next, ...
 
-    Global layers grow up to `max_tokens`; a token beyond it raises RequestError. Layers must be called in
-    ascending order in each forward pass, all with the same positions.
+    The pages for them must have been taken (`Pages.extend`). A token's result depends on its own sequence alone.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        max_tokens: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.window = config.sliding_window
-        self.max_tokens = max_tokens
-        self.sliding = [kind == "sliding_attention" for kind in config.layer_types or ()]
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        """Tokens each row has seen."""
-        self._shape = (config.num_key_value_heads, config.head_dim)
-        self._dtype, self._device = dtype, device
-        ring_slots = min(self.window, max_tokens)
-        first = min(FIRST_SLOTS, max_tokens)
-        self._ring_slots = ring_slots
-        self._keys = [self._buffer(batch, ring_slots if sliding else first) for sliding in self.sliding]
-        self._values = [self._buffer(batch, ring_slots if sliding else first) for sliding in self.sliding]
-        self._rows = torch.arange(batch, device=device)[:, None]
-        self._before = self.lengths
-        self._longest = 0
-        self._fresh = self._level = False
-        self._steps: dict[bool, _Step] = {}
-        self._last_layer = len(self.sliding)
+    def __init__(self, pool: PagePool, parts: Sequence[tuple[Pages, int]]) -> None:
+        self.pool = pool
+        counts = [count for _, count in parts]
+        self.first = torch.tensor([pages.length for pages, _ in parts])
+        """int64 [S]: the position of each sequence's first new token"""
+        self.offsets = torch.tensor(np.concatenate([[0], np.cumsum(counts)]))
+        """int64 [S + 1]: where each sequence's tokens are"""
+        blocks = max(pages.table.shape[1] for pages, _ in parts)
+        tables = np.full((len(pool.windows), len(parts), blocks), NO_PAGE, dtype=np.int32)
+        for number, (pages, _) in enumerate(parts):
+            tables[:, number, : pages.table.shape[1]] = pages.table
+        self.tables = torch.from_numpy(tables)  # [layers, S, blocks]
+        self.positions = torch.cat([torch.arange(p.length, p.length + n) for p, n in parts])[None]  # [1, N]
+        self._device = pool.store.device
+        self._plain: _Plain | None = None if pool.kernel else _Plain(self, counts)
+        self.positions = self.positions.to(self._device)
 
-    def update(self, layer_index: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keep new keys and values [B,H,T,D] at `positions` [B,T]; return all keys, values and who may look.
+    def attend(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep k and v [1, N, K, D]; return what the queries q [1, N, H, D] find, [1, N, H, D]."""
+        window, table = self.pool.windows[layer_index], self.tables[layer_index]
+        if self._plain is not None:
+            return self._plain.attend(q[0], k[0], v[0], table, window)[None]
+        return packed.attention(q[0], k[0], v[0], self.offsets, self.first, table, self.pool.store, window)[None]
 
-        The mask is [B,1,T,S] bool (True = may look), or None when every query may look at every key.
-        Padding queries look at something, so that they stay finite; nothing looks at them.
-        """
-        if layer_index <= self._last_layer:
-            self._begin(positions)
-        self._last_layer = layer_index
-        sliding = self.sliding[layer_index]
-        step = self._steps.get(sliding)
-        if step is None:
-            step = self._steps[sliding] = self._plan_sliding(positions) if sliding else self._plan_global(positions)
-        keys, values = self._keys[layer_index], self._values[layer_index]
-        if sliding:
-            return self._update_sliding(keys, values, k, v, step)
-        if keys.shape[2] <= self._longest:
-            keys = self._keys[layer_index] = self._grown(keys)
-            values = self._values[layer_index] = self._grown(values)
-        self._write(keys, k, step)
-        self._write(values, v, step)
-        return keys[:, :, 1 : self._longest + 1], values[:, :, 1 : self._longest + 1], step.mask
 
-    @torch.inference_mode()
-    def remove(self, row: int) -> None:
-        """Forget a finished row; the last row takes its place."""
-        last = len(self.lengths) - 1
-        for buffer in [self.lengths, *self._keys, *self._values]:
-            buffer[row] = buffer[last]
-        self.lengths, self._rows = self.lengths[:last], self._rows[:last]
-        self._keys = [buffer[:last] for buffer in self._keys]
-        self._values = [buffer[:last] for buffer in self._values]
-        self._longest = int(self.lengths.max()) if last else 0
-        self._last_layer = len(self.sliding)
+class _Plain:
+    """The same through PyTorch's attention, on any device: not bit-invariant, since its sums depend on the shapes."""
 
-    @property
-    def bytes(self) -> int:
-        """Memory held, in bytes."""
-        return sum(buffer.nbytes for buffer in [*self._keys, *self._values])
+    def __init__(self, step: Step, counts: list[int]) -> None:
+        store = step.pool.store
+        self.store, device = store, store.device
+        # Queries are padded to the longest part; padding repeats the last token and is thrown away.
+        within = torch.arange(max(counts))[None].minimum(torch.tensor(counts)[:, None] - 1)  # [S, T]
+        self.rows = (step.offsets[:-1, None] + within).to(device)
+        self.positions = (step.first[:, None] + within).to(device)  # [S, T]
+        real = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
+        self.real = real.to(device)
+        self.owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)  # [N]
+        self.own = step.positions[0].to(device)
+        self.first, self.last = step.first, step.first + torch.tensor(counts)
+        self.masks: dict[int | None, tuple[Tensor, Tensor]] = {}
 
-    def _begin(self, positions: Tensor) -> None:
-        """Take note of a new forward pass: how long every row was before it and is after it."""
-        self._before = self.lengths
-        last = positions.amax(dim=1)
-        self.lengths = torch.maximum(self.lengths, last + 1)
-        self._fresh = self._longest == 0
-        shortest, self._longest = (int(n) for n in self.lengths.aminmax())
-        if self._longest > self.max_tokens:
-            raise RequestError(
-                "more tokens than the cache was made for", found=self._longest, expected=f"at most {self.max_tokens}"
-            )
-        # One token for every row, all equally long: no mask is needed as long as nothing lies outside a window.
-        self._level = positions.shape[1] == 1 and shortest == self._longest and bool((last >= 0).all())
-        self._steps = {}
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: int | None) -> Tensor:
+        device = q.device
+        table = table.to(device).long()
+        page, place = table[self.owners, self.own // PAGE_TOKENS], self.own % PAGE_TOKENS
+        self.store[page, 0, :, place] = k
+        self.store[page, 1, :, place] = v
+        if window not in self.masks:
+            self.masks[window] = self._mask(window, table.shape[1], device)
+        blocks, allowed = self.masks[window]
+        pages = table.gather(1, blocks).clamp_min(0)  # [S, blocks seen]
+        held = self.store[pages].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # [2, S, K, S keys, D]
+        found = F.scaled_dot_product_attention(
+            q[self.rows].transpose(1, 2), held[0], held[1], attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return found.transpose(1, 2)[self.real]  # [N, H, D]
 
-    def _plan_global(self, positions: Tensor) -> _Step:
-        if self._level:
-            return _Step(positions + 1, None, self._longest)
-        keys = torch.arange(self._longest, device=positions.device)
-        mask = (keys <= positions[..., None]) | (positions < 0)[..., None]
-        return _Step(positions + 1, mask[:, None], None)
-
-    def _plan_sliding(self, positions: Tensor) -> _Step:
-        slots_count, window = self._ring_slots, self.window
-        new_tokens = positions.shape[1]
-        # Of more new tokens than a window holds, only the last stay.
-        stays = (positions >= 0) & (positions >= self.lengths[:, None] - slots_count)
-        slots = torch.where(stays, positions % slots_count + 1, 0)
-        if self._level:
-            return _Step(slots, None, (self._longest - 1) % slots_count + 1)
-        # One token: it is written first, then its row's ring is read. More: the old ring and the new keys are read.
-        known = self.lengths if new_tokens == 1 else self._before
-        slot = torch.arange(slots_count, device=positions.device)
-        # The last position below `known` that lies in each slot; negative when none has come yet.
-        held = known[:, None] - 1 - (known[:, None] - 1 - slot) % slots_count
-        if new_tokens > 1:
-            held = positions if self._fresh else torch.cat([held, positions], dim=1)
-        query, key = positions[..., None], held[:, None, :]
-        mask = (key >= 0) & (key <= query) & (key > query - window) | (query < 0)
-        return _Step(slots, mask[:, None], None)
-
-    def _update_sliding(
-        self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, step: _Step
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if k.shape[2] == 1:
-            self._write(keys, k, step)
-            self._write(values, v, step)
-            used = min(self._longest, self._ring_slots) if step.mask is None else self._ring_slots
-            return keys[:, :, 1 : used + 1], values[:, :, 1 : used + 1], step.mask
-        all_k, all_v = k, v
-        if not self._fresh:
-            all_k, all_v = torch.cat([keys[:, :, 1:], k], dim=2), torch.cat([values[:, :, 1:], v], dim=2)
-        self._write(keys, k, step)
-        self._write(values, v, step)
-        return all_k, all_v, step.mask
-
-    def _write(self, buffer: Tensor, new: Tensor, step: _Step) -> None:
-        if step.column is not None:
-            buffer[:, :, step.column] = new[:, :, 0]
-        else:
-            buffer[self._rows, :, step.slots] = new.transpose(1, 2)
-
-    def _buffer(self, batch: int, slots: int) -> Tensor:
-        heads, width = self._shape
-        # Zeros, not whatever memory held: a masked key counts 0 times its value, and 0 times NaN is NaN.
-        return torch.zeros(batch, heads, slots + 1, width, dtype=self._dtype, device=self._device)
-
-    def _grown(self, buffer: Tensor) -> Tensor:
-        slots = min(self.max_tokens, max(self._longest, 2 * (buffer.shape[2] - 1)))
-        grown = self._buffer(buffer.shape[0], slots)
-        grown[:, :, : buffer.shape[2]] = buffer
-        return grown
+    def _mask(self, window: int | None, blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the blocks of positions that are read [S, n], and who sees whom [S, 1, T, n x 64]."""
+        # A sliding layer reads its window only, from where each sequence's first new token sees.
+        low = (self.first - window + 1).clamp_min(0) // PAGE_TOKENS if window else torch.zeros_like(self.first)
+        count = int(((self.last - 1) // PAGE_TOKENS - low).max()) + 1
+        number = (low[:, None] + torch.arange(count)).to(device)  # [S, n]
+        keys = (number[..., None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=device)).flatten(1)[:, None]
+        allowed = keys <= self.positions[..., None]  # [S, T, n x 64]
+        if window:
+            allowed = allowed & (keys > self.positions[..., None] - window)
+        return number.clamp_max(blocks - 1), allowed[:, None]

@@ -1,44 +1,41 @@
-"""The engine: token ids in, token ids out, in batches, with exact log-probabilities; it knows no text.
+"""The engine: token ids in, token ids out, many requests in one batch, exact log-probabilities; it knows no text.
 
-Shapes: B rows, T tokens of one forward pass, M positions scored at once, d hidden width, V vocabulary.
+Where the CPU kernels compute, an answer has the same bits alone and in company, however its prompt was cut, with any
+number of threads, and the log-probabilities are those of training. `describe` says whether that holds here.
+
+Shapes: N tokens of one forward pass, B rows, d hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from freehold.core.errors import RequestError
-from freehold.infer.cache import KVCache
-from freehold.infer.sampler import Sampler, Sampling, check_ids
+from freehold.core.errors import ConfigError, RequestError
+from freehold.infer.cache import Step
+from freehold.infer.pages import PagePool, Pages, blocks_of, free_bytes, page_bytes, window_pages
+from freehold.infer.requests import Queue, Request, Token, Top
+from freehold.infer.sampler import Sampling, check_ids, draw
+from freehold.kernels import cpu
+from freehold.losses.logprob import log_partition, token_logprobs
 from freehold.model.afmoe import Afmoe
 
 PREFILL_TOKENS = 2048
-"""Tokens of one forward pass over prompts, all rows together: bounds activations and masks."""
+"""Tokens of one forward pass when sequences are scored: bounds activations."""
+STEP_TOKENS = 512
+"""Tokens of one step of answering: decoding rows, then pieces of prompts. More would make those who read wait."""
 HEAD_BYTES = 64 << 20
 """Size of one piece of float32 logits when sequences are scored."""
-
-Top = list[tuple[int, float]]
+MEMORY_SHARE = 0.5
+"""Of the free memory, the most that keys and values take when no budget is given."""
 
 
 class ContextOverflow(RequestError):
     """More tokens than the model was made for."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """One generated token; `finish_reason` is "stop" or "length" on the last one, else None.
-
-    Log-probabilities are the model's own: before temperature, bias and penalties.
-    """
-
-    id: int
-    logprob: float
-    top_logprobs: Top = field(default_factory=list)
-    finish_reason: str | None = None
 
 
 @dataclass
@@ -62,30 +59,68 @@ class Scored:
 
 
 class Engine:
-    """Runs a model that someone else may be training: weights are read anew at every step, nothing is copied.
+    """Runs a model that someone else may be training: changed weights are seen at the next step.
 
-    Each call puts the model in eval mode. Results do not depend on how prompts are batched, up to the rounding
-    of matrix products of another size.
+    Each call puts the model in eval mode. max_batch: requests that decode together. limit_tokens: prompt and answer of
+    one request; the model's context when None. cache_bytes: what keys and values may take; when None, what `max_batch`
+    full contexts need, at most half of the free memory. share_steps: whether the requests of different calls are in one
+    forward pass; when None, where that changes no bit. Raises ConfigError when `limit_tokens` do not fit the budget.
     """
 
-    def __init__(self, model: Afmoe, max_batch: int = 32, limit_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Afmoe,
+        max_batch: int = 32,
+        limit_tokens: int | None = None,
+        cache_bytes: int | None = None,
+        share_steps: bool | None = None,
+    ) -> None:
         self.model = model
         self.max_batch = max_batch
-        self.limit_tokens = min(
-            limit_tokens or model.config.max_position_embeddings, model.config.max_position_embeddings
-        )
         self.vocab_size = model.config.vocab_size
+        weight = model.lm_head.weight
+        context = min(limit_tokens or model.config.max_position_embeddings, model.config.max_position_embeddings)
+        self.exact = not_exact(model) is None
+        self.share_steps = self.exact if share_steps is None else share_steps
+        if self.exact:
+            model.pack()
+        pages = _budget(model, weight.dtype, weight.device, max_batch, context, cache_bytes)
+        self.pool = PagePool(model.config, weight.dtype, weight.device, pages)
+        fits = self.pool.most_tokens(STEP_TOKENS)
+        if fits < context and (limit_tokens or fits == 0):
+            raise ConfigError(
+                "the memory for keys and values does not hold one request",
+                where="cache_bytes",
+                found=f"{self.pool.bytes:,} bytes: {fits} tokens",
+                expected=f"{context} tokens",
+                todo="a larger budget, or a smaller limit_tokens",
+            )
+        self.limit_tokens = min(context, fits)
+        self.queue = Queue(self.pool, max_batch, STEP_TOKENS)
+        # Several threads may read answers; one of them at a time makes the next step for all.
+        self._lock = threading.RLock()
+        self._version = self._weights_version()
+
+    def describe(self) -> str:
+        """Say in one line what computes, what it promises, and what memory it may use."""
+        dtype = self.model.lm_head.weight.dtype
+        reason = not_exact(self.model)
+        promise = "bit-invariant" if reason is None else f"not bit-invariant ({reason})"
+        device = self.pool.store.device
+        what = cpu.describe(dtype) if device.type == "cpu" else f"PyTorch on {device}"
+        return f"{what}, {promise}; {self.pool.bytes / 2**20:,.0f} MiB for keys and values, {self.pool.pages:,} pages"
+
+    # -- answering -----------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling]) -> list[Generation]:
-        """Continue each prompt (ids, not empty); prompts of similar length share a batch.
+        """Continue each prompt (ids, not empty).
 
         RequestError names an empty prompt or an id outside the vocabulary, ContextOverflow the limit.
         """
         settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         results = [Generation(len(prompt)) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for place, token in self.decode([prompts[i] for i in order], [settings[i] for i in order]):
-            result = results[order[place]]
+        for number, token in self.decode(prompts, settings):
+            result = results[number]
             result.ids.append(token.id)
             result.logprobs.append(token.logprob)
             result.top_logprobs.append(token.top_logprobs)
@@ -98,65 +133,160 @@ class Engine:
             yield token
 
     def decode(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> Iterator[tuple[int, Token]]:
-        """Yield (number of the prompt, token) as tokens are made, `max_batch` prompts at a time.
+        """Yield (number of the prompt, token) as tokens are made, `max_batch` requests at a time.
 
-        A finished prompt leaves its batch at once. A prompt with `max_tokens=0` yields nothing. What cannot be
-        answered is refused before the first token; closing the iterator stops the work.
+        A finished request makes room immediately. A prompt with `max_tokens=0` yields nothing. What cannot be answered
+        is refused before the first token; closing the iterator stops the work. Iterators that are read in turns, or by
+        several threads, share every step.
         """
         budgets = self._budgets(prompts, settings)
         check_ids(settings, self.vocab_size)
-        for first in range(0, len(prompts), self.max_batch):
-            batch = slice(first, first + self.max_batch)
-            for row, token in self._decode(prompts[batch], settings[batch], budgets[batch]):
-                yield first + row, token
+        requests = [self._request(*each) for each in zip(prompts, settings, budgets, strict=True)]
+        try:
+            with self._lock:
+                for request in requests:
+                    self.queue.add(request)
+            while True:
+                for number, request in enumerate(requests):
+                    while request.tokens:
+                        yield number, request.tokens.popleft()
+                if all(request.finished for request in requests):
+                    return
+                # Where company changes bits a call has its steps for itself, unless others hold the room it needs.
+                if self.share_steps or not self.step(requests):
+                    self.step()
+        finally:
+            with self._lock:
+                for request in requests:
+                    self.queue.remove(request)
 
-    def _decode(
-        self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling], budgets: list[int]
-    ) -> Iterator[tuple[int, Token]]:
-        """Decode one batch."""
-        rows = [i for i, budget in enumerate(budgets) if budget > 0]
-        if not rows:
-            return
-        self.model.eval()
-        sampler = Sampler([settings[i] for i in rows], self.vocab_size)
-        stops = [frozenset(s.stop_ids) for s in settings]
-        cache = self._cache(len(rows), max(len(prompts[i]) + budgets[i] for i in rows))
-        hidden = self._prefill([prompts[i] for i in rows], cache)
-        while rows:
-            ids, logprobs, tops = self._choose(hidden, sampler)
-            finished = []
-            for place, (number, token) in enumerate(zip(rows, ids, strict=True)):
-                budgets[number] -= 1
-                reason = "stop" if token in stops[number] else "length" if budgets[number] == 0 else None
-                if reason:
-                    finished.append(place)
-                yield number, Token(token, logprobs[place], tops[place], reason)
-            for place in reversed(finished):
-                for items in (rows, ids):
-                    items[place] = items[-1]
-                    items.pop()
-                cache.remove(place)
-                sampler.remove(place)
-            if rows:
-                hidden = self._step(ids, cache)
+    def submit(self, prompt: Sequence[int], sampling: Sampling) -> Request:
+        """Let one request wait for its turn; `step` fills its `tokens`. Errors as in `generate`."""
+        (budget,) = self._budgets([prompt], [sampling])
+        check_ids([sampling], self.vocab_size)
+        request = self._request(prompt, sampling, budget)
+        with self._lock:
+            self.queue.add(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Stop a request; its pages are free for others."""
+        with self._lock:
+            self.queue.remove(request)
+
+    @torch.inference_mode()
+    def step(self, only: Sequence[Request] | None = None) -> bool:
+        """Run the model once for all requests that fit, or `only` for some; False when there was nothing to do."""
+        with self._lock:
+            self._forget_old_weights()
+            parts = self.queue.next_step(only)
+            if not parts:
+                return False
+            hidden = self._forward([(r.pages, r.ids[r.pages.length :][:count]) for r, count in parts])  # [N, d]
+            ends = torch.tensor([count for _, count in parts]).cumsum(0) - 1
+            ready = [place for place, (r, _) in enumerate(parts) if r.pending == 0]
+            if ready:
+                self._draw([parts[place][0] for place in ready], hidden[ends[ready].to(hidden.device)])
+            return True
+
+    def _draw(self, requests: list[Request], hidden: Tensor) -> None:
+        """Give each request the token that follows; hidden [B, d] of its last one."""
+        logits = self.model.lm_head(hidden)  # [B, V]
+        drawn = draw(logits.float(), [request.draw for request in requests])
+        wanted = [request.sampling.logprobs for request in requests]
+        logprobs, tops = _logprobs(logits, drawn, max(wanted))
+        for request, token, logprob, top, count in zip(requests, drawn.tolist(), logprobs, tops, wanted, strict=True):
+            request.take(token, logprob, top[:count])
+            if request.finished:
+                self.queue.remove(request)
+
+    # -- scoring -------------------------------------------------------------------------------------------------
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return the natural log-probability of each token given those before it; 0.0 for the first."""
         return [scored.logprobs for scored in self.score_top(sequences, 0)]
 
+    @torch.inference_mode()
     def score_top(self, sequences: Sequence[Sequence[int]], top: int) -> list[Scored]:
         """Score sequences, and report the `top` most probable tokens at each position."""
         self._check(sequences)
-        self.model.eval()
         results = [Scored([0.0], [[]]) for _ in sequences]
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        for start in range(0, len(order), self.max_batch):
-            batch = order[start : start + self.max_batch]
-            self._score([sequences[i] for i in batch], top, [results[i] for i in batch])
+        with self._lock:
+            # Answers that are being made give their pages where they must, and are read again.
+            for pieces in self._pieces(sequences):
+                needed = sum(pages.missing(count) for _, pages, _, count in pieces)
+                while needed > self.pool.free and self.queue.running:
+                    self.queue.preempt(self.queue.running[-1])
+                parts = [(pages, sequences[row][start : start + count]) for row, pages, start, count in pieces]
+                hidden = self._forward(parts)
+                at = 0
+                for row, pages, start, count in pieces:
+                    targets = sequences[row][start + 1 : start + count + 1]
+                    self._score(hidden[at : at + count], targets, top, results[row])
+                    at += count
+                    if pages.length == len(sequences[row]) - 1:
+                        pages.release()
         return results
 
-    def _check(self, sequences: Sequence[Sequence[int]]) -> None:
-        for ids in sequences:
+    def _pieces(self, sequences: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, Pages, int, int]]]:
+        """Yield what is read in each pass: (sequence, its pages, first position, tokens)."""
+        step: list[tuple[int, Pages, int, int]] = []
+        left, free = PREFILL_TOKENS, self.pool.free
+        for row, ids in enumerate(sequences):
+            pages, start = Pages(self.pool), 0
+            while start < len(ids) - 1:  # the last token predicts nothing
+                count = min(len(ids) - 1 - start, left)
+                if step and (count == 0 or blocks_of(count + 64) * len(self.pool.windows) > free):
+                    yield step
+                    # Its pages are written, and given back where a sequence ended.
+                    step, left, free = [], PREFILL_TOKENS, self.pool.free
+                    continue
+                step.append((row, pages, start, count))
+                start, left = start + count, left - count
+                free -= blocks_of(count + 64) * len(self.pool.windows)
+        if step:
+            yield step
+
+    def _score(self, hidden: Tensor, targets: Sequence[int], top: int, result: Scored) -> None:
+        """Append what each position [n, d] says about its successor."""
+        rows = max(1, HEAD_BYTES // (4 * self.vocab_size))
+        for first in range(0, len(targets), rows):
+            ids = torch.tensor(targets[first : first + rows], device=hidden.device)
+            logprobs, tops = _logprobs(self.model.lm_head(hidden[first : first + rows]), ids, top)
+            result.logprobs.extend(logprobs)
+            result.top_logprobs.extend(tops)
+
+    # -- the model -----------------------------------------------------------------------------------------------
+
+    def _forward(self, parts: Sequence[tuple[Pages, Sequence[int]]]) -> Tensor:
+        """Read the next tokens of some sequences; return their hidden states [N, d], in this order."""
+        self.model.eval()
+        for pages, ids in parts:
+            pages.extend(len(ids))
+        cache = Step(self.pool, [(pages, len(ids)) for pages, ids in parts])
+        tokens = torch.tensor([[i for _, ids in parts for i in ids]], device=self.pool.store.device)  # [1, N]
+        hidden = self.model.hidden(tokens, positions=cache.positions, cache=cache)
+        for pages, ids in parts:
+            pages.advance(len(ids))
+        return hidden[0]
+
+    def _weights_version(self) -> list[tuple[int, int]]:
+        return [(p.data_ptr(), p._version) for p in self.model.parameters()]
+
+    def _forget_old_weights(self) -> None:
+        """After a weight update, read every request again: no key of the old weights survives."""
+        version = self._weights_version()
+        if version != self._version:
+            self._version = version
+            self.queue.preempt_all()
+
+    # -- what is refused -----------------------------------------------------------------------------------------
+
+    def _request(self, prompt: Sequence[int], sampling: Sampling, budget: int) -> Request:
+        return Request(prompt, sampling, budget, self.pool, self.vocab_size)
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        for ids in prompts:
             if not ids:
                 raise RequestError("the prompt is empty", where="prompt", expected="at least one token")
             if min(ids) < 0 or max(ids) >= self.vocab_size:
@@ -183,7 +313,7 @@ class Engine:
             room = self.limit_tokens - len(prompt)
             if s.max_tokens is None and room == 0 or s.max_tokens is not None and s.max_tokens > room:
                 raise ContextOverflow(
-                    "the prompt and what is to be generated do not fit the context",
+                    "the prompt and the tokens to generate do not fit the context",
                     where="max_tokens" if s.max_tokens else "prompt",
                     found=f"{len(prompt)} prompt tokens + {s.max_tokens or 'at least 1'} to generate",
                     expected=f"at most {self.limit_tokens} tokens together",
@@ -191,82 +321,47 @@ class Engine:
             budgets.append(room if s.max_tokens is None else s.max_tokens)
         return budgets
 
-    def _cache(self, batch: int, max_tokens: int) -> KVCache:
-        weight = self.model.lm_head.weight
-        return KVCache(self.model.config, batch, max_tokens, weight.dtype, weight.device)
 
-    @torch.inference_mode()
-    def _pieces(self, sequences: Sequence[Sequence[int]], start: int, stop: int, cache: KVCache | None) -> Tensor:
-        """Return hidden states [B,T,d] of the positions from `start` to `stop`; those of padding mean nothing."""
-        device = self.model.lm_head.weight.device
-        width = stop - start
-        ids = torch.tensor([[*s[start:stop], *[0] * (width - len(s[start:stop]))] for s in sequences], device=device)
-        positions = torch.arange(start, stop, device=device).expand(len(sequences), width)
-        lengths = torch.tensor([len(s) for s in sequences], device=device)[:, None]
-        mask = positions < lengths
-        if cache is None:  # right padding: causal attention alone keeps it out
-            return self.model.hidden(ids, token_mask=mask)
-        return self.model.hidden(ids, positions=positions.masked_fill(~mask, -1), cache=cache, token_mask=mask)
+def not_exact(model: Afmoe) -> str | None:
+    """Return why this model's answers depend on their batch on this machine; None when they do not."""
+    weight, config = model.lm_head.weight, model.config
+    if weight.device.type != "cpu":
+        return f"on {weight.device.type} sums depend on the shapes of a batch"
+    # Rotated halves of a head are read 16 numbers at a time.
+    widths = (
+        config.hidden_size, config.head_dim // 2, config.query_width, config.key_width, config.intermediate_size,
+        config.moe_intermediate_size, config.vocab_size,
+    )  # fmt: skip
+    if cpu.available(weight, *widths):
+        return None
+    return cpu.describe(weight.dtype) if not cpu.available(weight) else "row widths that are no multiples of 16"
 
-    @torch.inference_mode()
-    def _prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-        """Read the prompts into the cache; return the hidden state of each one's last token [B,d]."""
-        longest = max(map(len, prompts))
-        step = max(1, PREFILL_TOKENS // len(prompts))
-        last: list[Tensor] = [torch.empty(0)] * len(prompts)
-        for start in range(0, longest, step):
-            stop = min(start + step, longest)
-            hidden = self._pieces(prompts, start, stop, cache)
-            for row, prompt in enumerate(prompts):
-                if start < len(prompt) <= stop:
-                    last[row] = hidden[row, len(prompt) - 1 - start]
-        return torch.stack(last)
 
-    @torch.inference_mode()
-    def _step(self, ids: list[int], cache: KVCache) -> Tensor:
-        """Read one more token of each row; return its hidden state [B,d]."""
-        new = torch.tensor(ids, device=cache.lengths.device)[:, None]
-        return self.model.hidden(new, positions=cache.lengths[:, None], cache=cache)[:, -1]
+def _pages_for(model: Afmoe, tokens: int) -> int:
+    """Return the pages of one sequence of this many tokens."""
+    config = model.config
+    sliding = min(blocks_of(tokens), window_pages(config.sliding_window, STEP_TOKENS))
+    return sum(sliding if kind == "sliding_attention" else blocks_of(tokens) for kind in config.layer_types)
 
-    @torch.inference_mode()
-    def _choose(self, hidden: Tensor, sampler: Sampler) -> tuple[list[int], list[float], list[Top]]:
-        logits = self.model.lm_head(hidden).float()
-        drawn = sampler.draw(logits)
-        ids: list[int] = drawn.tolist()
-        sampler.count(ids)
-        wanted = [s.logprobs for s in sampler.settings]
-        logprobs, tops = _logprobs(logits, drawn, max(wanted))
-        return ids, logprobs, [top[:n] for top, n in zip(tops, wanted, strict=True)]
 
-    @torch.inference_mode()
-    def _score(self, sequences: Sequence[Sequence[int]], top: int, results: list[Scored]) -> None:
-        """Append to `results` what each position of a batch says about its successor."""
-        longest = max(map(len, sequences)) - 1  # the last token predicts nothing asked for
-        step = max(1, PREFILL_TOKENS // len(sequences))
-        cache = self._cache(len(sequences), longest) if longest > step else None
-        head_tokens = max(1, HEAD_BYTES // (4 * self.vocab_size))
-        for start in range(0, longest, step):
-            stop = min(start + step, longest)
-            hidden = self._pieces([s[:-1] for s in sequences], start, stop, cache)
-            owners = [row for row, s in enumerate(sequences) for _ in s[start + 1 : stop + 1]]
-            places = [t for s in sequences for t in range(len(s[start + 1 : stop + 1]))]
-            targets = torch.tensor([i for s in sequences for i in s[start + 1 : stop + 1]], device=hidden.device)
-            flat = hidden[owners, places]  # [M,d]
-            for first in range(0, len(owners), head_tokens):
-                piece = slice(first, first + head_tokens)
-                logits = self.model.lm_head(flat[piece]).float()
-                logprobs, tops = _logprobs(logits, targets[piece], top)
-                for row, logprob, best in zip(owners[piece], logprobs, tops, strict=True):
-                    results[row].logprobs.append(logprob)
-                    results[row].top_logprobs.append(best)
+def _budget(
+    model: Afmoe, dtype: torch.dtype, device: torch.device, max_batch: int, context: int, cache_bytes: int | None
+) -> int:
+    """Return how many pages the engine may use."""
+    one = page_bytes(model.config, dtype)
+    if cache_bytes is not None:
+        return cache_bytes // one
+    # Scoring reads a pass of other sequences at the same time.
+    wanted = max_batch * _pages_for(model, context) + _pages_for(model, PREFILL_TOKENS)
+    return max(min(wanted, int(free_bytes(device) * MEMORY_SHARE) // one), 1)
 
 
 def _logprobs(logits: Tensor, ids: Tensor, top: int) -> tuple[list[float], list[Top]]:
-    """Return the log-probability of one id a row of float32 logits [B,V], and the `top` best with theirs."""
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    chosen = (logits.gather(1, ids[:, None]) - total)[:, 0].tolist()
+    """Return the log-probability of one id a row of logits [B, V], and the `top` best with theirs."""
+    total = log_partition(logits)  # [B]
+    chosen = token_logprobs(logits, ids, total).tolist()
     if not top:
         return chosen, [[] for _ in chosen]
-    values, best = logits.topk(min(top, logits.shape[1]), dim=-1)
-    values = values - total
+    values, best = logits.to(total.dtype).topk(min(top, logits.shape[1]), dim=-1)  # [B, top]
+    values = values - total[:, None]
     return chosen, [list(zip(i, v, strict=True)) for i, v in zip(best.tolist(), values.tolist(), strict=True)]

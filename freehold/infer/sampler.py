@@ -1,21 +1,23 @@
-"""From logits to the next token of each row: temperature, nucleus, penalties, one random stream a request.
+"""From logits to the next token of each row: temperature, nucleus, penalties, one random number a position.
 
-A row's token depends on its own logits, settings and seed only, never on which rows share its batch.
+A row's token depends on its own logits, settings, seed and position only, never on which rows share its batch.
 Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-import random
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from freehold.core.errors import RequestError
+from freehold.losses.logprob import log_partition
 
 MAX_TOP_LOGPROBS = 20
 COLDEST = 2.0**-126
@@ -110,81 +112,74 @@ def check_ids(settings: Sequence[Sampling], vocab_size: int) -> None:
             )
 
 
-class Sampler:
-    """Draws the next token of each row of a batch; holds each row's random stream and its counts."""
+class Draw:
+    """What one request needs to draw its next token: its settings, the position, and what it generated so far.
 
-    def __init__(self, settings: Sequence[Sampling], vocab_size: int) -> None:
-        self.settings = list(settings)
-        self._random = [random.Random(s.seed) if s.seed is not None else random.Random() for s in settings]
-        self._counts = [torch.zeros(vocab_size) if s.penalises else None for s in settings]
-        self._constraints = [s.constrain() if s.constrain else None for s in settings]
-        self._prepare()
+    The random number of a position depends on seed and position alone, so a request that is read again, or in other
+    company, draws the same tokens.
+    """
 
-    def remove(self, row: int) -> None:
-        """Forget a row; the last row takes its place."""
-        for rows in (self.settings, self._random, self._counts, self._constraints):
-            _replace_by_last(rows, row)
-        self._prepare()
+    def __init__(self, sampling: Sampling, vocab_size: int, position: int = 0) -> None:
+        self.sampling, self.position = sampling, position
+        self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        self.counts = torch.zeros(vocab_size) if sampling.penalises else None
+        self.constraint = sampling.constrain() if sampling.constrain else None
 
-    def draw(self, logits: Tensor) -> Tensor:
-        """Return one token id a row [B] from float32 logits [B,V]; the logits are not changed."""
-        if self._adjusted:
-            logits = self._adjust(logits)
-        if self._greedy_all:
-            return logits.argmax(dim=-1)
-        # The largest becomes 0, so that a temperature next to 0 cannot overflow.
-        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / self._temperature.to(logits.device)
-        if self._filtered:
-            rows = torch.tensor(self._filtered, device=logits.device)
-            # A row alone is filtered as in company: every step works row by row.
-            scaled[rows] = _filter(scaled[rows], [self.settings[r] for r in self._filtered])
-        cumulative = scaled.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    def took(self, token: int) -> None:
+        """Take note of the token that the request got."""
+        self.position += 1
+        if self.counts is not None:
+            self.counts[token] += 1
+        if self.constraint is not None:
+            self.constraint.took(token)
+
+    def point(self) -> float:
+        """Return the random number of this position, in [0, 1)."""
+        if self.sampling.greedy:
+            return 0.0
+        digest = hashlib.blake2b(f"{self.seed} {self.position}".encode(), digest_size=4).digest()
         # 32 bits, so that a draw times the total stays below the total: never past the last possible token.
-        draws = [0.0 if s.greedy else r.getrandbits(32) / 2**32 for r, s in self._pairs]
-        points = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, points, right=True)[:, 0]
-        if self._greedy:
-            rows = torch.tensor(self._greedy, device=logits.device)
-            drawn[rows] = logits[rows].argmax(dim=-1)
-        return drawn
+        return int.from_bytes(digest, "little") / 2**32
 
-    def count(self, ids: Sequence[int]) -> None:
-        """Take note of the token each row got."""
-        for counts, token in zip(self._counts, ids, strict=True):
-            if counts is not None:
-                counts[token] += 1
-        for constraint, token in zip(self._constraints, ids, strict=True):
-            if constraint is not None:
-                constraint.took(token)
+    def adjust(self, logits: Tensor) -> None:
+        """Apply penalties, bias and constraint to the logits [V] in place."""
+        s = self.sampling
+        if self.counts is not None:
+            penalty = s.presence_penalty * (self.counts > 0) + s.frequency_penalty * self.counts
+            logits -= penalty.to(logits.device)
+        if s.logit_bias:
+            ids = torch.tensor(list(s.logit_bias), device=logits.device)
+            logits[ids] += torch.tensor(list(s.logit_bias.values()), device=logits.device)
+        if self.constraint is not None:
+            self.constraint.mask(logits)
 
-    def _prepare(self) -> None:
-        """Work out, once for a set of rows, which steps they need."""
-        self._pairs = list(zip(self._random, self.settings, strict=True))
-        self._greedy = [r for r, s in enumerate(self.settings) if s.greedy]
-        self._greedy_all = len(self._greedy) == len(self.settings)
-        self._filtered = [r for r, s in enumerate(self.settings) if s.filters]
-        self._adjusted = [r for r, s in enumerate(self.settings) if s.penalises or s.logit_bias or s.constrain]
-        self._temperature = torch.tensor([[1.0 if s.greedy else s.temperature] for s in self.settings])
 
-    def _adjust(self, logits: Tensor) -> Tensor:
+def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Return one token id a row, int64 [B], from float32 logits [B, V]; the logits are not changed.
+
+    Every step works row by row: a row alone draws what it draws in company.
+    """
+    settings = [d.sampling for d in draws]
+    if any(s.penalises or s.logit_bias or s.constrain for s in settings):
         logits = logits.clone()
-        for row in self._adjusted:
-            s, counts = self.settings[row], self._counts[row]
-            if counts is not None:
-                penalty = s.presence_penalty * (counts > 0) + s.frequency_penalty * counts
-                logits[row] -= penalty.to(logits.device)
-            if s.logit_bias:
-                ids = torch.tensor(list(s.logit_bias), device=logits.device)
-                logits[row, ids] += torch.tensor(list(s.logit_bias.values()), device=logits.device)
-            constraint = self._constraints[row]
-            if constraint is not None:
-                constraint.mask(logits[row])
-        return logits
-
-
-def _replace_by_last(rows: list[Any], row: int) -> None:
-    rows[row] = rows[-1]
-    rows.pop()
+        for row, one in enumerate(draws):
+            one.adjust(logits[row])
+    best = logits.argmax(dim=-1)  # [B]
+    if all(s.greedy for s in settings):
+        return best
+    temperature = torch.tensor([[1.0 if s.greedy else s.temperature] for s in settings], device=logits.device)
+    # The largest becomes 0, so that a temperature next to 0 cannot overflow.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    filtered = [row for row, s in enumerate(settings) if s.filters]
+    if filtered:
+        rows = torch.tensor(filtered, device=logits.device)
+        scaled[rows] = _filter(scaled[rows], [settings[r] for r in filtered])
+    # float64: in float32 the rounding of a long sum would be larger than a rare token's share.
+    cumulative = scaled.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    points = torch.tensor([d.point() for d in draws], dtype=torch.float64, device=logits.device)[:, None]
+    drawn = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)[:, 0]
+    greedy = torch.tensor([s.greedy for s in settings], device=logits.device)
+    return torch.where(greedy, best, drawn)
 
 
 def _filter(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
@@ -207,9 +202,9 @@ def _filter(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
         top_k = torch.tensor([[s.top_k or logits.shape[1]] for s in left], device=logits.device)
         top_p = torch.tensor([[s.top_p] for s in left], dtype=torch.float64, device=logits.device)
         min_p = torch.tensor([[s.min_p] for s in left], device=logits.device)
-        total = ranked.masked_fill(rank >= top_k, -torch.inf).logsumexp(dim=-1, keepdim=True)
+        total = log_partition(ranked.masked_fill(rank >= top_k, -torch.inf))[:, None]
         if not whole:
-            total = torch.where(top_k <= width, total, found.logsumexp(dim=-1, keepdim=True))
+            total = torch.where(top_k <= width, total, log_partition(found)[:, None])
         chances = (ranked - total).exp()
         before = chances.cumsum(dim=-1, dtype=torch.float64) - chances
         # top_p = 1 keeps everything, whatever the rounding of the sum.

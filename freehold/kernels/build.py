@@ -30,7 +30,9 @@ def load(source: Path, flags: tuple[str, ...], name: str) -> ctypes.CDLL:
     if os.environ.get("FREEHOLD_NATIVE", "1") == "0":
         raise UnavailableError("switched off by FREEHOLD_NATIVE=0")
     library = ctypes.CDLL(str(_built(source, flags, name)))
-    for function_name, parameters in re.findall(r"EXPORT\((\w+),\s*\(([^)]*)\)", source.read_text(encoding="utf-8")):
+    for function_name, parameters in re.findall(
+        r"EXPORT(?:_FLOAT)?\((\w+),\s*\(([^)]*)\)", source.read_text(encoding="utf-8")
+    ):
         function = getattr(library, f"freehold_{function_name}")
         function.argtypes = [_C_TYPES[parameter.split()[0]] for parameter in parameters.split(",")]
         function.restype = None

@@ -51,6 +51,14 @@ inline void store(bf16* to, vector x) {  // to nearest, ties to even; not-a-numb
     std::memcpy(to, &narrow, 32);
 }
 
+inline float number(float x) { return x; }
+inline float number(bf16 x) {
+    uint32_t wide = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
 inline vector every(float x) { return vector{} + x; }
 inline float sum(vector x) { return _mm512_reduce_add_ps((__m512)x); }
 inline float maximum(vector x) { return _mm512_reduce_max_ps((__m512)x); }
@@ -101,6 +109,9 @@ template <class F> void for_tasks(int threads, int64_t tasks, F work) {
     }
 }
 
+// Waking threads costs more than this many multiplications; bits do not depend on it.
+inline int threads_for(int threads, int64_t multiplications) { return multiplications < (1 << 18) ? 1 : threads; }
+
 // Call work(first, last) for stretches of `rows` rows.
 template <class F> void for_rows(int threads, int64_t rows, int64_t stretch, F work) {
     for_tasks(threads, (rows + stretch - 1) / stretch,
@@ -145,8 +156,12 @@ template <> inline void multiply_add<bf16>(vector& sum, word a, words b) {
 }
 #endif
 
-inline void store(float* to, vector x, bool add) { store(to, add ? load(to) + x : x); }
-inline void store(bf16* to, vector x, bool) { store(to, x); }
+// What a product does with what is in C: replace it, add its own sums to it, or let its sums start there. The last is
+// bit for bit one product over both, which `ADD` is not.
+enum Start { SET, ADD, RESUME };
+
+inline void store(float* to, vector x, Start start) { store(to, start == ADD ? load(to) + x : x); }
+inline void store(bf16* to, vector x, Start) { store(to, x); }
 
 // The left side of a product: word (row, step) is at data + row * row_bytes + step * step_bytes.
 struct Left {
@@ -160,8 +175,11 @@ inline Left columns_of(const word* packed, int64_t cols) { return {(const char*)
 
 // R rows times V vectors of one panel, all sums held in registers.
 template <class T, class Out, int R, int V>
-void tile(Left a, const word* b, int64_t steps, Out* c, int64_t ldc, bool add) {
+void tile(Left a, const word* b, int64_t steps, Out* c, int64_t ldc, Start start) {
     vector sum[R][V] = {};
+    if (start == RESUME)
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) sum[r][v] = load(c + r * ldc + v * LANES);
     for (int64_t step = 0; step < steps; step++) {
         words right[V];
 #pragma GCC unroll 4
@@ -177,27 +195,27 @@ void tile(Left a, const word* b, int64_t steps, Out* c, int64_t ldc, bool add) {
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store(c + r * ldc + v * LANES, sum[r][v], add);
+        for (int v = 0; v < V; v++) store(c + r * ldc + v * LANES, sum[r][v], start);
 }
 
 template <class T, class Out, int V>
-void tiles_down(Left a, int64_t rows, const word* b, int64_t steps, Out* c, int64_t ldc, bool add) {
+void tiles_down(Left a, int64_t rows, const word* b, int64_t steps, Out* c, int64_t ldc, Start start) {
     int64_t row = 0;
     for (; row + TILE_ROWS <= rows; row += TILE_ROWS)
-        tile<T, Out, TILE_ROWS, V>(a.from_row(row), b, steps, c + row * ldc, ldc, add);
+        tile<T, Out, TILE_ROWS, V>(a.from_row(row), b, steps, c + row * ldc, ldc, start);
     a = a.from_row(row), c += row * ldc;
     switch (rows - row) {
-        case 1: return tile<T, Out, 1, V>(a, b, steps, c, ldc, add);
-        case 2: return tile<T, Out, 2, V>(a, b, steps, c, ldc, add);
-        case 3: return tile<T, Out, 3, V>(a, b, steps, c, ldc, add);
-        case 4: return tile<T, Out, 4, V>(a, b, steps, c, ldc, add);
-        case 5: return tile<T, Out, 5, V>(a, b, steps, c, ldc, add);
+        case 1: return tile<T, Out, 1, V>(a, b, steps, c, ldc, start);
+        case 2: return tile<T, Out, 2, V>(a, b, steps, c, ldc, start);
+        case 3: return tile<T, Out, 3, V>(a, b, steps, c, ldc, start);
+        case 4: return tile<T, Out, 4, V>(a, b, steps, c, ldc, start);
+        case 5: return tile<T, Out, 5, V>(a, b, steps, c, ldc, start);
     }
 }
 
 // C[rows, cols] = (or +=) A . packed B; cols is a multiple of 16. A panel holds `panel_steps` steps (0: just `steps`).
 template <class T, class Out>
-void multiply(Left a, int64_t rows, const word* b, int64_t steps, int64_t cols, Out* c, int64_t ldc, bool add = false,
+void multiply(Left a, int64_t rows, const word* b, int64_t steps, int64_t cols, Out* c, int64_t ldc, Start start = SET,
               int64_t panel_steps = 0) {
     if (!panel_steps) panel_steps = steps;
     for (int64_t first = 0; first < rows; first += BLOCK_ROWS) {
@@ -207,10 +225,10 @@ void multiply(Left a, int64_t rows, const word* b, int64_t steps, int64_t cols, 
             Left left = a.from_row(first);
             Out* out = c + first * ldc + col;
             switch (std::min<int64_t>(PANEL, cols - col) / LANES) {
-                case 1: tiles_down<T, Out, 1>(left, some, panel, steps, out, ldc, add); break;
-                case 2: tiles_down<T, Out, 2>(left, some, panel, steps, out, ldc, add); break;
-                case 3: tiles_down<T, Out, 3>(left, some, panel, steps, out, ldc, add); break;
-                default: tiles_down<T, Out, 4>(left, some, panel, steps, out, ldc, add);
+                case 1: tiles_down<T, Out, 1>(left, some, panel, steps, out, ldc, start); break;
+                case 2: tiles_down<T, Out, 2>(left, some, panel, steps, out, ldc, start); break;
+                case 3: tiles_down<T, Out, 3>(left, some, panel, steps, out, ldc, start); break;
+                default: tiles_down<T, Out, 4>(left, some, panel, steps, out, ldc, start);
             }
         }
     }
@@ -292,7 +310,7 @@ void weight_gradient(const T* dy, int64_t ld_dy, int64_t outs, const T* x, int64
         if (direct)
             multiply<T, T>(a, outs, right, steps_of<T>(some), cols, dw + first, ld_dw);
         else
-            multiply<T, float>(a, outs, right, steps_of<T>(some), cols, sums, cols, row > 0);
+            multiply<T, float>(a, outs, right, steps_of<T>(some), cols, sums, cols, row > 0 ? ADD : SET);
     }
     if (direct) return;
     for (int64_t i = 0; i < outs; i++)
@@ -309,6 +327,7 @@ inline int64_t stretch_of(int64_t rows, int threads) { return std::min(TASK_ROWS
 // y[rows, outs] = x[rows, ins] . w[outs, ins]^T
 template <class T>
 void linear(int threads, const T* x, const T* w, T* y, int64_t rows, int64_t ins, int64_t outs) {
+    threads = threads_for(threads, (rows + 4) * ins * outs);
     word* packed = scratch<word>(11, packed_size<T>(ins, outs));
     int64_t steps = steps_of<T>(ins);
     for_rows(threads, outs, PANEL, [&](int64_t first, int64_t last) {
@@ -319,9 +338,42 @@ void linear(int threads, const T* x, const T* w, T* y, int64_t rows, int64_t ins
     });
 }
 
+// The same with a weight packed once, for any number of rows: a row's sums do not depend on how the work is cut.
+template <class T> void pack(int threads, const T* w, word* packed, int64_t matrices, int64_t ins, int64_t outs) {
+    int64_t panels = round_up(outs, PANEL) / PANEL, steps = steps_of<T>(ins);
+    for_tasks(threads, matrices * panels, [&](int64_t task) {
+        int64_t matrix = task / panels, col = task % panels * PANEL;
+        pack_transposed(w + (matrix * outs + col) * ins, ins, ins, std::min<int64_t>(PANEL, outs - col),
+                        packed + matrix * packed_size<T>(ins, outs) + col * steps);
+    });
+}
+
+// Few rows are cut by columns, so that each thread reads its own part of the weight; many rows by rows.
+struct Cut {
+    int64_t rows, cols;  // of a piece
+};
+inline Cut cut_of(int64_t parts, int64_t rows, int64_t cols, int threads) {
+    if (rows > BLOCK_ROWS) return {stretch_of(rows, threads), cols};
+    int64_t pieces = std::max<int64_t>(1, 4 * threads / std::max<int64_t>(parts, 1));
+    return {std::max<int64_t>(rows, 1), round_up((cols + pieces - 1) / pieces, PANEL)};
+}
+
+template <class T>
+void linear_packed(int threads, const T* x, const word* packed, T* y, int64_t rows, int64_t ins, int64_t outs) {
+    threads = threads_for(threads, rows * ins * outs);
+    Cut cut = cut_of(1, rows, outs, threads);
+    int64_t steps = steps_of<T>(ins), across = (outs + cut.cols - 1) / cut.cols, down = (rows + cut.rows - 1) / cut.rows;
+    for_tasks(threads, across * down, [&](int64_t task) {
+        int64_t col = task % across * cut.cols, row = task / across * cut.rows;
+        multiply<T, T>(rows_of(x + row * ins, ins), std::min(cut.rows, rows - row), packed + col * steps, steps,
+                       std::min(cut.cols, outs - col), y + row * outs + col, outs);
+    });
+}
+
 // dx[rows, ins] = dy[rows, outs] . w[outs, ins]
 template <class T>
 void linear_input_gradient(int threads, const T* dy, const T* w, T* dx, int64_t rows, int64_t ins, int64_t outs) {
+    threads = threads_for(threads, (rows + 4) * ins * outs);
     word* packed = scratch<word>(11, packed_size<T>(outs, ins));
     int64_t steps = steps_of<T>(outs);
     for_rows(threads, ins, PANEL, [&](int64_t first, int64_t last) {
@@ -335,6 +387,7 @@ void linear_input_gradient(int threads, const T* dy, const T* w, T* dx, int64_t 
 // dw[outs, ins] = dy[rows, outs]^T . x[rows, ins]
 template <class T>
 void linear_weight_gradient(int threads, const T* dy, const T* x, T* dw, int64_t rows, int64_t ins, int64_t outs) {
+    threads = threads_for(threads, (rows + 4) * ins * outs);
     // Long sides are cut in two ways so that the float sums of a task stay in its cache.
     int64_t wide = std::max<int64_t>(PANEL, round_up((ins + threads - 1) / threads, PANEL)), high = 256;
     wide = std::min<int64_t>(wide, 512);
@@ -361,10 +414,15 @@ std::vector<Part> parts_of(const int64_t* counts, int64_t experts) {
     return parts;
 }
 
-template <class T> void silu_product(const T* both, T* product, int64_t rows, int64_t inner) {
+// Never inlined, as all that training and answering share: inlined twice, a compiler may round twice in different ways.
+#define ONE_COPY __attribute__((noinline))
+
+// product = silu(gate) * up for columns [first, last) of `both` = gate | up, [rows, 2 inner].
+template <class T>
+ONE_COPY void silu_product(const T* both, T* product, int64_t rows, int64_t inner, int64_t first, int64_t last) {
     for (int64_t row = 0; row < rows; row++) {
         const T *gate = both + row * 2 * inner, *up = gate + inner;
-        for (int64_t j = 0; j < inner; j += LANES) {
+        for (int64_t j = first; j < last; j += LANES) {
             vector g = load(gate + j);
             store(product + row * inner + j, g * sigmoid(g) * load(up + j));
         }
@@ -378,6 +436,8 @@ void swiglu(int threads, const T* x, const int64_t* counts, int64_t experts, con
             const T* down, T* both, T* y, int64_t width, int64_t inner) {
     auto parts = parts_of(counts, experts);
     int64_t steps = steps_of<T>(width), size = packed_size<T>(width, inner);
+    int64_t rows_here = parts.empty() ? 0 : parts.back().last + 4 * int64_t(parts.size());
+    threads = threads_for(threads, rows_here * width * inner * 3);
     for_tasks(threads, parts.size(), [&](int64_t task) {
         auto [e, first, last] = parts[task];
         int64_t rows = last - first;
@@ -389,9 +449,39 @@ void swiglu(int threads, const T* x, const int64_t* counts, int64_t experts, con
         multiply<T, T>(in, rows, packed, steps, inner, kept, 2 * inner);
         multiply<T, T>(in, rows, packed + size, steps, inner, kept + inner, 2 * inner);
         T* product = scratch<T>(1, rows * inner);
-        silu_product(kept, product, rows, inner);
+        silu_product(kept, product, rows, inner, 0, inner);
         pack_transposed(down + e * width * inner, inner, inner, width, packed);
         multiply<T, T>(rows_of(product, inner), rows, packed, steps_of<T>(inner), width, y + first * width, width);
+    });
+}
+
+// `swiglu` with weights packed once: of each expert gate and up, then down. `product` is room [rows, inner].
+template <class T>
+void swiglu_packed(int threads, const T* x, const int64_t* counts, int64_t experts, const word* gate_up, const word* down,
+                   T* both, T* product, T* y, int64_t width, int64_t inner) {
+    auto parts = parts_of(counts, experts);
+    int64_t in_steps = steps_of<T>(width), out_steps = steps_of<T>(inner), tasks = parts.size();
+    int64_t size = packed_size<T>(width, inner), down_size = packed_size<T>(inner, width), most = 0;
+    for (auto& part : parts) most = std::max(most, part.last - part.first);
+    threads = threads_for(threads, tasks * most * width * inner * 3);
+    Cut in = cut_of(tasks, std::min<int64_t>(most, BLOCK_ROWS), inner, threads);
+    Cut out = cut_of(tasks, std::min<int64_t>(most, BLOCK_ROWS), width, threads);
+    int64_t in_pieces = (inner + in.cols - 1) / in.cols, out_pieces = (width + out.cols - 1) / out.cols;
+    for_tasks(threads, tasks * in_pieces, [&](int64_t task) {
+        auto [e, first, last] = parts[task / in_pieces];
+        int64_t col = task % in_pieces * in.cols, cols = std::min(in.cols, inner - col);
+        const word* packed = gate_up + 2 * e * size + col * in_steps;
+        T* kept = both + first * 2 * inner;
+        Left rows = rows_of(x + first * width, width);
+        multiply<T, T>(rows, last - first, packed, in_steps, cols, kept + col, 2 * inner);
+        multiply<T, T>(rows, last - first, packed + size, in_steps, cols, kept + inner + col, 2 * inner);
+        silu_product(kept, product + first * inner, last - first, inner, col, col + cols);
+    });
+    for_tasks(threads, tasks * out_pieces, [&](int64_t task) {
+        auto [e, first, last] = parts[task / out_pieces];
+        int64_t col = task % out_pieces * out.cols;
+        multiply<T, T>(rows_of(product + first * inner, inner), last - first, down + e * down_size + col * out_steps,
+                       out_steps, std::min(out.cols, width - col), y + first * width + col, width);
     });
 }
 
@@ -403,6 +493,8 @@ void swiglu_backward(int threads, const T* dy, const T* x, const T* both, const 
                      T* dup, T* ddown, int64_t width, int64_t inner) {
     auto parts = parts_of(counts, experts);
     int64_t size = packed_size<T>(inner, width);
+    int64_t rows_here = parts.empty() ? 0 : parts.back().last + 4 * int64_t(parts.size());
+    threads = threads_for(threads, rows_here * width * inner * 6);
     for_tasks(threads, parts.size(), [&](int64_t task) {
         auto [e, first, last] = parts[task];
         int64_t rows = last - first;
@@ -429,7 +521,7 @@ void swiglu_backward(int threads, const T* dy, const T* x, const T* both, const 
         const T* d = dboth + first * 2 * inner;
         int64_t steps = steps_of<T>(inner);
         multiply<T, float>(rows_of(d, 2 * inner), rows, packed, steps, width, sums, width);
-        multiply<T, float>(rows_of(d + inner, 2 * inner), rows, packed + size, steps, width, sums, width, true);
+        multiply<T, float>(rows_of(d + inner, 2 * inner), rows, packed + size, steps, width, sums, width, ADD);
         for (int64_t j = 0; j < rows * width; j += LANES)
             store(dx + first * width + j, load(sums + j));
     });
@@ -455,6 +547,59 @@ void swiglu_backward(int threads, const T* dy, const T* x, const T* both, const 
         weight_gradient(d, 2 * inner, inner, from, width, x0, x1, rows, to_gate, width);
         weight_gradient(d + inner, 2 * inner, inner, from, width, x0, x1, rows, to_up, width);
         weight_gradient(dy + first * width, width, width, product + first * inner, inner, p0, p1, rows, to_down, inner);
+    });
+}
+
+// --- routing ---------------------------------------------------------------------------------------------------
+
+// For each row of logits the k experts of the largest sigmoid(logit) + bias, best first, the lower index in a tie, and
+// their weights: the sigmoids without bias, divided by their sum, times `scale`.
+template <class T>  // always float
+void choose(int threads, const T* logits, const float* bias, float scale, int64_t* chosen, float* weights, int64_t rows,
+            int64_t experts, int64_t k) {
+    for_rows(threads, rows, 64, [&](int64_t first, int64_t last) {
+        int64_t size = round_up(experts, LANES);
+        float *scores = scratch<float>(0, size), *ranks = scratch<float>(1, size);
+        for (int64_t r = first; r < last; r++) {
+            std::fill(scores, scores + size, 0.f);
+            std::memcpy(scores, logits + r * experts, experts * 4);
+            for (int64_t e = 0; e < experts; e += LANES) store(scores + e, sigmoid(load(scores + e)));
+            for (int64_t e = 0; e < experts; e++) ranks[e] = scores[e] + bias[e];
+            float total = 0.f;
+            for (int64_t j = 0; j < k; j++) {
+                int64_t best = -1;
+                for (int64_t e = 0; e < experts; e++)  // not-a-number loses, but some expert is always chosen
+                    if (ranks[e] != -INFINITY && (best < 0 || ranks[e] > ranks[best] || ranks[best] != ranks[best])) best = e;
+                best = std::max<int64_t>(best, 0);
+                ranks[best] = -INFINITY;
+                chosen[r * k + j] = best;
+                weights[r * k + j] = scores[best];
+                total += scores[best];
+            }
+            float factor = scale / (total + 1e-20f);
+            for (int64_t j = 0; j < k; j++) weights[r * k + j] *= factor;
+        }
+    });
+}
+
+// The gradient of the weights of `choose` by the logits.
+template <class T>
+void choose_backward(int threads, const T* dweights, const float* logits, const int64_t* chosen, float scale,
+                     float* dlogits, int64_t rows, int64_t experts, int64_t k) {
+    for_rows(threads, rows, 64, [&](int64_t first, int64_t last) {
+        float* scores = scratch<float>(0, round_up(k, LANES));
+        for (int64_t r = first; r < last; r++) {
+            const int64_t* own = chosen + r * k;
+            const float* given = dweights + r * k;
+            float *to = dlogits + r * experts, total = 0.f, along = 0.f;
+            std::fill(to, to + experts, 0.f);
+            for (int64_t j = 0; j < k; j++) scores[j] = logits[r * experts + own[j]];
+            for (int64_t j = 0; j < k; j += LANES) store(scores + j, sigmoid(load(scores + j)));
+            for (int64_t j = 0; j < k; j++) total += scores[j], along += given[j] * scores[j];
+            total += 1e-20f;
+            for (int64_t j = 0; j < k; j++)
+                to[own[j]] = scale / total * (given[j] - along / total) * scores[j] * (1.f - scores[j]);
+        }
     });
 }
 
@@ -616,6 +761,24 @@ inline void hide(float* line, int64_t from, int64_t to, int64_t size, float valu
     std::fill(line, line + from, value), std::fill(line + to, line + size, value);
 }
 
+// Turn scores of the keys [from, to) into shares exp((score - largest) scale), 0 for the other keys of the line; return
+// the factor that makes them sum to 1, and log(sum(exp(score scale))). `line` starts at a key whose position in its
+// sequence is a multiple of 16: lane l then sums the positions l, l + 16, ... whatever the line's length.
+template <class T>
+ONE_COPY float soften(float* line, int64_t from, int64_t to, int64_t size, float scale, T* share, float* log_sum) {
+    hide(line, from, to, size, -INFINITY);
+    vector most = every(-INFINITY), total{};
+    for (int64_t j = 0; j < size; j += LANES) most = larger(load(line + j), most);
+    float largest = maximum(most);
+    for (int64_t j = 0; j < size; j += LANES) {
+        vector p = exponential((load(line + j) - largest) * scale);
+        store(share + j, p);
+        total += p;
+    }
+    *log_sum = largest * scale + std::log(sum(total));
+    return 1.f / sum(total);
+}
+
 // q [B, T, H, D], k and v [B, T, K, D]: query t of row b sees keys start[b, t] .. t. out [B, T, H, D], and per query
 // log(sum(exp(score))) [B, H, T].
 template <class T>
@@ -623,6 +786,7 @@ void attention(int threads, const T* q, const T* k, const T* v, const int32_t* s
                float* log_sums, int64_t batch, int64_t tokens, int64_t heads, int64_t groups, int64_t width) {
     Heads hq{tokens, heads, width}, hk{tokens, groups, width};
     int64_t steps = steps_of<T>(width), all = round_up(tokens, PANEL), each = heads / groups;
+    threads = threads_for(threads, batch * heads * tokens * tokens * width);
     for_tasks(threads, batch * groups, [&](int64_t task) {
         int64_t row = task / groups, group = task % groups;
         word* keys = scratch<word>(0, packed_size<T>(width, tokens));
@@ -641,23 +805,13 @@ void attention(int threads, const T* q, const T* k, const T* v, const int32_t* s
                 for (int64_t t = s.first; t < s.last; t++) {
                     float* line = scores + (t - s.first) * s.keys;
                     T* share = shares + (t - s.first) * s.keys;
-                    int64_t from = start[row * tokens + t] - s.low, to = t + 1 - s.low;
-                    hide(line, from, to, s.keys, -INFINITY);
-                    vector most = every(-INFINITY), total{};
-                    for (int64_t j = 0; j < s.keys; j += LANES) most = larger(load(line + j), most);
-                    float largest = maximum(most);
-                    for (int64_t j = 0; j < s.keys; j += LANES) {
-                        vector p = exponential((load(line + j) - largest) * scale);
-                        store(share + j, p);
-                        total += p;
-                    }
-                    inverse[t - s.first] = 1.f / sum(total);
-                    log_sums[(row * heads + head) * tokens + t] = largest * scale + std::log(sum(total));
+                    inverse[t - s.first] = soften(line, start[row * tokens + t] - s.low, t + 1 - s.low, s.keys, scale,
+                                                  share, log_sums + (row * heads + head) * tokens + t);
                 }
                 // The panels of `values` hold all tokens: start within them at the step of key `low`.
                 int64_t whole = steps_of<T>(tokens), skip = s.low / per_word<T> * PANEL;
                 multiply<T, float>(rows_of(shares, s.keys), s.last - s.first, values + skip, steps_of<T>(s.high - s.low),
-                                   width, sums, width, false, whole);
+                                   width, sums, width, SET, whole);
                 for (int64_t t = s.first; t < s.last; t++) {
                     T* to = out + hq.at(row, t, head);
                     for (int64_t i = 0; i < width; i += LANES)
@@ -674,6 +828,7 @@ void attention_backward(int threads, const T* dout, const T* q, const T* k, cons
                         int64_t tokens, int64_t heads, int64_t groups, int64_t width) {
     Heads hq{tokens, heads, width}, hk{tokens, groups, width};
     int64_t steps = steps_of<T>(width), all = round_up(tokens, PANEL), each = heads / groups;
+    threads = threads_for(threads, batch * heads * tokens * tokens * width);
     for_tasks(threads, batch * groups, [&](int64_t task) {
         int64_t row = task / groups, group = task % groups;
         word* keys = scratch<word>(0, packed_size<T>(width, tokens));
@@ -717,18 +872,18 @@ void attention_backward(int threads, const T* dout, const T* q, const T* k, cons
                 float* sums = scratch<float>(11, QUERIES * width);
                 int64_t whole = steps_of<T>(tokens), skip = s.low / per_word<T> * PANEL;
                 multiply<T, float>(rows_of(dscores, s.keys), queries, keys_straight + skip, steps_of<T>(s.high - s.low),
-                                   width, sums, width, false, whole);
+                                   width, sums, width, SET, whole);
                 for (int64_t t = 0; t < queries; t++)
                     for (int64_t i = 0; i < width; i += LANES)
                         store(dq + hq.at(row, s.first + t, head) + i, load(sums + t * width + i));
                 pack_left(dscores, s.keys, queries, s.keys, left);
                 pack_straight(queried, hq.ld(), queries, width, right);
                 multiply<T, float>(columns_of(left, s.keys), s.high - s.low, right, steps_of<T>(queries), width,
-                                   sum_k + s.low * width, width, true);
+                                   sum_k + s.low * width, width, ADD);
                 pack_left(shares, s.keys, queries, s.keys, left);
                 pack_straight(given, hq.ld(), queries, width, right);
                 multiply<T, float>(columns_of(left, s.keys), s.high - s.low, right, steps_of<T>(queries), width,
-                                   sum_v + s.low * width, width, true);
+                                   sum_v + s.low * width, width, ADD);
             }
         }
         for (int64_t t = 0; t < tokens; t++)
@@ -739,7 +894,104 @@ void attention_backward(int threads, const T* dout, const T* q, const T* k, cons
     });
 }
 
+// --- attention over pages --------------------------------------------------------------------------------------
+
+// A page holds one layer's keys and values of PANEL tokens that follow each other: for each key head the keys packed as
+// the right side of q . k^T, then the values packed as the right side of share . v.
+template <class T> struct Page {
+    int64_t width;
+    int64_t key_words() const { return steps_of<T>(width) * PANEL; }
+    int64_t head_words() const { return key_words() + packed_size<T>(PANEL, width); }
+    void put(word* head, int64_t place, const T* k, const T* v) const {
+        if (place == 0) std::memset(head, 0, head_words() * 4);  // a share of 0 times old not-a-numbers is not 0
+        auto* from = reinterpret_cast<const word*>(k);
+        for (int64_t step = 0; step < steps_of<T>(width); step++) head[step * PANEL + place] = from[step];
+        auto* values = reinterpret_cast<T*>(head + key_words());
+        int64_t row = place / per_word<T>, part = place % per_word<T>, steps = steps_of<T>(PANEL);
+        for (int64_t i = 0; i < width; i++)
+            values[(i / PANEL * steps * PANEL + row * PANEL + i % PANEL) * per_word<T> + part] = v[i];
+    }
+};
+
+// The new tokens of sequence s are rows offsets[s] .. offsets[s + 1] of q [N, H, D], k and v [N, K, D]; the first stands
+// at position first[s]. Their keys and values go to the pages table[s, position / PANEL] of `store`, then every query
+// attends to the `window` keys up to itself (0: all). The same sums in the same order as `attention`, whose rows start
+// at position 0.
+template <class T>
+void attention_pages(int threads, const T* q, const T* k, const T* v, const int64_t* offsets, const int64_t* first,
+                     const int32_t* table, int64_t blocks, word* store_, int64_t window, float scale, T* out,
+                     int64_t sequences, int64_t heads, int64_t groups, int64_t width) {
+    Page<T> page{width};
+    int64_t each = heads / groups, steps = steps_of<T>(width), value_steps = steps_of<T>(PANEL);
+    threads = threads_for(threads, offsets[sequences] * heads * width * blocks * PANEL);
+    for_tasks(threads, sequences * groups, [&](int64_t task) {
+        int64_t s = task / groups, group = task % groups, row = offsets[s], count = offsets[s + 1] - row;
+        auto at = [&](int64_t block) {
+            return store_ + (int64_t(table[s * blocks + block]) * groups + group) * page.head_words();
+        };
+        for (int64_t t = 0; t < count; t++)
+            page.put(at((first[s] + t) / PANEL), (first[s] + t) % PANEL, k + ((row + t) * groups + group) * width,
+                     v + ((row + t) * groups + group) * width);
+        auto start = [&](int64_t position) { return window ? std::max<int64_t>(0, position - window + 1) : 0; };
+        // One token: its heads are the rows of a product. More: queries of one head are.
+        int64_t rows = count == 1 ? each : QUERIES, step = count == 1 ? 0 : 1;
+        for (int64_t t = 0; t < count; t += QUERIES) {
+            int64_t some = count == 1 ? rows : std::min(QUERIES, count - t), position = first[s] + t;
+            int64_t low = start(position) / PANEL, high = (position + step * (some - 1)) / PANEL + 1;
+            int64_t keys = (high - low) * PANEL, ld = count == 1 ? width : heads * width;
+            float *scores = scratch<float>(2, some * keys), *sums = scratch<float>(4, some * width), inverse, log_sum;
+            T* shares = scratch<T>(3, some * keys);
+            for (int64_t head = group * each; head < (group + 1) * each; head += count == 1 ? each : 1) {
+                const T* query = q + ((row + t) * heads + head) * width;
+                T* to = out + ((row + t) * heads + head) * width;
+                Left left{(const char*)query, int64_t(ld * sizeof(T)), 4};
+                for (int64_t b = low; b < high; b++)
+                    multiply<T, float>(left, some, at(b), steps, PANEL, scores + (b - low) * PANEL, keys);
+                float* inverses = scratch<float>(5, some);
+                for (int64_t r = 0; r < some; r++) {
+                    int64_t own = position + step * r;
+                    inverse = soften(scores + r * keys, start(own) - low * PANEL, own + 1 - low * PANEL, keys, scale,
+                                     shares + r * keys, &log_sum);
+                    inverses[r] = inverse;
+                }
+                for (int64_t b = low; b < high; b++)
+                    multiply<T, float>({(const char*)(shares + (b - low) * PANEL), int64_t(keys * sizeof(T)), 4}, some,
+                                       at(b) + page.key_words(), value_steps, width, sums, width, b > low ? RESUME : SET,
+                                       value_steps);
+                for (int64_t r = 0; r < some; r++)
+                    for (int64_t i = 0; i < width; i += LANES)
+                        store(to + r * ld + i, load(sums + r * width + i) * inverses[r]);
+            }
+        }
+    });
+}
+
 // --- cross-entropy ---------------------------------------------------------------------------------------------
+
+// Return log(sum(exp(line))); `value` becomes exp(line - largest), with their sum in `total`.
+template <class T> ONE_COPY float log_sum_exp(const T* line, int64_t vocab, float* value, float* total) {
+    vector most = every(-INFINITY), sums{};
+    for (int64_t j = 0; j < vocab; j += LANES) {
+        store(value + j, load(line + j));
+        most = larger(load(value + j), most);
+    }
+    float largest = maximum(most);
+    for (int64_t j = 0; j < vocab; j += LANES) {
+        store(value + j, exponential(load(value + j) - largest));
+        sums += load(value + j);
+    }
+    *total = sum(sums);
+    return std::log(*total) + largest;
+}
+
+// log(sum(exp(logits))) of each row: with the logit of a token, its log-probability.
+template <class T>
+void log_partition(int threads, const T* logits, float* result, int64_t rows, int64_t vocab) {
+    for_rows(threads_for(threads, rows * vocab * 8), rows, 1, [&](int64_t first, int64_t last) {
+        float *value = scratch<float>(0, vocab), total;
+        for (int64_t r = first; r < last; r++) result[r] = log_sum_exp(logits + r * vocab, vocab, value, &total);
+    });
+}
 
 // Turn logits [rows, vocab] into the gradient of scale * (-log p(target) + z_loss * log_partition^2), in place;
 // nll and log_partition [rows] in float.
@@ -750,18 +1002,8 @@ void cross_entropy(int threads, T* logits, const int64_t* targets, float scale, 
         float* value = scratch<float>(0, vocab);
         for (int64_t r = first; r < last; r++) {
             T* line = logits + r * vocab;
-            vector most = every(-INFINITY), sums{};
-            for (int64_t j = 0; j < vocab; j += LANES) {
-                store(value + j, load(line + j));
-                most = larger(load(value + j), most);
-            }
-            float largest = maximum(most), chosen = value[targets[r]];
-            for (int64_t j = 0; j < vocab; j += LANES) {
-                store(value + j, exponential(load(value + j) - largest));
-                sums += load(value + j);
-            }
-            float total = sum(sums);
-            log_partition[r] = std::log(total) + largest;
+            float total, chosen = number(line[targets[r]]);
+            log_partition[r] = log_sum_exp(line, vocab, value, &total);
             nll[r] = log_partition[r] - chosen;
             float factor = (1.f + 2.f * z_loss * log_partition[r]) * (scale / total);
             value[targets[r]] -= scale / factor;
@@ -898,6 +1140,12 @@ using integer = int64_t;
         wide ? name<float>(threads, __VA_ARGS__) : name<bf16>(threads, __VA_ARGS__);                          \
     }
 
+#define EXPORT_FLOAT(name, parameters, ...)                                                                  \
+    extern "C" __attribute__((visibility("default"))) void freehold_##name parameters {                      \
+        (void)wide;                                                                                          \
+        name<float>(threads, __VA_ARGS__);                                                                   \
+    }
+
 extern "C" __attribute__((visibility("default"))) void freehold_threads(any entry) {
     parallel = reinterpret_cast<Parallel>(entry.address);
 }
@@ -922,6 +1170,28 @@ EXPORT(swiglu_backward,
        (int wide, int threads, any dy, any x, any both, any counts, integer experts, any gate, any up, integer stride,
         any down, any product, any dboth, any dx, any dgate, any dup, any ddown, integer width, integer inner),
        dy, x, both, counts, experts, gate, up, stride, down, product, dboth, dx, dgate, dup, ddown, width, inner)
+EXPORT(pack, (int wide, int threads, any w, any packed, integer matrices, integer ins, integer outs),
+       w, packed, matrices, ins, outs)
+EXPORT(linear_packed, (int wide, int threads, any x, any packed, any y, integer rows, integer ins, integer outs),
+       x, packed, y, rows, ins, outs)
+EXPORT(swiglu_packed,
+       (int wide, int threads, any x, any counts, integer experts, any gate_up, any down, any both, any product, any y,
+        integer width, integer inner),
+       x, counts, experts, gate_up, down, both, product, y, width, inner)
+EXPORT(attention_pages,
+       (int wide, int threads, any q, any k, any v, any offsets, any first, any table, integer blocks, any store,
+        integer window, float scale, any out, integer sequences, integer heads, integer groups, integer width),
+       q, k, v, offsets, first, table, blocks, store, window, scale, out, sequences, heads, groups, width)
+EXPORT(log_partition, (int wide, int threads, any logits, any result, integer rows, integer vocab),
+       logits, result, rows, vocab)
+EXPORT_FLOAT(choose,
+       (int wide, int threads, any logits, any bias, float scale, any chosen, any weights, integer rows, integer experts,
+        integer k),
+       logits, bias, scale, chosen, weights, rows, experts, k)
+EXPORT_FLOAT(choose_backward,
+       (int wide, int threads, any dweights, any logits, any chosen, float scale, any dlogits, integer rows,
+        integer experts, integer k),
+       dweights, logits, chosen, scale, dlogits, rows, experts, k)
 EXPORT(take_rows, (int wide, int threads, any from, any index, any to, integer rows, integer width),
        from, index, to, rows, width)
 EXPORT(sum_rows,

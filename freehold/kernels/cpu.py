@@ -91,10 +91,17 @@ def _report_widths() -> None:
     print(f"kernels: {line}", file=sys.stderr)
 
 
-def _call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> None:
+def call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> None:
     """Run a kernel in the dtype of `like`; tensors must be contiguous."""
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     getattr(_library(), f"freehold_{name}")(like.dtype == torch.float32, torch.get_num_threads(), *values)
+
+
+def changed(*tensors: Tensor | None) -> None:
+    """Raise the version counters of tensors that a kernel writes to: PyTorch does not see it."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 # --- operators: schema, kernel, shapes ---------------------------------------------------------------------------
@@ -102,7 +109,7 @@ def _call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> N
 _ops = torch.library.Library("freehold", "DEF")
 
 
-def _operator(schema: str, shapes: Any) -> Any:
+def operator(schema: str, shapes: Any) -> Any:
     """Register a kernel under a schema; `shapes` makes its empty outputs from the same arguments."""
     name = schema.partition("(")[0]
 
@@ -115,7 +122,8 @@ def _operator(schema: str, shapes: Any) -> Any:
     return register
 
 
-def _rows(x: Tensor) -> int:
+def rows_of(x: Tensor) -> int:
+    """Return how many rows a tensor [..., d] has."""
     return x.numel() // x.shape[-1]
 
 
@@ -123,15 +131,15 @@ def _linear_shapes(x: Tensor, w: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], w.shape[0])
 
 
-@_operator("linear(Tensor x, Tensor w) -> Tensor", _linear_shapes)
+@operator("linear(Tensor x, Tensor w) -> Tensor", _linear_shapes)
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """Return x w^T."""
     x, y = x.contiguous(), _linear_shapes(x, w)
-    _call("linear", x, x, w, y, _rows(x), w.shape[1], w.shape[0])
+    call("linear", x, x, w, y, rows_of(x), w.shape[1], w.shape[0])
     return y
 
 
-@_operator(
+@operator(
     "linear_backward(Tensor dy, Tensor x, Tensor w) -> (Tensor, Tensor)",
     lambda dy, x, w: (torch.empty_like(x), torch.empty_like(w)),
 )
@@ -139,9 +147,9 @@ def linear_backward(dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and w."""
     dy, x = dy.contiguous(), x.contiguous()
     dx, dw = torch.empty_like(x), torch.empty_like(w)
-    shape = (_rows(x), w.shape[1], w.shape[0])
-    _call("linear_input_gradient", x, dy, w, dx, *shape)
-    _call("linear_weight_gradient", x, dy, x, dw, *shape)
+    shape = (rows_of(x), w.shape[1], w.shape[0])
+    call("linear_input_gradient", x, dy, w, dx, *shape)
+    call("linear_weight_gradient", x, dy, x, dw, *shape)
     return dx, dw
 
 
@@ -149,17 +157,17 @@ def _experts_shapes(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) ->
     return torch.empty_like(x), x.new_empty(len(x), gate_up.shape[1])
 
 
-@_operator("experts(Tensor x, Tensor counts, Tensor gate_up, Tensor down) -> (Tensor, Tensor)", _experts_shapes)
+@operator("experts(Tensor x, Tensor counts, Tensor gate_up, Tensor down) -> (Tensor, Tensor)", _experts_shapes)
 def experts(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row's SwiGLU by its expert, and gate(x) and up(x) for the backward pass."""
     y, both = _experts_shapes(x, counts, gate_up, down)
     number, width, inner = down.shape
     up = gate_up.data_ptr() + inner * width * gate_up.element_size()
-    _call("swiglu", x, x, counts, number, gate_up, up, 2 * inner * width, down, both, y, width, inner)
+    call("swiglu", x, x, counts, number, gate_up, up, 2 * inner * width, down, both, y, width, inner)
     return y, both
 
 
-@_operator(
+@operator(
     "experts_backward(Tensor dy, Tensor x, Tensor both, Tensor counts, Tensor gate_up, Tensor down, bool weights) "
     "-> (Tensor, Tensor, Tensor)",
     lambda dy, x, both, counts, gate_up, down, weights: (
@@ -175,7 +183,7 @@ def experts_backward(
     dgate_up, ddown = (torch.empty_like(gate_up), torch.empty_like(down)) if weights else (x.new_empty(0),) * 2
     half = inner * width * gate_up.element_size()
     outputs = (dgate_up, dgate_up.data_ptr() + half, ddown) if weights else (None, None, None)
-    _call(
+    call(
         "swiglu_backward", x, dy, x, both, counts, number, gate_up, gate_up.data_ptr() + half, 2 * inner * width, down,
         product, dboth, dx, *outputs, width, inner,
     )  # fmt: skip
@@ -183,20 +191,20 @@ def experts_backward(
 
 
 def _feed_forward_shapes(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(_rows(x), 2 * len(gate))
+    return torch.empty_like(x), x.new_empty(rows_of(x), 2 * len(gate))
 
 
-@_operator("feed_forward(Tensor x, Tensor gate, Tensor up, Tensor down) -> (Tensor, Tensor)", _feed_forward_shapes)
+@operator("feed_forward(Tensor x, Tensor gate, Tensor up, Tensor down) -> (Tensor, Tensor)", _feed_forward_shapes)
 def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Return the SwiGLU of every row, and gate(x) and up(x) for the backward pass."""
     x = x.contiguous()
     y, both = _feed_forward_shapes(x, gate, up, down)
     inner, width = gate.shape
-    _call("swiglu", x, x, torch.tensor([_rows(x)]), 1, gate, up, 0, down, both, y, width, inner)
+    call("swiglu", x, x, torch.tensor([rows_of(x)]), 1, gate, up, 0, down, both, y, width, inner)
     return y, both
 
 
-@_operator(
+@operator(
     "feed_forward_backward(Tensor dy, Tensor x, Tensor both, Tensor gate, Tensor up, Tensor down) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     lambda dy, x, both, gate, up, down: (
@@ -210,48 +218,48 @@ def feed_forward_backward(
     dy, x = dy.contiguous(), x.contiguous()
     dx, dgate, dup, ddown = (torch.empty_like(t) for t in (x, gate, up, down))
     inner, width = gate.shape
-    product, dboth = x.new_empty(_rows(x), inner), torch.empty_like(both)
-    _call(
-        "swiglu_backward", x, dy, x, both, torch.tensor([_rows(x)]), 1, gate, up, 0, down,
+    product, dboth = x.new_empty(rows_of(x), inner), torch.empty_like(both)
+    call(
+        "swiglu_backward", x, dy, x, both, torch.tensor([rows_of(x)]), 1, gate, up, 0, down,
         product, dboth, dx, dgate, dup, ddown, width, inner,
     )  # fmt: skip
     return dx, dgate, dup, ddown
 
 
-@_operator(
+@operator(
     "gather(Tensor x, Tensor token, Tensor inverse) -> Tensor",
     lambda x, token, inverse: x.new_empty(len(token), x.shape[1]),
 )
 def gather(x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
     """Return x[token]."""
     x, y = x.contiguous(), x.new_empty(len(token), x.shape[1])
-    _call("take_rows", x, x, token, y, len(token), x.shape[1])
+    call("take_rows", x, x, token, y, len(token), x.shape[1])
     return y
 
 
-@_operator(
+@operator(
     "gather_backward(Tensor dy, Tensor inverse, int tokens) -> Tensor",
     lambda dy, inverse, tokens: dy.new_empty(tokens, dy.shape[1]),
 )
 def gather_backward(dy: Tensor, inverse: Tensor, tokens: int) -> Tensor:
     """Return the gradient of x: the sum of each token's rows."""
     dy, dx = dy.contiguous(), dy.new_empty(tokens, dy.shape[1])
-    _call("sum_rows", dy, dy, inverse, None, None, dx, tokens, len(inverse) // tokens, dy.shape[1])
+    call("sum_rows", dy, dy, inverse, None, None, dx, tokens, len(inverse) // tokens, dy.shape[1])
     return dx
 
 
-@_operator(
+@operator(
     "combine(Tensor y, Tensor inverse, Tensor weights, Tensor base) -> Tensor",
     lambda y, inverse, weights, base: torch.empty_like(base),
 )
 def combine(y: Tensor, inverse: Tensor, weights: Tensor, base: Tensor) -> Tensor:
     """Return base plus each token's weighted rows of y."""
     y, base, out = y.contiguous(), base.contiguous(), base.new_empty(base.shape)
-    _call("sum_rows", y, y, inverse, weights.contiguous(), base, out, *weights.shape, y.shape[1])
+    call("sum_rows", y, y, inverse, weights.contiguous(), base, out, *weights.shape, y.shape[1])
     return out
 
 
-@_operator(
+@operator(
     "combine_backward(Tensor dout, Tensor y, Tensor inverse, Tensor weights) -> (Tensor, Tensor)",
     lambda dout, y, inverse, weights: (torch.empty_like(y), torch.empty_like(weights)),
 )
@@ -259,7 +267,7 @@ def combine_backward(dout: Tensor, y: Tensor, inverse: Tensor, weights: Tensor) 
     """Return the gradients of y and weights."""
     weights = weights.contiguous()
     dy, dweights = torch.empty_like(y), torch.empty_like(weights)
-    _call("sum_rows_backward", y, dout.contiguous(), y, inverse, weights, dy, dweights, *weights.shape, y.shape[1])
+    call("sum_rows_backward", y, dout.contiguous(), y, inverse, weights, dy, dweights, *weights.shape, y.shape[1])
     return dy, dweights
 
 
@@ -268,7 +276,7 @@ def _norm_sizes(x: Tensor, cos: Tensor | None) -> tuple[int, int]:
     return (1, 1) if cos is None else (cos.numel() // cos.shape[-1], x.shape[-2])
 
 
-@_operator(
+@operator(
     "norm(Tensor x, Tensor gain, float eps, Tensor? cos, Tensor? sin) -> Tensor",
     lambda x, gain, eps, cos, sin: torch.empty_like(x),
 )
@@ -276,11 +284,11 @@ def norm(x: Tensor, gain: Tensor, eps: float, cos: Tensor | None, sin: Tensor | 
     """Return x normalised over its last dimension; with angles [T or B T, D/2], [B, T, H, D] then rotated."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    _call("norm", x, x, gain, eps, cos, sin, *_norm_sizes(x, cos), y, _rows(x), x.shape[-1])
+    call("norm", x, x, gain, eps, cos, sin, *_norm_sizes(x, cos), y, rows_of(x), x.shape[-1])
     return y
 
 
-@_operator(
+@operator(
     "norm_backward(Tensor dy, Tensor x, Tensor gain, float eps, Tensor? cos, Tensor? sin) -> (Tensor, Tensor)",
     lambda dy, x, gain, eps, cos, sin: (torch.empty_like(x), torch.empty_like(gain)),
 )
@@ -290,20 +298,20 @@ def norm_backward(
     """Return the gradients of x and gain."""
     dy, x = dy.contiguous(), x.contiguous()
     dx, dgain = torch.empty_like(x), torch.empty_like(gain)
-    _call("norm_backward", x, dy, x, gain, eps, cos, sin, *_norm_sizes(x, cos), dx, dgain, _rows(x), x.shape[-1])
+    call("norm_backward", x, dy, x, gain, eps, cos, sin, *_norm_sizes(x, cos), dx, dgain, rows_of(x), x.shape[-1])
     return dx, dgain
 
 
-@_operator("gated(Tensor x, Tensor gate) -> Tensor", lambda x, gate: torch.empty_like(x))
+@operator("gated(Tensor x, Tensor gate) -> Tensor", lambda x, gate: torch.empty_like(x))
 def gated(x: Tensor, gate: Tensor) -> Tensor:
     """Return x sigmoid(gate)."""
     x, gate = x.contiguous(), gate.contiguous()
     y = torch.empty_like(x)
-    _call("gated", x, x, gate, y, x.numel())
+    call("gated", x, x, gate, y, x.numel())
     return y
 
 
-@_operator(
+@operator(
     "gated_backward(Tensor dy, Tensor x, Tensor gate) -> (Tensor, Tensor)",
     lambda dy, x, gate: (torch.empty_like(x), torch.empty_like(gate)),
 )
@@ -311,7 +319,7 @@ def gated_backward(dy: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]
     """Return the gradients of x and gate."""
     dy, x, gate = dy.contiguous(), x.contiguous(), gate.contiguous()
     dx, dgate = torch.empty_like(x), torch.empty_like(gate)
-    _call("gated_backward", x, dy, x, gate, dx, dgate, x.numel())
+    call("gated_backward", x, dy, x, gate, dx, dgate, x.numel())
     return dx, dgate
 
 
@@ -320,17 +328,17 @@ def _attention_shapes(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> tuple[T
     return torch.empty_like(q), q.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
-@_operator("attention(Tensor q, Tensor k, Tensor v, Tensor start) -> (Tensor, Tensor)", _attention_shapes)
+@operator("attention(Tensor q, Tensor k, Tensor v, Tensor start) -> (Tensor, Tensor)", _attention_shapes)
 def attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Attend from each query t to the keys start[b, t] .. t; q [B, T, H, D], k, v [B, T, K, D], start int32 [B, T]."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out, log_sums = _attention_shapes(q, k, v, start)
     batch, tokens, heads, width = q.shape
-    _call("attention", q, q, k, v, start, width**-0.5, out, log_sums, batch, tokens, heads, k.shape[2], width)
+    call("attention", q, q, k, v, start, width**-0.5, out, log_sums, batch, tokens, heads, k.shape[2], width)
     return out, log_sums
 
 
-@_operator(
+@operator(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor start, Tensor out, Tensor log_sums) "
     "-> (Tensor, Tensor, Tensor)",
     lambda dout, q, k, v, start, out, log_sums: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
@@ -342,14 +350,14 @@ def attention_backward(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     batch, tokens, heads, width = q.shape
-    _call(
+    call(
         "attention_backward", q, dout.contiguous(), q, k, v, out, log_sums, start, width**-0.5, dq, dk, dv,
         batch, tokens, heads, k.shape[2], width,
     )  # fmt: skip
     return dq, dk, dv
 
 
-@_operator(
+@operator(
     "cross_entropy_(Tensor(a!) logits, Tensor targets, float scale, float z_loss) -> (Tensor, Tensor)",
     lambda logits, targets, scale, z_loss: (
         logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
@@ -358,29 +366,29 @@ def attention_backward(
 def cross_entropy_(logits: Tensor, targets: Tensor, scale: float, z_loss: float) -> tuple[Tensor, Tensor]:
     """Turn logits into the gradient of scale (nll + z_loss log_partition^2); return nll and log_partition by row."""
     nll, log_partition = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
-    _call("cross_entropy", logits, logits, targets, scale, z_loss, nll, log_partition, *logits.shape)
+    call("cross_entropy", logits, logits, targets, scale, z_loss, nll, log_partition, *logits.shape)
     return nll, log_partition
 
 
-@_operator("orthogonalize_(Tensor(a!) matrices, Tensor coefficients) -> ()", lambda matrices, coefficients: None)
+@operator("orthogonalize_(Tensor(a!) matrices, Tensor coefficients) -> ()", lambda matrices, coefficients: None)
 def orthogonalize_(matrices: Tensor, coefficients: Tensor) -> None:
     """Take the Newton-Schulz steps [s, 3] (float32) on each matrix [n, r, c] in place, a tall one transposed."""
-    _call("orthogonalize", matrices, matrices, coefficients, len(coefficients), *matrices.shape)
+    call("orthogonalize", matrices, matrices, coefficients, len(coefficients), *matrices.shape)
 
 
 _STRETCH = 16384
 
 
-@_operator("square_sums(Tensor x) -> Tensor", lambda x: x.new_empty(-(-x.numel() // _STRETCH), dtype=torch.float32))
+@operator("square_sums(Tensor x) -> Tensor", lambda x: x.new_empty(-(-x.numel() // _STRETCH), dtype=torch.float32))
 def square_sums(x: Tensor) -> Tensor:
     """Return the sum of squares of each stretch of 16,384 numbers, in float32."""
     x = x.contiguous()
     sums = x.new_empty(-(-x.numel() // _STRETCH), dtype=torch.float32)
-    _call("squares", x, x, sums, x.numel())
+    call("squares", x, x, sums, x.numel())
     return sums
 
 
-@_operator(
+@operator(
     "adamw_(Tensor(a!) weight, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? copy, "
     "float scale, int step, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
     lambda *_: None,
@@ -390,13 +398,14 @@ def adamw_(
     scale: float, step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """Take AdamW's `step`-th step from `scale` times the gradient; also write the weights to `copy`, of its dtype."""
-    _call(
+    changed(weight, copy)
+    call(
         "adamw", gradient, gradient.contiguous(), weight, exp_avg, exp_avg_sq, copy, scale, lr / (1 - beta1**step),
         1 - lr * weight_decay, beta1, beta2, (1 - beta2**step) ** 0.5, eps, weight.numel(),
     )  # fmt: skip
 
 
-@_operator(
+@operator(
     "muon_momentum_(Tensor(a!) momentum, Tensor gradient, Tensor(b!) update, float scale, float decay, bool nesterov) "
     "-> ()",
     lambda *_: None,
@@ -405,23 +414,24 @@ def muon_momentum_(
     momentum: Tensor, gradient: Tensor, update: Tensor, scale: float, decay: float, nesterov: bool
 ) -> None:
     """Move a momentum by `scale` times the gradient; write the raw update to `update` (bfloat16)."""
-    _call(
+    call(
         "muon_momentum", gradient, gradient.contiguous(), momentum, update, scale, decay, nesterov, momentum.numel()
     )  # fmt: skip
 
 
-@_operator(
+@operator(
     "muon_move_(Tensor(a!) weight, Tensor update, Tensor(b!)? copy, float step, float decay) -> ()", lambda *_: None
 )
 def muon_move_(weight: Tensor, update: Tensor, copy: Tensor | None, step: float, decay: float) -> None:
     """Take `step` times the update (bfloat16) off `decay` times the weights; also write them to `copy`."""
-    _call("muon_move", weight if copy is None else copy, weight, update, copy, step, decay, weight.numel())
+    changed(weight, copy)
+    call("muon_move", weight if copy is None else copy, weight, update, copy, step, decay, weight.numel())
 
 
 # --- gradients -------------------------------------------------------------------------------------------------
 
 
-def _autograd(name: str, keep: Any, backward: Any) -> None:
+def gradient(name: str, keep: Any, backward: Any) -> None:
     """Register the gradient of an operator: `keep(inputs, output)` are the tensors its backward pass reads."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -433,7 +443,7 @@ def _autograd(name: str, keep: Any, backward: Any) -> None:
     torch.library.register_autograd(f"freehold::{name}", backward, setup_context=setup_context, lib=_ops)
 
 
-_autograd("linear", lambda i, o: i, lambda ctx, dy: linear_backward(dy, *ctx.saved_tensors))
+gradient("linear", lambda i, o: i, lambda ctx, dy: linear_backward(dy, *ctx.saved_tensors))
 
 
 def _experts_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -443,18 +453,18 @@ def _experts_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, 
     return (dx, None, dgate_up, ddown) if weights else (dx, None, None, None)
 
 
-_autograd("experts", lambda i, o: (i[0], o[1], *i[1:]), _experts_gradients)
-_autograd(
+gradient("experts", lambda i, o: (i[0], o[1], *i[1:]), _experts_gradients)
+gradient(
     "feed_forward",
     lambda i, o: (i[0], o[1], *i[1:]),
     lambda ctx, dy, _: feed_forward_backward(dy, *ctx.saved_tensors),
 )
-_autograd(
+gradient(
     "gather",
     lambda i, o: (i[2],),
     lambda ctx, dy: (gather_backward(dy, ctx.saved_tensors[0], ctx.rows), None, None),
 )
-_autograd(
+gradient(
     "combine",
     lambda i, o: i[:3],
     lambda ctx, d: ((g := combine_backward(d, *ctx.saved_tensors))[0], None, g[1], d),
@@ -466,9 +476,9 @@ def _norm_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return *norm_backward(dy, x, gain, ctx.inputs[2], cos, sin), None, None, None
 
 
-_autograd("norm", lambda i, o: (i[0], i[1], i[3], i[4]), _norm_gradients)
-_autograd("gated", lambda i, o: i, lambda ctx, dy: gated_backward(dy, *ctx.saved_tensors))
-_autograd(
+gradient("norm", lambda i, o: (i[0], i[1], i[3], i[4]), _norm_gradients)
+gradient("gated", lambda i, o: i, lambda ctx, dy: gated_backward(dy, *ctx.saved_tensors))
+gradient(
     "attention",
     lambda i, o: (*i, *o),
     lambda ctx, d, _: (*attention_backward(d, *ctx.saved_tensors), None),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from freehold.core.marks import IGNORE
 from freehold.kernels import cpu
+from freehold.losses.logprob import token_logprobs
 from freehold.losses.protocol import LossSums, Scale
 
 
@@ -124,21 +125,18 @@ def summed_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: in
     hidden, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     parts = []
     for start in range(0, len(hidden), chunk_tokens):
-        logits = torch.mm(hidden[start : start + chunk_tokens], weight.t()).float()  # [n, V]
-        target = flat[start : start + chunk_tokens, None].clamp_min(0)
-        nll = torch.logsumexp(logits, 1) - logits.gather(1, target).squeeze(1)
-        parts.append(nll.double() * (flat[start : start + chunk_tokens] != IGNORE))
+        logits = head_logits(hidden[start : start + chunk_tokens], weight)  # [n, V]
+        target = flat[start : start + chunk_tokens]
+        parts.append(-token_logprobs(logits, target.clamp_min(0)).double() * (target != IGNORE))
     return torch.cat(parts).view(targets.shape)
 
 
 # -- the head and its loss ---------------------------------------------------------------------------------------------
 
-# Below this the kernels' packing of the weight costs more than it gains.
-KERNEL_MIN_ROWS = 32
-
 
 def _takes_kernel(h: Tensor, weight: Tensor) -> bool:
-    return len(h) >= KERNEL_MIN_ROWS and cpu.available(h, *weight.shape)
+    # Never by the number of rows: a token's bits would depend on its batch.
+    return cpu.available(h, *weight.shape)
 
 
 def head_logits(h: Tensor, weight: Tensor) -> Tensor:

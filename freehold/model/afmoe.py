@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from freehold.kernels.packed import Packed
 from freehold.model.attention import Attention, Cache, Context
 from freehold.model.config import ModelConfig
 from freehold.model.layers import Embedding, Linear, RMSNorm, SwiGLU, rotary
 from freehold.model.masks import Mask, build_masks, count_positions
-from freehold.model.moe import MoE, Routing
+from freehold.model.moe import Experts, MoE, Router, Routing
 
 
 class Block(nn.Module):
@@ -124,7 +125,7 @@ class Afmoe(nn.Module):
         masks = {} if cache is not None else self.masks(config, h, positions, document_ids)
         where = self.positions(input_ids) if positions is None else positions
         cos, sin = rotary(where, config.head_dim, config.rope_theta, h.dtype)
-        context = Context(cos, sin, masks, where, cache, token_mask)
+        context = Context(cos, sin, masks, cache, token_mask)
         for block in (trunk.layers[str(number)] for number in numbers):
             if self.recompute and self.training and torch.is_grad_enabled():
                 h, routing = checkpoint(block, h, context, use_reentrant=False)
@@ -144,6 +145,20 @@ class Afmoe(nn.Module):
             plain = block.forward
             compiled = torch.compile(plain, backend=backend, dynamic=False)
             block.forward = functools.partial(_with_gradients, compiled, plain)  # type: ignore[method-assign]
+
+    def pack(self) -> Afmoe:
+        """Have every forward pass without a gradient use weights packed once for each of their versions; CPUs only.
+
+        The bits stay those of training. Returns the model, which then holds its matrices twice.
+        """
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.gate.pack = Packed(exact=True)
+            elif isinstance(module, SwiGLU | Experts):
+                module.packs = (Packed(), Packed())
+            elif isinstance(module, Linear) and module.pack is None:
+                module.pack = Packed()
+        return self
 
     def moe_layers(self) -> dict[str, MoE]:
         """Return the MoE of each layer that has one, by name (`model.layers.1.mlp`)."""

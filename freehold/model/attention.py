@@ -21,10 +21,10 @@ from freehold.model.masks import Mask
 
 
 class Cache(Protocol):
-    """What attention needs of a key-value cache; the cache decides what to keep and who may see it."""
+    """What attention needs of a key-value cache; the cache knows whose tokens these are and what they may see."""
 
-    def update(self, layer_index: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add k, v [B, K, T, D] (already rotated); return all keys, values [B, K, S, D], and who sees whom."""
+    def attend(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep k and v [B, T, K, D] (already rotated); return what the queries q [B, T, H, D] find, [B, T, H, D]."""
         ...
 
 
@@ -34,7 +34,6 @@ class Context(NamedTuple):
     cos: Tensor
     sin: Tensor
     masks: dict[str, Mask]
-    positions: Tensor
     cache: Cache | None
     token_mask: Tensor | None
 
@@ -89,11 +88,9 @@ class Attention(nn.Module):
             )
         else:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        if context.cache is None:
-            mask = context.masks[self.kind]
+        if context.cache is not None:
+            out = context.cache.attend(self.layer_index, q, k, v)  # [B, T, H, D]
         else:
-            k, v, allowed = context.cache.update(self.layer_index, k, v, context.positions)
-            mask = Mask(allowed, False, None)
-        out = self.core(q, k, v, mask).transpose(1, 2).flatten(2)
-        return self.o_proj(ops.gated(out, self.gate_proj(x)))
+            q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H or K, T, D]
+            out = self.core(q, k, v, context.masks[self.kind]).transpose(1, 2)
+        return self.o_proj(ops.gated(out.flatten(2), self.gate_proj(x)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from freehold.kernels.packed import Packed
 from freehold.model import ops
 
 
@@ -16,13 +17,14 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
+        self.pack: Packed | None = None
 
     def reset_parameters(self) -> None:
         """Leave the weight as it is: initialising here would cost seconds and be overwritten."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., inputs] to [..., outputs]."""
-        return ops.linear(x, self.weight)
+        return ops.linear(x, self.weight, self.pack)
 
 
 class Embedding(nn.Embedding):
@@ -53,10 +55,11 @@ class SwiGLU(nn.Module):
         self.gate_proj = Linear(width, inner)
         self.up_proj = Linear(width, inner)
         self.down_proj = Linear(inner, width)
+        self.packs: ops.Packs | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., d] to [..., d]."""
-        return ops.feed_forward(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return ops.feed_forward(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, self.packs)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

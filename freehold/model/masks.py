@@ -109,7 +109,7 @@ def build_masks(
     masks: dict[str, Mask] = {}
     rows, tokens, device = len(h), h.shape[1], h.device
     # Intervals need positions that count up by one, which only we can promise.
-    as_intervals = positions is None and tokens > 1 and cpu.available(h, config.head_dim)
+    as_intervals = positions is None and cpu.available(h, config.head_dim)
     as_blocks = positions is None and takes_flex(device, tokens)
     for kind in sorted(set(config.layer_types)):
         window = config.sliding_window if kind == "sliding_attention" else None

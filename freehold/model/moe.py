@@ -66,12 +66,9 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits [N, E], weights [N, k] (both fp32) and the chosen experts [N, k] for tokens [N, d]."""
-        precise = torch.promote_types(x.dtype, torch.float32)
-        logits = torch.nn.functional.linear(x.to(precise), self.gate.weight.to(precise))
-        scores = logits.sigmoid()
-        chosen = (scores.detach() + bias).topk(self.top_k, dim=-1).indices
-        weights = scores.gather(1, chosen)
-        weights = weights * (self.route_scale / (weights.sum(-1, keepdim=True) + 1e-20))
+        # fp32: the margin between the last expert chosen and the next is often smaller than a bf16 rounding.
+        logits = ops.router_logits(x, self.gate.weight, self.gate.pack)  # [N, E]
+        weights, chosen = ops.choose(logits, bias, self.top_k, self.route_scale)  # [N, k]
         return logits, weights, chosen
 
 
@@ -83,6 +80,7 @@ class Experts(nn.Module):
         experts, width, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
+        self.packs: ops.Packs | None = None
 
     def local_weights(self) -> tuple[Tensor, Tensor]:
         """Return the stacked weights held on this device: the seam for expert parallelism."""
@@ -90,7 +88,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Map rows sorted by expert, `counts` of each, [rows, d] -> [rows, d]."""
-        return ops.grouped_swiglu(x, counts, *self.local_weights())
+        return ops.grouped_swiglu(x, counts, *self.local_weights(), self.packs)
 
 
 class MoE(nn.Module):

@@ -14,17 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freehold.kernels import cpu
+from freehold.kernels import cpu, packed, routing
+from freehold.kernels.packed import Packed
 from freehold.model import composed, reference
 from freehold.model.rows import Route
 
-# Below this the kernels' packing of the weight costs more than it gains (one token a sequence, when answering).
-NATIVE_MIN_ROWS = 32
+Packs = tuple[Packed, Packed]
+"""Of a SwiGLU: gate with up, and down. An engine asks for packs; they serve where no gradient is wanted."""
 
 
 def _native(x: Tensor, *widths: int) -> bool:
-    """Return whether the CPU kernels are the faster way for x [..., d]."""
-    return x.numel() >= NATIVE_MIN_ROWS * x.shape[-1] and cpu.available(x, *widths)
+    """Return whether the CPU kernels take x [..., d]: by type and widths alone.
+
+    Never by the number of rows: another kernel rounds in another order, and a token's bits would depend on its batch.
+    """
+    return cpu.available(x, *widths)
 
 
 def _fused(x: Tensor) -> bool:
@@ -33,15 +37,21 @@ def _fused(x: Tensor) -> bool:
     return x.is_cuda or torch.compiler.is_compiling()
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, pack: Packed | None = None) -> Tensor:
     """Return x weight^T: x [..., n], weight [m, n] -> [..., m]."""
+    if pack is not None and not torch.is_grad_enabled():
+        return packed.linear(x, pack.words(weight), len(weight))
     if _native(x, *weight.shape):
         return cpu.linear(x, weight)
     return F.linear(x, weight)
 
 
-def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, packs: Packs | None = None) -> Tensor:
     """Return down(silu(gate(x)) * up(x)): x [..., d], gate and up [f, d], down [d, f] -> [..., d]."""
+    if packs is not None and not torch.is_grad_enabled():
+        # To the kernel it is one expert that takes every row.
+        rows = torch.tensor([x.numel() // x.shape[-1]])
+        return packed.experts(x, rows, packs[0].words(gate, up), packs[1].words(down), len(gate))
     if _native(x, *gate.shape):
         return cpu.feed_forward(x, gate, up, down)[0]
     return reference.feed_forward(x, gate, up, down)
@@ -73,12 +83,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return reference.rotate(x, cos, sin) if _fused(x) else composed.rotate(x, cos, sin)
 
 
-def grouped_swiglu(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def router_logits(x: Tensor, gate: Tensor, pack: Packed | None = None) -> Tensor:
+    """Return the logits [N, E] of tokens [N, d] for a gate [E, d], in fp32 or finer whatever the weights are."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    if not (_native(x, x.shape[1]) and exact == torch.float32):
+        return F.linear(x.to(exact), gate.to(exact))
+    if pack is not None and not torch.is_grad_enabled():
+        filled = -(-len(gate) // 16) * 16
+        return packed.linear(x.float(), pack.words(gate), filled)[:, : len(gate)]
+    # The kernels take 16 outputs at a time: experts of zeros fill the last ones, and are cut off.
+    filled_gate = F.pad(gate.float(), (0, 0, 0, -len(gate) % 16))
+    return cpu.linear(x.float(), filled_gate)[:, : len(gate)]
+
+
+def choose(logits: Tensor, bias: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return weights [N, k] and experts int64 [N, k] for logits [N, E]; the best first, the lower index in a tie.
+
+    The bias [E] decides who is chosen. Weights are the sigmoids without it, normalised over the chosen, times `scale`.
+    """
+    if logits.dtype == torch.float32 and cpu.available(logits):
+        return routing.choose(logits, bias, k, scale)
+    return reference.choose(logits, bias, k, scale)
+
+
+def grouped_swiglu(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, packs: Packs | None = None) -> Tensor:
     """Apply to each row the SwiGLU of its expert.
 
     x [R, d] sorted by expert, counts [E] rows of each, gate_up [E, 2i, d], down [E, d, i] -> [R, d].
     CUDA: grouped GEMM kernels. CPU: one GEMM per expert into shared buffers.
     """
+    if packs is not None and not torch.is_grad_enabled():
+        gate, up = gate_up.chunk(2, dim=1)  # [E, i, d] each
+        return packed.experts(x, counts, packs[0].words(gate, up), packs[1].words(down), down.shape[2])
     if x.is_cuda:
         return grouped_swiglu_gemm(x, counts, gate_up, down)
     if _native(x, *down.shape[1:]):

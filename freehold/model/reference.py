@@ -47,3 +47,11 @@ def combine(y: Tensor, path: Route, weights: Tensor, base: Tensor) -> Tensor:
     """The plain form."""
     own = y[path.inverse].view(*weights.shape, -1) * weights[..., None]
     return (base + own.sum(1)).to(base.dtype)
+
+
+def choose(logits: Tensor, bias: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor]:
+    """See `ops.choose`; in a tie the device decides."""
+    scores = logits.sigmoid()  # [N, E]
+    chosen = (scores.detach() + bias).topk(k, dim=-1).indices  # [N, k]
+    weights = scores.gather(1, chosen)
+    return weights * (scale / (weights.sum(-1, keepdim=True) + 1e-20)), chosen

@@ -347,7 +347,9 @@ class RunFolder:
 
 def newest_step(stage_folder: Path) -> int:
     """Return the step of the newest finished checkpoint of a training stage; -1 without one."""
-    return max((step_of(p.parent) for p in stage_folder.glob(f"checkpoints/step_*/{MANIFEST}")), default=-1)
+    # Phases of several kinds each have checkpoints of their own.
+    found = (p for start in ("", "phases/*/") for p in stage_folder.glob(f"{start}checkpoints/step_*/{MANIFEST}"))
+    return max((step_of(p.parent) for p in found), default=-1)
 
 
 def step_of(folder: Path) -> int:

@@ -40,7 +40,8 @@ def test_batches_and_chunked_prefill_change_nothing(engine, tiny_model, monkeypa
     expected = [engine.generate([p], s)[0].ids for p, s in zip(PROMPTS, sampling, strict=True)]
     assert [g.ids for g in engine.generate(PROMPTS, sampling)] == expected
     assert [g.ids for g in Engine(tiny_model, max_batch=2).generate(PROMPTS, sampling)] == expected
-    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(engine_module, "STEP_TOKENS", 8)
+    engine = Engine(tiny_model)
     assert [g.ids for g in engine.generate(PROMPTS, sampling)] == expected
     assert [t.id for t in engine.stream(PROMPTS[4], sampling[4])] == expected[4]
 

@@ -10,7 +10,7 @@ import torch
 
 from freehold.core.errors import RequestError
 from freehold.infer import sampler as sampler_module
-from freehold.infer.sampler import Sampler, Sampling, check_ids
+from freehold.infer.sampler import Draw, Sampling, check_ids, draw
 
 CHANCES = [0.5, 0.25, 0.125, 0.0625, 0.0625]
 LOGITS = torch.tensor([CHANCES]).log()
@@ -18,8 +18,9 @@ LOGITS = torch.tensor([CHANCES]).log()
 
 def draws(sampling: Sampling, count: int = 4000, logits: torch.Tensor = LOGITS) -> dict[int, float]:
     """Return how often each token was drawn, as a share."""
-    sampler = Sampler([sampling], logits.shape[1])
-    found = collections.Counter(int(sampler.draw(logits)) for _ in range(count))
+    one, found = Draw(sampling, logits.shape[1]), collections.Counter()
+    for one.position in range(count):
+        found[int(draw(logits, [one]))] += 1
     return {token: n / count for token, n in found.items()}
 
 
@@ -83,16 +84,14 @@ def test_ranking_the_best_first_changes_nothing(monkeypatch):
 
 
 def test_penalties_count_what_was_generated():
-    sampler = Sampler([Sampling(temperature=0, presence_penalty=1.0)], 5)
-    first = sampler.draw(LOGITS).tolist()
-    sampler.count(first)
-    assert first == [0]
-    assert sampler.draw(LOGITS).tolist() == [1]  # log 0.5 - 1 < log 0.25
-    mild = Sampler([Sampling(temperature=0, frequency_penalty=0.3)], 5)
-    found = []
+    one = Draw(Sampling(temperature=0, presence_penalty=1.0), 5)
+    assert draw(LOGITS, [one]).tolist() == [0]
+    one.took(0)
+    assert draw(LOGITS, [one]).tolist() == [1]  # log 0.5 - 1 < log 0.25
+    mild, found = Draw(Sampling(temperature=0, frequency_penalty=0.3), 5), []
     for _ in range(4):
-        found += mild.draw(LOGITS).tolist()
-        mild.count(found[-1:])
+        found += draw(LOGITS, [mild]).tolist()
+        mild.took(found[-1])
     assert found == [0, 0, 0, 1]  # log 2 = 0.69 is used up by the third 0.3
 
 
@@ -109,28 +108,32 @@ def test_a_row_draws_the_same_alone_and_in_company():
         Sampling(temperature=0),
         Sampling(seed=7, top_k=9, frequency_penalty=0.5),
     ]
-    together, alone = Sampler(settings, 300), [Sampler([s], 300) for s in settings]
+    rows = [Draw(s, 300) for s in settings]
     for _ in range(50):
-        found = together.draw(logits).tolist()
-        assert found == [int(one.draw(logits[row : row + 1])) for row, one in enumerate(alone)]
-        together.count(found)
-        for one, token in zip(alone, found, strict=True):
-            one.count([token])
+        found = draw(logits, rows).tolist()
+        assert found == [int(draw(logits[row : row + 1], [one])) for row, one in enumerate(rows)]
+        for one, token in zip(rows, found, strict=True):
+            one.took(token)
 
 
-def test_removing_a_row_keeps_the_streams_of_the_others():
-    logits = torch.zeros(3, 300)
-    sampler = Sampler([Sampling(seed=s) for s in (1, 2, 3)], 300)
-    alone = Sampler([Sampling(seed=3)], 300)
-    assert int(sampler.draw(logits)[2]) == int(alone.draw(logits[:1]))
-    sampler.remove(0)  # row 2 moves to place 0
-    assert int(sampler.draw(logits[:2])[0]) == int(alone.draw(logits[:1]))
+def test_draw_depends_on_seed_and_position_only():
+    logits = torch.zeros(1, 300)
+    found = {}
+    for seed in (1, 2):
+        for position in (0, 5, 6):
+            found[seed, position] = int(draw(logits, [Draw(Sampling(seed=seed), 300, position)]))
+    late = Draw(Sampling(seed=2), 300, 5)
+    assert int(draw(logits, [late])) == found[2, 5]
+    late.took(0)
+    assert int(draw(logits, [late])) == found[2, 6]
+    assert len(set(found.values())) == 6
 
 
 def test_seeds_repeat_and_none_does_not():
     logits = torch.zeros(1, 100000)
-    assert int(Sampler([Sampling(seed=1)], 10**5).draw(logits)) == int(Sampler([Sampling(seed=1)], 10**5).draw(logits))
-    assert len({int(Sampler([Sampling()], 10**5).draw(logits)) for _ in range(5)}) > 1
+    once, twice = (int(draw(logits, [Draw(Sampling(seed=1), 10**5)])) for _ in range(2))
+    assert once == twice
+    assert len({int(draw(logits, [Draw(Sampling(), 10**5)])) for _ in range(5)}) > 1
 
 
 def test_impossible_tokens_are_never_drawn():

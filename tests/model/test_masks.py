@@ -12,7 +12,7 @@ from freehold.model import blockwise, masks
 from freehold.model.afmoe import Afmoe
 from freehold.model.attention import attend
 from freehold.model.config import ModelConfig
-from freehold.model.masks import FLEX_TOKENS, build_masks, first_seen, flex_mask, takes_flex
+from freehold.model.masks import FLEX_TOKENS, Mask, build_masks, first_seen, flex_mask, takes_flex
 
 
 @pytest.fixture(params=["one piece", "blocks"])
@@ -156,14 +156,15 @@ def test_explicit_positions_mean_the_same(model: Afmoe) -> None:
 
 
 class Growing:
-    """The smallest cache that honours the seam: it keeps everything and answers with a mask."""
+    """The smallest cache that honours the seam: it keeps everything and attends with a mask."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.config = config
+        self.config, self.positions = config, torch.arange(0)
         self.kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def update(self, layer_index: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        old = self.kept.get(layer_index)
+    def attend(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        old, positions = self.kept.get(layer_index), self.positions
         if old is not None:
             k, v = torch.cat([old[0], k], 2), torch.cat([old[1], v], 2)
         where = positions if old is None else torch.cat([old[2], positions])
@@ -171,7 +172,7 @@ class Growing:
         distance = positions[:, None] - where[None, :]
         sliding = self.config.layer_types[layer_index] == "sliding_attention"
         allowed = (distance >= 0) & ((distance < self.config.sliding_window) if sliding else True)
-        return k, v, allowed[None, None]
+        return attend(q, k, v, Mask(allowed[None, None], False, None)).transpose(1, 2)
 
 
 def test_the_cache_seam_gives_the_logits_of_the_whole_sequence(model: Afmoe) -> None:
@@ -180,7 +181,8 @@ def test_the_cache_seam_gives_the_logits_of_the_whole_sequence(model: Afmoe) -> 
     with torch.no_grad():
         whole, cache, parts = model(ids), Growing(model.config), []
         for start, end in ((0, 6), (6, 7), (7, 15)):
-            parts.append(model(ids[:, start:end], positions=torch.arange(start, end), cache=cache))
+            cache.positions = torch.arange(start, end)
+            parts.append(model(ids[:, start:end], positions=cache.positions, cache=cache))
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
 
 

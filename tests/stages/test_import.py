@@ -122,6 +122,7 @@ def test_weights_are_linked_hashed_and_described(nano, tmp_path):
     assert not list(base.glob("*.py"))
     facts = dcp.check(base)
     assert (facts["stage_type"], facts["step"], facts["parent"]) == ("Imported", 0, "")
+    assert facts["begins_with"] == [0]  # as its tokenizer.json says
     rights = read_json(folder / "rights.json")
     assert (rights["licence"], rights["licence_confidence"], rights["vendor"]) == ("Apache-2.0", "high", "Arcee")
     verify_files(folder, read_manifest(folder, kind="import"))

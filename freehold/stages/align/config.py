@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, field_validator, model_validator
 
 from freehold.core.config import Config
@@ -11,11 +13,45 @@ from freehold.parallel.config import ParallelConfig, check_divisible
 from freehold.trainer.config import TrainerConfig, check_guards
 
 
+class PreferenceConfig(Config):
+    """What a phase of kind preference minimises."""
+
+    loss: Literal["dpo", "ipo", "simpo", "kto"] = Field(
+        "dpo", description="dpo, ipo and simpo compare the answers of a pair; kto takes unpaired answers too"
+    )
+    beta: float = Field(0.1, gt=0, description="how far the policy may move from the checkpoint it starts from")
+    margin: float = Field(0.0, ge=0, description="target margin (gamma of SimPO); a pair's own margin is added")
+    cross_entropy: float = Field(
+        1.0, ge=0, description="weight of -log p of the better answers a token: without it their likelihood may fall"
+    )
+
+
+class AlignPhaseConfig(PhaseConfig):
+    """One phase of alignment: what it learns from, and how."""
+
+    kind: Literal["sft", "preference"] = Field(
+        "sft", description="sft: conversations, loss on what the assistant says; preference: better and worse answers"
+    )
+    preference: PreferenceConfig = Field(default_factory=PreferenceConfig, description="for kind preference")
+
+
 class AlignConfig(Config):
-    """Supervised fine-tuning on conversations, loss on assistant tokens only."""
+    """Phases of kinds: fine-tuning on conversations, and preference learning on better and worse answers."""
 
     checkpoint: str = Field("base", description="named checkpoint of pretrain to start from")
     batch: BatchConfig = Field(default_factory=BatchConfig, description="rows and tokens of a step")
+    replay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the rows of a fine-tuning step that are pre-training text, against forgetting",
+    )
+    max_forgetting: float | None = Field(
+        None,
+        gt=0,
+        description="most that held-out bits per byte may rise, as a share (0.05: 5 %); above it the stage fails. "
+        "null: not measured",
+    )
     optim: OptimConfig = Field(
         default_factory=lambda: OptimConfig(matrices="adamw", lr=5e-4), description="optimizer of the fine-tuning"
     )
@@ -24,33 +60,58 @@ class AlignConfig(Config):
     )
     trainer: TrainerConfig = Field(default_factory=TrainerConfig, description="precision, loss, checkpoints, reports")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="degrees of parallelism")
-    phases: dict[str, PhaseConfig] = Field(
+    phases: dict[str, AlignPhaseConfig] = Field(
         default_factory=lambda: {
-            "sft": PhaseConfig(
+            "sft": AlignPhaseConfig(
                 steps=100, warmup_steps=5, shape="linear", end=0.0, checkpoint="preview", stage_type="Preview"
             )
         },
         min_length=1,
-        description="named phases",
+        description="named phases, one after another; where the kind changes, the next starts from the checkpoint of "
+        "the one before, with a new optimizer",
     )
 
     @field_validator("phases")
     @classmethod
-    def _names(cls, phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
-        return check_names(phases)
+    def _names(cls, phases: dict[str, AlignPhaseConfig]) -> dict[str, AlignPhaseConfig]:
+        check_names(dict(phases))
+        return phases
 
     @model_validator(mode="after")
     def _fits(self) -> AlignConfig:  # the model is that of the checkpoint: `run` looks at the rest
         batch = self.batch
         check_divisible(self.parallel, sequences=batch.sequences, micro_sequences=batch.micro_sequences, stage="align")
         check_guards(self.trainer.collapse, self.balance, self.parallel, "align")
+        for group in self.groups()[:-1]:
+            last, phase = list(group.items())[-1]
+            if not phase.checkpoint:
+                raise ValueError(f"phases.{last} is followed by another kind, so it needs a `checkpoint` name")
+        if self.parallel.devices > 1 and any(phase.kind == "preference" for phase in self.phases.values()):
+            raise ValueError("phases of kind preference run in one process: set parallel to 1")
+        if round(self.replay * batch.sequences) == batch.sequences:
+            raise ValueError("replay leaves no row for conversations: raise batch.sequences or lower replay")
         return self
+
+    def groups(self) -> list[dict[str, AlignPhaseConfig]]:
+        """Return the phases in runs of one kind (and, of preference, one loss), in order."""
+        found: list[dict[str, AlignPhaseConfig]] = []
+        before: tuple[str, PreferenceConfig | None] | None = None
+        for name, phase in self.phases.items():
+            what = (phase.kind, phase.preference if phase.kind == "preference" else None)
+            if what != before:
+                found.append({})
+            found[-1][name] = phase
+            before = what
+        return found
 
 
 def plan(config: AlignConfig) -> list[str]:
     """Return what the config implies, for --dry-run."""
     steps = sum(phase.steps for phase in config.phases.values())
+    kinds = [next(iter(group.values())) for group in config.groups()]
+    named = [one.preference.loss if one.kind == "preference" else "fine-tuning" for one in kinds]
     return [
         *([f"sharded: {config.parallel.product} processes"] if config.parallel.devices > 1 else []),
-        f"fine-tuning: {steps:,} steps of up to {config.batch.step_tokens:,} tokens from {config.checkpoint}",
+        f"{', then '.join(named)}: {steps:,} steps of up to {config.batch.step_tokens:,} tokens "
+        f"from {config.checkpoint}",
     ]

@@ -1,104 +1,221 @@
-"""Supervised fine-tuning: conversations rendered by the one template, loss where the template says so."""
+"""Alignment: phases of kinds, each run by the one training loop with its own rows and loss."""
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from freehold.checkpoint import dcp
-from freehold.core.artifact import Workspace, read_manifest
-from freehold.core.document import Conversation, read_rows
-from freehold.core.errors import CheckpointError, DataError
+from freehold.core.artifact import MANIFEST, Workspace, read_manifest
+from freehold.core.document import write_table
+from freehold.core.errors import CheckpointError
 from freehold.core.machine import check_memory_fits
 from freehold.data.exposure import ROW_BYTES
-from freehold.data.loader import ConversationOrder
-from freehold.data.packing import Example
+from freehold.data.loader import ConversationOrder, Order, PhaseRows, TextOrder
+from freehold.data.mixed import MixedOrder
+from freehold.data.pairs import PairOrder
+from freehold.data.shards import ShardSet
+from freehold.losses.preference import Preference
+from freehold.losses.protocol import Loss
+from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
 from freehold.parallel.config import validate_layout
+from freehold.stages.align import forgetting
 from freehold.stages.align.config import AlignConfig
-from freehold.tokenizer.bpe import Tokenizer
-from freehold.tokenizer.chat import render_ids
+from freehold.stages.align.rows import reference_logprobs, render_answers, render_examples
+from freehold.tokenizer.bpe import END_OF_TEXT, Tokenizer
 from freehold.trainer.stage import Stage, Start, train_stage
+
+PARTS = "phases"
+"""Where phases work that are followed or preceded by another kind; their named checkpoints leave it at the end."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The checkpoint that a group of phases starts from."""
+
+    folder: Path
+    facts: dict[str, Any]
+    model: ModelConfig
+    start: Start
+
+    @property
+    def begins_with(self) -> list[int]:
+        """Return the tokens that a text begins with, as the checkpoint was trained."""
+        return list(self.facts.get("begins_with", [END_OF_TEXT]))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a group of phases reads and minimises, and what the manifest says of it."""
+
+    order: Order
+    loss: Loss | None
+    counts: dict[str, Any]
 
 
 def run(config: AlignConfig, work: Workspace) -> dict[str, Any]:
-    """Fine-tune to the end of the last phase; resumable at any step. Returns steps, conversations and epochs."""
+    """Train to the end of the last phase; resumable at any step. Returns steps, rows and what was forgotten."""
     rows = sum(phase.steps for phase in config.phases.values()) * config.batch.sequences
     check_memory_fits(rows * ROW_BYTES, "the order of the rows", "align.phases")
-    start = work.input("pretrain") / config.checkpoint
-    facts = dcp.check(start)
-    folder = work.input("tokenize") / "tokenizer"
-    tokenizer = Tokenizer.load(folder)
-    if facts["tokenizer_sha256"] != tokenizer.sha256:
-        raise CheckpointError(
-            "the checkpoint was trained with another tokenizer",
-            where=start,
-            found=facts["tokenizer_sha256"][:16],
-            expected=tokenizer.sha256[:16],
-        )
-    model, weights = dcp.read_model(start, verify=False)  # verified by `check`
-    config.batch.check_fits(model.max_position_embeddings, "align")
+    tokenizer = Tokenizer.load(work.input("tokenize") / "tokenizer")
+    first = open_start(work.input("pretrain") / config.checkpoint, tokenizer)
+    config.batch.check_fits(first.model.max_position_embeddings, "align")
     validate_layout(
         config.parallel,
-        model,
+        first.model,
         context_tokens=config.batch.context_tokens,
         sequences=config.batch.sequences,
         micro_sequences=config.batch.micro_sequences,
         stage="align",
     )
+    gated = config.max_forgetting is not None and work.leads
+    before = forgetting.measure(first.folder, first.begins_with, config, work) if gated else None
+    groups = config.groups()
+    counts: dict[str, Any] = {}
+    if len(groups) == 1:
+        counts = train(config, work, tokenizer, first, 0)
+    else:
+        counts = train_groups(config, work, tokenizer, first)
+    if before is not None and config.max_forgetting is not None and (last := _last(config, work)) is not None:
+        after = forgetting.measure(last, first.begins_with, config, work)
+        if after is not None:
+            counts["forgetting"] = forgetting.judge(before, after, config.max_forgetting, work)
+    return counts
+
+
+def open_start(folder: Path, tokenizer: Tokenizer) -> Opened:
+    """Open the checkpoint that training starts from; CheckpointError when it is damaged or another tokenizer's."""
+    facts = dcp.check(folder)
+    if facts["tokenizer_sha256"] != tokenizer.sha256:
+        raise CheckpointError(
+            "the checkpoint was trained with another tokenizer",
+            where=folder,
+            found=facts["tokenizer_sha256"][:16],
+            expected=tokenizer.sha256[:16],
+        )
+    model, weights = dcp.read_model(folder, verify=False)  # verified by `check`
+    parent = read_manifest(folder)["content_sha256"]
+    return Opened(folder, facts, model, Start(parent=parent, tokens=facts["tokens"], weights=weights))
+
+
+def train_groups(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, first: Opened) -> dict[str, Any]:
+    """Run phases of several kinds, each group from the checkpoint of the one before; skip groups that are finished."""
+    opened, done, found, traces = first, 0, [], []
+    for group in config.groups():
+        name, phase = list(group.items())[-1]
+        part = dataclasses.replace(work, folder=work.folder / PARTS / next(iter(group)))
+        finished = work.folder / phase.checkpoint
+        if not phase.checkpoint or not (finished / MANIFEST).exists():
+            work.log.say(f"  {', '.join(group)}: {phase.kind}, from {opened.folder.name}")
+            found.append(train(config.model_copy(update={"phases": group}), part, tokenizer, opened, done))
+            for each in group.values():
+                if each.checkpoint and work.leads:
+                    (part.folder / each.checkpoint).rename(work.folder / each.checkpoint)
+        traces.append(part.folder / "trace.parquet")
+        done += sum(each.steps for each in group.values())
+        if phase.checkpoint:
+            opened = open_start(finished, tokenizer)
+    if work.leads:
+        tables = [pq.read_table(path) for path in traces]
+        write_table(work.folder / "trace.parquet", pa.concat_tables(tables))
+    named = {p.checkpoint: p.stage_type for p in config.phases.values() if p.checkpoint}
+    skipped = [step for counts in found for step in counts["skipped_steps"]]
+    rows = {key: value for counts in found for key, value in counts.items()}
+    return {**rows, "steps": done, "checkpoints": named, "skipped_steps": skipped}
+
+
+def train(
+    config: AlignConfig, work: Workspace, tokenizer: Tokenizer, opened: Opened, first_step: int
+) -> dict[str, Any]:
+    """Run the phases of `config`, all of one kind, from an opened checkpoint; return the counts."""
+    schedule = Schedule(dict(config.phases), first_step=first_step)
+    kind = next(iter(config.phases.values())).kind
+    rows = (
+        conversations(config, work, tokenizer, opened, first_step)
+        if kind == "sft"
+        else preferences(config, work, tokenizer, opened, first_step)
+    )
+    stage = Stage(
+        name="align",
+        model=opened.model,
+        order=rows.order,
+        schedule=schedule,
+        tokenizer=work.input("tokenize") / "tokenizer",
+        facts={
+            "tokenizer_sha256": tokenizer.sha256,
+            "begins_with": opened.begins_with,
+        },
+        start=opened.start,
+        loss=rows.loss,
+    )
+    counts = train_stage(stage, config, work)  # type: ignore[arg-type]
+    return {"steps": counts["steps"], **rows.counts, **counts}
+
+
+def conversations(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, opened: Opened, first_step: int) -> Rows:
+    """Return the rows of fine-tuning: conversations, with replay also pre-training text."""
+    steps = sum(phase.steps for phase in config.phases.values())
+    replayed = round(config.replay * config.batch.sequences)
     examples, assistant_tokens = render_examples(work, tokenizer)
-    schedule = Schedule(config.phases)
     order = ConversationOrder(
         examples,
         context_tokens=config.batch.context_tokens,
-        sequences=config.batch.sequences,
-        steps=schedule.total_steps,
+        sequences=config.batch.sequences - replayed,
+        steps=steps,
         seed=work.seed,
         pad=tokenizer.pad,
+        first_step=first_step,
     )
     work.log.say(f"  {len(order.examples):,} conversations, {order.epochs} epochs at most, {order.too_long} too long")
-    stage = Stage(
-        name="align",
-        model=model,
-        order=order,
-        schedule=schedule,
-        tokenizer=folder,
-        facts={
-            "tokenizer_sha256": tokenizer.sha256,
-            "begins_with": facts.get("begins_with", [tokenizer.end_of_text]),
-        },
-        start=Start(parent=read_manifest(start)["content_sha256"], tokens=facts["tokens"], weights=weights),
+    counts = {"conversations": len(order.examples), "too_long": order.too_long, "assistant_tokens": assistant_tokens}
+    if not replayed:
+        return Rows(order, None, counts)
+    text = TextOrder(
+        ShardSet.load(work.input("tokenize") / "tokens").sources("train"),
+        [PhaseRows(name, phase.steps, phase.mixture) for name, phase in config.phases.items()],
+        context_tokens=config.batch.context_tokens,
+        sequences=replayed,
+        seed=work.seed,
+        separator=END_OF_TEXT,
+        begin=(opened.begins_with or [END_OF_TEXT])[0],
+        first_step=first_step,
     )
-    counts = train_stage(stage, config, work)
-    return {
-        "steps": counts["steps"],
-        "conversations": len(order.examples),
-        "too_long": order.too_long,
-        "assistant_tokens": assistant_tokens,
-        **counts,
-    }
+    work.log.say(f"  replay: {replayed} of {config.batch.sequences} rows a step are pre-training text")
+    return Rows(MixedOrder(order, text), None, {**counts, "replayed_rows": replayed})
 
 
-def is_preference(row: Conversation) -> bool:
-    """Return whether a row says which answer is better, rather than what to say."""
-    return any("rejected" in message or "label" in message for message in row.messages)
+def preferences(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, opened: Opened, first_step: int) -> Rows:
+    """Return the rows of preference learning; the checkpoint that it starts from is the reference."""
+    settings = next(iter(config.phases.values())).preference
+    order = PairOrder(
+        render_answers(work, tokenizer, unpaired=settings.loss == "kto"),
+        context_tokens=config.batch.context_tokens,
+        sequences=config.batch.sequences,
+        steps=sum(phase.steps for phase in config.phases.values()),
+        seed=work.seed,
+        pad=tokenizer.pad,
+        first_step=first_step,
+    )
+    if settings.loss != "simpo":
+        order.reference = reference_logprobs(forgetting.open_for_use(opened.folder, config.trainer.dtype), order)
+    work.log.say(f"  {len(order.answers):,} pairs or answers, {order.epochs} epochs at most, {order.too_long} too long")
+    loss = Preference(
+        settings.loss, settings.beta, settings.margin, settings.cross_entropy, config.trainer.loss_chunk_tokens
+    )
+    return Rows(order, loss, {"answers": len(order.answers), "answers_too_long": order.too_long})
 
 
-def render_examples(work: Workspace, tokenizer: Tokenizer) -> tuple[list[Example], int]:
-    """Return the training conversations as ids with loss masks, and how many tokens carry loss.
-
-    Raises DataError when there are none.
-    """
-    examples, assistant_tokens = [], 0
-    for path in sorted((work.input("curate") / "conversations").glob("*.parquet")):
-        for row in work.log.track(read_rows(path, Conversation), f"render {path.stem}"):
-            if row.split == "train" and not is_preference(row):
-                ids, mask = render_ids(tokenizer, row.messages, tools=row.messages[0].get("tools"))
-                examples.append(Example(row.id, row.source, ids, mask))
-                assistant_tokens += sum(mask)
-    if not examples:
-        raise DataError(
-            "there are no conversations to learn from",
-            where=work.input("curate") / "conversations",
-            todo="add a source of conversations (kind: conversations, or generated) to gather.sources",
-        )
-    return examples, assistant_tokens
+def _last(config: AlignConfig, work: Workspace) -> Path | None:
+    """Return the checkpoint that the last phase made: its named one, else that of its last step."""
+    name = list(config.phases.values())[-1].checkpoint
+    if name:
+        return work.folder / name
+    groups = config.groups()
+    part = work.folder if len(groups) == 1 else work.folder / PARTS / next(iter(groups[-1]))
+    return dcp.last_good(part / "checkpoints", work.log.warn)
