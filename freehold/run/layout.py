@@ -127,9 +127,9 @@ WALK: dict[str, Stage] = _table(
     Stage(
         EXPORT,
         "Preview -> HF folder and GGUF files, proven equal or refused",
-        inputs=(ALIGN,),
+        inputs=(ALIGN, TOKENIZE),
         gate="export",
-        writes=("hf/*", "gguf/*", "parity.json"),
+        writes=("hf/*", "gguf/*", "parity.json", "imatrix*"),
     ),
     Stage(
         SERVE,
