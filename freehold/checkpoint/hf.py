@@ -153,10 +153,19 @@ def save_hf(
                 # A copy: safetensors refuses tensors that share memory.
                 tensors[name] = part.to("cpu", kind, copy=True).contiguous()
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        _follow_umask(folder / file)
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_json(folder / "config.json", to_hf_dict(config, str(dtype).removeprefix("torch.")))
+
+
+def _follow_umask(path: Path) -> None:
+    """Give a file the mode that any new file has here: safetensors writes for the owner alone."""
+    plain = path.with_name(path.name + ".mode")
+    plain.touch()
+    path.chmod(plain.stat().st_mode & 0o777)
+    plain.unlink()
 
 
 def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

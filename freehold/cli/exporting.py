@@ -91,11 +91,11 @@ def model_folder(path: Path) -> Path:
 def name_of(folder: Path) -> str:
     """Return a name for the files: that of the run for its checkpoint, else the folder's."""
     folder = folder.resolve()
-    run = _run_of(folder)
+    run = run_of(folder)
     return (run.name if run else folder.name).replace(" ", "-")
 
 
-def _run_of(folder: Path) -> Path | None:
+def run_of(folder: Path) -> Path | None:
     """Return the run that a checkpoint is in; None for a folder that stands alone."""
     parents = folder.resolve().parents
     return next((run for run in parents[1:3] if RunFolder(run).any_finished()), None)
@@ -103,7 +103,7 @@ def _run_of(folder: Path) -> Path | None:
 
 def check_rights(folder: Path, uses: tuple[str, ...]) -> None:
     """Raise LicenceError when the policy of a run does not let this checkpoint out, as its export stage would."""
-    run = _run_of(folder)
+    run = run_of(folder)
     if run is None or not RunFolder(run).finished(CURATE):
         return
     from freehold.core.artifact import read_manifest

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from freehold.cli.calibrating import calibrate, calibrate_arguments
 from freehold.cli.check import check, check_arguments
 from freehold.cli.exporting import export_arguments, export_path, is_folder_export
 from freehold.cli.importing import import_, import_arguments
@@ -47,6 +48,8 @@ def add_verbs(verbs: Any) -> None:
             if stage.name == EXPORT:
                 export_arguments(made)
     import_arguments(verb(verbs, IMPORT, PUBLISHED.summary, import_))
+    text = "what the inputs of a model's weights are like, for quantization: an importance matrix"
+    calibrate_arguments(verb(verbs, "calibrate", text, calibrate))
     _add_serve(verbs)
     chat = verb(verbs, CHAT, "talk to a model in the terminal", _chat)
     chat.add_argument("path", help="run folder, checkpoint or HF folder")

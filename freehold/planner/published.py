@@ -165,9 +165,9 @@ PUBLISHED: dict[str, list[Published]] = {
                 ("Q4_K_S", 225.0), ("Q4_K_M", 239.7), ("Q5_K_S", 274.4), ("Q5_K_M", 282.2),
             )
         ),
-        # Quoted for 4 and 3 bits without the type; compared with the nearest.
-        Published("files/Q4_K_S", 230e9, 0.05, "quoted size of the 4-bit GGUF, type not named"),
-        Published("files/Q3_K_S", 175e9, 0.05, "quoted size of the 3-bit GGUF, type not named"),
+        # Quoted for Q4_K_M and Q3_K_M; the files that hold every weight are 4 and 8 % larger.
+        Published("files/Q4_K_M", 230e9, 0.05, "quoted size of the Q4_K_M GGUF"),
+        Published("files/Q3_K_M", 175e9, 0.09, "quoted size of the Q3_K_M GGUF"),
         Published("serve/BF16", 955e9, 0.2, "vLLM recipe: device memory asked for, with headroom"),
         Published("serve/NVFP4", 239e9, 0.15, "vLLM recipe, with an fp8 cache"),
     ],

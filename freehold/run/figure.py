@@ -116,6 +116,22 @@ def _stack(axes: Axes, parts: list[tuple[str, float]], unit: str, wrong: float) 
     axes.set_xlim(0, max(start + wrong, 1e-9) * 1.15)
 
 
+def draw_calibration(found: dict[str, Any]) -> bytes:
+    """Return the picture of a calibration: tokens of every expert by layer; black cells are experts that saw none."""
+    layers = found["layers"]
+    tokens = np.array([layer["tokens"] for layer in layers.values()], dtype=float)
+    figure = Figure(figsize=(8, 1.5 + 0.3 * len(tokens)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(np.log10(np.maximum(tokens, 0.5)), aspect="auto", cmap="inferno", interpolation="nearest")
+    figure.colorbar(image, label="log10 of tokens")
+    axes.set_yticks(range(len(tokens)), list(layers))
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    idle = int((tokens == 0).sum())
+    axes.set_title(f"{found['tokens']:,} tokens of calibration: {idle} of {tokens.size} experts saw none")
+    return png(figure)
+
+
 def draw_data(facts: dict[str, Any]) -> bytes:
     """Return a PNG of a corpus from the facts of its card: sources, licences, lengths, languages, drops, reading."""
     with matplotlib.rc_context(STYLE):

@@ -101,7 +101,9 @@ WALK: dict[str, Stage] = _table(
         "bits per byte and tasks, before and after alignment",
         inputs=(PRETRAIN, ALIGN, TOKENIZE, CURATE),
     ),
-    Stage(EXPORT, "Preview -> HF folder and GGUF files, proven equal or refused", inputs=(ALIGN,), gate="export"),
+    Stage(
+        EXPORT, "Preview -> HF folder and GGUF files, proven equal or refused", inputs=(ALIGN, TOKENIZE), gate="export"
+    ),
     Stage(SERVE, "serve a checkpoint, an HF folder or a GGUF over an OpenAI-compatible API", inputs=(ALIGN,)),
 )
 """Each stage of the walk, in order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from freehold.stages.export.files import write_files
 from freehold.stages.export.llama import ExactLlama
 from freehold.stages.export.proof import probes, prove_gguf, prove_hf
 from freehold.stages.export.run import run
-from freehold.tokenizer import bpe
+from freehold.tokenizer import bpe, chat
 
 # Irregular where it can be: queries wider than the model, a route scale, two shared experts, spare rows.
 MODEL: dict[str, Any] = {
@@ -123,6 +124,64 @@ def test_export_is_proven(exported: Exported) -> None:
 def test_the_same_checkpoint_gives_the_same_bytes(exported: Exported, align: Path, tmp_path: Path) -> None:
     run(ExportConfig(name="Tiny", proof=SMALL_PROOF), workspace(tmp_path, align))
     assert hash_files(tmp_path) == hash_files(exported.work.folder)
+
+
+def test_limits_are_stated_and_modes_follow_the_umask(exported: Exported) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(exported.hf)
+    assert tokenizer.model_max_length == exported.config.max_position_embeddings
+    assert len(tokenizer("a " * 500, truncation=True)["input_ids"]) == exported.config.max_position_embeddings
+    files = [*exported.hf.iterdir(), *(exported.work.folder / "gguf").iterdir()]
+    (exported.work.folder / "log" / "plain").touch()
+    assert {f.stat().st_mode for f in files} == {(exported.work.folder / "log" / "plain").stat().st_mode}
+
+
+def test_every_file_has_a_card(exported: Exported) -> None:
+    for kind in ("F32", "Q8_0"):
+        card = json.loads(exported.gguf(kind).with_suffix(".card.json").read_text())
+        proof = card["proof"]
+        assert card["bytes"] == card["planned_bytes"] == exported.gguf(kind).stat().st_size
+        assert card["types"]["experts"] == {kind: 8}
+        assert card["types"]["router"] == {"F32": 8}
+        assert card["calibration"] == {"importance": "none"}
+        assert proof["plain_text_begins_with"] == [exported.tokenizer.bos]
+        assert proof["median_kl"] <= proof["p99_kl"] <= proof["max_kl"]
+        assert proof["perplexity"] == pytest.approx(
+            proof["perplexity_of_the_model"], rel=1e-4 if kind == "F32" else 0.5
+        )
+        assert len(card["worst_tensors"]) == 5
+        assert "| norms |" in exported.gguf(kind).with_suffix(".card.md").read_text()
+    worst = card["worst_tensors"][0]["relative_error"]
+    assert 0.001 < worst < 0.02
+
+
+def render_go(template: str, messages: list[dict[str, str]]) -> str:
+    """Render the part of Go's template language that our Modelfile uses."""
+    loop = re.fullmatch(r"\{\{- range \.Messages \}\}(.*)\{\{ end \}\}(.*)", template, re.DOTALL)
+    assert loop
+    body, rest = loop.groups()
+    choice = re.search(r'\{\{ if eq \.Role "tool" \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}', body, re.DOTALL)
+    assert choice
+    text = ""
+    for message in messages:
+        one = body[: choice.start()] + choice[1 if message["role"] == "tool" else 2] + body[choice.end() :]
+        text += one.replace("{{ .Role }}", message["role"]).replace("{{ .Content }}", message["content"])
+    return text + rest
+
+
+def test_modelfile_renders_the_ids_of_the_chat_template(exported: Exported) -> None:
+    text = exported.gguf("Q8_0").with_suffix(".Modelfile").read_text()
+    assert text.startswith("FROM ./Tiny-Q8_0.gguf\n")
+    assert f"PARAMETER num_ctx {exported.config.max_position_embeddings}\n" in text
+    template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)
+    assert template
+    tool = [{"role": "user", "content": "?"}, {"role": "tool", "content": "!"}]
+    plain = [messages for messages, tools in samples.CONVERSATIONS.values() if not tools]
+    for messages in [*plain, tool]:
+        ids = chat.render_ids(exported.tokenizer, messages, generation=True)[0]
+        rendered = exported.tokenizer.encode(render_go(template[1], messages), specials=True)
+        assert [exported.tokenizer.bos, *rendered] == ids
 
 
 def test_transformers_opens_the_folder_and_generates(exported: Exported) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from freehold.model.config import PRESETS, ModelConfig
+from freehold.run.recipe import resolve
 from freehold.stages.export import gguf_writer, mix
 from freehold.stages.export.mix import MIXES, Choice, choose_types
 
@@ -109,6 +111,14 @@ def test_rows_that_a_type_cannot_hold_fall_back(width: int, wanted: dict[str, st
         assert choice.instead_of == ("" if kind == MIXES[file_type][0] else MIXES[file_type][0])
         head = types(config, file_type)["output.weight"].type
         assert head == ("F16" if width == 48 else "Q8_0")
+
+
+def test_quant_recipe_holds_every_k_type() -> None:
+    plan = resolve(Path(__file__).parents[2] / "recipes" / "quant.yaml")
+    config = plan.stages["pretrain"].config.model
+    assert config.num_experts == 32
+    for file_type in plan.stages["export"].config.types:
+        assert not [name for name, choice in types(config, file_type).items() if choice.instead_of], file_type
 
 
 def test_files_are_ordered_by_layer_then_name() -> None:

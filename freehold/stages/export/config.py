@@ -62,6 +62,15 @@ class Proof(Config):
         return {**MAX_KL, **self.max_kl}[kind]
 
 
+class Calibration(Config):
+    """The importance matrix that quantized files are made with: from held-out text and sample conversations."""
+
+    tokens: int = Field(default=0, ge=0, description="At most this much text; 0 = no importance matrix.")
+    floor_tokens: int = Field(
+        default=16, ge=0, description="The median expert of every layer must see this many, or the export fails."
+    )
+
+
 class ExportConfig(Config):
     """Export: the model in Hugging Face form and as GGUF, both proven against our own, or refused."""
 
@@ -81,6 +90,8 @@ class ExportConfig(Config):
         description="What the exported files must be free for, in addition to the uses of gather's policy: every row "
         "the checkpoint learned from is judged again.",
     )
+    licence: str = Field(default="", description="SPDX expression of the weights, stated next to the GGUF files.")
+    calibration: Calibration = Field(default_factory=Calibration, description="Importance matrix for quantized files.")
     generation: Generation = Field(default_factory=Generation, description="Goes to generation_config.json.")
     proof: Proof = Field(default_factory=Proof, description="What every export must reach.")
 
@@ -93,6 +104,8 @@ def plan(config: ExportConfig) -> list[str]:
         f"fails unless transformers{' and llama.cpp (F32)' if 'F32' in config.types else ''} agree with our model: "
         f"mean KL <= {config.proof.limit('HF'):g}, same best token, same token ids"
     )
+    if config.calibration.tokens:
+        lines.append(f"importance matrix from at most {config.calibration.tokens:,} tokens of held-out text")
     if "F32" not in config.types:
         lines.append("without F32 the GGUF conversion is proven only as exactly as the other types compute")
     return lines

@@ -11,6 +11,7 @@ from typing import Any
 from freehold.core.errors import ExportError
 from freehold.model.config import ModelConfig
 from freehold.stages.export import gguf_writer
+from freehold.stages.export.card import make_card, sampled_errors, write_card
 from freehold.stages.export.imatrix import Importance
 from freehold.stages.export.mix import Choice, choose_types, visiting_order
 from freehold.stages.export.shards import Shards
@@ -24,7 +25,8 @@ def write_files(
 ) -> dict[str, Any]:  # fmt: skip
     """Write GGUF files (file type: path, all in one folder) in one read of the weights; return figures.
 
-    `folder` holds the tokenizer, and in Hugging Face form the weights when none are given.
+    `folder` holds the tokenizer, and in Hugging Face form the weights when none are given. A card is
+    written next to each file, with the errors of some layers read back.
 
     `workers` 0 means one a core. Memory is a slab a worker, whatever the size. ExportError when tensors do not add up,
     are not finite, when the importance matrix is another model's, or when the disk is full (repeat to resume).
@@ -40,13 +42,40 @@ def write_files(
             _say_fallbacks(target, say)
         writer = Writer(shards, tensors, targets, importance, workers or len(os.sched_getaffinity(0)), say)
         figures = writer.run()
+        for target in targets:
+            write_card(target.path, _card(target, importance, sampled_errors(shards, tensors, target)))
     finally:
         shards.close()
-    for target in targets:
-        figures.setdefault("bytes", {})[target.file_type] = target.bytes
+    figures["bytes"] = {target.file_type: target.bytes for target in targets}
     figures["types"] = {t.file_type: dict(Counter(c.type for c in t.choices.values())) for t in targets}
     figures["fallbacks"] = {t.file_type: fallbacks(t.choices) for t in targets}
     return figures
+
+
+def describe_calibration(importance: Importance | None) -> dict[str, Any]:
+    """Return what a card says of the importance matrix."""
+    if importance is None:
+        return {"importance": "none"}
+    return {
+        "importance": "matrix",
+        "file": importance.path.name,
+        "sha256": importance.sha256(),
+        "text": importance.dataset,
+        "chunks": importance.chunks,
+        "weights": len(importance.names),
+        "matrices that saw no token": importance.idle() + len(importance.prior_only),
+        "of these with a neutral prior": len(importance.prior_only),
+    }
+
+
+NOT_RUN = "not run: weights of the first, middle and last layer were read back, the model was not asked anything"
+
+
+def _card(target: Target, importance: Importance | None, errors: dict[str, float]) -> dict[str, Any]:
+    return make_card(
+        target.path, target.file_type, target.choices, planned_bytes=target.bytes,
+        calibration=describe_calibration(importance), errors=errors, proof={"model": NOT_RUN},
+    )  # fmt: skip
 
 
 def account(shards: Weights, config: ModelConfig) -> None:

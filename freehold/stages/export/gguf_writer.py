@@ -236,11 +236,14 @@ def vocabulary(tokenizer: dict[str, Any], rows: int) -> tuple[list[str], list[in
     return tokens, types
 
 
-def differing_tensors(path: Path, hf_folder: Path, config: ModelConfig, file_type: str) -> Iterator[str]:
+def differing_tensors(
+    path: Path, hf_folder: Path, config: ModelConfig, file_type: str, errors: dict[str, float] | None = None
+) -> Iterator[str]:
     """Yield, for each tensor of a written file that does not hold its source weights, a line saying so.
 
     Every tensor is read back with gguf's own decoder. F32 must be equal bit by bit, BF16 within half of its last place,
-    Q8_0 within half a step of each block, other types within the usual error of the type over a whole matrix.
+    Q8_0 within half a step of each block, other types within the usual error of the type over a whole matrix. `errors`
+    gets the relative root mean square error of each tensor.
     """
     shards = Shards(hf_folder)
     reader = gguf.GGUFReader(path)
@@ -260,9 +263,16 @@ def differing_tensors(path: Path, hf_folder: Path, config: ModelConfig, file_typ
             yield f"{tensor.name} is stored as {found_kind.name}, not {kind.name}"
             continue
         parts = stored[tensor.name].data if tensor.stacked else [stored[tensor.name].data]
+        sums = np.zeros(2)
         for source, part in zip(tensor.sources, parts, strict=True):
-            if not _same(shards.read(source), dequantize(np.asarray(part), kind), kind):
+            wanted, found = shards.read(source), dequantize(np.asarray(part), kind)
+            if not _same(wanted, found, kind):
                 yield f"{tensor.name} differs from {source}"
+            if wanted.shape == found.shape:
+                squares = (np.square(found - wanted, dtype=np.float64), np.square(wanted, dtype=np.float64))
+                sums += [part.sum() for part in squares]
+        if errors is not None:
+            errors[tensor.name] = float(np.sqrt(sums[0] / sums[1])) if sums[1] else 0.0
     shards.close()
 
 

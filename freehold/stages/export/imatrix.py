@@ -17,6 +17,8 @@ import numpy as np
 from freehold.core.errors import ExportError
 
 SUMS, COUNTS = ".in_sum2", ".counts"
+PRIOR = "freehold.prior"
+"""Key that lists `weight:expert` of experts that saw no token and have a neutral guess."""
 REMEDY = "make the importance matrix again from this model"
 
 
@@ -49,6 +51,9 @@ class Importance:
         self._sums = {n: (found[n + SUMS].data_offset, found[n + SUMS].n_elements) for n in self.names}
         self._counts = {n: np.array(found[n + COUNTS].data, np.float32).reshape(-1) for n in self.names}
         self.dataset = self._text(reader, "imatrix.datasets")
+        guessed = self._value(reader, PRIOR)
+        self.prior_only = list(guessed) if isinstance(guessed, list) else []
+        """Experts, as `weight:expert`, that have a neutral guess in place of calibration."""
         self.chunks = int(self._value(reader, "imatrix.chunk_count") or 0)
         # The reader maps the file, and touched pages count as memory: rows are read one at a time instead.
         self._handle = os.open(path, os.O_RDONLY)

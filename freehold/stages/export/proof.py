@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,12 +99,15 @@ def prove_gguf(
     log: Path,
 ) -> Record:
     """Read a GGUF file back, open it with llama.cpp and compare weights, distributions, token ids and template."""
-    failures = _first(list(differing_tensors(path, hf_folder, config, file_type)))
-    agreement = Agreement.empty()
+    errors: dict[str, float] = {}
+    failures = _first(list(differing_tensors(path, hf_folder, config, file_type, errors)))
+    agreement, said = Agreement.empty(), _Surprise()
     with ExactLlama(path, max(len(p.ids) for p in passages) + 16, log, limits.threads) as llama:
         for passage, length in probes(passages, limits.gguf_positions):
             candidate = llama.log_probabilities(passage.ids[:length], config.vocab_size)
-            agreement.add(log_probabilities(passage.logits[length - 1]), candidate)
+            reference = log_probabilities(passage.logits[length - 1])
+            agreement.add(reference, candidate)
+            said.add(passage.ids[length:], reference, candidate)
         failures += _compare("token ids", ((n, tokenizer.encode(t), llama.tokenize(t)) for n, t in TEXTS.items()))
         begun = [*tokenizer.prefix, *tokenizer.encode("a b")], llama.tokenize("a b", specials=True)
         failures += _compare("ids of a prompt", (("plain", *begun),))
@@ -114,12 +119,36 @@ def prove_gguf(
         "runtime": f"llama.cpp in xllamacpp {package_versions()['xllamacpp']}, fp32 cache, no flash attention",
         "bytes": path.stat().st_size,
         **agreement.record(),
+        **said.record(),
+        "plain_text_begins_with": list(tokenizer.prefix),
         "texts_tokenized": len(TEXTS),
         "conversations_rendered": len(samples.CONVERSATIONS),
         "failures": failures,
         "passed": not failures,
         "_exact_mean_kl": agreement.mean_kl,
+        "_errors": errors,
     }
+
+
+@dataclass
+class _Surprise:
+    """Negative log-probabilities of the tokens that followed, by our model and by a candidate."""
+
+    ours: list[float] = field(default_factory=list)
+    theirs: list[float] = field(default_factory=list)
+
+    def add(self, following: list[int], reference: np.ndarray, candidate: np.ndarray) -> None:
+        """Count the token that follows, where there is one."""
+        if following:
+            self.ours.append(float(-reference[following[0]]))
+            self.theirs.append(float(-candidate[following[0]]))
+
+    def record(self) -> dict[str, float]:
+        """Return both perplexities; ours is that of the model in fp32 with the weights of the BF16 file."""
+        if not self.ours:
+            return {}
+        ours, theirs = (float(np.exp(np.mean(values))) for values in (self.ours, self.theirs))
+        return {"perplexity": float(f"{theirs:.4g}"), "perplexity_of_the_model": float(f"{ours:.4g}")}
 
 
 def probes(passages: list[Passage], count: int) -> list[tuple[Passage, int]]:

@@ -132,6 +132,8 @@ class Agreement:
         return {
             "positions": len(self.kl),
             "mean_kl": figure(self.mean_kl),
+            "median_kl": figure(float(np.median(self.kl))),
+            "p99_kl": figure(float(np.quantile(self.kl, 0.99))),
             "max_kl": figure(max(self.kl)),
             "top1_agreement": round(float(np.mean(self.best)), 6),
         }

@@ -15,16 +15,19 @@ from torch import Tensor
 
 from freehold.checkpoint.dcp import read_model
 from freehold.checkpoint.hf import save_hf
-from freehold.core.artifact import Workspace, read_json, write_json
+from freehold.core.artifact import Workspace, read_json, read_manifest, write_json
 from freehold.core.errors import ExportError
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.model.device import choose_device
+from freehold.stages.export.calibrate import calibrate, held_out
+from freehold.stages.export.card import add_proof
 from freehold.stages.export.check import check, check_tokenizer
 from freehold.stages.export.config import ExportConfig
 from freehold.stages.export.files import write_files
 from freehold.stages.export.proof import Record, experts_reached, prove_gguf, prove_hf
 from freehold.stages.export.reference import passages, settled
+from freehold.stages.export.release import write_release
 from freehold.tokenizer.bpe import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -51,8 +54,10 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
 
     hf, dtype = work.folder / "hf", getattr(torch, config.dtype)
     save_hf(hf, model_config, state, dtype)
-    for file in TOKENIZER_FILES:
-        shutil.copyfile(checkpoint / file, hf / file)
+    shutil.copyfile(checkpoint / TOKENIZER_FILES[0], hf / TOKENIZER_FILES[0])
+    settings = read_json(checkpoint / TOKENIZER_FILES[1])
+    # Without it transformers takes a tokenizer for one without limit and cuts nothing.
+    write_json(hf / TOKENIZER_FILES[1], settings | {"model_max_length": model_config.max_position_embeddings})
     tokenizer = Tokenizer.load(hf)
     begins_with = read_json(checkpoint / "trainer.json").get("begins_with", [tokenizer.end_of_text])
     if begins_with != list(tokenizer.prefix):
@@ -61,17 +66,12 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
         )
     write_json(hf / "generation_config.json", _generation(config, tokenizer))
     work.log.say(f"hf/: {_megabytes(hf)}")
-    files: dict[str, Path] = {kind: work.folder / "gguf" / f"{config.name}-{kind}.gguf" for kind in config.types}
-    for path in files.values():  # a stage that starts again starts from the beginning
-        path.unlink(missing_ok=True)
-    if files:
-        write_files(hf, model_config, files, name=config.name, say=work.log.say)
-    for path in files.values():
-        work.log.say(f"gguf/{path.name}: {_megabytes(path)}")
-
     rounded = {name: _rounded(tensor, dtype) for name, tensor in state.items()}
     with _torch_threads(config.proof.threads):
-        parity = prove(config, work, model_config, rounded, tokenizer, hf, files)
+        model = _model(config, model_config, rounded)
+        imatrix = _calibrated(config, work, model, tokenizer) if config.calibration.tokens else None
+        files = _gguf_files(config, work, model_config, hf, imatrix)
+        parity = prove(config, work, model, rounded, tokenizer, hf, files)
     write_json(work.folder / "parity.json", parity)
     failures = [f"{name}: {line}" for name, record in parity["exports"].items() for line in record["failures"]]
     if failures:
@@ -91,21 +91,61 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
     }
 
 
+def _model(config: ExportConfig, model_config: ModelConfig, weights: dict[str, Tensor]) -> Afmoe:
+    """Return our model in fp32 with the weights that every export holds."""
+    with torch.device("meta"):
+        model = Afmoe(model_config)
+    model.load_state_dict(weights, assign=True)
+    return model.to(choose_device(config.proof.device, "proof.device", quiet=True)).eval()
+
+
+def _calibrated(config: ExportConfig, work: Workspace, model: Afmoe, tokenizer: Tokenizer) -> Path:
+    """Write the importance matrix `<name>.imatrix.gguf` and its report; return its path."""
+    folder = work.input("tokenize")
+    text, digest = held_out(folder), read_manifest(folder)["content_sha256"]
+    path = work.folder / f"{config.name}.imatrix.gguf"
+    found = calibrate(
+        model, tokenizer, text, path, dataset=f"held-out text of {digest[:16]}, and sample conversations",
+        tokens=config.calibration.tokens, floor=config.calibration.floor_tokens,
+    )  # fmt: skip
+    write_json(work.folder / "calibration.json", found)
+    work.log.say(
+        f"{path.name}: {found['tokens']:,} tokens, {len(found['prior_only'])} expert matrices with a prior only"
+    )
+    return path
+
+
+def _gguf_files(
+    config: ExportConfig, work: Workspace, model_config: ModelConfig, hf: Path, imatrix: Path | None
+) -> dict[str, Path]:
+    """Write the GGUF files with what belongs next to them; return their paths by type."""
+    folder = work.folder / "gguf"
+    files: dict[str, Path] = {kind: folder / f"{config.name}-{kind}.gguf" for kind in config.types}
+    for path in files.values():  # a stage that starts again starts from the beginning
+        path.unlink(missing_ok=True)
+    if files:
+        write_files(hf, model_config, files, name=config.name, imatrix=imatrix, say=work.log.say)
+        how = config.generation
+        write_release(
+            folder, files, model_config, name=config.name, source=hf, licence=config.licence,
+            generation=how.model_dump() if how.temperature else {"temperature": 0},
+        )  # fmt: skip
+    for path in files.values():
+        work.log.say(f"gguf/{path.name}: {_megabytes(path)}")
+    return files
+
+
 def prove(
     config: ExportConfig,
     work: Workspace,
-    model_config: ModelConfig,
+    model: Afmoe,
     weights: dict[str, Tensor],
     tokenizer: Tokenizer,
     hf: Path,
     files: dict[str, Path],
 ) -> dict[str, Any]:
     """Compare every export with our model holding `weights`, and return what goes into `parity.json`."""
-    with torch.device("meta"):
-        model = Afmoe(model_config)
-    model.load_state_dict(weights, assign=True)
-    device = choose_device(config.proof.device, "proof.device", quiet=True)
-    model.to(device).eval()
+    model_config, device = model.config, next(model.parameters()).device
     named = list(passages(tokenizer, model_config))
     said, cut_tokens = settled(model, named)
     tokens = sum(len(p.ids) for p in said)
@@ -125,7 +165,9 @@ def prove(
         else:
             log = work.folder / "log" / f"llama_{name}.txt"
             record = prove_gguf(files[name], hf, name, model_config, said, tokenizer, config.proof, log)
-        exact = record.pop("_exact_mean_kl")
+        exact, errors = record.pop("_exact_mean_kl"), record.pop("_errors", None)
+        if errors is not None:
+            add_proof(files[name], record, errors, config.proof.limit(name))
         exports[name] = record
         now = time.monotonic()
         work.log.metrics(len(exports), {f"export/{name}/mean_kl": exact, f"export/{name}/proof_s": now - start})
