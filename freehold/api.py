@@ -236,7 +236,7 @@ def _is_model(folder: Path) -> bool:
         return (folder / MANIFEST).exists()
     try:
         return json.loads(config.read_text(encoding="utf-8")).get("model_type") == "afmoe"
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+    except (ValueError, RecursionError, AttributeError):  # not JSON, not UTF-8, too deep, or no object
         return False
 
 
@@ -261,7 +261,7 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
             todo="put the tokenizer the model was trained with next to the weights",
         )
     facts = folder / "trainer.json"
-    recorded = json.loads(facts.read_text(encoding="utf-8")).get("tokenizer_sha256") if facts.exists() else None
+    recorded = read_json(facts, CheckpointError, None).get("tokenizer_sha256") if facts.exists() else None
     if recorded and recorded != tokenizer.sha256:
         raise CheckpointError(
             "not the tokenizer this model was trained with",

@@ -95,9 +95,10 @@ def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ArtifactError, match="no model here"):
         api.load(tmp_path)
-    (tmp_path / "config.json").write_text("[")
-    with pytest.raises(ArtifactError, match="no model here"):
-        api.load(tmp_path)
+    for damaged in ("[", "[1]", "[" * 200_000, "\ud800"):
+        (tmp_path / "config.json").write_text(damaged, errors="surrogatepass")
+        with pytest.raises(ArtifactError, match="no model here"):
+            api.load(tmp_path)
     (tmp_path / "model.gguf").write_bytes(b"")
     with pytest.raises(ArtifactError, match="freehold serve"):
         api.load(tmp_path / "model.gguf")
@@ -127,6 +128,10 @@ def test_another_models_tokenizer_is_refused(tiny_model, tiny_tokenizer, tmp_pat
     (folder / "trainer.json").write_text(json.dumps({"tokenizer_sha256": "0" * 64}))
     with pytest.raises(CheckpointError, match="not the tokenizer this model was trained with"):
         api.load(folder)
+    for damaged in ("[1]", "{", "[" * 100_000):
+        (folder / "trainer.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match="trainer.json"):
+            api.load(folder)
     (folder / "trainer.json").unlink()
     larger = train([chr(a) + chr(b) for a in range(65, 91) for b in range(65, 91)] * 2, 600, Log(quiet=True))
     larger.save(folder)

@@ -14,6 +14,7 @@ from freehold.cli.exporting import export_arguments, export_path, is_folder_expo
 from freehold.cli.importing import import_, import_arguments
 from freehold.cli.parser import recipe_arguments, verb, walk_flags
 from freehold.core.errors import ConfigError
+from freehold.run import layout
 from freehold.run.layout import ALIGN, CHAT, EXPORT, IMPORT, PRETRAIN, PUBLISHED, REPHRASE, SERVE, WALK
 
 TAUGHT = {
@@ -56,6 +57,7 @@ def add_verbs(verbs: Any) -> None:
     chat.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema chat`")
     _add_plan(verbs)
     _add_verify(verbs)
+    _add_verify_serving(verbs)
     schema = verb(verbs, "schema", "the settings to set first; of one stage: every setting, as JSON Schema", _schema)
     schema.add_argument("stage", nargs="?", choices=[*WALK, CHAT, IMPORT], help="a stage of the walk (default: all)")
 
@@ -113,6 +115,10 @@ def _run(args: argparse.Namespace) -> int:
     recipe = resolve(args.recipe, args.overrides, fork=args.fork)
     if args.dry_run:
         return _show_plan(recipe, list(recipe.stages), args.json, args.strict_code)
+    if PRETRAIN in layout.until(recipe.head.until):
+        from freehold.run.dry_run import check_vocabulary
+
+        check_vocabulary(recipe)  # not after an hour of other stages
     options = processes.Options(
         clean=args.clean, fork=args.fork, strict_code=args.strict_code, quiet=args.quiet or args.json
     )
@@ -164,28 +170,10 @@ def _stage(args: argparse.Namespace) -> int:
 
 
 def _show_plan(recipe: Any, stages: list[str], as_json: bool, strict_code: bool = False) -> int:
-    from freehold.core.config import to_yaml
-    from freehold.core.errors import ArtifactError
-    from freehold.run import walk
+    from freehold.run import dry_run
 
-    plans = {}
-    for stage in stages:
-        each = recipe.stages[stage]
-        config, lines = each.config, each.stage.plan(each.config)
-        try:
-            found = walk.state_of(each, strict_code=strict_code)
-            state, changes = str(found.what), list(found.changes)
-        except ArtifactError:
-            state, changes = "waits for its inputs", []
-        plans[stage] = {"state": state, "changes": changes, "plan": lines, "config": config.model_dump(mode="json")}
-    if as_json:
-        print(json.dumps({"run": str(recipe.run_folder), "stages": plans}))
-        return 0
-    print(to_yaml({**recipe.head.model_dump(mode="json"), **{s: p["config"] for s, p in plans.items()}}))
-    for stage, about in plans.items():
-        print(f"{stage}: {about['state']}")
-        for line in [*about["plan"], *(f"changed: {c}" for c in about["changes"])]:
-            print(f"  {line}")
+    views = dry_run.look(recipe, stages, strict_code=strict_code)
+    print(json.dumps(dry_run.to_dict(recipe, views)) if as_json else dry_run.text(recipe, views))
     return 0
 
 
@@ -270,6 +258,33 @@ def _verify(args: argparse.Namespace) -> int:
     )
     print(json.dumps(answer) if args.json else verify.table(answer))
     return 0 if answer["passed"] else 1
+
+
+def _add_verify_serving(verbs: Any) -> None:
+    text = "answer the same prompts alone, in a batch, cut, on all threads; compare every bit, also with training"
+    verify = verb(verbs, "verify-serving", text, _verify_serving)
+    verify.add_argument("path", help="run folder, checkpoint or HF folder")
+    verify.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default bfloat16")
+    verify.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
+    verify.add_argument("--json", action="store_true", help="machine-readable answer")
+    verify.epilog = "exit codes: 0 every bit is equal, 1 something differs, 2 a mistake"
+
+
+def _verify_serving(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from freehold import api
+    from freehold.infer.verify import table, verify_serving
+
+    engine = api.load(args.path, args.dtype, device=args.device).engine
+    checks = verify_serving(engine)
+    passed = all(check.difference is None for check in checks)
+    if args.json:
+        found = [dataclasses.asdict(check) for check in checks]
+        print(json.dumps({"passed": passed, "engine": engine.describe(), "checks": found}))
+    else:
+        print(table(engine, checks))
+    return 0 if passed else 1
 
 
 def _schema(args: argparse.Namespace) -> int:

@@ -45,8 +45,8 @@ def streamed_tokens(answer, field):
     return [entry for block in blocks if block for entry in block[field]]
 
 
-@pytest.mark.parametrize("at", [0, 1, 3, 6])
-@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("at", [0, 3, 6])
+@pytest.mark.parametrize("width", [1, 3])
 def test_no_logprob_without_text(ask, at, width):
     """A token that straddles a stop string stays, one behind it does not; streamed or not."""
     said = content(ask("/v1/chat/completions", **GREEDY))
@@ -80,7 +80,7 @@ def test_offsets_count_characters(tiny_tokenizer):
     assert len(ids) > len("é€😀") + 3  # characters in several tokens
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-10, 1e-30, 1e-39, 1e-45, 1e-46, 1e-300, 5e-324])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-39, 1e-46, 5e-324])
 def test_any_small_temperature_is_greedy(ask, temperature):
     greedy = content(ask("/v1/chat/completions", **GREEDY))
     for more in ({}, {"top_p": 5e-324}, {"min_p": 5e-324}, {"seed": 2**200, "presence_penalty": 5e-324}):

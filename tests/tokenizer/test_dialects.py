@@ -13,7 +13,7 @@ from freehold.core.errors import CheckpointError
 from freehold.tokenizer.dialects import Piece
 from freehold.tokenizer.output import AnswerFormat, read_format
 
-CUTS = 100
+CUTS = 60
 
 
 @pytest.mark.parametrize("calls_in_reasoning", [True, False])
