@@ -28,6 +28,10 @@ class Backend(Protocol):
 
     limit_tokens: int
 
+    def describe(self) -> str:
+        """Say in one line what computes, and whether answers have the same bits alone and in company."""
+        ...
+
     def decode(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> Iterator[tuple[int, Token]]:
         """Yield (number of the prompt, token) as tokens are made; refuse a bad request before the first."""
         ...
@@ -118,6 +122,10 @@ class Gguf:
         self._llama = Llama(path, limit_tokens or 0, threads=threads)
         context_tokens = int(self._llama.ask("/props")["default_generation_settings"]["n_ctx"])
         self.limit_tokens = min(limit_tokens or context_tokens, context_tokens)
+
+    def describe(self) -> str:
+        """Say in one line what computes."""
+        return "llama.cpp, not bit-invariant; one request at a time"
 
     def close(self) -> None:
         """End llama.cpp."""
