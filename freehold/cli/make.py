@@ -56,6 +56,7 @@ def add_verbs(verbs: Any) -> None:
     chat.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema chat`")
     _add_plan(verbs)
     _add_verify(verbs)
+    _add_verify_serving(verbs)
     schema = verb(verbs, "schema", "the settings to set first; of one stage: every setting, as JSON Schema", _schema)
     schema.add_argument("stage", nargs="?", choices=[*WALK, CHAT, IMPORT], help="a stage of the walk (default: all)")
 
@@ -270,6 +271,33 @@ def _verify(args: argparse.Namespace) -> int:
     )
     print(json.dumps(answer) if args.json else verify.table(answer))
     return 0 if answer["passed"] else 1
+
+
+def _add_verify_serving(verbs: Any) -> None:
+    text = "answer the same prompts alone, in a batch, cut, on all threads; compare every bit, also with training"
+    verify = verb(verbs, "verify-serving", text, _verify_serving)
+    verify.add_argument("path", help="run folder, checkpoint or HF folder")
+    verify.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default bfloat16")
+    verify.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto")
+    verify.add_argument("--json", action="store_true", help="machine-readable answer")
+    verify.epilog = "exit codes: 0 every bit is equal, 1 something differs, 2 a mistake"
+
+
+def _verify_serving(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from freehold import api
+    from freehold.infer.verify import table, verify_serving
+
+    engine = api.load(args.path, args.dtype, device=args.device).engine
+    checks = verify_serving(engine)
+    passed = all(check.difference is None for check in checks)
+    if args.json:
+        found = [dataclasses.asdict(check) for check in checks]
+        print(json.dumps({"passed": passed, "engine": engine.describe(), "checks": found}))
+    else:
+        print(table(engine, checks))
+    return 0 if passed else 1
 
 
 def _schema(args: argparse.Namespace) -> int:

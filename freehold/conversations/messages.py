@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from freehold.core.errors import DataError, RequestError
@@ -27,8 +27,6 @@ ROLES = {
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys that hold the reasoning of an assistant's message."""
 
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.S)
-_TOOLS = re.compile(r"<tools>\s*([\[{].*?)\s*</tools>", re.S)
 _RESPONSE = re.compile(r"\A\s*<tool_response>\n?(.*?)\n?</tool_response>\s*\Z", re.S)
 
 
@@ -120,11 +118,21 @@ def _reasoning(one: Mapping[str, Any], content: str, number: int, text_tags: boo
 
 def _calls_in_text(content: str, number: int) -> Message:
     """Return content and calls of a message that has its calls in `<tool_call>` tags."""
-    found = list(_CALL.finditer(content))
+    found = list(between(content, "<tool_call>", "</tool_call>"))
     if not found:
         return {}
-    left = _CALL.sub("", content)
-    return {"content": left.strip("\n"), "tool_calls": [_call(match[1], number) for match in found]}
+    ends = [0, *(end for _, end, _ in found)]
+    starts = [*(start for start, _, _ in found), len(content)]
+    left = "".join(content[end:start] for end, start in zip(ends, starts, strict=True))
+    return {"content": left.strip("\n"), "tool_calls": [_call(inside.strip(), number) for _, _, inside in found]}
+
+
+def between(text: str, opening: str, closing: str) -> Iterator[tuple[int, int, str]]:
+    """Yield (start, end, inside) of each pair of tags, from left to right, in linear time."""
+    place = 0
+    while (start := text.find(opening, place)) >= 0 and (close := text.find(closing, start + len(opening))) >= 0:
+        place = close + len(closing)
+        yield start, place, text[start + len(opening) : close]
 
 
 def _call(call: Any, number: int) -> Message:
@@ -167,14 +175,15 @@ def _tools(tools: Any) -> list[Any]:
 
 def _tools_in_text(system: Message) -> tuple[Message, list[Any] | None]:
     """Return a system message without the schemas in its `<tools>` tags, and those schemas."""
-    match = _TOOLS.search(system["content"])
-    if match is None:
+    tags = between(system["content"], "<tools>", "</tools>")
+    start, end, inside = next((tag for tag in tags if tag[2].lstrip().startswith(("[", "{"))), (0, 0, ""))
+    if not inside:
         return system, None
     try:
-        found = json.loads(match[1])
+        found = json.loads(inside.strip())
     except ValueError:
-        found = [_parsed(line, "its tools") for line in match[1].splitlines() if line.strip()]
-    left = (system["content"][: match.start()] + system["content"][match.end() :]).strip()
+        found = [_parsed(line, "its tools") for line in inside.strip().splitlines() if line.strip()]
+    left = (system["content"][:start] + system["content"][end:]).strip()
     return {**system, "content": left}, found if isinstance(found, list) else [found]
 
 

@@ -41,5 +41,5 @@ def books(member: Member, text: str, reading: Reading) -> Iterator[Part]:
 
 
 def _pairs(table: str) -> Iterator[tuple[int, int]]:
-    for key, value in re.findall(r"(\d+): (\d+)", table):
+    for key, value in re.findall(r"(?<!\d)(\d+): (\d+)", table):
         yield int(key), int(value)

@@ -234,7 +234,7 @@ def name_of(country: dict[str, Any], plain: Callable[[str], str]) -> str:
     """Return a country's everyday name (`the Bahamas` included), or an empty string."""
     for form in ("conventional short form", "conventional long form"):
         text = plain(at(country, f"Government/Country name/{form}")).split("\n")[0]
-        text = re.sub(r"\s*\((?:sometimes|formerly|also).*", "", text).split(";")[0].strip()
+        text = re.sub(r"(?<!\s)\s*\((?:sometimes|formerly|also).*", "", text).split(";")[0].strip()
         if text and text.lower() != "none" and len(text) < 50:
             text = text.removeprefix("The ")
             return f"the {text}" if ARTICLE.search(text) else text
@@ -259,13 +259,13 @@ def clean(field: Field, text: str) -> str:
     if field.key == "currency":
         text = text.partition(" per US dollar")[0]
     if field.key == "highest":
-        text = re.sub(r"\s+-?[\d,.]+\s*m?$", "", text)
+        text = re.sub(r"(?<!\s)\s+-?[\d,.]+\s*m?$", "", text)
     if field.key == "population" and not text[:1].isdigit():
         return ""
     if field.key == "independence":
         found = re.match(r"\d{1,2} [A-Z][a-z]+ \d{4}(?= \(|$)", text)
         return found.group() if found else ""
-    text = re.sub(r"\s*\([^()]*\)", "", text)
+    text = re.sub(r"(?<!\s)\s*\([^()]*\)", "", text)
     if field.key == "capital" and ("," in text or ";" in text):
         return ""
     text = text.split(";")[0].strip().rstrip(",")

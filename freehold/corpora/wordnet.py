@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 PARTS = {"n": "noun", "v": "verb", "adj": "adjective", "adv": "adverb"}
 SENSE = re.compile(r" {4}(?:(n|v|adj|adv) )?\d*: ?")  # continued lines are indented further
-NAMED = re.compile(r"\[(syn|ant|also): ([^\]]*)\]")
-QUOTED = re.compile(r"\s*[;:,]?\s*\"")
+NAMED = re.compile(r"\[(syn|ant|also): ([^\[\]]*)\]")
+QUOTED = re.compile(r"(?<!\s)\s*+(?:[;:,]\s*+)?\"")
 WORD = re.compile(r"[a-z]{3,14}")
 DEFINITION_CHARS = (15, 120)
 # What is not asked: definitions with labels or parts, and words that somebody is insulted with, in whichever sense.
@@ -61,9 +61,9 @@ def senses(entry: str) -> Iterator[Sense]:
     for part, first, texts in found:
         text = " ".join(texts)
         named: dict[str, tuple[str, ...]] = {
-            kind: tuple(re.findall(r"\{([^}]*)\}", names)) for kind, names in NAMED.findall(text)
+            kind: tuple(re.findall(r"\{([^{}]*)\}", names)) for kind, names in NAMED.findall(text)
         }
-        text = re.split(r"\s*\[(?:syn|ant|also):", text)[0]
+        text = re.split(r"(?<!\s)\s*\[(?:syn|ant|also):", text)[0]
         definition = QUOTED.split(text)[0].strip()
         if part and definition:
             others = tuple(name for name in named.get("syn", ()) if name != word)

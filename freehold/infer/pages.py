@@ -58,7 +58,7 @@ class PagePool:
             shape = (pages, 2, config.num_key_value_heads, PAGE_TOKENS, config.head_dim)
             # Zeros, not whatever memory held: a masked key counts 0 times its value, and 0 times NaN is NaN.
             self.store = torch.zeros(shape, dtype=dtype, device=device)
-        # Handed out from the end: the lowest numbers first, so that little memory is touched.
+        # Taken from the end: the lowest numbers first, so that little memory is touched.
         self._free = list(range(pages - 1, -1, -1))
 
     @property

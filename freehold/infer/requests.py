@@ -1,7 +1,7 @@
 """Requests that share an engine: admitted by pages, decoded together, pre-empted and read again when pages run out.
 
 One step takes a token of every request that decodes, then pieces of the prompts that wait, up to a number of tokens.
-A request's answer depends on none of this where the kernels compute (docs/speed.md), so no user sees any of it.
+A request's answer depends on none of this where the kernels compute (docs/speed.md), so no user sees it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Queue:
             self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
-        """Forget a request, finished or not; its pages are free at once for others."""
+        """Forget a request, finished or not; its pages are free for others."""
         request.finished = True
         request.pages.release()
         if request in self.running:

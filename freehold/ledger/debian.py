@@ -69,7 +69,7 @@ class Copyright:
         ends = ["/".join(parts[start:]) for start in range(len(parts))]
         for paragraph in reversed(self.paragraphs):
             for glob in paragraph.globs:
-                if glob == "*" or (not glob.startswith("debian/") and any(map(_pattern(glob).fullmatch, ends))):
+                if glob == "*" or (not glob.startswith("debian/") and any(_matches(glob, end) for end in ends)):
                     return paragraph, glob
         return None
 
@@ -99,7 +99,7 @@ def spdx(name: str) -> str:
     """Return a DEP-5 licence name (`GPL-2+ or Artistic`) as an SPDX expression; unknown names become LicenseRefs."""
     # A comma binds weaker than `and` and `or` do.
     parts = [part for part in re.split(r",\s*(?:and\b)?", name.strip()) if part.strip()]
-    joined = [re.split(r"\s+(and|or)\s+", part.strip(), flags=re.I) for part in parts]
+    joined = [re.split(r" (and|or) ", " ".join(part.split()), flags=re.I) for part in parts]
     said = []
     for words in joined:
         ids = [word.upper() if word.lower() in {"and", "or"} else _spdx_id(word) for word in words]
@@ -158,12 +158,40 @@ def _fields(block: str) -> dict[str, str]:
     return fields
 
 
+def _matches(glob: str, path: str) -> bool:
+    """Return whether a DEP-5 glob matches: `*` and `?` also match `/`, a backslash takes the next one as it is."""
+    first, *others = _pieces(glob)
+    if not others:
+        return bool(first.fullmatch(path))
+    start = first.match(path)
+    if start is None:
+        return False
+    # Each piece where it is first found: no piece is tried again, however many stars there are.
+    place = start.end()
+    for piece in others[:-1]:
+        found = piece.search(path, place)
+        if found is None:
+            return False
+        place = found.end()
+    last = len(path) - _length(others[-1])
+    return last >= place and bool(others[-1].fullmatch(path, last))
+
+
 @lru_cache(maxsize=4096)
-def _pattern(glob: str) -> re.Pattern[str]:
-    """Return a DEP-5 glob as a pattern: `*` and `?` also match `/`, a backslash takes the next one as it is."""
-    parts = re.findall(r"\\.|.", glob, re.S)
-    wild = {"*": ".*", "?": "."}
-    return re.compile("".join(wild.get(part) or re.escape(part.removeprefix("\\")) for part in parts), re.S)
+def _pieces(glob: str) -> list[re.Pattern[str]]:
+    """Return the parts of a glob between its stars; each matches a fixed number of characters."""
+    pieces = [""]
+    for part in re.findall(r"\\.|.", glob, re.S):
+        if part == "*":
+            pieces.append("")
+        else:
+            pieces[-1] += "." if part == "?" else re.escape(part.removeprefix("\\"))
+    return [re.compile(piece, re.S) for piece in pieces]
+
+
+@lru_cache(maxsize=4096)
+def _length(piece: re.Pattern[str]) -> int:
+    return len(re.findall(r"\\.|.", piece.pattern, re.S))
 
 
 def _recognised(expression: str, body: str) -> str:

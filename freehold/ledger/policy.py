@@ -144,6 +144,40 @@ NOTES = (
 )
 
 
+MEMBER_STATES = frozenset(
+    [
+        "AT",
+        "BE",
+        "BG",
+        "CY",
+        "CZ",
+        "DE",
+        "DK",
+        "EE",
+        "ES",
+        "FI",
+        "FR",
+        "GR",
+        "HR",
+        "HU",
+        "IE",
+        "IT",
+        "LT",
+        "LU",
+        "LV",
+        "MT",
+        "NL",
+        "PL",
+        "PT",
+        "RO",
+        "SE",
+        "SI",
+        "SK",
+    ]
+)
+"""Members of the European Union, as ISO 3166 has them."""
+
+
 class Policy(Config):
     """Which licences may enter, and what the model made of them must be free to do.
 
@@ -279,9 +313,11 @@ def judge_row(row: Row, policy: Policy) -> Verdict:
     if not row.licence_evidence.strip():
         return Verdict("refuse", "no evidence for the content's licence", "")
     verdict = judge(row.licence, policy)
-    weak = row.licence_confidence and RANK[row.licence_confidence] < RANK[policy.min_confidence]
+    # Rows that were not weighed pass as medium: who asks for high asks that somebody weighed them.
+    weak = RANK[row.licence_confidence or "medium"] < RANK[policy.min_confidence]
     if weak and verdict.decision == "allow":
-        return Verdict("review", f"the evidence is of {row.licence_confidence} confidence: {row.licence_evidence}", "")
+        confidence = f"of {row.licence_confidence} confidence" if row.licence_confidence else "not weighed"
+        return Verdict("review", f"the evidence is {confidence}: {row.licence_evidence}", "")
     return verdict
 
 
@@ -398,13 +434,22 @@ def _judge_use(key: str, use: Use, policy: Policy) -> tuple[Decision, str, bool]
     if key in rule.refuse:
         return "refuse", f"{key} is on the refuse list for `{use}`", False
     for note in policy.notes:
-        if note.decision and note.where in policy.jurisdictions and any(fnmatchcase(key, g) for g in note.licences):
+        if (
+            note.decision
+            and _holds(note.where, policy.jurisdictions)
+            and any(fnmatchcase(key, g) for g in note.licences)
+        ):
             return note.decision, f"{key} in {note.where}: {note.note}", False
     if key in rule.review:
         return "review", f"{key} is on the review list for `{use}`", False
     if key in rule.allow:
         return "allow", f"{key} is allowed for `{use}`", False
     return *_judge_lists(key, policy), False
+
+
+def _holds(where: str, jurisdictions: tuple[str, ...]) -> bool:
+    """Return whether a note holds in one of the places: those of the EU hold in its member states."""
+    return where in jurisdictions or (where == "EU" and not MEMBER_STATES.isdisjoint(jurisdictions))
 
 
 def _judge_lists(key: str, policy: Policy) -> tuple[Decision, str]:

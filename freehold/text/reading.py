@@ -53,6 +53,8 @@ class Reading:
     """CSS selector of a page's main text."""
     separator: str = ""
     """Words between the documents of a text file; empty: a file is one document."""
+    file_s: float = 60.0
+    """CPU time for one file whose parser may need any; a PDF of a thousand pages takes half of it."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
     """Texts that a reader takes only once from all files together."""

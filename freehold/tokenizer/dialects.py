@@ -132,7 +132,7 @@ class Xml:
     """
 
     _function = re.compile(r"\s*<function=([^>]*)>")
-    _parameter = re.compile(r"<parameter=([^>]*)>")
+    _parameter = re.compile(r"<parameter=([^<>]*)>")
     _ends = ("</parameter>", "<parameter=", "</function>")
 
     def __init__(self, tools: Tools = ()) -> None:

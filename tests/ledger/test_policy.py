@@ -188,8 +188,15 @@ def test_notes_decide_only_where_the_model_is_used() -> None:
 
 @pytest.mark.parametrize(("confidence", "least", "decision"), [
     ("high", "high", "allow"), ("medium", "high", "review"), ("medium", "medium", "allow"), ("low", "medium", "review"),
-    ("low", "low", "allow"), ("", "high", "allow"),
+    ("low", "low", "allow"), ("", "high", "review"), ("", "medium", "allow"),
 ])  # fmt: skip
 def test_weak_evidence_stops_for_review(confidence: str, least: str, decision: str) -> None:
     row = dataclasses.replace(GOOD, licence_confidence=confidence)
     assert judge_row(row, Policy.model_validate({"min_confidence": least})).decision == decision
+
+
+@pytest.mark.parametrize(("place", "decision"), [("DE", "review"), ("EU", "review"), ("CH", "allow"), ("GB", "allow")])
+def test_notes_of_the_eu_hold_in_its_member_states(place: str, decision: str) -> None:
+    note = {"where": "EU", "licences": ["MIT"], "note": "ask first", "decision": "review"}
+    policy = Policy.model_validate({"notes": [note], "jurisdictions": [place]})
+    assert judge("MIT", policy).decision == decision

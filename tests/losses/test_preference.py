@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import trl_losses
 
 from freehold.core.marks import IGNORE
 from freehold.data.packing import Example
@@ -94,6 +95,13 @@ def test_loss_and_gradients_equal_the_published_formula(kind):
         found.append((total.detach(), h.grad, w.grad))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("kind", "trl"), [("dpo", 6.140612602), ("ipo", 11.661920547)])
+def test_loss_is_what_trl_1_16_computes(kind, trl):
+    """The golden values are TRL's own, printed by benchmarks/trl_losses.py on the same weights and ids."""
+    found, _ = trl_losses.ours(kind, trl_losses.model(2), trl_losses.prepared())
+    assert found == pytest.approx(trl, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])

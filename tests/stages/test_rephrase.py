@@ -434,6 +434,50 @@ def test_what_teachers_put_around_an_answer_is_taken_off() -> None:
     assert clean("Here are four men: they wait.") == "Here are four men: they wait."
 
 
+@pytest.mark.parametrize(
+    "thought",
+    [
+        "<think>\nHm, they want less.\n</think>\n\n{}",
+        "<thinking>Hm</thinking>{}",
+        "<reasoning>Hm</reasoning>\n{}",
+        "<Thought>Hm</Thought>\n{}",
+        "[THINK]Hm[/THINK]{}",
+        "\u25c1think\u25b7Hm\u25c1/think\u25b7{}",
+        "<seed:think>Hm</seed:think>{}",
+        "Hm, the prompt began my thoughts.</think>{}",
+        "<think>one</think>\n<think>two</think>{}",
+        "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>",
+    ],
+)
+def test_thoughts_of_a_teacher_are_no_text(tmp_path: Path, serve: Any, thought: str) -> None:
+    server = serve(say=lambda text: thought.format(condensed(text)))
+    counts = rephrase(tmp_path / "out", curated(tmp_path / "curate"), settings(server.url))
+    assert counts["strategies"]["condensed"] == {"asked": 12, "kept": 12, "dropped": {}}
+    assert all(
+        row.text == condensed("Text: " + passage(int(row.text[12:16]) - 1900)) + "\n" for row in made(tmp_path / "out")
+    )
+
+
+def test_thoughts_that_do_not_end_are_dropped_by_name(tmp_path: Path, serve: Any) -> None:
+    thoughts = ("<think>", "[THINK]", "<reasoning>", "<|channel|>analysis<|message|>")
+
+    def say(text: str) -> str:
+        year = int(re.search(r"year (\d+)", text).group(1)) - 1900
+        return (thoughts[year] if year < len(thoughts) else "") + condensed(text)
+
+    counts = rephrase(tmp_path / "out", curated(tmp_path / "curate"), settings(serve(say=say).url))
+    assert counts["strategies"]["condensed"] == {"asked": 12, "kept": 8, "dropped": {"only_thoughts": 4}}
+
+
+def test_reasoning_in_a_field_of_its_own_is_no_text(tmp_path: Path, serve: Any) -> None:
+    message = {"role": "assistant", "content": None, "reasoning_content": passage(1), "reasoning": passage(1)}
+    answer = (200, json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}))
+    counts = rephrase(
+        tmp_path / "out", curated(tmp_path / "curate"), settings(serve(fail=lambda n: answer).url, min_accepted=0)
+    )
+    assert counts["strategies"]["condensed"] == {"asked": 12, "kept": 0, "dropped": {"empty": 12}}
+
+
 def test_passages_are_whole_paragraphs() -> None:
     text = "\n\n".join([passage(n) for n in range(6)] + ["Short."])
     found = list(cut(text, 200, 1500))

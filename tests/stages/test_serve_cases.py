@@ -124,7 +124,7 @@ def test_models_own_sampling_is_the_default(tiny_checkpoint, tmp_path, tiny_toke
 
 
 def test_models_say_what_computes(ask):
-    assert ask.loaded.engine.describe() in httpx.get(ask.address + "/v1/models").json()["data"][0]["computes"]
+    assert ask.loaded.engine.describe() in httpx.get(ask.address + "/v1/models").json()["data"][0]["engine"]
 
 
 def test_request_without_sampling_uses_the_models(ask):

@@ -11,12 +11,16 @@ import ipaddress
 import json
 import math
 import re
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import lru_cache
 
 import numpy as np
 
 from freehold.stages.curate.rules import MAX_FINDINGS_PER_1000_CHARS, MIN_FINDINGS_TO_DROP
+from freehold.stages.curate.telephone import is_international, is_number
 from freehold.text import Why
 from freehold.text.words import beyond_ascii
 
@@ -28,16 +32,43 @@ ENDINGS = (
 EMAIL = re.compile(
     rf"(?<![\w.+%/:-])[A-Za-z0-9][A-Za-z0-9._%+-]{{0,63}}@(?:[A-Za-z0-9-]{{2,63}}\.)+(?:{ENDINGS})\b(?!\.?\w)", re.I
 )
+# `jane [at] mail [dot] com`, `jane at mail dot com`, `jane @ mail . com`: a dot or the at sign is spelled.
+_AT, _DOT = r"(?: ?[\[({] ?at ?[\])}] ?| at )", r"(?: ?[\[({] ?dot ?[\])}] ?| dot )"
+SPELLED = re.compile(
+    rf"(?<![\w.+%/:-])[A-Za-z0-9](?:[A-Za-z0-9._%+-]|{_DOT}(?=\w{{1,30}}(?: at | ?[\[({{] ?at))){{0,63}}(?:"
+    rf"{_AT}(?:[A-Za-z0-9-]{{2,63}}{_DOT}){{1,4}}(?:{ENDINGS})"
+    rf"| ?[\[({{] ?at ?[\])}}] ?(?:[A-Za-z0-9-]{{2,63}}\.){{1,4}}(?:{ENDINGS})"
+    rf"|(?: @ |@)(?:[A-Za-z0-9-]{{2,63}}(?: \. |{_DOT})){{1,4}}(?:{ENDINGS})"
+    r")\b(?!\.?\w)",
+    re.I,
+)
+# What one of these texts holds; looked for before the expression, for most texts hold none.
+_SPELLED_MARKS = (
+    *(" dot ", "[dot]", "(dot)", "{dot}", "[at]", "(at)", "{at}", "[ at ]", "( at )", " . "),
+    *(" DOT ", "[DOT]", "(DOT)", "[AT]", "(AT)"),
+)
+LABEL = (
+    r"(?:tele(?:phone|fax|fon)|phone|tel|fax|mobile|telefono|teléfono|téléphone|tél|handy|whatsapp|телефон|тел"
+    r"|电话|電話)"
+)
 PHONE = re.compile(
     r"(?<![\w.,/+=-])(?:"
-    r"\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]\d{2,4}){1,4}"  # +44 20 7946 0123
-    r"|\[\d{1,3}\][ -]?(?:\(\d{1,4}\)|\d{1,4})(?:[ -]\d{2,4}){1,4}"  # [1] (202) 265-1234, as factbooks print it
+    r"(?P<world>(?:\+ ?|(?<!\d )00 ?)\d{1,3}[ ./-]?(?:\(\d{1,4}\)[ ./-]?)?\d{1,4}"
+    r"(?:[ ./-]?\d{2,4}){1,5})"  # +44 20 7946 0123
+    # [1] (202) 265-1234, as factbooks print it
+    r"|\[(?P<code>\d{1,3})\][ -]?(?P<rest>(?:\(\d{1,4}\)|\d{1,4})(?:[ -]\d{2,4}){1,4})"
     r"|(?:1[ .-])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}([.-]))[2-9]\d{2}[ .-]\d{4}"  # (212) 736-5000
     r")(?![\w/=-]|[.,]\d)"
+    rf"|(?i:(?<![^\W_]){LABEL}(?![^\W\d_]))[^\w\n+(]{{0,8}}(?P<labelled>[+(]?\d[\d ()/.-]{{5,20}}\d)(?![\w/=-]|[.,]\d)"
 )
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 IP = re.compile(rf"(?<![\w.-])(?:{OCTET}\.){{3}}{OCTET}(?![\w-]|\.\d)")
-CARD = re.compile(r"(?<![\w.,-])[3-6]\d{3}(?:[ -]?\d){9,15}(?![\w-]|[.,]\d)")
+CARD = re.compile(r"(?<![\w.,-])[2-6]\d{3}(?:[ -]?\d){9,15}(?![\w-]|[.,]\d)")
+# Digits of a card by how its number begins (ISO/IEC 7812 as the networks publish them).
+_NETWORKS = re.compile(
+    r"4(?:\d{12}|\d{15}|\d{18})|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
+    r"|3(?:0[0-5]|[68]\d)\d{11,16}|35(?:2[89]|[3-8]\d)\d{12,15}|6(?:011|4[4-9]\d|5\d\d)\d{12,15}"
+)
 # Characters of an account number by country, from the IBAN registry of SWIFT (ISO 13616).
 IBAN_CHARS = {
     country: chars
@@ -52,15 +83,15 @@ IBAN_CHARS = {
 }  # fmt: skip
 # As long as its country's are: what follows (`BIC ...`, `EUR 500`) looks like more of it.
 _ACCOUNTS = "|".join(
-    rf"{country}\d\d(?: ?[A-Z\d]{{4}}){{{chars // 4 - 1}}}" + (rf" ?[A-Z\d]{{{chars % 4}}}" if chars % 4 else "")
+    rf"{country}\d\d(?:[ -]?[A-Z\d]{{4}}){{{chars // 4 - 1}}}" + (rf"[ -]?[A-Z\d]{{{chars % 4}}}" if chars % 4 else "")
     for country, chars in IBAN_CHARS.items()
 )
 # Two letters and two digits first: three times as fast as to try every country everywhere.
-IBAN = re.compile(rf"(?=[A-Z]{{2}}\d\d)(?<![\w.,/+-])(?:{_ACCOUNTS})(?![\w-])")
+IBAN = re.compile(rf"(?=[A-Z]{{2}}\d\d)(?<![\w.,/+-])(?:{_ACCOUNTS})(?![\w-])", re.I)
 SSN = re.compile(r"(?<![\w.-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-]|\.\d)")
 
 # An at sign, seven digits hardly apart, or three dots between numbers.
-TRIGGER = re.compile(r"[@\d](?:(?<=@)|(?:[ .()\[\]-]{0,3}\d){6}|\d{0,2}(?:\.\d{1,3}){3})")
+TRIGGER = re.compile(r"[@\d](?:(?<=@)|(?:[ .()\[\]/-]{0,3}\d){6}|\d{0,2}(?:\.\d{1,3}){3})")
 _LONG_CHARS = 2_000
 _DIGIT = re.compile(r"\d")
 HARMLESS_DOMAINS = re.compile(
@@ -80,7 +111,7 @@ def luhn(number: str) -> bool:
 
 def mod_97(account: str) -> bool:
     """Return whether an international bank account number has its country's length and right check digits."""
-    plain = account.replace(" ", "")
+    plain = account.replace(" ", "").replace("-", "").upper()
     digits = "".join(str(int(c, 36)) for c in plain[4:] + plain[:4])
     return IBAN_CHARS.get(plain[:2]) == len(plain) and int(digits) % 97 == 1
 
@@ -95,9 +126,19 @@ def _is_person(match: re.Match[str]) -> bool:
 
 
 def _is_phone(match: re.Match[str]) -> bool:
-    digits = re.sub(r"\D", "", match.group(0))
-    fictional = re.fullmatch(r"\d*55501\d\d", digits) is not None
-    return 8 <= len(digits) <= 15 and not fictional
+    text = match["labelled"] or match[0]
+    digits = re.sub(r"\D", "", text)
+    if match["code"]:
+        right = is_number(match["code"], re.sub(r"\D", "", match["rest"]))
+    elif match["world"]:
+        right = is_international(re.sub(r"\(0\)|\D", "", text).removeprefix("00"))
+    elif match["labelled"]:
+        years = all(re.fullmatch(r"1[5-9]\d\d|20\d\d", part) for part in re.findall(r"\d+", text))
+        right = 7 <= len(digits) <= 15 and not years
+    else:
+        right = len(digits) in (10, 11)
+    fictional = digits[-7:-2] == "55501"
+    return right and not fictional
 
 
 def _is_public_ip(match: re.Match[str]) -> bool:
@@ -116,7 +157,7 @@ def _is_public_ip(match: re.Match[str]) -> bool:
 
 def _is_card(match: re.Match[str]) -> bool:
     digits = re.sub(r"\D", "", match.group(0))
-    return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and luhn(digits)
+    return _NETWORKS.fullmatch(digits) is not None and len(set(digits)) > 1 and luhn(digits)
 
 
 KINDS: dict[str, tuple[re.Pattern[str], Callable[[re.Match[str]], bool], str]] = {
@@ -218,14 +259,18 @@ def redact(text: str, kinds: Collection[str]) -> tuple[str, dict[str, int]]:
     found: Counter[str] = Counter()
     if "secret" in kinds:
         text = _redact_secrets(text, found)
+    if "email" in kinds and any(mark in text for mark in _SPELLED_MARKS):
+        text, count = SPELLED.subn(KINDS["email"][2], text)
+        found.update({"email": count} if count else {})
+    folded = text if text.isascii() else text.translate(_folding())
     pieces, done = [], 0
     # One quick scan finds the lines worth six slow ones.
-    for trigger in triggers(text):
+    for trigger in triggers(folded):
         if trigger.start() >= done:
             start = max(done, text.rfind("\n", done, trigger.start()) + 1)
             end = text.find("\n", trigger.end())
             end = len(text) if end < 0 else end
-            pieces += [text[done:start], _redact_line(text[start:end], kinds, found)]
+            pieces += [text[done:start], _redact_line(text[start:end], folded[start:end], kinds, found)]
             done = end
     return ("".join([*pieces, text[done:]]), dict(found)) if found else (text, {})
 
@@ -253,22 +298,33 @@ def _following(flags: np.ndarray, n: int) -> np.ndarray:
     return np.asarray(sums[np.minimum(np.arange(len(flags)) + n, len(flags))] - sums[:-1])
 
 
-def _redact_line(line: str, kinds: Collection[str], found: Counter[str]) -> str:
+@lru_cache(maxsize=1)
+def _folding() -> dict[int, str]:
+    """Return what each digit, wide letter, space and hyphen beyond ASCII stands for: one character for each."""
+    table = {point: chr(point - 0xFEE0) for point in range(0xFF01, 0xFF5F)}
+    table |= dict.fromkeys((0xA0, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000), " ")
+    table |= dict.fromkeys((*range(0x2010, 0x2016), 0x2212, 0xFE58, 0xFE63), "-")
+    for point in range(0x660, min(sys.maxunicode, 0x1FBFA)):
+        if (value := unicodedata.decimal(chr(point), None)) is not None:
+            table[point] = str(value)
+    return table
+
+
+def _redact_line(line: str, folded: str, kinds: Collection[str], found: Counter[str]) -> str:
+    """Return a line without personal data; it is found in `folded`, which has the same length."""
     for kind, (pattern, plausible, instead) in KINDS.items():
-        if kind in kinds:
-
-            def swap(
-                match: re.Match[str],
-                kind: str = kind,
-                plausible: Callable[[re.Match[str]], bool] = plausible,
-                instead: str = instead,
-            ) -> str:
-                if not plausible(match):
-                    return match.group(0)
+        if kind not in kinds:
+            continue
+        pieces, same, done = [], [], 0
+        for match in pattern.finditer(folded):
+            if plausible(match):
+                start, end = match.span("labelled") if kind == "phone" and match["labelled"] else match.span()
+                pieces += [line[done:start], instead]
+                same += [folded[done:start], instead]
+                done = end
                 found[kind] += 1
-                return instead
-
-            line = pattern.sub(swap, line)
+        if pieces:
+            line, folded = "".join([*pieces, line[done:]]), "".join([*same, folded[done:]])
     return line
 
 

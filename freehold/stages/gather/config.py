@@ -145,6 +145,7 @@ class Rows(SourceBase):
     origin: str = Field(default="", description="where it came from")
     content: Kind = Field(default="prose", description="what the documents are")
     text_key: str = Field(default="text", description="key or column of the text")
+    address_key: str = Field(default="url", description="key or column of the web address, for `reservations`")
     max_unpacked_bytes: int = Field(
         default=MAX_UNPACKED_BYTES, gt=0, description="files that unpack to more text than this are refused as bombs"
     )
@@ -189,10 +190,26 @@ Source = Annotated[
 ]
 
 
+class Reservations(Config):
+    """What sites reserve today, from a snapshot of theirs: documents with a web address are compared with it."""
+
+    snapshot: str = Field(
+        description="folder with HOST/robots.txt, HOST/ai.txt, HOST/tdmrep.json and HOST/headers.json (path patterns "
+        "-> HTTP headers), as far as a site has them"
+    )
+    date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="ISO date on which the snapshot was taken")
+    agents: tuple[str, ...] = Field(
+        default=(), description="user agents whose exclusion counts; empty: those that collect text for training"
+    )
+
+
 class GatherConfig(Config):
     """gather: sources become documents with evidence of their licence."""
 
     sources: dict[str, Source] = Field(description="the sources by name; the name is that of the files written")
+    reservations: Reservations | None = Field(
+        default=None, description="what sites reserve today; documents that a site reserves are skipped, and counted"
+    )
     policy: Policy = Field(default=Policy(), description="what may enter")
     corpus_dir: str = Field(default="corpus", description="folder with downloaded archives and packages")
     pinned: bool = Field(

@@ -18,8 +18,10 @@ from freehold.core.extensions import load
 from freehold.ledger.evidence import Finding, of_cc_url
 from freehold.stages.gather.config import GENERAL
 from freehold.stages.gather.separated import separated
+from freehold.stages.gather.worker import Worker
 from freehold.text.html import page_text
 from freehold.text.reading import READERS, Member, Part, Reader, Reading, unfit
+from freehold.text.streams import plain_name
 
 # Documentation and code shorter than this say little by themselves.
 MIN_DOCSTRING_CHARS = 200
@@ -51,14 +53,15 @@ class PerFile:
 
     def read(self, members: list[Member], reading: Reading) -> Iterator[Part]:
         """Yield the texts of the files in their order; no file is opened before its turn."""
-        for member in members:
-            name = self.pick(member.path)
-            if reading.separator:
-                yield from separated(member, reading)
-            elif name in BYTES:
-                yield from reading.each_bytes([member], lambda member, data: BYTES[name](member, data, reading))  # noqa: B023
-            else:
-                yield from reading.each([member], lambda member, text: TEXT[name](member, text, reading))  # noqa: B023
+        with Worker(read_one, reading.file_s) as worker:
+            for member in members:
+                name = self.pick(member.path)
+                if reading.separator:
+                    yield from separated(member, reading)
+                elif name not in ISOLATED:
+                    yield from reading.each([member], lambda member, text: TEXT[name](member, text, reading))  # noqa: B023
+                elif (data := reading.data(member)) is not None:
+                    yield from worker.parts(name, member, data, reading)
 
 
 def find_reader(name: str, where: str) -> Reader:
@@ -72,8 +75,15 @@ def find_reader(name: str, where: str) -> Reader:
     return found
 
 
+def read_one(name: str, member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
+    """Yield the texts of one file, already read; what its reader does not expect is noted."""
+    if name in BYTES:
+        return reading.each_bytes([member], lambda member, data: BYTES[name](member, data, reading))
+    return reading.each([member], lambda member, text: TEXT[name](member, text, reading))
+
+
 def _by_ending(path: str) -> str:
-    ending = path.lower().removesuffix(".gz").rpartition(".")[2]
+    ending = plain_name(path).lower().rpartition(".")[2]
     return {"html": "html", "htm": "html", "xhtml": "html", "py": "python", "pdf": "pdf"}.get(ending, "text")
 
 
@@ -242,6 +252,8 @@ TEXT: dict[str, Callable[[Member, str, Reading], Iterator[Part]]] = {
     "python": read_python,
     "docstrings": read_docstrings,
 }
+ISOLATED = {"html", "pdf", "docstrings"}
+"""Readers whose parsers may need any time and memory for a file that is made for it; they run in a process apart."""
 BYTES: dict[str, Callable[[Member, bytes, Reading], Iterator[Part]]] = {"html": read_html, "pdf": read_pdf}
 
 

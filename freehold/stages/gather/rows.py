@@ -23,6 +23,7 @@ from freehold.stages.gather.config import EVIDENCE_KEY, LICENCE_KEY, JsonLines, 
 from freehold.stages.gather.parquet import parquet_rows
 from freehold.stages.gather.paths import Changed, rows_files
 from freehold.stages.gather.record import skips
+from freehold.stages.gather.reservations import Losses
 from freehold.text.reading import HALF_CHARACTER, encodable, unfit, without_thoughts
 from freehold.text.streams import UNREADABLE, Damaged, unpacked
 
@@ -40,11 +41,11 @@ class Row(NamedTuple):
 Skipped = list[tuple[str, str]]
 
 
-def read_rows(name: str, source: Rows) -> tuple[list[Document], dict[str, Any]]:
+def read_rows(name: str, source: Rows, losses: Losses) -> tuple[list[Document], dict[str, Any]]:
     """Return the documents of a source of rows, and what sources.json says of it; Changed when a file changes."""
     skipped: Skipped = []
     before = {path: sha256_file(path) for path in rows_files(source)}
-    rows = sorted(row_documents(name, source, skipped), key=lambda d: d.id)
+    rows = sorted(row_documents(name, source, skipped, losses), key=lambda d: d.id)
     for path, digest in before.items():
         if sha256_file(path) != digest:
             raise Changed(
@@ -61,10 +62,10 @@ def read_rows(name: str, source: Rows) -> tuple[list[Document], dict[str, Any]]:
         left = None if left is None else left - size
         documents.append(row)
     files = {_name(path, source): digest for path, digest in before.items()}
-    return documents, {"files": files, "skipped": skips(skipped)}
+    return documents, {"files": files, "skipped": skips(skipped), **losses.record()}
 
 
-def row_documents(name: str, source: Rows, skipped: Skipped) -> Iterator[Document]:
+def row_documents(name: str, source: Rows, skipped: Skipped, losses: Losses | None = None) -> Iterator[Document]:
     """Yield the rows of the files of a source; what is too long, damaged or without text is noted and passed over.
 
     Raises DataError when a file is none of its kind, or unpacks to more than it may.
@@ -72,6 +73,7 @@ def row_documents(name: str, source: Rows, skipped: Skipped) -> Iterator[Documen
     read: Callable[[Path, str, Rows, Skipped], Iterator[Row]] = (
         _json_rows if isinstance(source, JsonLines) else _parquet_rows
     )
+    losses = losses or Losses()
     taken = 0
     for path in rows_files(source):
         for row in read(path, _name(path, source), source, skipped):
@@ -80,7 +82,7 @@ def row_documents(name: str, source: Rows, skipped: Skipped) -> Iterator[Documen
                 skipped.append((row.place, f"its `{source.text_key}` is not text"))
                 continue
             text, thoughts = without_thoughts(text)
-            reason = thoughts or unfit(text)
+            reason = thoughts or unfit(text) or losses.reserves(str(row.fields.get(source.address_key) or ""), text)
             if reason:
                 skipped.append((row.place, reason))
                 continue
@@ -224,7 +226,7 @@ def _check_no_talk(path: Path, source: Rows, line: bytes) -> None:
 
 def _parquet_rows(path: Path, name: str, source: Rows, skipped: Skipped) -> Iterator[Row]:
     """Yield the rows of a parquet file whose text may be a document; the others are noted."""
-    others = (LICENCE_KEY, EVIDENCE_KEY, *sorted(conflicts.KEYS))
+    others = (LICENCE_KEY, EVIDENCE_KEY, source.address_key, *sorted(conflicts.KEYS))
     limits = source.max_document_bytes, source.max_unpacked_bytes
     for number, (raw, text, reason, fields) in enumerate(parquet_rows(path, source.text_key, others, *limits), 1):
         place = f"{name}#{number}"

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from freehold.core.artifact import Workspace, write_json
 from freehold.core.config import user_path
 from freehold.core.document import Conversation, Document, Rights, document_id, write_rows
-from freehold.core.errors import LicenceError
+from freehold.core.errors import DataError, LicenceError
 from freehold.ledger.evidence import Weighed
 from freehold.ledger.known import look_up, of_file
 from freehold.ledger.policy import Claim, Policy, Verdict, gate, judge_row, judged
@@ -32,6 +32,7 @@ from freehold.stages.gather.quotes import check_evidence
 from freehold.stages.gather.readers import find_reader
 from freehold.stages.gather.record import NAMED_SKIPS, check_size, rights_record, skips, unread
 from freehold.stages.gather.requirements import missing
+from freehold.stages.gather.reservations import AGENTS, Losses, Snapshot
 from freehold.stages.gather.rows import read_rows, row_documents
 from freehold.stages.gather.talks import Talks, read_talks
 from freehold.stages.gather.talks import counts as talk_counts
@@ -83,6 +84,7 @@ class Found:
     origins: dict[str, Origin]
     claims: dict[str, Weighed]
     quotes: dict[str, str]
+    snapshot: Snapshot | None
     """What the recogniser makes of each quote: agrees, silent, or empty where there is none."""
 
 
@@ -129,19 +131,21 @@ def _find(config: GatherConfig) -> Found:
     refused = _refused_by_claim(config)
     sources = {name: source for name, source in config.sources.items() if name not in refused}
     missing(sources, corpus_dir, config.pinned)
+    snapshot = _snapshot(config)
     origins = {n: find(n, s, corpus_dir, config.pinned) for n, s in sources.items() if isinstance(s, FileSource)}
     claims = {n: rights.claim(config.sources[n], origin) for n, origin in origins.items()}  # type: ignore[arg-type]
-    for _ in gate(_claims(sources, origins, claims), config.policy):
+    for _ in gate(_claims(sources, origins, claims, snapshot), config.policy):
         pass
     quotes = {}
     for name, origin in origins.items():
         source, licence = config.sources[name], claims[name].licence
         quotes[name] = check_evidence(name, source, origin, licence, corpus_dir, config.pinned)  # type: ignore[arg-type]
-    return Found(refused, origins, claims, quotes)
+    return Found(refused, origins, claims, quotes, snapshot)
 
 
 def _read(name: str, source: Source, config: GatherConfig, found: Found, work: Workspace) -> Gathered:
     """Return what a source holds, not yet judged row by row."""
+    losses = Losses(found.snapshot)
     if isinstance(source, Generated):
         return _generated(name, source, config, found, work)
     if isinstance(source, Conversations):
@@ -152,9 +156,10 @@ def _read(name: str, source: Source, config: GatherConfig, found: Found, work: W
             made.tasks = {name: talks.items}
         return made
     if isinstance(source, Rows):
-        documents, record = read_rows(name, source)
+        documents, record = read_rows(name, source, losses)
         return Gathered(documents, record=record)
-    documents, record = _files(name, source, found.origins[name], found.claims[name])
+    documents, record = _files(name, source, found.origins[name], found.claims[name], losses)
+    record |= losses.record()
     if found.quotes[name]:
         record["quote"] = found.quotes[name]
     return Gathered(documents, record=record)
@@ -213,6 +218,7 @@ def _say(name: str, made: Gathered, record: dict[str, Any], seconds: float, work
         + made.notes
         + (f", {skipped:,} files skipped" if skipped else "")
         + (f", {len(made.refused):,} refused" if made.refused else "")
+        + (f", {record['reserved']['documents']:,} reserved by their sites" if "reserved" in record else "")
         + f", {seconds:.1f} s"
     )
     for line in record.get("warnings", ()):
@@ -280,7 +286,9 @@ def _known(config: GatherConfig) -> Iterator[Claim]:
             yield Claim(name, found, "", "", source.licence, str(source.licence_evidence or ""))
 
 
-def _claims(sources: dict[str, Source], origins: dict[str, Origin], claims: dict[str, Weighed]) -> Iterator[Claim]:
+def _claims(
+    sources: dict[str, Source], origins: dict[str, Origin], claims: dict[str, Weighed], snapshot: Snapshot | None
+) -> Iterator[Claim]:
     """Yield what each source claims about its text, before it is read; where rows speak for themselves, what each says.
 
     Sources that skip what is refused, and those whose files must be read first, are judged row by row later.
@@ -293,7 +301,7 @@ def _claims(sources: dict[str, Source], origins: dict[str, Origin], claims: dict
         if source.refused == "drop":
             continue
         if isinstance(source, Rows):
-            for row in row_documents(name, source, []):
+            for row in row_documents(name, source, [], Losses(snapshot)):
                 yield Claim(
                     name, row.source_version, row.path, "", row.licence, row.licence_evidence, row.licence_confidence
                 )
@@ -312,8 +320,10 @@ def _claims(sources: dict[str, Source], origins: dict[str, Origin], claims: dict
             )
 
 
-def _files(name: str, source: FileSource, origin: Origin, claim: Weighed) -> tuple[list[Document], dict[str, Any]]:
-    reading = Reading(source.max_document_bytes, source.select, source.separator, list(origin.skipped))
+def _files(
+    name: str, source: FileSource, origin: Origin, claim: Weighed, losses: Losses
+) -> tuple[list[Document], dict[str, Any]]:
+    reading = Reading(source.max_document_bytes, source.select, source.separator, skipped=list(origin.skipped))
     # Members, then documents, in the order of the hash of their id: the same choice everywhere, and files that
     # are not needed to reach the cap are not even read.
     ordered = sorted(origin.members, key=lambda m: document_id(name, m.path))
@@ -321,7 +331,10 @@ def _files(name: str, source: FileSource, origin: Origin, claim: Weighed) -> tup
     parts = reader.read(ordered, reading)
     if reader.many_per_file or source.separator:
         parts = iter(sorted(parts, key=lambda p: document_id(name, p.path)))
-    trimmed = (Part(p.member, p.anchor, cut(p.text, source.cut_bytes), p.findings) for p in _sound(parts, reading))
+    trimmed = (
+        Part(p.member, p.anchor, cut(p.text, source.cut_bytes), p.findings)
+        for p in _sound(parts, reading, source, losses)
+    )
     documents = []
     for part in choose(trimmed, source.max_bytes):
         weighed = rights.of_document(source, origin, claim, part)
@@ -355,14 +368,36 @@ def _files(name: str, source: FileSource, origin: Origin, claim: Weighed) -> tup
     }
 
 
-def _sound(parts: Iterable[Part], reading: Reading) -> Iterator[Part]:
+def _sound(parts: Iterable[Part], reading: Reading, source: FileSource, losses: Losses) -> Iterator[Part]:
     """Pass on what can be a document; escapes in JSON can hold NULs and half characters that its file does not."""
     for part in parts:
-        reason = unfit(part.text)
+        reason = unfit(part.text) or losses.reserves(_address(source, part.member.path), part.text)
         if reason:
             reading.skipped.append((part.path, reason))
         else:
             yield part
+
+
+def _address(source: FileSource, path: str) -> str:
+    """Return the web address of a file of a mirrored site: `origin` is then the address of the folder."""
+    if isinstance(source, Folder) and source.origin.startswith(("https://", "http://")):
+        return f"{source.origin.rstrip('/')}/{path}"
+    return ""
+
+
+def _snapshot(config: GatherConfig) -> Snapshot | None:
+    """Return the snapshot of what sites reserve; DataError when its folder has nothing in it."""
+    if config.reservations is None:
+        return None
+    settings = config.reservations
+    snapshot = Snapshot(user_path(settings.snapshot), settings.date, settings.agents or AGENTS)
+    if not snapshot.files():
+        raise DataError(
+            "the snapshot of what sites reserve is empty",
+            where=settings.snapshot,
+            expected="HOST/robots.txt, HOST/ai.txt, HOST/tdmrep.json or HOST/headers.json",
+        )
+    return snapshot
 
 
 def _talks_record(talks: Talks) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def judge(
     if answer.refused:
         return "refused", answer.refused
     if not rewrite:
-        return "empty", answer.finish_reason
+        return ("only_thoughts" if answer.text.strip() else "empty"), answer.finish_reason
     if broken := _GARBLED.search(rewrite):
         return "garbled", repr(broken.group())
     if answer.finish_reason == "length":

@@ -94,9 +94,42 @@ _LEAD = re.compile(
 _LABEL = re.compile(r"^(text|rewritten text|summary|answer)\s*:\s*\n+", re.I)
 
 
+# How servers without a parser for reasoning mark a model's thoughts: DeepSeek and Qwen, a habit of others, Mistral,
+# Kimi. Harmony (gpt-oss) has channels instead, of which `final` is the answer.
+_THOUGHTS = [
+    tuple(re.compile(re.escape(tag), re.I) for tag in tags)
+    for tags in (
+        *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")),
+        ("[THINK]", "[/THINK]"),
+        ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
+    )
+]
+_CHANNEL, _FINAL = "<|channel|>", "<|channel|>final<|message|>"
+_CONTROL = re.compile(r"<\|(?:end|return|im_end|endoftext|eot_id|end_of_text)\|>\s*\Z")
+
+
+def without_thoughts(answer: str) -> str:
+    """Return the answer without the thoughts before it; thoughts that do not end are all there is.
+
+    An end without a beginning closes thoughts that the prompt began, as templates of thinking models do.
+    """
+    text = answer
+    for begin, end in _THOUGHTS:
+        kept, at = "", 0
+        while closing := end.search(text, at):
+            opening = begin.search(text, at, closing.start())
+            kept = kept + text[at : opening.start()] if opening else ""
+            at = closing.end()
+        opening = begin.search(text, at)
+        text = kept + (text[at : opening.start()] if opening else text[at:])
+    if _CHANNEL in text:
+        text = text.rpartition(_FINAL)[2] if _FINAL in text else ""
+    return _CONTROL.sub("", text).strip()
+
+
 def clean(answer: str) -> str:
-    """Return the answer without what teachers put around it: quotes, fences, `Here is the text:`."""
-    text = answer.strip()
+    """Return the answer without thoughts, and without what teachers put around it: quotes, fences, `Here is ...:`."""
+    text = without_thoughts(answer)
     if text.startswith("```") and text.endswith("```") and "\n" in text:
         text = text.partition("\n")[2].rpartition("```")[0].strip()
     for pattern in (_LEAD, _LABEL):

@@ -29,7 +29,7 @@ class Backend(Protocol):
     limit_tokens: int
 
     def describe(self) -> str:
-        """Say in one line what computes, and whether answers have the same bits alone and in company."""
+        """Say in one line what computes, and whether answers are bit-invariant."""
         ...
 
     def decode(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> Iterator[tuple[int, Token]]:
@@ -125,7 +125,7 @@ class Gguf:
 
     def describe(self) -> str:
         """Say in one line what computes."""
-        return "llama.cpp, not bit-invariant; one request at a time"
+        return "llama.cpp, not bit-invariant"
 
     def close(self) -> None:
         """End llama.cpp."""

@@ -57,7 +57,7 @@ class Front:
             "created": self.started,
             "owned_by": "freehold",
             "max_model_len": self.backend.limit_tokens,
-            "computes": self.backend.describe(),
+            "engine": self.backend.describe(),
             "default_sampling": {
                 name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")
             },
