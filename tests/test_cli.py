@@ -40,7 +40,7 @@ class Interrupting(list):
         ("run RECIPE pretrain.optim.lr=fast", "not a valid value", "pretrain.optim.lr"),
         ("run RECIPE until=nowhere", "no such stage", "until"),
         ("run RECIPE --nonsense", "unrecognized argument: --nonsense", None),
-        ("run", "required: recipe", "freehold run"),
+        ("run", "`freehold run` needs to know which recipe", "freehold run"),
         ("walk", "invalid choice", "freehold"),
         ("trace x --step one", "invalid int value", "freehold trace"),
         ("lineage nowhere", "no such run folder", "nowhere"),
@@ -180,3 +180,18 @@ def test_how_a_stage_ended(code, exit_code, says):
     assert error.code == exit_code
     assert says in error.what
     assert error.todo
+
+
+def test_no_home_no_locale_and_escape_codes_are_no_traceback(tmp_path):
+    """An empty environment, a terminal of ASCII, and a name that would clear the screen."""
+    recipe = tmp_path / "\x1b[2J\u00e9.yaml"
+    recipe.write_text("name: r\ngather: 3\n")
+    command = [sys.executable, "-m", "freehold.cli", "run", str(recipe), "--dry-run"]
+    environment = {"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin"}
+    result = subprocess.run(command, capture_output=True, env=environment, cwd=Path(cli.__file__).parents[2])
+    assert result.returncode == 2
+    assert b"Traceback" not in result.stderr
+    assert b"\x1b" not in result.stderr
+    command[4:] = [RECIPE, "--dry-run"]
+    result = subprocess.run(command, capture_output=True, env=environment, cwd=Path(cli.__file__).parents[2])
+    assert result.returncode == 0, result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from freehold.cli import look, machine, make, prove, read
 from freehold.cli.parser import Parser
 from freehold.core import environment
 from freehold.core.errors import FreeholdError
+from freehold.core.log import printable
 from freehold.core.version import VERSION
 
 EXAMPLES = """examples:
@@ -32,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 well, 2 the user's mistake, 130 stopped, 137 killed."""
     environment.prepare()
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter must not end a command
+            stream.reconfigure(errors="backslashreplace")
     try:
         from freehold.core.machine import machine_limits
 
@@ -59,7 +64,7 @@ def _fail(error: FreeholdError, argv: Sequence[str]) -> int:
     if "--json" in argv:
         print(json.dumps({"error": error.to_dict()}))
     if not ("--json" in argv and "--parent" in argv):
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
     return getattr(error, "code", 2)
 
 
@@ -70,6 +75,10 @@ def _do(argv: Sequence[str]) -> int:
         if item.startswith("-") or "=" not in item or not hasattr(args, "overrides"):
             parser.error(f"unrecognized argument: {item}")
         args.overrides.append(item)
+    if getattr(args, "allow_secret", None):
+        from freehold.core.secrets import allow
+
+        allow(args.allow_secret)
     if not hasattr(args, "do"):
         parser.print_help()
         return 2

@@ -14,6 +14,7 @@ from freehold.cli.exporting import export_arguments, export_path, is_folder_expo
 from freehold.cli.importing import import_, import_arguments
 from freehold.cli.parser import recipe_arguments, verb, walk_flags
 from freehold.core.errors import ConfigError
+from freehold.run import layout
 from freehold.run.layout import ALIGN, CHAT, EXPORT, IMPORT, PRETRAIN, PUBLISHED, REPHRASE, SERVE, WALK
 
 TAUGHT = {
@@ -114,6 +115,10 @@ def _run(args: argparse.Namespace) -> int:
     recipe = resolve(args.recipe, args.overrides, fork=args.fork)
     if args.dry_run:
         return _show_plan(recipe, list(recipe.stages), args.json, args.strict_code)
+    if PRETRAIN in layout.until(recipe.head.until):
+        from freehold.run.dry_run import check_vocabulary
+
+        check_vocabulary(recipe)  # not after an hour of other stages
     options = processes.Options(
         clean=args.clean, fork=args.fork, strict_code=args.strict_code, quiet=args.quiet or args.json
     )
@@ -165,28 +170,10 @@ def _stage(args: argparse.Namespace) -> int:
 
 
 def _show_plan(recipe: Any, stages: list[str], as_json: bool, strict_code: bool = False) -> int:
-    from freehold.core.config import to_yaml
-    from freehold.core.errors import ArtifactError
-    from freehold.run import walk
+    from freehold.run import dry_run
 
-    plans = {}
-    for stage in stages:
-        each = recipe.stages[stage]
-        config, lines = each.config, each.stage.plan(each.config)
-        try:
-            found = walk.state_of(each, strict_code=strict_code)
-            state, changes = str(found.what), list(found.changes)
-        except ArtifactError:
-            state, changes = "waits for its inputs", []
-        plans[stage] = {"state": state, "changes": changes, "plan": lines, "config": config.model_dump(mode="json")}
-    if as_json:
-        print(json.dumps({"run": str(recipe.run_folder), "stages": plans}))
-        return 0
-    print(to_yaml({**recipe.head.model_dump(mode="json"), **{s: p["config"] for s, p in plans.items()}}))
-    for stage, about in plans.items():
-        print(f"{stage}: {about['state']}")
-        for line in [*about["plan"], *(f"changed: {c}" for c in about["changes"])]:
-            print(f"  {line}")
+    views = dry_run.look(recipe, stages, strict_code=strict_code)
+    print(json.dumps(dry_run.to_dict(recipe, views)) if as_json else dry_run.text(recipe, views))
     return 0
 
 

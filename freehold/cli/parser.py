@@ -8,12 +8,27 @@ from typing import Any, NoReturn
 
 from freehold.core.errors import ArtifactError, ConfigError
 
+EXAMPLES = {"recipe": "recipes/laptop.yaml", "path": "runs/laptop", "document": "sotu"}
+"""What each positional may be."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are ours: one message, as JSON too."""
 
     def error(self, message: str) -> NoReturn:
         """Raise a ConfigError instead of leaving."""
+        needed = message.partition("the following arguments are required: ")[2]
+        if needed:
+            names = [name for name in needed.split(", ") if name != "key=value"]
+            verb_name = self.prog.rpartition(" ")[2]
+            example = EXAMPLES.get(names[0], "")
+            raise ConfigError(
+                f"`{self.prog}` needs to know which {' and which '.join(names)} to work on",
+                where=self.prog,
+                expected=f"`freehold {verb_name} {' '.join(name.upper() for name in names)}`"
+                + (f", e.g. `freehold {verb_name} {example}`" if example else ""),
+                todo=f"see `{self.prog} --help`",
+            )
         raise ConfigError(message, where=self.prog, todo=f"see `{self.prog} --help`")
 
 
@@ -42,6 +57,13 @@ def walk_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fork", default="", metavar="NAME", help="keep this run; make the changed one as runs/NAME")
     parser.add_argument(
         "--strict-code", action="store_true", help="refuse stages that other code made, instead of warning"
+    )
+    parser.add_argument(
+        "--allow-secret",
+        action="append",
+        default=[],
+        metavar="VARIABLE@HOST",
+        help="let a recipe send this variable of the environment to this host; repeatable",
     )
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="say nothing but errors")

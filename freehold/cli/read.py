@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ def add_verbs(verbs: Any) -> None:
         add(verbs)
     report = verb(verbs, "report", "write report.md and report.png of a run, and show its summary", _report)
     _run_argument(report)
+    _add_overview(verbs)
 
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +30,17 @@ def _run_argument(parser: argparse.ArgumentParser) -> None:
 
 def _json_flag(parser: argparse.ArgumentParser, what: str = "answer") -> None:
     parser.add_argument("--json", action="store_true", help=f"machine-readable {what}")
+
+
+def _add_overview(verbs: Any) -> None:
+    runs = verb(verbs, "runs", "list the runs with stage, age, size and figures", _runs)
+    runs.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="folder of runs (default: runs/)")
+    _json_flag(runs, "list")
+    watch = verb(verbs, "watch", "follow a run that trains: loss, bits per byte, load, speed, memory, events", _watch)
+    _run_argument(watch)
+    watch.add_argument("--once", action="store_true", help="show it once and leave")
+    watch.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between looks (default 2)")
+    _json_flag(watch, "view; implies --once")
 
 
 def _add_trace(verbs: Any) -> None:
@@ -196,3 +210,28 @@ def _report(args: argparse.Namespace) -> int:
     print(report.write_report(run))
     print(report.summary(run))
     return 0
+
+
+def _runs(args: argparse.Namespace) -> int:
+    from freehold.run import overview
+
+    lines = overview.list_runs(args.folder)
+    print(json.dumps([asdict(line) for line in lines], indent=1) if args.json else overview.runs_text(lines))
+    return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from freehold.run import overview
+
+    run = run_folder(args.run)
+    if args.every <= 0:
+        raise ConfigError("not a time to wait", where="--every", found=args.every, expected="seconds above 0")
+    while True:
+        found = overview.watch(run)
+        text = json.dumps(asdict(found), indent=1) if args.json else overview.watch_text(found)
+        live = not (args.once or args.json or found.finished) and sys.stdout.isatty()
+        # On a terminal the view is drawn over the one before it.
+        print(f"\x1b[H\x1b[2J{text}" if live else text, flush=True)
+        if args.once or args.json or found.finished:
+            return 0
+        time.sleep(args.every)

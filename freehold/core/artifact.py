@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,8 @@ def write_manifest(
     else worth keeping (seconds, config, inputs). Returns the manifest.
     """
     files = hash_files(folder) if files is None else files
+    folder.mkdir(parents=True, exist_ok=True)
+    flush(folder, files)
     manifest = {
         "kind": kind,
         "format_version": READABLE.get(kind, (1,))[-1],
@@ -170,7 +172,29 @@ def write_manifest(
         **record,
     }
     write_json(folder / MANIFEST, manifest)
+    _flush_folder(folder)
     return manifest
+
+
+def flush(folder: Path, files: Iterable[str]) -> None:
+    """Make files and the folders that name them durable: a manifest must not outlive what it signs."""
+    places = {folder}
+    for name in files:
+        path = folder / name
+        places |= {place for place in path.parents if place.is_relative_to(folder)}
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    for place in sorted(places):
+        _flush_folder(place)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems cannot flush a folder
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_manifest(folder: Path, *, kind: str | None = None, verify: bool = False) -> dict[str, Any]:

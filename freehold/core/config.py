@@ -18,6 +18,9 @@ from freehold.core.errors import ConfigError
 
 C = TypeVar("C", bound="Config")
 
+MOST_YAML_CHARS, MOST_NODES = 2_000_000, 20_000
+"""Size of a recipe, a policy or an override; the largest shipped recipe has under 1,000 values."""
+
 # Keys that have another name now: the error names the successor.
 RENAMED: dict[str, str] = {
     "max_kl_exact": "max_kl: {HF: ..., F32: ...}",
@@ -179,6 +182,13 @@ class _Loader(yaml.SafeLoader):
     truth value reads them (pydantic), one that holds text keeps them.
     """
 
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        """Read a value, counting: a text of many must be refused before it takes minutes."""
+        self.count = getattr(self, "count", 0) + 1
+        if self.count > MOST_NODES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_NODES:,} values", None)
+        return super().compose_node(parent, index)
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Read a mapping, looking for keys that are not text (`1` is the text "1") or given twice."""
         node = super().compose_mapping_node(anchor)
@@ -220,12 +230,39 @@ for _name, _construct in (
 
 def _parse(text: str) -> Any:
     """Return what YAML text says; ValueError when it is not YAML or holds itself."""
+    if len(text) > MOST_YAML_CHARS:
+        raise ValueError(f"{len(text):,} characters, at most {MOST_YAML_CHARS:,}")
+    loader = _Loader(text)
     try:
-        data = yaml.load(text, _Loader)
-        json.dumps(data, default=str)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if (size := _expanded(node, {})) > MOST_NODES:
+            raise ValueError(f"{size:,} values once its aliases are written out, at most {MOST_NODES:,}")
+        return loader.construct_document(node)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
-    return data
+    finally:
+        loader.dispose()
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many values a node stands for with every alias written out; ValueError for one that holds itself.
+
+    Counted before anything is expanded: nine levels of ten aliases are ten thousand million values.
+    """
+    if id(node) in known:
+        if not known[id(node)]:
+            raise ValueError("a value that holds itself")
+        return known[id(node)]
+    known[id(node)] = 0
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    elif isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def load_recipe(path: Path, overrides: typing.Sequence[str] = ()) -> dict[str, Any]:

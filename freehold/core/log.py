@@ -16,6 +16,18 @@ from freehold.core.errors import ArtifactError
 T = TypeVar("T")
 
 
+CONTROL = {n: "\ufffd" for n in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(n) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Return text that a terminal shows and does not obey: control codes but line break and tab are replaced.
+
+    File names, licences and what a model says come from outside; an escape sequence could clear the screen, set the
+    title or write to the clipboard.
+    """
+    return text.translate(CONTROL)
+
+
 class Log:
     """Says lines to the console and to `log/attempt_N.txt`, and appends to `metrics.jsonl`.
 
@@ -110,7 +122,7 @@ class Log:
             print("\r\x1b[2K", end="", file=sys.stderr)
             self._live = False
         with contextlib.suppress(OSError):  # stderr may be a file on a full disk
-            print(message, file=sys.stderr, flush=True)
+            print(printable(message), file=sys.stderr, flush=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Protocol, TypeVar
@@ -214,11 +214,6 @@ class Policy(Config):
     unknown_origin: Decision = Field(
         default="allow", description="what follows for a model or teacher whose vendor and country are not stated"
     )
-    parents: dict[Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")], Annotated[str, Field(pattern=r"\S")]] = Field(
-        default={},
-        description="parents without a record that may be used all the same: the beginning of the checkpoint's hash, "
-        "and the reason in your words",
-    )
 
     @model_validator(mode="before")
     @classmethod
@@ -331,15 +326,9 @@ def judge_origin(what: str, origin: Origin, policy: Policy) -> Verdict:
     return Verdict("allow", f"origin: {origin}", "")
 
 
-def judge_unknown(reason: str, content_sha256: str, policy: Policy) -> Verdict:
-    """Judge a parent of which something is not known: a person decides, by its hash in `policy.parents`."""
-    stated = settled(content_sha256, policy.parents)
-    return Verdict("allow", f"settled: {stated}", "") if stated else Verdict("review", reason, "")
-
-
-def settled(content_sha256: str, parents: Mapping[str, str]) -> str:
-    """Return why a parent without a record may be used; empty when no one said so."""
-    return next((why for start, why in parents.items() if content_sha256.startswith(start)), "")
+def judge_unknown(reason: str, settled: str) -> Verdict:
+    """Judge a parent of which something is not known: a person decides, and says why."""
+    return Verdict("allow", f"settled: {settled}", "") if settled else Verdict("review", reason, "")
 
 
 def gate(rows: Iterable[R], policy: Policy) -> Iterator[R]:

@@ -9,7 +9,7 @@ a record is unknown, never free.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,10 @@ class Record:
     rows: tuple[Rows, ...] = ()
     origins: tuple[MadeBy, ...] = ()
     unknown: tuple[str, ...] = ()
-    """What is not known of it, in sentences; a policy reviews that."""
+    """What is not known, in sentences; a policy reviews that."""
     parents: tuple[Record, ...] = field(default=())
+    settled: str = ""
+    """Why what is not known does not matter, in the words of who looked into it (`pretrain.parent_settled`)."""
 
     @property
     def name(self) -> str:
@@ -94,6 +96,7 @@ class Record:
             "rows": [asdict(row) for row in self.rows],
             "origins": origins,
             "unknown": list(self.unknown),
+            "settled": self.settled,
             "parents": [parent.to_dict() for parent in self.parents],
         }
         return {**data, "record_sha256": sha256_json(data)}
@@ -112,6 +115,7 @@ class Record:
                 rows=tuple(Rows(**row) for row in data["rows"]),
                 origins=tuple(MadeBy(str(o["what"]), Origin.model_validate(o["origin"])) for o in data["origins"]),
                 unknown=tuple(map(str, data["unknown"])),
+                settled=str(data["settled"]),
                 parents=tuple(cls.from_dict(parent, depth + 1) for parent in data["parents"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -139,8 +143,9 @@ def ancestors(run: RunFolder, checkpoint: Checkpoint | None = None) -> tuple[Rec
             # A folder that is gone cannot say its hash; the child recorded it.
             lost = next((record for record in found if record.unknown and not record.content_sha256), None)
             found = [record for record in found if record is not lost]
-            reason = lost.unknown[0] if lost else "there is no record of it"
-            found.append(unknown(reason, one.outside))
+            reason = lost.unknown[0] if lost else "it has no record"
+            settled = str(_config(run, PRETRAIN).get("parent_settled") or "")
+            found.append(replace(unknown(reason, one.outside), settled=settled))
     return tuple(found)
 
 
@@ -169,7 +174,7 @@ def records_of(stage: str, config: dict[str, Any]) -> list[Record]:
     found = []
     parent = str(config.get("parent") or "")
     if stage == PRETRAIN and parent:
-        found.append(record_of(Path(parent)))
+        found.append(replace(record_of(Path(parent)), settled=str(config.get("parent_settled") or "")))
     teacher = config.get("teacher") or {}
     if stage == REPHRASE and teacher:
         path = "" if teacher.get("distribution") else str(teacher.get("path") or "")
@@ -225,7 +230,7 @@ def _of_run(run: RunFolder, folder: Path, content: str) -> Record:
 
 
 def learned_rows(run: RunFolder, checkpoint: Checkpoint) -> tuple[tuple[Rows, ...], tuple[str, ...]]:
-    """Return what a checkpoint learned from in this run, summed by rights, and what is not known of it.
+    """Return what a checkpoint learned from in this run, summed by rights, and what is not known.
 
     Where its steps are not recorded, as in a run that is not finished, all rows kept for training count.
     """

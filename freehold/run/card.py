@@ -14,7 +14,6 @@ from pydantic import Field
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.config import Config, fill, load_yaml
 from freehold.core.errors import ArtifactError
-from freehold.ledger.policy import settled
 from freehold.run.ancestry import ancestors
 from freehold.run.checkpoints import read_checkpoints
 from freehold.run.layout import CURATE, GATHER, RunFolder, training
@@ -139,7 +138,7 @@ def facts(run_folder: Path) -> dict[str, Any]:
             "documents": sum(row.documents for row in record.rows),
             "origin": "; ".join(str(made.origin) for made in record.origins),
             "unknown": list(record.unknown),
-            "settled": settled(record.content_sha256, result["policy"].get("parents", {})),
+            "settled": record.settled or root.settled,
         }
         for root in ancestors(run)
         for record in root.all()

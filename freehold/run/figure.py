@@ -231,8 +231,14 @@ def _loss(axes: Axes, rows: list[dict[str, Any]], results: dict[str, Any]) -> No
     right.tick_params(axis="y", colors=BLUE)
     _many(right, rows, names, BLUE, "each source")
     steps, values = _series(rows, "val/bpb")
-    right.plot(steps, values, color=BLUE, linewidth=2.2, marker="o", markersize=3, label="bits per byte, held-out text")
-    if len(values):
+    label = "bits per byte, validation rows of training"
+    right.plot(steps, values, color=BLUE, linewidth=2.2, marker="o", markersize=3, label=label)
+    base = results.get("checkpoints", {}).get("base", {}).get("bits_per_byte", {}).get("overall", {})
+    if base and len(steps):
+        # The number of the report's table: all held-out text, counted as evaluate does.
+        label = f"Base, evaluated: {base['bits_per_byte']:.3f}"
+        right.plot(steps[-1], base["bits_per_byte"], color=BLUE, marker="D", linestyle="", label=label)
+    elif len(values):
         place: Any = {"xytext": (0, 6), "textcoords": "offset points", "ha": "right", "va": "bottom"}
         right.annotate(f"{values[-1]:.2f}", (steps[-1], values[-1]), **place, color=BLUE, fontweight="bold")
     xz = results.get("text", {}).get("overall", {}).get("xz")

@@ -43,6 +43,8 @@ class Stage:
     """Whether a run without it lacks nothing."""
     gate: Gate = ""
     """What the rights policy is asked for before the stage starts."""
+    writes: tuple[str, ...] = ()
+    """Globs of the files it may leave in its folder (`*` also matches /): what the run may delete there."""
     lengthens: bool = False
     """Whether more steps may be added to it: what a step reads does not depend on the steps after it."""
     package: str = ""
@@ -63,22 +65,49 @@ class Stage:
         return list(importlib.import_module(f"{self.module}.config").plan(config))
 
 
+ROWS = ("documents/*.parquet", "conversations/*.parquet", "tasks/*.jsonl")
+TRAINED = (
+    "checkpoints/step_*",
+    "phases/*",
+    "tensorboard/*",
+    "trace.parquet",
+    "rollbacks.json",
+    "forgetting.json",
+    "ancestry.json",
+    "killed.txt",
+)
+
+
 def _table(*stages: Stage) -> dict[str, Stage]:
     return {stage.name: stage for stage in stages}
 
 
 WALK: dict[str, Stage] = _table(
-    Stage(GATHER, "sources -> documents with licence evidence; the policy refuses what may not be used"),
     Stage(
-        CURATE, "documents -> clean, de-duplicated documents; every drop has a reason", inputs=(GATHER,), resumes=True
+        GATHER,
+        "sources -> documents with licence evidence; the policy refuses what may not be used",
+        writes=(*ROWS, "sources.json"),
+    ),
+    Stage(
+        CURATE,
+        "documents -> clean, de-duplicated documents; every drop has a reason",
+        inputs=(GATHER,),
+        resumes=True,
+        writes=(*ROWS, "drops.parquet", "report.json", "shards/*"),
     ),
     Stage(
         REPHRASE,
         "documents -> documents that a teacher model rewrote; nothing without a teacher",
         inputs=(CURATE,),
         optional=True,
+        writes=("documents/rephrased_*.parquet", "rewrites.parquet", "report.json", "ancestry.json"),
     ),
-    Stage(TOKENIZE, "documents -> tokenizer and token shards", inputs=(CURATE, REPHRASE)),
+    Stage(
+        TOKENIZE,
+        "documents -> tokenizer and token shards",
+        inputs=(CURATE, REPHRASE),
+        writes=("tokenizer/*", "tokens/*"),
+    ),
     Stage(
         PRETRAIN,
         "tokens -> TrueBase and Base",
@@ -86,6 +115,7 @@ WALK: dict[str, Stage] = _table(
         resumes=True,
         trains=True,
         lengthens=True,
+        writes=TRAINED,
         gate="mixture",
     ),
     Stage(
@@ -95,16 +125,27 @@ WALK: dict[str, Stage] = _table(
         resumes=True,
         trains=True,
         gate="alignment set",
+        writes=TRAINED,
     ),
     Stage(
         EVALUATE,
         "bits per byte and tasks, before and after alignment",
         inputs=(PRETRAIN, ALIGN, TOKENIZE, CURATE),
+        writes=("results.json", "results.md", "tables.json", "answers/*", "lm_eval/*"),
     ),
     Stage(
-        EXPORT, "Preview -> HF folder and GGUF files, proven equal or refused", inputs=(ALIGN, TOKENIZE), gate="export"
+        EXPORT,
+        "Preview -> HF folder and GGUF files, proven equal or refused",
+        inputs=(ALIGN, TOKENIZE),
+        gate="export",
+        writes=("hf/*", "gguf/*", "parity.json", "calibration.json", "*.imatrix.gguf"),
     ),
-    Stage(SERVE, "serve a checkpoint, an HF folder or a GGUF over an OpenAI-compatible API", inputs=(ALIGN,)),
+    Stage(
+        SERVE,
+        "serve a checkpoint, an HF folder or a GGUF over an OpenAI-compatible API",
+        inputs=(ALIGN,),
+        writes=("answer.json",),
+    ),
 )
 """Each stage of the walk, in order."""
 TALK = Stage(CHAT, "talk to a model in the terminal")
@@ -175,6 +216,16 @@ class RunFolder:
     def metrics(self, name: str) -> Path:
         """Return a stage's figures by step."""
         return self.root / name / METRICS
+
+    def checkpoint_of(self, file: str) -> str:
+        """Return the checkpoint, relative to its training stage, that a file of the stage is in; empty for others."""
+        parts = file.split("/")
+        depth = 2 if parts[0] == "checkpoints" else 1
+        return "/".join(parts[:depth]) if len(parts) > depth else ""
+
+    def log(self, name: str) -> Path:
+        """Return the folder of what a stage said."""
+        return self.root / name / "log"
 
     def timing(self, name: str) -> Path:
         """Return how long a stage took."""

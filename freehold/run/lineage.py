@@ -9,6 +9,7 @@ from typing import Any
 
 from freehold.core.artifact import MANIFEST, read_json, read_manifest, sha256_json
 from freehold.core.errors import ArtifactError
+from freehold.core.log import printable
 from freehold.run.ancestry import Record, ancestors, ancestors_of_stage, origin_of, unknown
 from freehold.run.checkpoints import Checkpoint, exported_checkpoint, read_checkpoints
 from freehold.run.layout import (
@@ -174,7 +175,7 @@ class _Builder:
             self.tie(before[PRETRAIN], name, parent, matches=False)
         elif parent:
             known = {record.content_sha256: record for record in ancestors(self.run, checkpoint)}
-            record = known.get(parent) or unknown("there is no record of it", parent)
+            record = known.get(parent) or unknown("it has no record", parent)
             self.tie(self._add_record(record), name, parent)
 
     def _add_record(self, record: Record) -> str:
@@ -288,7 +289,7 @@ def _tree(graph: Graph, width: int) -> str:
         tree.add(f"missing: {line}")
     out = io.StringIO()
     Console(file=out, width=width, color_system=None, highlight=False, markup=False, emoji=False).print(tree)
-    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
+    return printable("\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n")))
 
 
 def _mermaid(graph: Graph) -> str:

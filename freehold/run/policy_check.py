@@ -86,13 +86,13 @@ def everything(run_folder: Path, policy: Policy, rewritten: Policy | None = None
 def inherited(records: Iterable[Record], policy: Policy, rewritten: Policy | None = None) -> list[Group]:
     """Judge what models of other runs learned from, to the roots; what is not known of them is for a person."""
     groups: list[Group] = []
-    for record in (each for root in records for each in root.all()):
+    for root, record in ((one, each) for one in records for each in one.all()):
         for group in _judged(record.rows, policy, rewritten):
             groups.append(replace(group, claim=replace(group.claim, source=f"{record.name}: {group.claim.source}")))
         groups += _made_by(record.origins, policy)
         for reason in record.unknown:
             claim = Claim(record.name, record.content_sha256, record.path, "", "", reason)
-            verdict = judge_unknown(f"{record.name}: {reason}", record.content_sha256, policy)
+            verdict = judge_unknown(f"{record.name}: {reason}", record.settled or root.settled)
             groups.append(Group(claim, "model", "", 1, verdict))
     return groups
 

@@ -14,7 +14,8 @@ from freehold.core.code import code_sha256, contract_versions
 from freehold.core.config import Config, fill, load_recipe, merge, override, unknown_key
 from freehold.core.errors import ConfigError
 from freehold.ledger.policy import Origin
-from freehold.run.layout import SERVE, WALK, RunFolder, Stage
+from freehold.run.layout import GATHER, SERVE, WALK, RunFolder, Stage
+from freehold.run.source_files import digests
 
 
 class Head(Config):
@@ -76,7 +77,9 @@ class StagePlan:
         Degrees of parallelism do not belong to it: they change the order of sums only, a run may continue with other
         ones, and each checkpoint records its own. Raises ArtifactError when an input is not finished.
         """
+        own = digests(self.config.sources, self.run.log(self.name)) if self.name == GATHER else {}
         return {
+            **({"sources": own} if own else {}),
             "config": recorded_config(self.config),
             "seed": self.head.seed,
             "contract": contract_versions(self.entry),

@@ -11,7 +11,7 @@ from typing import Any
 
 from freehold.core.artifact import MANIFEST, read_json, write_atomic
 from freehold.core.errors import ArtifactError
-from freehold.core.log import read_metrics
+from freehold.core.log import printable, read_metrics
 from freehold.core.machine import program
 from freehold.core.table import Table
 from freehold.run.layout import ALIGN, EXPORT, NAMED, PRETRAIN, TRAINER_FACTS, WALK, RunFolder, training
@@ -87,7 +87,7 @@ def summary(run_folder: Path, width: int = 118) -> str:
         console.print(Text(f"not finished, so not shown: {', '.join(missing)}"))
     else:
         console.print(Text("\n".join(["", "next:", *(f"  {line}" for line in next_commands(run_folder))])))
-    return out.getvalue()
+    return printable(out.getvalue())
 
 
 def next_commands(run_folder: Path) -> list[str]:

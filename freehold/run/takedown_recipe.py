@@ -25,7 +25,7 @@ from freehold.run.layout import (
     until,
 )
 from freehold.run.steps import phases_left, resolved
-from freehold.run.takedown import Excluded, Takedown
+from freehold.run.takedown_answer import Excluded, Takedown
 
 MOST_IDS_IN_RECIPE = 200
 """More excluded ids than this go into a file next to the recipe."""

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from freehold.run.takedown import Restart, Takedown
+from freehold.core.log import printable
+from freehold.run.takedown_answer import Restart, Takedown
 from freehold.run.takedown_recipe import Applied
 from freehold.run.trace import CheckpointTrace, DocumentTrace, StepTrace, TracedDocument
 
@@ -233,7 +234,7 @@ def _console(width: int) -> Console:
 
 def _text(out: Console) -> str:
     assert isinstance(out.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in out.file.getvalue().rstrip().split("\n"))
+    return printable("\n".join(line.rstrip() for line in out.file.getvalue().rstrip().split("\n")))
 
 
 def _table(*columns: str) -> Table:

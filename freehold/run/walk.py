@@ -28,12 +28,12 @@ from freehold.core.log import Log
 from freehold.core.machine import cpu_name, machine_limits
 from freehold.ledger.policy import Origin
 from freehold.parallel import launch
-from freehold.run import ancestry, policy_check
+from freehold.run import ancestry, policy_check, removal, repair
 from freehold.run.code_spans import add_span, other_code, other_contract, read_spans
-from freehold.run.layout import GATHER, KEPT_WHEN_MADE_AGAIN, REPHRASE, before, finished_parts, until
+from freehold.run.layout import GATHER, REPHRASE, before, finished_parts, until
 from freehold.run.lengthen import branch_command, lengthen, recorded
 from freehold.run.processes import Options, StageFailed, run_process, stage_command, supervise
-from freehold.run.recipe import Plan, StagePlan, resolve
+from freehold.run.recipe import Plan, StagePlan, recorded_config, resolve
 from freehold.run.step_documents import documents_of_step
 
 MOST_CHANGES = 12
@@ -44,7 +44,7 @@ MOST_CHANGES = 12
 class State:
     """A stage's folder compared with its plan."""
 
-    what: Literal["done", "stale", "started", "absent"]
+    what: Literal["done", "damaged", "stale", "started", "absent"]
     changes: tuple[str, ...] = ()
     other_code: str = ""
     """What made it, when that is not this program's code: `theirs -> ours`."""
@@ -62,15 +62,16 @@ def state_of(stage: StagePlan, *, verify: bool = False, strict_code: bool = Fals
     try:
         old = read_manifest(stage.folder, kind=stage.name) if finished else read_json(key_file)
     except ArtifactError as error:
-        return State("stale", (f"{stage.folder}: {str(error).splitlines()[0]}",))
+        return State("damaged", (f"{error.where or stage.folder}: {error.what}",))
     changes = key_changes(stage, old, key)
     code = other_code(old, stage.code_sha256())
     if code and strict_code:
         changes.append(f"code: {code}")
-    if finished:
-        changes += _file_changes(stage.folder, old["files"], verify)
+    damage = _file_changes(stage.folder, old["files"], verify) if finished else []
     if changes:
-        return State("stale", tuple(changes), code)
+        return State("stale", (*changes, *damage), code)
+    if damage:
+        return State("damaged", tuple(damage), code)
     return State("done" if finished else "started", (), code)
 
 
@@ -81,6 +82,10 @@ def key_changes(stage: StagePlan, old: dict[str, Any], key: dict[str, Any]) -> l
         refilled = refill(stage.stage.config_class(), old.get("config") or {}, stage.name)
         changes = difference({k: v for k, v in refilled.items() if k != "parallel"}, key["config"], "config")
     changes += difference(old.get("seed"), key["seed"], "seed")
+    for name, digest in key.get("sources", {}).items():
+        # Earlier versions recorded none: what is unknown cannot differ.
+        if old.get("sources", {}).get(name, digest) != digest:
+            changes.append(f"sources.{name}: its files have changed")
     changes += difference(old.get("inputs"), key["inputs"], "inputs")
     return changes + other_contract(old.get("contract", {}), key["contract"])
 
@@ -99,26 +104,40 @@ def _file_changes(folder: Path, files: dict[str, Any], verify: bool) -> list[str
 def check_stage(stage: StagePlan, options: Options) -> Literal["done", "resume", "make"]:
     """Return what to do for a stage; remove what must be made again.
 
-    Raises ArtifactError, showing the differences, when finished or resumable work was made by another recipe (with
-    `strict_code`: or other code) and `--clean` was not given.
+    What is damaged is made again from what is whole. Raises ArtifactError, showing the differences, when finished or
+    resumable work was made by another recipe (with `strict_code`: or other code) and `--clean` was not given, and when
+    the folder holds files that are not the run's.
     """
     state = state_of(stage, verify=options.clean, strict_code=options.strict_code)
     if state.what == "done" and not (options.clean and not options.parent):
         return "done"
+    if state.what == "damaged":
+        shown = "; ".join(state.changes[:MOST_CHANGES])
+        Log(quiet=options.quiet).warn(f"{stage.name} is damaged and is made again from what is whole: {shown}")
+        if stage.stage.trains and not options.clean and repair.prepare(stage, _record(stage)):
+            return "resume"
     if state.what == "started" and stage.stage.resumes:
-        for leftover in stage.folder.glob("*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        removal.remove_leftovers(stage.stage, stage.folder, _records(stage))
         return "resume"
     if state.what == "stale" and not options.clean and lengthen(stage, _record(stage)):
         return "resume"
     worth_keeping = stage.run.finished(stage.name) or (stage.stage.resumes and finished_parts(stage.folder) > 0)
-    if state.what != "done" and worth_keeping and not options.clean:
+    # Damaged training that cannot be repaired keeps its whole checkpoints until someone decides.
+    refused = state.what == "stale" or (state.what == "damaged" and stage.stage.trains)
+    if refused and worth_keeping and not options.clean:
         raise _made_otherwise(stage, state)
-    if stage.folder.exists():
-        for path in stage.folder.iterdir():
-            if path.name not in KEPT_WHEN_MADE_AGAIN:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    begun = stage.run.finished(stage.name) or stage.run.key(stage.name).exists()
+    removal.remove_stage(stage.stage, stage.folder, _records(stage), begun=begun)
     return "make"
+
+
+def _records(stage: StagePlan) -> list[dict[str, Any]]:
+    """Return what a stage recorded of itself, as far as it can be read, and the settings of today."""
+    found = [{"config": recorded_config(stage.config)}]
+    for path in (stage.run.manifest(stage.name), stage.run.key(stage.name)):
+        with contextlib.suppress(ArtifactError, OSError):
+            found.append(read_json(path))
+    return found
 
 
 def _record(stage: StagePlan) -> dict[str, Any]:
@@ -135,8 +154,9 @@ def _made_otherwise(stage: StagePlan, state: State) -> ArtifactError:
     todo = "--clean makes it again here, --fork NAME keeps this run and makes another next to it, or undo the change"
     if command := branch_command(stage, _record(stage)):
         todo = f"to train the changed phases from the checkpoint before them: {command}; or {todo}"
+    other = "was made by another recipe, other inputs or other code"
     return ArtifactError(
-        f"{stage.name} was made by another recipe, other inputs or other code",
+        f"{stage.name} {'is damaged' if state.what == 'damaged' else other}",
         where=stage.folder,
         found="\n            ".join(shown),
         todo=todo,

@@ -1,6 +1,6 @@
 import pytest
 
-from freehold.core.config import REMOVED, difference, fill, load_recipe, merge, parse_override
+from freehold.core.config import REMOVED, difference, fill, load_recipe, load_yaml, merge, parse_override
 from freehold.core.errors import ConfigError
 from freehold.stages.pretrain.config import PretrainConfig
 
@@ -172,3 +172,25 @@ def test_null_takes_a_mapping_of_the_base_away():
 def test_difference_names_keys():
     assert difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "c": 2}, "d": 4}) == ["a.b: 1 -> 3", "d: (absent) -> 4"]
     assert difference({"a": 1}, {"a": 1}) == []
+
+
+LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [LAUGHS, "x: {" + ",".join(f"k{n}: 1" for n in range(15_000)) + "}", "x: " + "y" * 3_000_000, "x: &x [*x]"],
+    ids=["aliases", "keys", "long", "loop"],
+)
+def test_yaml_is_counted_before_it_is_expanded(tmp_path, text):
+    path = tmp_path / "bomb.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_yaml(path)
+
+
+def test_override_is_counted_before_it_is_expanded():
+    with pytest.raises(ConfigError, match="not YAML"):
+        parse_override("a.b=[&a [1,1,1,1,1,1,1,1,1,1], " + ", ".join(f"&a [{'*a,' * 10}]" for _ in range(8)) + "]")

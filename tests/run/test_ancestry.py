@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from freehold import cli
-from freehold.core.artifact import read_json, read_manifest, write_json, write_manifest
+from freehold.core.artifact import read_manifest, write_json, write_manifest
 from freehold.core.document import Document, document_id, write_rows
 from freehold.core.errors import LicenceError
 from freehold.data.exposure import write_trace
@@ -101,9 +101,10 @@ def test_parent_without_a_record_is_reviewed_until_settled(tmp_path):
     assert decision(child, "commercial") == "allow"  # its folder still says it
     shutil.rmtree(base)
     assert decision(child, "train") == "review"
-    content = read_json(child / BASE / "trainer.json")["parent"]
-    assert decision(child, "train", parents={content[:12]: "we trained it on our own letters"}) == "allow"
-    assert decision(child, "train", parents={"0" * 12: "another"}) == "review"
+    config = read_manifest(child / "pretrain")["config"] | {"parent_settled": "we trained it on our own letters"}
+    write_manifest(child / "pretrain", kind="pretrain", config=config, counts={"steps": 2})
+    assert decision(child, "train") == "allow"
+    assert "settled: we trained it" in disclosure.make(card.facts(child), card.Statements(), ["data"])["data.md"]
 
 
 def test_changed_or_lost_record_is_reviewed(tmp_path):

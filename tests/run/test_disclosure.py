@@ -81,7 +81,7 @@ def test_ab2013_has_twelve_items(texts: dict[str, str]) -> None:
     assert "3 documents (69 tokens) and 1 conversations" in texts["ab2013.md"]
 
 
-def test_ai_written_rows_are_told(tmp_path: Path) -> None:
+def test_ai_written_rows_are_named(tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     for stage in ("gather", "curate"):
         path = run / stage / "conversations/made.parquet"

@@ -19,7 +19,8 @@ from freehold.ledger.policy import Policy
 from freehold.run import policy_check
 from freehold.run.card import facts
 from freehold.run.lineage import lineage
-from freehold.run.takedown import Excluded, takedown
+from freehold.run.takedown import takedown
+from freehold.run.takedown_answer import Excluded
 from freehold.run.takedown_recipe import write_recipe
 from freehold.run.trace import trace_document
 

@@ -25,7 +25,8 @@ from freehold.optim.config import PhaseConfig
 from freehold.optim.schedule import Schedule
 from freehold.run.recipe import resolve
 from freehold.run.steps import step_seconds
-from freehold.run.takedown import Excluded, Origin, RunAnswer, takedown
+from freehold.run.takedown import takedown
+from freehold.run.takedown_answer import Excluded, Origin, RunAnswer
 from freehold.run.takedown_recipe import write_recipe
 from freehold.run.trace_text import render_takedown
 from freehold.stages.curate.config import CurateConfig, Exclusion, NearDuplicates

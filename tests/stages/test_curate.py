@@ -237,6 +237,17 @@ def test_priority_decides_which_copy_stays(tmp_path: Path) -> None:
         curate(gathered, tmp_path / "wrong", CurateConfig(priority=("third",)))
 
 
+def test_a_source_that_lost_much_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [document("clean", str(i), text) for i, text in enumerate(clean_texts()[:4])]
+    rows += [document("codes", str(i), f"{i}{i}{i}-{i} " * 90) for i in range(5)]
+    gathered = gather(tmp_path / "gather", rows)
+    (tmp_path / "out").mkdir()
+    run(CurateConfig(), Workspace(tmp_path / "out", "curate", "test", 0, Log(), {"gather": gathered}))
+    said = capsys.readouterr().err
+    assert "clean: 4 of 4 documents kept" in said
+    assert re.search(r"codes: 0 of 5 documents kept, most dropped as \w+ \(5\): drops.parquet says why", said)
+
+
 def test_conversations(tmp_path: Path) -> None:
     talks = [conversation(str(i), f"What is the capital of country {i}?", f"It is city {i}.") for i in range(300)]
     talks.append(conversation("twin", "What is the capital of country 5?", "It is city 5."))

@@ -363,6 +363,9 @@ def test_seeds_are_the_ones_asked_for(tmp_path: Path, serve: Any) -> None:
 def test_the_key_goes_along_and_must_be_there(tmp_path: Path, serve: Any, monkeypatch: Any) -> None:
     curate, server = curated(tmp_path / "curate", count=2), serve()
     config = settings(server.url, teacher={"api_key_variable": "TEACHER_KEY"})
+    with pytest.raises(ConfigError, match="TEACHER_KEY to 127.0.0.1"):
+        rephrase(tmp_path / "out", curate, config)
+    monkeypatch.setenv("FREEHOLD_ALLOW_SECRETS", "TEACHER_KEY@127.0.0.1")
     with pytest.raises(ConfigError, match="TEACHER_KEY"):
         rephrase(tmp_path / "out", curate, config)
     for odd in ("\u5bc6\u94a5", "two\nlines", " \n"):

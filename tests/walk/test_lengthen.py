@@ -51,7 +51,7 @@ def test_constant_phase_continues_from_its_checkpoint(copied):
     # The added steps are those of a branch that starts at the old end: the same rows, rates and bits.
     stable = ["phases.stable.steps=3", "phases.stable.warmup_steps=0"]
     branch = ["pretrain", str(tiny.RECIPE), f"runs_dir={copied}", "name=other", "phases.anneal=null", *stable]
-    assert main([*branch, f"parent={parent}", "--quiet"]) == 0
+    assert main([*branch, f"parent={parent}", "parent_settled=a copy", "--quiet"]) == 0
     found, expected = (tensors(dcp.load(copied / name / "pretrain/truebase")) for name in ("tiny", "other"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)

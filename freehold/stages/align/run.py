@@ -52,7 +52,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a group of phases reads and minimises, and what the manifest says of it."""
+    """What a group of phases reads and minimises, and what the manifest records."""
 
     order: Order
     loss: Loss | None

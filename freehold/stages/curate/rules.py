@@ -155,3 +155,5 @@ MIN_VALIDATION_DOCUMENTS = 2
 """Fewest documents held out of a source, never more than half of them."""
 LARGE_BYTES = 60_000
 """Documents above this are held out only when no smaller one is left: one play would be the whole validation."""
+MOST_DROPPED = 0.30
+"""Share of a source's documents above which their loss is a warning: the rules may be those of another kind."""

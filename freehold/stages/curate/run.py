@@ -33,7 +33,7 @@ from freehold.stages.curate.engine import make_all
 from freehold.stages.curate.filters import Why, clean_unicode
 from freehold.stages.curate.privacy import check_density, redact
 from freehold.stages.curate.report import ALL, Report
-from freehold.stages.curate.rules import NEAR_MIN_WORDS
+from freehold.stages.curate.rules import MOST_DROPPED, NEAR_MIN_WORDS
 from freehold.stages.curate.shards import Corpus, Job, Shard, read_plan
 from freehold.stages.curate.split import is_validation, validation_documents
 from freehold.text.held_out import Questions, read_questions
@@ -55,10 +55,24 @@ def run(config: CurateConfig, work: Workspace) -> dict[str, Any]:
     for path in sorted((gathered / "tasks").glob("*.jsonl")):
         (work.folder / "tasks").mkdir(exist_ok=True)
         shutil.copyfile(path, work.folder / "tasks" / path.name)
+    say_sources(report, work)
     report.write_drops(work.folder / "drops.parquet")
     write_json(work.folder / "report.json", report.as_dict())
     shutil.rmtree(job.shards)
     return report.totals()
+
+
+def say_sources(report: Report, work: Workspace) -> None:
+    """Print what stayed of each source and why most of the rest did not; warn of one that lost much."""
+    for source, entry in report.sources().items():
+        came, stayed = entry["in"]["documents"], entry["out"]["documents"]
+        reasons = sum((Counter(step["dropped"]) for step in entry["steps"]), Counter[str]())
+        line = f"  {source}: {stayed:,} of {came:,} documents kept"
+        line += "".join(f", most dropped as {reason} ({n:,})" for reason, n in reasons.most_common(1))
+        if came - stayed > MOST_DROPPED * came:
+            work.log.warn(f"{line.strip()}: drops.parquet says why of each")
+        else:
+            work.log.say(line)
 
 
 def curate_documents(job: Job, shards: list[Shard], excluded: dict[str, Why], report: Report, work: Workspace) -> None:

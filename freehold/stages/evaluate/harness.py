@@ -67,7 +67,7 @@ def choice_ids(tokenizer: Tokenizer, item: Item) -> tuple[list[int], list[list[i
     """Return the ids of a choice item's prompt and of each choice after it.
 
     The text after the last special token is encoded as one, as every other runtime does. Raises DataError when a token
-    would span the end of the prompt: then nobody can say what the choice alone costs.
+    would span the end of the prompt: then the cost of the choice alone is not known.
     """
     prompt, _ = render_ids(tokenizer, item.prompt, generation=True)
     opening = tokenizer.encode(OPENING)

@@ -37,6 +37,11 @@ class PretrainConfig(Config):
         "position (e.g. another anneal from runs/laptop/pretrain/truebase)",
     )
 
+    parent_settled: str = Field(
+        "",
+        pattern=r"^$|\S",
+        description="why a parent without a record of its rights may be used, in the words of who looked into it",
+    )
     quarantine: str = Field(
         "", description="file of documents to exclude: ids, one a line, or another run's log/quarantine.jsonl"
     )
@@ -74,7 +79,8 @@ def plan(config: PretrainConfig) -> list[str]:
     tokens = steps * config.batch.step_tokens
     flops = tokens * flops_per_token(config.model, config.batch.context_tokens)
     return [
-        f"model: {counts['total']:,} parameters, {counts['active']:,} active a token",
+        f"model: {counts['total']:,} parameters, {counts['active_with_head']:,} computed with for a token, the head "
+        f"included (with the embedding table too: {counts['active']:,})",
         *([f"sharded: {config.parallel.product} processes"] if config.parallel.devices > 1 else []),
         f"training: {steps:,} steps of {config.batch.step_tokens:,} tokens = {tokens:,} tokens, {flops:.2e} FLOPs",
         *(

@@ -12,6 +12,7 @@ from typing import Any
 
 from freehold.checkpoint import dcp
 from freehold.core.artifact import Workspace, atomic_folder, read_json, read_manifest
+from freehold.core.config import difference
 from freehold.core.errors import CheckpointError, ConfigError
 from freehold.core.machine import check_memory_fits
 from freehold.data.buffer import text_order
@@ -167,7 +168,13 @@ def read_parent(config: PretrainConfig, model: ModelConfig, tokenizer_sha256: st
     shape = dcp.read_config(folder)
     # Compared whole: another route_scale or window is another function with the same tensors.
     if shape != model:
-        raise CheckpointError("the parent is a model of another shape", where=folder, found=shape, expected=model)
+        differs = difference(shape.model_dump(mode="json"), model.model_dump(mode="json"))
+        raise CheckpointError(
+            "the parent is a model of another shape",
+            where=folder,
+            found="; ".join(differs[:4]) + (f"; and {len(differs) - 4} more" if len(differs) > 4 else ""),
+            expected="the shape of the parent (left) in pretrain.model (right)",
+        )
     if facts["tokenizer_sha256"] != tokenizer_sha256:
         raise CheckpointError("the parent was trained with another tokenizer", where=folder)
     return Parent(folder, facts)

@@ -42,6 +42,10 @@ class EndpointTeacher(TeacherBase):
     def _an_address(cls, url: str) -> str:
         # Each of these raises for what could never be asked.
         parts = urllib.parse.urlsplit(url)
+        if parts.username or parts.password:
+            raise ValueError(
+                "an address without a name and password: a recipe is kept and passed on, use api_key_variable"
+            )
         _ = parts.port, (parts.hostname or "").encode("idna"), parts.path.encode("ascii")
         return url
 

@@ -11,7 +11,6 @@ import contextlib
 import http.client
 import importlib.metadata
 import json
-import os
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any
 
 from freehold.core.artifact import sha256_file
 from freehold.core.errors import ConfigError, DataError
+from freehold.core.secrets import secret_for
 from freehold.infer.llama import Llama
 from freehold.stages.rephrase.config import EndpointTeacher, GgufTeacher, RephraseConfig
 
@@ -147,7 +147,8 @@ def open_teacher(config: RephraseConfig, log: Path) -> Iterator[Teacher]:
     teacher = config.teacher
     assert teacher is not None
     if isinstance(teacher, EndpointTeacher):
-        key = os.environ.get(teacher.api_key_variable, "").strip() if teacher.api_key_variable else ""
+        variable = teacher.api_key_variable
+        key = secret_for(variable, teacher.url, "rephrase.teacher") if variable else ""
         if teacher.api_key_variable and not (key.isascii() and key.isprintable() and key):
             raise ConfigError(
                 "the teacher's key is no key" if key else "the teacher's key is not set",
