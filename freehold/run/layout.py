@@ -66,7 +66,16 @@ class Stage:
 
 
 ROWS = ("documents/*.parquet", "conversations/*.parquet", "tasks/*.jsonl")
-TRAINED = ("checkpoints/step_*", "trace.parquet", "rollbacks.json", "ancestry.json", "killed.txt")
+TRAINED = (
+    "checkpoints/step_*",
+    "phases/*",
+    "tensorboard/*",
+    "trace.parquet",
+    "rollbacks.json",
+    "forgetting.json",
+    "ancestry.json",
+    "killed.txt",
+)
 
 
 def _table(*stages: Stage) -> dict[str, Stage]:
@@ -122,14 +131,14 @@ WALK: dict[str, Stage] = _table(
         EVALUATE,
         "bits per byte and tasks, before and after alignment",
         inputs=(PRETRAIN, ALIGN, TOKENIZE, CURATE),
-        writes=("results.json", "results.md", "tables.json", "answers/*.jsonl", "lm_eval/*"),
+        writes=("results.json", "results.md", "tables.json", "answers/*", "lm_eval/*"),
     ),
     Stage(
         EXPORT,
         "Preview -> HF folder and GGUF files, proven equal or refused",
         inputs=(ALIGN, TOKENIZE),
         gate="export",
-        writes=("hf/*", "gguf/*", "parity.json", "imatrix*"),
+        writes=("hf/*", "gguf/*", "parity.json", "calibration.json", "*.imatrix.gguf"),
     ),
     Stage(
         SERVE,

@@ -53,6 +53,9 @@ class Script:
         self.error = None
         self.begun = 0
 
+    def describe(self) -> str:
+        return "a script"
+
     def decode(self, prompts, settings):
         ids = self.tokenizer.encode(self.text, specials=True)
         if self.error:

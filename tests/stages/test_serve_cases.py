@@ -31,7 +31,7 @@ def ask(tiny_checkpoint):
         def post(path, **body):
             return httpx.post(server.address + path, json=body, timeout=60)
 
-        post.loaded = loaded
+        post.loaded, post.address = loaded, server.address
         yield post
 
 
@@ -121,6 +121,10 @@ def test_models_own_sampling_is_the_default(tiny_checkpoint, tmp_path, tiny_toke
         path.write_text(text)
         with pytest.raises(CheckpointError, match="not a generation config"):
             api.default_sampling(tmp_path, tiny_tokenizer)
+
+
+def test_models_say_what_computes(ask):
+    assert ask.loaded.engine.describe() in httpx.get(ask.address + "/v1/models").json()["data"][0]["engine"]
 
 
 def test_request_without_sampling_uses_the_models(ask):

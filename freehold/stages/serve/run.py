@@ -62,6 +62,7 @@ def serve(config: ServeConfig, ready: Callable[[str], None] | None = None) -> No
         served = open_model(config, config.path)
         stack.callback(served.close)
         server = make_server(create_app(served, config, key))
+        log.say(served.backend.describe())
         log.say(f"serving {served.name} at http://{host}:{port}/v1 (context {served.backend.limit_tokens} tokens)")
         if ready is not None:
             ready(f"http://{host}:{port}")
