@@ -16,20 +16,19 @@ import torch
 from torch import Tensor
 
 from freehold.core.errors import ConfigError, RequestError
+from freehold.infer import scoring
 from freehold.infer.cache import Step
 from freehold.infer.pages import PagePool, Pages, blocks_of, free_bytes, page_bytes, window_pages
 from freehold.infer.requests import Queue, Request, Token, Top
 from freehold.infer.sampler import Sampling, check_ids, draw
+from freehold.infer.scoring import Scored
 from freehold.kernels import cpu
-from freehold.losses.logprob import log_partition, token_logprobs
 from freehold.model.afmoe import Afmoe
 
 PREFILL_TOKENS = 2048
 """Tokens of one forward pass when sequences are scored: bounds activations."""
 STEP_TOKENS = 512
 """Tokens of one step of answering: decoding rows, then pieces of prompts. More would make those who read wait."""
-HEAD_BYTES = 64 << 20
-"""Size of one piece of float32 logits when sequences are scored."""
 MEMORY_SHARE = 0.5
 """Of the free memory, the most that keys and values take when no budget is given."""
 
@@ -47,15 +46,6 @@ class Generation:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[Top] = field(default_factory=list)
     finish_reason: str = "length"
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The log-probability of each token given those before it; the first has none and counts 0."""
-
-    logprobs: list[float]
-    top_logprobs: list[Top]
-    """The most probable tokens at each position; empty at the first."""
 
 
 class Engine:
@@ -204,7 +194,7 @@ class Engine:
         logits = self.model.lm_head(hidden)  # [B, V]
         drawn = draw(logits.float(), [request.draw for request in requests])
         wanted = [request.sampling.logprobs for request in requests]
-        logprobs, tops = _logprobs(logits, drawn, max(wanted))
+        logprobs, tops = scoring.logprobs(logits, drawn, max(wanted))
         for request, token, logprob, top, count in zip(requests, drawn.tolist(), logprobs, tops, wanted, strict=True):
             request.take(token, logprob, top[:count])
             if request.finished:
@@ -223,7 +213,7 @@ class Engine:
         results = [Scored([0.0], [[]]) for _ in sequences]
         with self._lock:
             # Answers that are being made give their pages where they must, and are read again.
-            for pieces in self._pieces(sequences):
+            for pieces in scoring.pieces(self.pool, sequences, PREFILL_TOKENS):
                 needed = sum(pages.missing(count) for _, pages, _, count in pieces)
                 while needed > self.pool.free and self.queue.running:
                     self.queue.preempt(self.queue.running[-1])
@@ -232,41 +222,11 @@ class Engine:
                 at = 0
                 for row, pages, start, count in pieces:
                     targets = sequences[row][start + 1 : start + count + 1]
-                    self._score(hidden[at : at + count], targets, top, results[row])
+                    scoring.append(self.model.lm_head, hidden[at : at + count], targets, top, results[row])
                     at += count
                     if pages.length == len(sequences[row]) - 1:
                         pages.release()
         return results
-
-    def _pieces(self, sequences: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, Pages, int, int]]]:
-        """Yield what is read in each pass: (sequence, its pages, first position, tokens)."""
-        step: list[tuple[int, Pages, int, int]] = []
-        left, free = PREFILL_TOKENS, self.pool.free
-        for row, ids in enumerate(sequences):
-            pages, start = Pages(self.pool), 0
-            while start < len(ids) - 1:  # the last token predicts nothing
-                # A long sequence is read over several passes; keys and values in its pages join them.
-                count = min(len(ids) - 1 - start, left)
-                if step and (count == 0 or blocks_of(count + 64) * len(self.pool.windows) > free):
-                    yield step
-                    # Its pages are written, and given back where a sequence ended.
-                    step, left, free = [], PREFILL_TOKENS, self.pool.free
-                    continue
-                step.append((row, pages, start, count))
-                start, left = start + count, left - count
-                free -= blocks_of(count + 64) * len(self.pool.windows)
-        if step:
-            yield step
-
-    def _score(self, hidden: Tensor, targets: Sequence[int], top: int, result: Scored) -> None:
-        """Append what each position [n, d] says about its successor."""
-        # Bounded by bytes: 2,048 rows of float32 logits of a large vocabulary would be 1.6 GB.
-        rows = max(1, HEAD_BYTES // (4 * self.vocab_size))
-        for first in range(0, len(targets), rows):
-            ids = torch.tensor(targets[first : first + rows], device=hidden.device)
-            logprobs, tops = _logprobs(self.model.lm_head(hidden[first : first + rows]), ids, top)
-            result.logprobs.extend(logprobs)
-            result.top_logprobs.extend(tops)
 
     # -- the model -----------------------------------------------------------------------------------------------
 
@@ -369,15 +329,3 @@ def _budget(
     # Scoring reads a pass of other sequences at the same time.
     wanted = max_batch * _pages_for(model, context) + _pages_for(model, PREFILL_TOKENS)
     return max(min(wanted, int(free_bytes(device) * MEMORY_SHARE) // one), 1)
-
-
-def _logprobs(logits: Tensor, ids: Tensor, top: int) -> tuple[list[float], list[Top]]:
-    """Return the log-probability of one id a row of logits [B, V], and the `top` best with theirs."""
-    # The same function as in training and in the losses, so the numbers are the same bits.
-    total = log_partition(logits)  # [B]
-    chosen = token_logprobs(logits, ids, total).tolist()
-    if not top:
-        return chosen, [[] for _ in chosen]
-    values, best = logits.to(total.dtype).topk(min(top, logits.shape[1]), dim=-1)  # [B, top]
-    values = values - total[:, None]
-    return chosen, [list(zip(i, v, strict=True)) for i, v in zip(best.tolist(), values.tolist(), strict=True)]
