@@ -44,7 +44,7 @@ DEFAULT: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "top_k": 50}
 
 
 class NoTokenizer:
-    """Stands in a model that was imported without a tokenizer of ours; asking anything of it raises ArtifactError."""
+    """Stands in a model that was imported without a tokenizer of ours; any question raises ArtifactError."""
 
     bos = end_of_text = eos = -1  # no id: nothing ends an answer
     prefix: tuple[int, ...] = ()

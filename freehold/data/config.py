@@ -11,11 +11,11 @@ from freehold.core.errors import ConfigError
 
 
 class BatchConfig(Config):
-    """Rows of tokens in one optimizer step, and how many go through the model at once."""
+    """Rows of tokens in one optimizer step, and how many go through the model together."""
 
     context_tokens: int = Field(512, ge=8, description="length of a row")
     sequences: int = Field(8, ge=1, description="rows in one optimizer step")
-    micro_sequences: int = Field(0, ge=0, description="rows in one forward and backward (0: all at once)")
+    micro_sequences: int = Field(0, ge=0, description="rows in one forward and backward (0: all together)")
 
     @property
     def step_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""A sum over all rows a run was fed: equal sums mean the same rows in the same steps, however they were dealt."""
+"""A sum over all rows a run read: equal sums mean the same rows in the same steps, however they were sharded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class DataSum:
     """Adds up a 64-bit hash of (step, place in the step, input ids, targets) of each row, modulo 2**64.
 
     Addition does not care which rank read a row, so the sum over all ranks is that of one process; a row that is read
-    twice, left out, or moved to another step changes it. It is computed from the rows themselves, not from the order.
+    twice, skipped, or moved to another step changes it. It is computed from the rows themselves, not from the order.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """The order of the data as a pure function of (seed, mixture, step): nothing to save, nothing to lose.
 
-Each source is an endless stream of its documents, permuted anew each epoch, cut into rows of T tokens. A phase takes
+Each source is an endless stream of its documents, permuted again each epoch, cut into rows of T tokens. A phase takes
 from each source the next rows in exact proportion to its weight, and shuffles them. So the rows of any step, and the
 documents in them, can be computed for any step at any time: resume needs the step alone, and `trace` needs no log.
 
@@ -68,7 +68,7 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """One source's train shard: all its tokens, and where each document lies in them."""
+    """One source's train shard: all its tokens, and where each document is in them."""
 
     name: str
     tokens: np.ndarray
@@ -402,7 +402,7 @@ def consumed_by(facts: Mapping[str, Any]) -> dict[str, int]:
 
 
 class ConversationOrder:
-    """The order of supervised fine-tuning: whole conversations, packed into rows, permuted anew each epoch."""
+    """The order of supervised fine-tuning: whole conversations, packed into rows, permuted again each epoch."""
 
     def __init__(
         self,

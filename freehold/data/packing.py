@@ -99,7 +99,7 @@ def pack(lengths: Sequence[int], capacity: int, open_rows: int = 64) -> list[lis
 
 
 def conversation_batch(rows: Sequence[Sequence[Example]], context_tokens: int, pad: int) -> Batch:
-    """Lay packed conversations out as a batch; loss only where an example's mask says so, never across examples."""
+    """Arrange packed conversations as a batch; loss only where an example's mask says so, never across examples."""
     shape = (len(rows), context_tokens)
     # Padding carries no loss and has a document number of its own, so no token attends to it.
     inputs = np.full(shape, pad, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Token shards: one flat file of ids for each source and split, a document index beside it, `index.json` over all.
+"""Token shards: one flat file of ids for each source and split, a document index next to it, `index.json` over all.
 
 The format is described in `docs/formats.md`. Ids are little-endian uint16 when the vocabulary fits, else uint32.
 """
@@ -178,7 +178,7 @@ class ShardSet:
                 where=path,
                 found=index["tokenizer_sha256"],
                 expected=tokenizer_sha256,
-                todo="run tokenize with this tokenizer, or use the one beside the shards",
+                todo="run tokenize with this tokenizer, or use the one next to the shards",
             )
         return cls(folder, index, files)
 
@@ -192,12 +192,12 @@ class ShardSet:
             if of == split and shard.counts["tokens"]:
                 files = [self._files[f"{self.folder.name}/{name}.{split}.{kind}"]["sha256"] for kind in _KINDS]
                 # A take-down changes what a run reads without changing a file, so it must change the identity.
-                left_out = sorted(without & set(shard.ids)) if without else []
-                found[name] = sha256_json([*files, left_out] if left_out else files)
+                excluded = sorted(without & set(shard.ids)) if without else []
+                found[name] = sha256_json([*files, excluded] if excluded else files)
         return found
 
     def sources(self, split: str, without: Set[str] = frozenset()) -> dict[str, Source]:
-        """Return the shards of one split as the loader takes them, by source; documents of `without` are left out."""
+        """Return the shards of one split as the loader takes them, by source; documents of `without` are skipped."""
         found = {}
         for (name, of), shard in self.shards.items():
             if of == split:

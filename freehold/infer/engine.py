@@ -74,8 +74,8 @@ class Engine:
         self.exact = not_exact(model) is None
         self.share_steps = self.exact if share_steps is None else share_steps
         if self.exact:
-            # Weights are laid into the panels that the kernels read, once for each version of the weights, not for each
-            # call.
+            # Weights are packed into the panels that the kernels read, once for each version of the
+            # weights, not for each call.
             model.pack()
         # All memory for keys and values is fixed here: a server that starts does not die later of a long prompt.
         pages = _budget(model, weight.dtype, weight.device, max_batch, context, cache_bytes)

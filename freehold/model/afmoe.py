@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(width, eps)
         self.pre_mlp_layernorm = RMSNorm(width, eps)
         self.post_mlp_layernorm = RMSNorm(width, eps)
-        # The first layers are dense: with hardly mixed tokens a router has nothing to tell experts apart by.
+        # The first layers are dense: with hardly mixed tokens a router has nothing to choose experts by.
         dense = index < config.num_dense_layers
         self.mlp: SwiGLU | MoE = SwiGLU(width, config.intermediate_size) if dense else MoE(config)
 

@@ -1,4 +1,4 @@
-"""The card of a released model: Hugging Face front matter, then what the run's own records say of it."""
+"""The card of a released model: Hugging Face front matter, then what the run's own records say."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def write_recipe(pack: Path, work: Path) -> Plan:
 def reproduce(pack: Path, work: Path, *, everything: bool, quiet: bool = False) -> list[Outcome]:
     """Walk the recipe of a verified release below `work` and compare; an interrupted walk is resumed.
 
-    `everything` goes on to training and export; otherwise it ends with the token shards. Raises NotReproduced when a
+    `everything` includes training and export; otherwise it ends with the token shards. Raises NotReproduced when a
     stage differs and nothing that decides its bytes does, FreeholdError when the walk itself fails.
     """
     plan = write_recipe(pack, work)

@@ -54,7 +54,7 @@ class Reading:
     separator: str = ""
     """Words between the documents of a text file; empty: a file is one document."""
     file_s: float = 60.0
-    """CPU time for one file whose parser may need any; a PDF of a thousand pages takes half of it."""
+    """CPU time for one file whose parser may need any; a PDF of a thousand pages takes half as much."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
     """Texts that a reader takes only once from all files together."""

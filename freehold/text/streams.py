@@ -1,4 +1,4 @@
-"""Compressed files as streams: recognised by their first bytes, unpacked piece by piece, never as a whole."""
+"""Compressed files as streams: recognised by their first bytes, unpacked piece by piece, never in full."""
 
 from __future__ import annotations
 

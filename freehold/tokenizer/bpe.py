@@ -36,7 +36,7 @@ SPECIALS: tuple[str, ...] = (
     *(f"<{slash}{tag}>" for tag in _TAGS for slash in ("", "/")),
     *(f"<|reserved_special_{n}|>" for n in range(8, 19)),
 )
-# Tags are single tokens but text to a reader: decoding shows them, or nobody could find a tool call.
+# Tags are single tokens but text to a reader: decoding shows them, or no reader could find a tool call.
 _VISIBLE = range(13, 21)
 
 # How text is cut before merging: exactly what llama.cpp does for `tokenizer.ggml.pre = afmoe`, which is Trinity's
@@ -324,7 +324,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_specials: bool = True) -> str:
         """Return the text of ids; broken UTF-8 becomes U+FFFD.
 
-        `skip_specials` leaves out the control tokens, not the tags (`<think>`, `<tool_call>`): a reader needs them.
+        `skip_specials` skips the control tokens, not the tags (`<think>`, `<tool_call>`): a reader needs them.
         """
         return self.decode_bytes(ids, skip_specials=skip_specials).decode("utf-8", errors="replace")
 

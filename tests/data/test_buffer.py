@@ -93,9 +93,9 @@ def test_inputs_are_the_tokens_before_and_pieces_are_kept_apart():
             documents = np.searchsorted(source.starts, targets - int(source.tokens[0]), side="right")
             begins = np.isin(targets - int(source.tokens[0]), source.starts)
             assert np.array_equal(inputs, np.where(begins, SEPARATOR, targets - 1))
-            # A new number exactly where the next token does not go on with the document of the one before.
-            goes_on = (np.diff(documents) == 0) & ~begins[1:]
-            assert np.array_equal(np.diff(pieces), (~goes_on).astype(int))
+            # A new number exactly where the next token does not continue the document of the one before.
+            continues = (np.diff(documents) == 0) & ~begins[1:]
+            assert np.array_equal(np.diff(pieces), (~continues).astype(int))
             assert pieces[0] == 0
 
 
@@ -211,7 +211,7 @@ def test_parts_of_any_number_of_processes_make_the_whole(processes):
     assert sum(whole.consumed.values()) == 18 * 4
 
 
-def test_branch_goes_on_where_its_parent_was():
+def test_branch_continues_where_its_parent_was():
     for workers in (1, 2):
         whole = make_order(documents=4, workers=workers)
         branch = make_order(
@@ -267,7 +267,7 @@ def test_a_recipe_chooses_the_order():
         (BatchConfig, {"order": {"kind": "buffer"}}, "unknown key"),
     ],
 )
-def test_mistakes_in_a_recipe_are_told(cls, data, says):
+def test_mistakes_in_a_recipe_are_named(cls, data, says):
     with pytest.raises(ConfigError, match=says):
         fill(cls, data, "batch")
 

@@ -66,7 +66,7 @@ def test_targets_are_next_tokens_and_documents_start_at_their_separator():
     assert np.array_equal(np.diff(batch.document_ids, axis=1) == 1, starts[:, 1:])
 
 
-def test_branch_goes_on_where_its_parent_was():
+def test_branch_continues_where_its_parent_was():
     whole = make_order()
     consumed = whole.consumed_at(6)
     sources = whole.sources

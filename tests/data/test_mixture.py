@@ -94,8 +94,8 @@ def test_a_limit_is_an_error_that_names_the_source():
     ):
         order(phases, EpochLimit(most=2))
     assert order(phases, EpochLimit(most=4)).epochs()["b"] < 4
-    with pytest.raises(DataError, match=r"(?s)names a source.*batch\.epochs\.sources\.nobody.*a, b, c"):
-        order(phases, EpochLimit(sources={"nobody": 1}))
+    with pytest.raises(DataError, match=r"(?s)names a source.*batch\.epochs\.sources\.missing.*a, b, c"):
+        order(phases, EpochLimit(sources={"missing": 1}))
 
 
 @pytest.mark.parametrize("kind", [TextOrder, BufferOrder])
@@ -116,7 +116,7 @@ def test_a_limit_gives_the_rest_to_the_others(kind):
     assert "upsampled x" in said["b"]
 
 
-def test_when_nobody_can_give_the_rest_it_is_an_error():
+def test_error_when_no_source_can_give_the_rest():
     with pytest.raises(DataError, match=r"(?s)no source is left.*a: .*b: .*c: "):
         order([PhaseRows("long", 100, {})], EpochLimit(most=1, over="redistribute"))
 

@@ -120,7 +120,7 @@ def test_another_tokenizer_is_refused_with_both_hashes(folder: Path) -> None:
         ShardSet.load(folder, tokenizer_sha256="0" * 64)
 
 
-def test_identity_says_what_was_left_out(folder: Path) -> None:
+def test_identity_says_what_was_excluded(folder: Path) -> None:
     shards = ShardSet.load(folder, verify=True)
     whole = shards.identity("train")
     assert list(whole) == ["talk"]
@@ -144,7 +144,7 @@ def test_index_must_fit_the_shard(folder: Path) -> None:
         ShardSet.load(folder)
 
 
-def test_full_disk_is_told(tmp_path: Path) -> None:
+def test_full_disk_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="could not write"):
         write_shard(tmp_path / "file", "s", "train", arrays(), dtype_for(512))

@@ -294,7 +294,7 @@ def straight(several: Path) -> Path:
     return folder
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(several: Path, straight: Path, tmp_path: Path) -> None:
+def test_killed_run_resumes_and_ends_with_the_same_bytes(several: Path, straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, str(several), str(folder)]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ, text=True)
@@ -378,14 +378,14 @@ def test_shards_of_another_recipe_are_not_taken(several: Path, straight: Path, t
     assert hash_files(folder) == hash_files(straight)
 
 
-def test_a_killed_worker_is_told_and_loses_nothing(several: Path, straight: Path, tmp_path: Path) -> None:
+def test_killed_worker_is_named_and_loses_nothing(several: Path, straight: Path, tmp_path: Path) -> None:
     def kill() -> None:
         while not (workers := multiprocessing.active_children()):
             time.sleep(0.01)
         workers[0].kill()
 
     threading.Thread(target=kill, daemon=True).start()
-    with pytest.raises(ArtifactError, match="(?s)a worker was killed.*it goes on"):
+    with pytest.raises(ArtifactError, match="(?s)a worker was killed.*again to resume"):
         curate(several, tmp_path / "out", config(**SHORT, workers=2))
     curate(several, tmp_path / "out", config(**SHORT))
     assert hash_files(tmp_path / "out") == hash_files(straight)
@@ -440,7 +440,7 @@ def test_ray_gives_the_same_and_a_killed_worker_loses_nothing(
     assert hash_files(folder) == hash_files(straight)
 
 
-def test_errors_of_ray_workers_are_told_as_here(tmp_path: Path, cluster: Any) -> None:
+def test_errors_of_ray_workers_are_the_same(tmp_path: Path, cluster: Any) -> None:
     gathered = gather(tmp_path / "odd", [document("odd", "a", "text", kind="poem")])
     with pytest.raises(DataError, match="of a kind curation has no rules for"):
         curate(gathered, tmp_path / "out", config(engine="ray"))

@@ -542,19 +542,19 @@ def test_near_duplicates_are_verified_and_the_first_stays() -> None:
     half = [*words[:200], *(f"other{i}" for i in range(200))]
     read = [read_words(" ".join(text)) for text in (words, copy, half, copy)]
 
-    def alike(order: list[int], **settings: float) -> dict[int, tuple[int, float]]:
+    def compared(order: list[int], **settings: float) -> dict[int, tuple[int, float]]:
         config = NearDuplicates.model_validate(settings)
         return near_duplicates(np.array(order), [sketches(read, config)], lambda i: read[i].hashes, config)
 
     # Five of 396 shingles differ: 391 / 401.
-    assert alike([0, 1, 2, 3]) == {1: (0, 391 / 401), 3: (0, 391 / 401)}
-    assert alike([3, 2, 1, 0]) == {1: (3, 1.0), 0: (3, 391 / 401)}
-    assert alike([0, 1, 2, 3], threshold=0.98) == {3: (1, 1.0)}
-    assert alike([0, 2]) == {}
+    assert compared([0, 1, 2, 3]) == {1: (0, 391 / 401), 3: (0, 391 / 401)}
+    assert compared([3, 2, 1, 0]) == {1: (3, 1.0), 0: (3, 391 / 401)}
+    assert compared([0, 1, 2, 3], threshold=0.98) == {3: (1, 1.0)}
+    assert compared([0, 2]) == {}
 
 
 def test_documents_without_shingles_are_like_no_other() -> None:
-    """Their sketch does not depend on the batch they are read in, and no band of it brings them together."""
+    """Their sketch does not depend on the batch they are read in, and no band brings them together."""
     config = NearDuplicates()
     short, long = read_words("a few words"), read_words(" ".join(f"word{i}" for i in range(400)))
     alone = sketches([short, short], config)
@@ -603,7 +603,7 @@ def test_winnowing_keeps_the_least_run_of_every_window() -> None:
         assert counts.tolist() == [len(kept)]
 
 
-def test_what_is_looked_at_alone_tells_of_the_whole() -> None:
+def test_part_looked_at_alone_speaks_for_all() -> None:
     """Clean texts are let through without the expressions that would read them: never one that would match."""
     awkward = (
         "\x00\x08\t\n\r\x1f\x7f\x84\x85\x9f\u00a0\u00c3\u00a9\u0301\u0340\u1e9b\u2000\u2028\u2019\ufeff\uffff\U0001d15e"

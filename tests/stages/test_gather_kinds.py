@@ -174,7 +174,7 @@ def test_one_document_alone_is_warned_about(tmp_path: Path, capsys: pytest.Captu
     (folder / "a.txt").write_text("word " * 300_000)
     gather(tmp_path / "out", {"a": {"kind": "folder", "path": str(folder), **FREE}})
     (line,) = report(tmp_path / "out", "a")["warnings"]
-    assert line.startswith("a.txt is one document, so that none of it is held out")
+    assert line.startswith("a.txt is one document, so nothing is held out")
 
 
 def test_thoughts_of_a_model_are_no_text(tmp_path: Path) -> None:

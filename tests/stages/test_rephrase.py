@@ -1,4 +1,4 @@
-"""The stage against a real HTTP server, whose teacher condenses, copies, babbles, fails or dies as told."""
+"""The stage against a real HTTP server, whose teacher condenses, copies, babbles, fails or dies as asked."""
 
 from __future__ import annotations
 
@@ -76,15 +76,15 @@ class Handler(BaseHTTPRequestHandler):
             self.server.keys.append(self.headers.get("Authorization"))
             number = len(self.server.bodies)
         assert self.path == "/v1/chat/completions"
-        told = self.server.fail(number)
-        if told is None:
+        scripted = self.server.fail(number)
+        if scripted is None:
             text = self.server.say(body["messages"][-1]["content"])
             choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-            told = (200, json.dumps({"choices": [choice]}))
-        if told == "hang up":
+            scripted = (200, json.dumps({"choices": [choice]}))
+        if scripted == "hang up":
             self.close_connection = True
             return
-        status, data = told
+        status, data = scripted
         self.send_response(status)
         self.send_header("Content-Length", str(len(data.encode())))
         self.end_headers()
@@ -124,7 +124,7 @@ def seed_row(name: str, text: str, **more: Any) -> Document:
 
 def curated(folder: Path, count: int = 12, **more: Any) -> Path:
     rows = [seed_row(f"{n}.txt", passage(n), **more) for n in range(count)]
-    rows.append(seed_row("kept back", passage(99), split="validation"))
+    rows.append(seed_row("held out", passage(99), split="validation"))
     rows.append(seed_row("code", passage(98), kind="code"))
     write_rows(folder / "documents" / "seeds.parquet", rows, Document)
     return folder
@@ -249,14 +249,14 @@ def test_a_server_that_is_none(tmp_path: Path, serve: Any, fail: Any, error: typ
 
 
 @pytest.mark.parametrize("url", ["http://node1:port/v1", "http://[::1/v1", "http://..../v1", "http://node1/v\u00e9"])
-def test_what_is_no_address_is_told_before_anything_runs(url: str) -> None:
+def test_wrong_address_is_refused_before_anything_runs(url: str) -> None:
     with pytest.raises(ConfigError, match=r"(?s)not a valid value.*teacher\.endpoint\.url"):
         settings(url)
     with pytest.raises(ConfigError, match=r"teacher\.endpoint\.licence_evidence"):
         settings("http://node1/v1", teacher={"licence_evidence": " "})
 
 
-def test_nobody_listens(tmp_path: Path) -> None:
+def test_no_server_listens(tmp_path: Path) -> None:
     with pytest.raises(TeacherGone, match="refused"):
         rephrase(tmp_path / "out", curated(tmp_path / "curate"), settings("http://127.0.0.1:9/v1"))
 

@@ -89,7 +89,7 @@ def parse(chunks: Sequence[str], **options) -> list[Piece]:
 
 
 def parse_tokens(tokens: Sequence[bytes], **options) -> list[Piece]:
-    """Return the events of a text that comes in tokens, whose edges may lie inside characters."""
+    """Return the events of a text that comes in tokens, whose edges may be inside characters."""
     vocabulary = Bytes(tokens)
     text, parser = TextStream(vocabulary), AnswerParser(**options)
     pieces = [piece for n in range(256, vocabulary.vocab_size) for piece in parser.feed(text.feed(n))]

@@ -66,7 +66,7 @@ def plain_hf(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps({**tokenizer.data, "added_tokens": [], "post_processor": None}))
 
 
-def test_ids_are_laid_out_as_trinity_does(tokenizer: Tokenizer) -> None:
+def test_ids_are_in_trinitys_order(tokenizer: Tokenizer) -> None:
     vocabulary = tokenizer.data["model"]["vocab"]
     assert sorted(vocabulary.values()) == list(range(1500))
     assert tokenizer.vocab_size == 1500 == 32 + 256 + len(tokenizer.data["model"]["merges"])

@@ -120,7 +120,7 @@ def test_every_mutation_is_caught(made, tmp_path):
     ("path", "change", "problem"),
     [
         ("evaluation/results.json", lambda t: t.replace('"correct": ', '"correct": 9'), "results"),
-        ("card/data.md", lambda t: t + "All of it is ours.\n", "documents"),
+        ("card/data.md", lambda t: t + "Everything is ours.\n", "documents"),
         ("card/facts.json", lambda t: t.replace('"documents": ', '"documents": 1'), "documents"),
         ("ledger/rights.json", lambda t: t.replace('"allow"', '"review"', 1), "rights"),
         ("bom.cdx.json", lambda t: t.replace("data:code", "data:none"), "bill"),

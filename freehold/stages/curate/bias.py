@@ -127,7 +127,7 @@ def _rest(counts: np.ndarray) -> np.ndarray:
 def associations(counts: np.ndarray, min_pairs: int) -> list[dict[str, Any]]:
     """Return what is said of each group against the others of its axis, surest first.
 
-    `counts` is [groups, 1 + attributes]; attributes seen fewer than `min_pairs` times near the axis are left out.
+    `counts` is [groups, 1 + attributes]; attributes seen fewer than `min_pairs` times near the axis are skipped.
     """
     counts = counts.astype(np.int64)
     rest = _rest(counts)
@@ -158,7 +158,7 @@ def choose(counts: np.ndarray, order: Sequence[str], config: Bias) -> tuple[dict
     """Return the documents to drop, each with what it pushes, and what became of each association over the limit.
 
     `counts` is [documents, groups, 1 + attributes], `order` breaks ties (the ids). The strongest association first: the
-    documents that hold more of it than the rest of the axis would explain go, most excess first, until the ratio is
+    documents that hold more than the rest of the axis would explain go, most excess first, until the ratio is
     within the limit or `max_dropped` of the documents are gone.
     """
     kept = np.ones(len(counts), bool)

@@ -28,7 +28,7 @@ from freehold.stages.curate.rules import (
 from freehold.text import Why
 from freehold.text.words import Words, ngrams, read_words
 
-# A mean of weights would have to be learned very large: this much of it is given.
+# A mean of weights would have to be learned very large: this share is given.
 _SCALE = 10.0
 _HELD_OUT = 0.2
 _PER_DOCUMENT = 40
@@ -53,7 +53,7 @@ def _features(hashes: np.ndarray, buckets: int) -> np.ndarray:
 
 
 def train(good: Iterable[tuple[str, str]], bad: Iterable[tuple[str, str]], config: Classifier) -> tuple[Model, Any]:
-    """Train on (id, text) of both sides; returns the model and how well it tells held-out documents apart.
+    """Train on (id, text) of both sides; returns the model and how well it separates held-out documents.
 
     A fifth of the documents, by hash of the id, is held out. DataError when a side has nothing to learn from.
     """

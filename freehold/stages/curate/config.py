@@ -135,7 +135,7 @@ class Bias(Config):
 
 
 class Privacy(Config):
-    """Personal data by pattern and checksum: what is found is replaced, what is full of it is dropped."""
+    """Personal data by pattern and checksum: what is found is replaced, what holds too much is dropped."""
 
     find: tuple[Literal["email", "phone", "ip", "iban", "card", "ssn", "secret"], ...] = Field(
         default=("email", "phone", "ip", "iban", "card", "ssn", "secret"),

@@ -222,7 +222,7 @@ class Overlaps:
 
     def __init__(self) -> None:
         self.contained: dict[int, tuple[int, float]] = {}
-        """{document: (the one that holds most of it, share of its runs in documents that stay)}"""
+        """{document: (the one that holds the largest part, share of its runs in documents that stay)}"""
         self.passages: dict[int, list[Span]] = {}
         """{document: spans of words that stand in documents before it}"""
 
@@ -238,7 +238,7 @@ def find_overlaps(
 ) -> Overlaps:
     """Return the documents to drop and the passages to cut; `counts` are the kept runs of each document.
 
-    One document after the other, in `order`: when the kept runs say that most of it has been seen in those that stay,
+    One document after the other, in `order`: when the kept runs say that most of one has been seen in those that stay,
     its full set of runs is compared with those documents' before it is dropped. Several documents together may hold
     another one, as the chapters hold the book. Of a document that stays, shared runs are extended word by word.
     """

@@ -51,7 +51,7 @@ def _in_processes(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
                 "a worker was killed, perhaps by the system for lack of memory",
                 where="curate.workers",
                 found=f"{len(shards):,} shards for {job.config.workers} workers",
-                todo="run the same command again: it goes on; if it was memory, with fewer workers or a smaller "
+                todo="run the same command again to resume; if it was memory, with fewer workers or a smaller "
                 "curate.shard_bytes",
             ) from error
         finally:
@@ -93,16 +93,16 @@ def _on_ray(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
             try:
                 make_shard(job, shard)
             except FreeholdError as error:  # Ray would wrap it, and try again what cannot succeed
-                return {"number": shard.number, "kind": type(error).__name__, "told": json.dumps(error.to_dict())}
-            return {"number": shard.number, "kind": "", "told": ""}
+                return {"number": shard.number, "kind": type(error).__name__, "error": json.dumps(error.to_dict())}
+            return {"number": shard.number, "kind": "", "error": ""}
 
         for row in data.map(work).iter_rows():
             if row["kind"]:
-                raise getattr(errors, row["kind"])(**json.loads(row["told"]))
+                raise getattr(errors, row["kind"])(**json.loads(row["error"]))
             yield int(row["number"])
     except ray.exceptions.RaySystemError as error:
         raise ArtifactError(
-            "the Ray cluster gave up", where="curate.engine", found=error, todo="run the same command again: it goes on"
+            "the Ray cluster gave up", where="curate.engine", found=error, todo="run the same command again to resume"
         ) from error
     finally:
         if ours:

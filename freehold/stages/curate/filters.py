@@ -209,7 +209,7 @@ def _check_repetition(words: Words, limits: ProseLimits) -> Why | None:
 
 
 def repeated_fraction(parts: list[str]) -> float:
-    """Return the share of characters that lie in parts equal to an earlier part."""
+    """Return the share of characters in parts equal to an earlier part."""
     different = set(parts)
     if len(different) == len(parts):
         return 0.0

@@ -81,7 +81,7 @@ IBAN_CHARS = {
     }.items()
     for country in countries.split()
 }  # fmt: skip
-# As long as its country's are: what follows (`BIC ...`, `EUR 500`) looks like more of it.
+# As long as its country's are: what follows (`BIC ...`, `EUR 500`) looks like its continuation.
 _ACCOUNTS = "|".join(
     rf"{country}\d\d(?:[ -]?[A-Z\d]{{4}}){{{chars // 4 - 1}}}" + (rf"[ -]?[A-Z\d]{{{chars % 4}}}" if chars % 4 else "")
     for country, chars in IBAN_CHARS.items()
@@ -175,7 +175,7 @@ EVERYTHING = ("secret", *KINDS)
 """Every kind of personal data that is looked for."""
 
 
-# {how a secret begins: the whole of it}; `secret` is what is replaced, where that is a part. It is looked for by its
+# {how a secret begins: all its characters}; `secret` is what is replaced, where that is a part. It is looked for by its
 # beginning alone, which costs far less than an expression. Who issues tokens says how they look, for such scanners.
 KEY = "-----BEGIN "
 # Base64 as it is or in strings, after header lines (RFC 1421); never `-----`, so what names the markers ends it.
@@ -210,7 +210,7 @@ PLACEHOLDER = re.compile(r"example|sample|your|dummy|fake|test|placeholder|(.)\1
 
 
 def _is_secret(begin: str, text: str) -> bool:
-    """Return whether a text that has a secret's form could be one: random, and nobody's placeholder."""
+    """Return whether a text that has a secret's form could be one: random, and no placeholder."""
     if begin == "eyJ":  # a token whose parts can be read: its head says how it was signed
         head = text.partition(".")[0]
         try:

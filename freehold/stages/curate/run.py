@@ -101,7 +101,7 @@ def curate_documents(job: Job, shards: list[Shard], excluded: dict[str, Why], re
 
 
 def train_classifier(job: Job, shards: list[Shard], work: Workspace) -> dict[str, Any]:
-    """Train on the sources that the recipe names, unless a killed run did; returns how well it tells them apart."""
+    """Train on the sources that the recipe names, unless a killed run did; returns how well it separates them."""
     config = job.config.classifier
     facts = job.shards / "classifier.json"
     if not facts.exists():
@@ -115,11 +115,11 @@ def train_classifier(job: Job, shards: list[Shard], work: Workspace) -> dict[str
         def texts(names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
             return ((row.id, row.text) for name in names for row in read_rows(known[name], Document))
 
-        model, told = classifier.train(texts(config.good), texts(config.bad), config)
+        model, figures = classifier.train(texts(config.good), texts(config.bad), config)
         with machine_limits(job.shards):
             np.save(job.shards / "classifier.npy", model.weights)
-        write_json(facts, told)
-        work.log.say(f"curate: classifier trained, {told}")
+        write_json(facts, figures)
+        work.log.say(f"curate: classifier trained, {figures}")
     return read_json(facts)
 
 
@@ -182,17 +182,17 @@ def compare(corpus: Corpus, report: Report) -> Kept:
         near = config.near_duplicates
         enough = table["words"] >= NEAR_MIN_WORDS
         sketch = [corpus.array(n, "sketch") for n in range(len(corpus.shards))]
-        alike = near_duplicates(standing(table["alike"] & enough), sketch, corpus.words, near)
+        near_twins = near_duplicates(standing(table["alike"] & enough), sketch, corpus.words, near)
         step(
             "near_duplicates",
-            {i: ("near_duplicate", f"{share:.3f} like {corpus.ids[j]}") for i, (j, share) in alike.items()},
+            {i: ("near_duplicate", f"{share:.3f} like {corpus.ids[j]}") for i, (j, share) in near_twins.items()},
         )
     if config.bias.act != "off":
         counts = [corpus.array(n, "bias") for n in range(len(corpus.shards))]
         if config.bias.act == "drop":
             here = np.flatnonzero(kept.alive)
-            pushed, told = bias.choose(np.concatenate(counts)[here], [corpus.ids[i] for i in here], config.bias)
-            report.more["bias_filter"] = told
+            pushed, figures = bias.choose(np.concatenate(counts)[here], [corpus.ids[i] for i in here], config.bias)
+            report.more["bias_filter"] = figures
             step("bias", {int(here[i]): ("bias", what) for i, what in pushed.items()})
     overlap = config.overlap
     spans: dict[int, list[Span]] = {}
@@ -205,7 +205,7 @@ def compare(corpus: Corpus, report: Report) -> Kept:
         found = find_overlaps(standing(table["alike"]), table["runs"], runs, corpus.words, overlap, config.memory_bytes)
         if overlap.contained != "off":
             held: dict[int, Why] = {
-                i: ("contained_duplicate", f"{share:.3f} of it in others, most in {corpus.ids[j]}")
+                i: ("contained_duplicate", f"{share:.3f} is in others, most in {corpus.ids[j]}")
                 for i, (j, share) in found.contained.items()
             }
             step("contained_duplicates", held, measure=overlap.contained == "measure")
@@ -266,7 +266,7 @@ def _bias(corpus: Corpus, kept: Kept, counts: list[np.ndarray]) -> dict[str, Any
         for when, part in (("before", corpus.bias_before[number]), ("after", counts[number][mine].sum(axis=0))):
             for name in (ALL, shard.source):
                 sums[when][name] = sums[when].get(name, 0) + part.astype(np.int64)
-    # Of a slice, those that stand out most; of the whole, all.
+    # Of a slice, those that stand out most; of all documents, all.
     return {
         when: {name: bias.associations(one, least)[: None if name == ALL else 10] for name, one in slices.items()}
         for when, slices in sums.items()
@@ -306,7 +306,7 @@ def read_exclusion(exclude: Exclusion, gathered: Path) -> dict[str, Why]:
     unknown = sorted(set(exclude.sources) - sources) or sorted(ids - found.keys())
     if unknown:
         raise DataError(
-            "what is to be excluded was not gathered",
+            "an excluded row was not gathered",
             where="curate.exclude",
             found=", ".join(unknown[:5]) + (f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""),
             expected=f"ids, or sources of {', '.join(sorted(sources))}",
@@ -392,8 +392,8 @@ def curate_conversations(
                     dropped[why[0]] += 1
                     continue
                 report.talk_redacted[row.source].update(found)
-                kept_back = is_validation(row.id, config.split.conversation_fraction)
-                kept.append(replace(row, messages=messages, split="validation" if kept_back else "train"))
+                held_out = is_validation(row.id, config.split.conversation_fraction)
+                kept.append(replace(row, messages=messages, split="validation" if held_out else "train"))
         report.converse(path.stem, total, Counter(row.split for row in kept), dropped)
         if kept:
             write_rows(folder / "conversations" / path.name, kept, Conversation)

@@ -1,7 +1,7 @@
-"""Shards: the part of the corpus that is cleaned at once and then lies finished on disk.
+"""Shards: the part of the corpus that is cleaned together and is then finished on disk.
 
 `shards/` in the stage's folder exists while the stage works: `plan.json` says which rows of which file each shard takes
-and for which job, `NNNNN/` is a finished shard (renamed into place, so it is whole), and a killed run goes on with
+and for which job, `NNNNN/` is a finished shard (renamed into place, so it is whole), and a killed run resumes with
 those that are missing. What a shard holds is a function of its rows and the configuration.
 """
 
@@ -127,7 +127,7 @@ def read_shard(shard: Shard, config: CurateConfig) -> Iterator[Draft]:
     """Yield the documents of a shard; DataError for a kind that has no rules."""
     skip, left = shard.start, shard.rows
     kinds = type(config.kinds).model_fields
-    # The whole row group need not be read ahead, and threads cost more than they bring beside other shards.
+    # The whole row group need not be read ahead, and threads cost more than they bring next to other shards.
     file = pq.ParquetFile(shard.path, pre_buffer=False)
     for batch in file.iter_batches(batch_size=256, row_groups=[shard.group], use_threads=False):
         part = batch.slice(skip, left)
@@ -212,11 +212,11 @@ def describe(
     """
     words = [draft.hashed for draft in drafts]
     none = np.zeros(0, np.uint64)
-    alike = np.array([draft.rules.near_duplicates for draft in drafts], bool)
+    compared = np.array([draft.rules.near_duplicates for draft in drafts], bool)
     cut = np.array([draft.limits.cut for draft in drafts], bool)
-    some = [one if yes else Words(none, 0, 0.0) for one, yes in zip(words, alike, strict=True)]
+    some = [one if yes else Words(none, 0, 0.0) for one, yes in zip(words, compared, strict=True)]
     columns = {
-        "alike": alike,
+        "alike": compared,
         "cut": cut,
         "exact": np.array([words_key(one) for one in words], np.uint64),
         "sizes": np.array([draft.size_bytes for draft in drafts], np.int64),
@@ -272,7 +272,7 @@ class Corpus:
 
     @lru_cache(maxsize=8)  # noqa: B019 - as long as the stage; mapped pages count as memory
     def rows(self, shard: int) -> pa.Table:
-        """Return a shard's rows; the columns lie in the file and are read when touched."""
+        """Return a shard's rows; the columns are in the file and are read when touched."""
         with pa.memory_map(str(self.folders[shard] / "rows.arrow")) as file:
             return pa.ipc.open_file(file).read_all()
 

@@ -1,4 +1,4 @@
-"""Which documents are kept back: by hash of the id, so that a new document never moves an old one."""
+"""Which documents are held out: by hash of the id, so that a new document never moves an old one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def place(identity: str) -> float:
 
 
 def validation_documents(rows: Sequence[tuple[str, int]], config: Split) -> set[str]:
-    """Return the ids kept back of one source's documents, given as (id, UTF-8 bytes).
+    """Return the ids held out of one source's documents, given as (id, UTF-8 bytes).
 
-    Those whose place lies below the fraction, at most `max_bytes` together; then, up to MIN_VALIDATION_DOCUMENTS
+    Those whose place is below the fraction, at most `max_bytes` together; then, up to MIN_VALIDATION_DOCUMENTS
     (and half of the source), the next by place, large ones last and the smallest of them first.
     """
     order = sorted(rows, key=lambda row: (place(row[0]), row[0]))
@@ -41,5 +41,5 @@ def validation_documents(rows: Sequence[tuple[str, int]], config: Split) -> set[
 
 
 def is_validation(identity: str, fraction: float) -> bool:
-    """Return whether a conversation is kept back."""
+    """Return whether a conversation is held out."""
     return place(identity) < fraction

@@ -30,7 +30,7 @@ from freehold.stages.curate.toxicity import check_toxicity
 from freehold.text.held_out import Questions
 from freehold.text.words import Words, read_batch
 
-# Text read at once, characters: the arrays of a batch should stay in the processor's cache.
+# Text read together, characters: the arrays of a batch should stay in the processor's cache.
 BATCH_CHARS = 120_000
 SAMPLES = 3
 SAMPLE_CHARS = 240
@@ -65,7 +65,7 @@ class Draft:
         return self.size
 
     def edit(self, text: str) -> None:
-        """Replace the text, and forget what was known of it."""
+        """Replace the text, and forget what was known about it."""
         self.text, self.words, self.size = text, None, None
 
 
@@ -110,7 +110,7 @@ class Tally:
         self.sample(step, row, why, text, None)
 
     def measure(self, step: str, row: Any, text: str, why: Why, chars: int) -> None:
-        """Note what a step would have dropped or cut, `chars` characters of it."""
+        """Note what a step would have dropped or cut, `chars` characters."""
         entry = self.step(step)["measured"].setdefault(why[0], [0, 0])
         entry[0] += 1
         entry[1] += chars
@@ -162,7 +162,7 @@ class Tally:
 
 
 def excerpts(before: str, after: str | None, mask: bool = False) -> tuple[str, str | None]:
-    """Return what to show of a text, or of a change of it: the place where it begins; personal data replaced.
+    """Return what to show of a text, or of its change: the place where it begins; personal data replaced.
 
     All of the text is cleaned before it is cut: half a secret would not be found. With `mask`, where the change itself
     is the removal of personal data, what was there is shown as `x` and `0` only.
@@ -189,7 +189,7 @@ def excerpts(before: str, after: str | None, mask: bool = False) -> tuple[str, s
 
 @dataclass
 class Tools:
-    """What the steps need besides the documents."""
+    """What the steps need in addition to the documents."""
 
     config: CurateConfig
     questions: Questions
@@ -250,7 +250,7 @@ def decontamination(batch: Sequence[Draft], tools: Tools) -> list[Why | None]:
 
 
 def privacy(batch: Sequence[Draft], tools: Tools) -> list[Why | None]:
-    """Replace personal data; drop what is full of it."""
+    """Replace personal data; drop what holds too much."""
     why: list[Why | None] = []
     for draft in batch:
         clean, found = redact(draft.text, tools.config.privacy.find)

@@ -1,4 +1,4 @@
-"""The parity card of a GGUF file: what it holds, how it was made, and what was proven of it, as JSON and Markdown."""
+"""The parity card of a GGUF file: what it holds, how it was made, and what was proven, as JSON and Markdown."""
 
 from __future__ import annotations
 

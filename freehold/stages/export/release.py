@@ -87,7 +87,7 @@ def readme(files: Mapping[str, Path], config: ModelConfig, name: str, licence: s
         f"AFMoE, {config.num_hidden_layers} layers, {config.num_experts} experts of which a token uses "
         f"{config.num_experts_per_tok}. Context: at most {config.max_position_embeddings:,} tokens.",
         "", *rows, "",
-        "Each file has a card (`.card.md`, `.card.json`) with what was proven of it, and a Modelfile.", "",
+        "Each file has a card (`.card.md`, `.card.json`) with what was proven, and a Modelfile.", "",
         f"    llama-cli -m {first} -cnv", f"    ollama create {name.lower()} -f {Path(first).stem}.Modelfile", "",
         "The licence is in LICENSE.", "",
     ])  # fmt: skip

@@ -139,7 +139,7 @@ class _Header(tarfile.TarInfo):
     """A header of a tar archive, refused where it would need much memory, or stand for bytes that are not there."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        # The documented place to look at a member before its kind is handled; names of paths are read as a whole.
+        # The documented place to look at a member before its kind is handled; names of paths are read in full.
         if self.type in EXTENDED and self.size > HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {self.size:,} bytes; {HEADER_BYTES:,} are enough for any name")
         return super()._proc_member(tar)  # type: ignore[misc, no-any-return]

@@ -21,10 +21,10 @@ from freehold.text.source import Evidence
 def check_evidence(
     name: str, source: FileSource, origin: Origin, licence: str, corpus_dir: Path, pinned: bool = True
 ) -> str:
-    """Look the quote up in the file it is quoted from; return what the recogniser makes of it.
+    """Look the quote up in the file it is quoted from; return what the recogniser finds.
 
-    `agrees`, `silent` where it cannot tell, or empty without a quote. Raises LicenceError when the words are not there,
-    and when they are those of another licence than the one they are quoted for.
+    `agrees`, `silent` where it does not know, or empty without a quote. Raises LicenceError when the words are not
+    there, and when they are those of another licence than the one they are quoted for.
     """
     evidence = source.licence_evidence
     if evidence is None or not evidence.file:

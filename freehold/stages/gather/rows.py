@@ -42,7 +42,7 @@ Skipped = list[tuple[str, str]]
 
 
 def read_rows(name: str, source: Rows, losses: Losses) -> tuple[list[Document], dict[str, Any]]:
-    """Return the documents of a source of rows, and what sources.json says of it; Changed when a file changes."""
+    """Return the documents of a source of rows, and what sources.json says about it; Changed when a file changes."""
     skipped: Skipped = []
     before = {path: sha256_file(path) for path in rows_files(source)}
     rows = sorted(row_documents(name, source, skipped, losses), key=lambda d: d.id)

@@ -59,7 +59,7 @@ def _pieces(member: Member, reading: Reading) -> Iterator[bytes | None]:
 
 
 def _blocks(member: Member) -> Iterator[bytes]:
-    """Yield a file's bytes with `\\n` line ends; a file on disk is opened, another one read as a whole."""
+    """Yield a file's bytes with `\\n` line ends; a file on disk is opened, another one read in full."""
     opened = member.open() if member.open else io.BytesIO(member.read(member.size_bytes) or b"")
     with opened as file:
         hashed = _Hashed(file)
@@ -112,5 +112,5 @@ def hint(texts: list[tuple[str, str]], separator: str) -> str:
         )
     if len(texts) == 1 and len(texts[0][1].encode()) > LARGE_BYTES:
         path = PurePosixPath(texts[0][0]).name
-        return f"{path} is one document, so that none of it is held out for validation; `separator` splits it"
+        return f"{path} is one document, so nothing is held out for validation; `separator` splits it"
     return ""

@@ -20,7 +20,7 @@ class TeacherBase(Config):
     licence: str = Field(
         min_length=1,
         description="SPDX expression of what the teacher writes: its weights' licence, or a LicenseRef for terms of "
-        "use; rows get the strictest of it and the seed's",
+        "use; rows get the stricter licence, the teacher's or the seed's",
     )
     licence_evidence: str = Field(pattern=r"\S", description="what shows that licence: a file, a page, a contract")
     vendor: str = Field("", description="who made the teacher, for policies that ask")

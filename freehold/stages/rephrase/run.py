@@ -37,7 +37,7 @@ from freehold.text.words import read_words, split_words
 
 ANSWERS = "answers.jsonl"
 PROBE = 32
-"""So many answers of which none passes stop the asking: a teacher that only copies must not be paid to the end."""
+"""This many answers of which none passes stop the asking: a teacher that only copies must not be paid to the end."""
 SAMPLES = 2
 _COLUMNS = pa.schema(
     [
@@ -57,7 +57,7 @@ _SENTENCE_END = re.compile(r"[.!?।۔؟။។][\"'”’)]*(?=\s)|[。！？．
 
 @dataclass(frozen=True)
 class Passage:
-    """A stretch of a seed that is rewritten as a whole."""
+    """A stretch of a seed that is rewritten in one piece."""
 
     seed: Document
     """Without its text."""
@@ -173,7 +173,7 @@ def cut(text: str, least_chars: int, most_chars: int) -> Iterator[str]:
 
 
 def _sentences(paragraph: str, most_chars: int) -> Iterator[str]:
-    """Yield a paragraph in parts of at most `most_chars` that end with a sentence; what has no end is left out."""
+    """Yield a paragraph in parts of at most `most_chars` that end with a sentence; what has no end is skipped."""
     while len(paragraph) > most_chars:
         ends = [m.end() for m in _SENTENCE_END.finditer(paragraph[:most_chars])]
         if not ends:
@@ -240,9 +240,9 @@ def ask(
     heard: Callable[[Request, Answer], None],
     work: Workspace,
 ) -> None:
-    """Ask what is not answered yet, `concurrency` at once, and keep each answer as it comes.
+    """Ask what is not answered yet, `concurrency` at a time, and keep each answer as it comes.
 
-    `heard` is told every answer, old ones first. After an error nothing more is sent, and what is under way is kept
+    `heard` gets every answer, old ones first. After an error nothing more is sent, and what is under way is kept
     when it comes.
     """
     for request in requests:
@@ -341,7 +341,7 @@ def _write(
     seen: dict[str, str] = {}
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS.names}
     documents: dict[str, list[Document]] = {name: [] for name in config.strategies}
-    told: dict[str, list[tuple[Request, Rewrite, Why | None]]] = {name: [] for name in config.strategies}
+    by_strategy: dict[str, list[tuple[Request, Rewrite, Why | None]]] = {name: [] for name in config.strategies}
     sampling = json.dumps(config.sampling.model_dump(), sort_keys=True)
     excluded = set(config.exclude)
     for request in requests:
@@ -354,7 +354,7 @@ def _write(
             why = ("duplicate", f"of {first}") if first != identifier else None
         if why is None and (gone := excluded & {identifier, source}):
             why = ("excluded", min(gone))
-        told[request.strategy].append((request, rewrite, why))
+        by_strategy[request.strategy].append((request, rewrite, why))
         row = {
             "id": identifier,
             "seed": passage.seed.id,
@@ -394,11 +394,9 @@ def _write(
             )
     known = {*columns["id"], *(f"rephrased_{name}" for name in config.strategies)}
     if unknown := sorted(excluded - known):
-        raise DataError(
-            "what is to be excluded was not rewritten", where="rephrase.exclude", found=", ".join(unknown[:5])
-        )
+        raise DataError("an excluded row was not rewritten", where="rephrase.exclude", found=", ".join(unknown[:5]))
     counts: dict[str, Any] = {"teacher": identity.name, "strategies": {}}
-    for name, rows in told.items():
+    for name, rows in by_strategy.items():
         dropped = Counter(why[0] for _, _, why in rows if why)
         counts["strategies"][name] = {
             "asked": len(rows),
@@ -420,7 +418,7 @@ def _write(
     write_table(work.folder / "rewrites.parquet", pa.table(columns, schema=_COLUMNS))
     counts["documents"] = sum(map(len, documents.values()))
     counts["bytes"] = sum(len(d.text.encode()) for made in documents.values() for d in made)
-    samples = {name: _samples(rows) for name, rows in told.items()}
+    samples = {name: _samples(rows) for name, rows in by_strategy.items()}
     write_json(work.folder / "report.json", {**counts, "samples": samples})
     return counts
 

@@ -1,4 +1,4 @@
-"""Asking a teacher: any OpenAI-compatible server, over plain HTTP, many requests at once, patient but not for ever.
+"""Asking a teacher: any OpenAI-compatible server, over plain HTTP, many requests at a time, patient but not for ever.
 
 A request is sent again after a refused connection, a timeout, a 408, 429 or 5xx, and an answer that is not what the
 protocol says. What stays wrong is one TeacherGone; what the server says of this very request (400, 413, 422) is an
@@ -33,7 +33,7 @@ TIMEOUT_S = 300.0
 WAIT_S = 1.0
 """Wait before the second try; doubled each time."""
 CONTEXT_TOKENS = 4096
-"""Context that a GGUF file is opened with: the longest passage, its rewrite and the prompt take a fifth of it."""
+"""Context that a GGUF file is opened with: the longest passage, its rewrite and the prompt take a fifth."""
 SHOWN_CHARS = 200
 """How much of a server's answer an error shows."""
 
@@ -58,7 +58,7 @@ class Identity:
     name: str
     """As rows name it."""
     revision: str
-    """What tells its weights from others of the same name."""
+    """What distinguishes its weights from others of the same name."""
 
 
 class Teacher:
@@ -110,7 +110,7 @@ class Teacher:
         )
 
     def stop(self) -> None:
-        """Let nobody wait for another try."""
+        """Let no request wait for another try."""
         self._stop.set()
 
     def _connection(self) -> http.client.HTTPConnection:

@@ -27,7 +27,7 @@ GRAMMARS = 64
 """Compiled grammars kept; what clients send must not fill the memory."""
 SCHEMA_CHARS = 100_000
 MAX_CALLS = 8
-"""Tool calls of one answer that must call: without a bound a model can go on for ever."""
+"""Tool calls of one answer that must call: without a bound a model can continue for ever."""
 # Unbounded white space lets a model that prefers it never end; fixed separators make it write what it was not taught.
 WHITE_SPACE = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,8}"}
 IGNORED = ("contentEncoding", "contentMediaType", "contentSchema")

@@ -1,4 +1,4 @@
-"""What `freehold tokenize` can be told."""
+"""The settings of `freehold tokenize`."""
 
 from __future__ import annotations
 

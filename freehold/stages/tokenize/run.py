@@ -18,7 +18,7 @@ from freehold.stages.tokenize.config import TokenizeConfig
 from freehold.tokenizer.bpe import END_OF_TEXT, Tokenizer, train
 
 BATCH = 64
-"""Documents encoded at once."""
+"""Documents encoded together."""
 
 
 def run(config: TokenizeConfig, work: Workspace) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def run(config: TokenizeConfig, work: Workspace) -> dict[str, Any]:
             )
             for split in SPLITS
         }
-        work.log.say(f"  {path.stem}: " + "; ".join(f"{s} {_told(c)}" for s, c in index[path.stem].items()))
+        work.log.say(f"  {path.stem}: " + "; ".join(f"{s} {_said(c)}" for s, c in index[path.stem].items()))
     write_index(work.folder / "tokens", tokenizer.vocab_size, tokenizer.sha256, index)
     counts: dict[str, Any] = {
         split: {key: sum(of[split][key] for of in index.values()) for key in ("tokens", "documents", "bytes")}
@@ -61,7 +61,7 @@ def run(config: TokenizeConfig, work: Workspace) -> dict[str, Any]:
     }
     if paths and not counts["train"]["tokens"]:
         raise DataError("no document is for training", where=paths[0].parent, expected="split: train")
-    work.log.say(f"{len(index)} sources: train {_told(counts['train'])}; validation {_told(counts['validation'])}")
+    work.log.say(f"{len(index)} sources: train {_said(counts['train'])}; validation {_said(counts['validation'])}")
     ratios = {name: _ratio(of["train"]) for name, of in index.items()}
     return {"vocab_size": tokenizer.vocab_size, **counts, "sources": index, "bytes_per_token": ratios}
 
@@ -121,5 +121,5 @@ def _ratio(counts: dict[str, int]) -> float:
     return round(counts["bytes"] / max(counts["tokens"] - counts["documents"], 1), 4)
 
 
-def _told(counts: dict[str, int]) -> str:
+def _said(counts: dict[str, int]) -> str:
     return f"{counts['tokens']:,} tokens of {counts['documents']:,} documents, {_ratio(counts):.2f} bytes a token"
