@@ -59,7 +59,7 @@ def test_rows_of_one_epoch_hold_every_token_once():
     assert np.array_equal(seen, np.sort(source.tokens))
 
 
-def test_targets_are_next_tokens_and_documents_start_at_their_separator():
+def test_targets_are_next_tokens_from_each_separator():
     batch = make_order().batch(2)
     assert np.array_equal(batch.input_ids[:, 1:], batch.targets[:, :-1])
     starts = batch.input_ids == EOT

@@ -118,7 +118,7 @@ def refuse():
     return reported
 
 
-def test_what_a_chunk_cannot_do_is_refused_and_not_computed_wrong(ranks):
+def test_what_a_chunk_cannot_do_is_refused(ranks):
     window, positions = ranks(2).run(refuse)[0]
     assert "reaches over more than one chunk of 12 tokens" in window
     assert "positions cannot be given" in positions

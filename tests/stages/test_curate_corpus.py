@@ -63,7 +63,7 @@ def test_bias_that_was_planted_is_brought_within_the_limit(table: dict[str, dict
     assert odds["after"] is None or odds["after"] <= 1.5
 
 
-def test_personal_data_that_another_step_dropped_is_planted_all_the_same() -> None:
+def test_personal_data_dropped_by_another_step_is_planted() -> None:
     import planted
 
     plan = planted.build(planted.pages(1500), 20)

@@ -152,7 +152,7 @@ def made(folder: Path, strategy: str = "condensed") -> list[Document]:
     return list(read_rows(folder / "documents" / f"rephrased_{strategy}.parquet", Document))
 
 
-def test_rows_carry_seed_teacher_prompt_sampling_and_the_strictest_licence(tmp_path: Path, serve: Any) -> None:
+def test_rows_carry_seed_teacher_prompt_and_strictest_licence(tmp_path: Path, serve: Any) -> None:
     server, curate = serve(), curated(tmp_path / "curate")
     counts = rephrase(tmp_path / "out", curate, settings(server.url))
     assert counts["strategies"]["condensed"] == {"asked": 12, "kept": 12, "dropped": {}}
@@ -188,7 +188,7 @@ def test_what_is_written_does_not_hang_on_the_order_of_answers(tmp_path: Path, s
     assert "answers.jsonl" not in hash_files(tmp_path / "one")
 
 
-def test_a_teacher_that_dies_loses_nothing_and_nothing_is_asked_twice(tmp_path: Path, serve: Any) -> None:
+def test_dead_teacher_loses_nothing_and_is_asked_nothing_twice(tmp_path: Path, serve: Any) -> None:
     curate, out = curated(tmp_path / "curate"), tmp_path / "out"
     dying = serve(fail=lambda n: (503, "out of memory") if n > 5 else None)
     with pytest.raises(TeacherGone, match=r"(?s)does not answer.*503: out of memory, 2 times.*not asked again"):
@@ -549,7 +549,7 @@ def test_our_own_server_is_a_teacher(tmp_path: Path, tiny_checkpoint: Path, monk
         server.wait()
 
 
-def test_every_strategy_has_a_prompt_and_says_where_it_comes_from() -> None:
+def test_every_strategy_has_a_prompt_and_its_source() -> None:
     from freehold.stages.rephrase import prompts
     from freehold.stages.rephrase.config import StrategyName
 
