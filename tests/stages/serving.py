@@ -72,7 +72,7 @@ class Script:
             self.closed += 1
 
     def score_top(self, sequences, top):
-        raise NotImplementedError
+        raise AssertionError("these tests score nothing")
 
 
 def wait_for(condition, timeout_s: float = 5) -> None:
