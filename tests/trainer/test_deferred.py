@@ -107,7 +107,7 @@ def test_acting_guard_costs_one_read_a_step(tmp_path, monkeypatch, guard):
 @pytest.mark.parametrize("flex", [False, True])
 def test_model_on_a_device_asks_for_no_value(monkeypatch, flex):
     """The meta device has shapes and no values: whatever asks for one raises. Forms are those that CUDA takes."""
-    monkeypatch.setattr(ops, "grouped_swiglu", ops.grouped_swiglu_gemm)
+    monkeypatch.setattr(ops, "grouped_swiglu", lambda *tensors: ops.grouped_swiglu_gemm(*tensors[:4]))
     monkeypatch.setattr(ops, "_fused", lambda x: True)
     monkeypatch.setattr(masks, "takes_flex", lambda device, tokens: flex)
     with torch.device("meta"):
