@@ -1,5 +1,6 @@
 # make run   from a fresh clone to a served model: creates .venv, installs, walks recipes/laptop.yaml
 # make test  the whole suite, with lint and types
+# make test-slow  the tests marked slow: torch.compile over ranks, Ray, verify-resume
 # make test-browser  the page of a run in headless Chromium
 # make large two hundred megabytes of licensed text by recipes/large.yaml; on Debian, for apt; COPYLEFT=1 for more
 # Neither needs a compiler: where there is none, one comes as a wheel (for the CPU kernels).
@@ -14,7 +15,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # Up to the line `# copyleft`, or all lines.
 DEBIAN = $(shell sed $(if $(COPYLEFT),,-e '/^. copyleft/$(COMMA)$$d') -e '/^\#/d' recipes/debian.txt)
 
-.PHONY: run test test-browser lint install corpus large clean
+.PHONY: run test test-slow test-browser lint install corpus large clean
 
 run: install corpus
 	$(VENV)/bin/freehold run $(RECIPE)
@@ -28,6 +29,10 @@ test: $(VENV)/test.done
 	$(VENV)/bin/ruff format --check freehold tests benchmarks
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest
+
+# Proofs of half a minute and more, apart so that `make test` stays within a quarter of an hour on two cores.
+test-slow: $(VENV)/test.done
+	$(VENV)/bin/python -m pytest -m slow
 
 # Needs Chromium, which `make test` must not: apt-get install chromium
 test-browser: $(VENV)/test.done

@@ -162,6 +162,7 @@ def compile_layers(trainer):
     trainer.model.compile_layers("aot_eager")
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_those_of_one_process(ranks):
     assert_one_process(run(ranks, DEGREES["ep2"], break_it=compile_layers), alone())
 

@@ -416,6 +416,7 @@ def cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_and_a_killed_worker_loses_nothing(
     several: Path, straight: Path, tmp_path: Path, cluster: Any
 ) -> None:

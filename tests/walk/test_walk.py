@@ -66,6 +66,7 @@ def test_manifest_names_inputs_versions_contract_and_code(runs):
         assert manifest["seconds"] >= 0
 
 
+@pytest.mark.slow
 def test_verify_resume_finds_the_same_bits(runs):
     result = freehold("verify-resume", RECIPE, f"runs_dir={runs}", "--first", "3", "--more", "4", "--json")
     answer = json.loads(result.stdout)
@@ -136,6 +137,7 @@ def test_killed_run_resumes_to_the_same_bits(runs, tmp_path, victim):
     assert "resumed from step_" in (run / "pretrain" / "log" / "attempt_2.txt").read_text()
 
 
+@pytest.mark.slow
 def test_buffer_order_resumes_to_the_same_bits(runs, tmp_path):
     said = ["pretrain.batch.order={kind: buffer, documents: 4, workers: 2}", "pretrain.phases.stable.steps=12"]
     said.append("pretrain.phases.anneal.steps=4")
