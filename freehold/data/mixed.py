@@ -19,6 +19,7 @@ class MixedOrder:
 
     def batch(self, step: int, part: slice = WHOLE) -> Batch:
         """Return the rows of one optimizer step, or a part of them."""
+        # Whole steps of both, cut afterwards: a part of a step is the same rows for any number of ranks.
         both = [self.talk.batch(step), self.text.batch(step)]
         fields = [field.name for field in dataclasses.fields(Batch)]
         return Batch(**{name: np.concatenate([getattr(one, name) for one in both])[part] for name in fields})

@@ -51,6 +51,7 @@ class PairOrder:
         self, answers: Sequence[Answers], *, context_tokens: int, sequences: int, steps: int, seed: int, pad: int,
         first_step: int = 0,
     ) -> None:  # fmt: skip
+        # Both answers of a pair must be in one row: a cut pair would compare halves.
         self.answers = [one for one in answers if one.tokens <= context_tokens]
         self.too_long = len(answers) - len(self.answers)
         if not self.answers:
@@ -64,6 +65,7 @@ class PairOrder:
         self.epochs = 0
         while len(self.rows) < steps * sequences:
             order = generator(seed, "pairs", self.epochs).permutation(len(self.answers))
+            # A pair is packed as one item, so its answers are neighbours and a micro-batch holds whole pairs.
             packed = pack([self.answers[i].tokens for i in order], context_tokens)
             self.rows += [[int(order[i]) for i in row] for row in packed]
             self.epochs += 1
@@ -76,12 +78,14 @@ class PairOrder:
         """Return rows of answers as a batch."""
         examples = [[example for one in row for example in one.examples] for row in rows]
         plain = conversation_batch(examples, self.context_tokens, self.pad)
+        # Per token, as everything that a loss reads: its shape is then that of the batch.
         sign = np.zeros(plain.input_ids.shape, np.int8)
         reference = np.zeros(plain.input_ids.shape, np.float32)
         margins = np.zeros(plain.input_ids.shape, np.float32)
         for r, row in enumerate(rows):
             at = 0
             for one in row:
+                # Empty until the reference was run, and for losses that need none.
                 known = self.reference.get(one.id)
                 for number, (example, which) in enumerate(zip(one.examples, one.signs, strict=True)):
                     length = len(example.ids) - 1
