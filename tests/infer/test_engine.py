@@ -7,6 +7,7 @@ import torch
 
 from freehold.core.errors import RequestError
 from freehold.infer import engine as engine_module
+from freehold.infer import scoring
 from freehold.infer.engine import ContextOverflow, Engine
 from freehold.infer.sampler import Sampling
 
@@ -83,7 +84,7 @@ def test_score_equals_log_softmax(engine, tiny_model, monkeypatch):
         expected.append([0.0] + [float(logprobs[t, ids[t + 1]]) for t in range(len(ids) - 1)])
     for prefill_tokens, head_bytes in ((2048, 64 << 20), (40, 4 * 512 * 7), (4, 1)):
         monkeypatch.setattr(engine_module, "PREFILL_TOKENS", prefill_tokens)
-        monkeypatch.setattr(engine_module, "HEAD_BYTES", head_bytes)
+        monkeypatch.setattr(scoring, "HEAD_BYTES", head_bytes)
         for found, wanted in zip(engine.score(sequences), expected, strict=True):
             assert found == pytest.approx(wanted, abs=1e-4)
 
