@@ -1,6 +1,6 @@
 # make run   from a fresh clone to a served model: creates .venv, installs, walks recipes/laptop.yaml
 # make test  the whole suite, with lint and types
-# make test-slow  the tests marked slow: torch.compile over ranks, Ray, verify-resume
+# make test-slow  the tests marked slow: torch.compile over ranks, Ray, verify-resume, kills
 # make test-browser  the page of a run in headless Chromium
 # make large two hundred megabytes of licensed text by recipes/large.yaml; on Debian, for apt; COPYLEFT=1 for more
 # Neither needs a compiler: where there is none, one comes as a wheel (for the CPU kernels).
@@ -30,7 +30,7 @@ test: $(VENV)/test.done
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest
 
-# Proofs of half a minute and more, apart so that `make test` stays within a quarter of an hour on two cores.
+# Slow proofs, apart so that `make test` stays within a quarter of an hour on two cores.
 test-slow: $(VENV)/test.done
 	$(VENV)/bin/python -m pytest -m slow
 

@@ -199,7 +199,7 @@ def alone(models) -> dict[torch.dtype, list[list[tuple[int, float]]]]:
 
 @DTYPES
 @THREADS
-@pytest.mark.parametrize("rows", [7, 32, 64])
+@pytest.mark.parametrize("rows", [7, 32, pytest.param(64, marks=pytest.mark.slow)])
 def test_generations_do_not_depend_on_who_joins_and_leaves(dtype, threads, models, alone, rows, monkeypatch):
     monkeypatch.setattr("freehold.infer.engine.STEP_TOKENS", 100)
     # Room for about six of the longer ones: some are pre-empted and read again.

@@ -44,6 +44,7 @@ def recipe_of(paths, tmp_path, machine=CPU, minutes=30, **settings):
     return written, yaml.safe_load(written.text)
 
 
+@pytest.mark.slow
 def test_recipe_of_a_folder_runs_as_written(texts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     talks = rows(tmp_path / "talks.jsonl", *[MESSAGES] * 20)

@@ -441,6 +441,7 @@ def test_ray_gives_the_same_and_a_killed_worker_loses_nothing(
     assert hash_files(folder) == hash_files(straight)
 
 
+@pytest.mark.slow
 def test_errors_of_ray_workers_are_the_same(tmp_path: Path, cluster: Any) -> None:
     gathered = gather(tmp_path / "odd", [document("odd", "a", "text", kind="poem")])
     with pytest.raises(DataError, match="of a kind curation has no rules for"):

@@ -524,6 +524,7 @@ def test_in_a_walk_clean_makes_it_again_without_asking_again(tmp_path: Path, ser
     assert len(server.bodies) == 12
 
 
+@pytest.mark.slow
 def test_our_own_server_is_a_teacher(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: Any) -> None:
     """A random model writes nothing of use, and that is what is said; its answers are kept."""
     with socket.socket() as free:

@@ -49,6 +49,7 @@ def change_source(program: Path, version: str, file: str = "trainer/loop.py") ->
     path.write_text(path.read_text().replace(VERSION, version))
 
 
+@pytest.mark.slow
 def test_half_done_training_resumes_under_other_code(program, tmp_path):
     arguments = [str(RECIPE), f"runs_dir={tmp_path / 'runs'}"]
     freehold(program, "run", *arguments, "until=tokenize", "--quiet")

@@ -109,7 +109,7 @@ def test_fork_reuses_the_stages_that_are_the_same(runs):
     assert old["align"] != new["align"]
 
 
-@pytest.mark.parametrize("victim", ["walk", "stage"])
+@pytest.mark.parametrize("victim", ["walk", pytest.param("stage", marks=pytest.mark.slow)])
 def test_killed_run_resumes_to_the_same_bits(runs, tmp_path, victim):
     run = tmp_path / "tiny"
     for stage in ("gather", "curate", "rephrase", "tokenize"):
