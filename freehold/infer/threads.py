@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -22,6 +24,17 @@ WORTH = 0.9
 """More threads must take at most this share of the time: they cost other programs something."""
 HOPELESS = 1.5
 """A number of threads that takes this many times as long as one is not measured again."""
+
+
+@contextmanager
+def computing_threads(count: int) -> Iterator[None]:
+    """Compute with this many threads: sums, and so the last digits of a figure, may depend on the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def choose_threads(engine: Engine) -> int:

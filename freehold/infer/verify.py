@@ -6,14 +6,14 @@ its log-probability. Prompts are random ids whose lengths are on both sides of p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from freehold.infer.engine import Engine
 from freehold.infer.sampler import Sampling
+from freehold.infer.threads import computing_threads
 from freehold.kernels.packed import PAGE_TOKENS
 from freehold.losses.cross_entropy import head_logits
 from freehold.losses.logprob import token_logprobs
@@ -43,7 +43,7 @@ def verify_serving(engine: Engine) -> list[Check]:
     def together(**changes: int) -> list[Answer]:
         return _answers(engine, prompts, settings, **changes)
 
-    with _threads(1):
+    with computing_threads(1):
         alone = [_answers(engine, [p], [s])[0] for p, s in zip(prompts, settings, strict=True)]
         ways: dict[str, Callable[[], list[Answer]]] = {
             "batch: alone = together with others": together,
@@ -130,13 +130,3 @@ def _compare(name: str, expected: Sequence[Answer], found: Sequence[Answer]) -> 
             if wanted != got and difference is None:
                 difference = f"prompt {prompt}, token {place}: {wanted} alone, {got}"
     return Check(name, sum(map(len, expected)), difference)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

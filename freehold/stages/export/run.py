@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from freehold.checkpoint.dcp import read_model
 from freehold.checkpoint.hf import save_hf
 from freehold.core.artifact import Workspace, read_json, read_manifest, write_json
 from freehold.core.errors import ExportError
+from freehold.infer.threads import computing_threads
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.model.device import choose_device
@@ -67,7 +66,7 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
     write_json(hf / "generation_config.json", _generation(config, tokenizer))
     work.log.say(f"hf/: {_megabytes(hf)}")
     rounded = {name: _rounded(tensor, dtype) for name, tensor in state.items()}
-    with _torch_threads(config.proof.threads):
+    with computing_threads(config.proof.threads):
         model = _model(config, model_config, rounded)
         imatrix = _calibrated(config, work, model, tokenizer) if config.calibration.tokens else None
         files = _gguf_files(config, work, model_config, hf, imatrix)
@@ -190,17 +189,6 @@ def prove(
         "follows from the KL of F32. KL below 1e-8 is given as the power of ten above it; exact figures are in "
         "metrics.jsonl.",
     }
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    """Compute with this many threads: sums, and so the last digits of a figure, depend on the number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
