@@ -14,7 +14,7 @@ from freehold.core.errors import DataError
 from freehold.core.marks import IGNORE
 from freehold.data.packing import Example, pack
 from freehold.data.pairs import Answers, PairOrder
-from freehold.losses.preference import token_logprobs
+from freehold.losses.targets import token_logprobs
 from freehold.model.afmoe import Afmoe
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.chat import render_ids

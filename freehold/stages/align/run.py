@@ -25,7 +25,7 @@ from freehold.losses.protocol import Loss
 from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
 from freehold.parallel.config import validate_layout
-from freehold.stages.align import forgetting
+from freehold.stages.align import forgetting, learn_rl
 from freehold.stages.align.config import AlignConfig
 from freehold.stages.align.rows import reference_logprobs, render_answers, render_examples
 from freehold.tokenizer.bpe import END_OF_TEXT, Tokenizer
@@ -57,6 +57,8 @@ class Rows:
     order: Order
     loss: Loss | None
     counts: dict[str, Any]
+    watch: learn_rl.Watch | None = None
+    """Of phases that learn from their own answers."""
 
 
 def run(config: AlignConfig, work: Workspace) -> dict[str, Any]:
@@ -136,11 +138,10 @@ def train(
     """Run the phases of `config`, all of one kind, from an opened checkpoint; return the counts."""
     schedule = Schedule(dict(config.phases), first_step=first_step)
     kind = next(iter(config.phases.values())).kind
-    rows = (
-        conversations(config, work, tokenizer, opened, first_step)
-        if kind == "sft"
-        else preferences(config, work, tokenizer, opened, first_step)
-    )
+    if kind == "rl":
+        config = learn_rl.with_rate(config)
+    rows = ROWS[kind](config, work, tokenizer, opened, first_step)
+    watch = rows.watch
     stage = Stage(
         name="align",
         model=opened.model,
@@ -154,8 +155,13 @@ def train(
         start=opened.start,
         loss=rows.loss,
     )
+    if watch is not None:
+        measured = watch.held_out.validate if kind == "rl" and watch.order.config.held_out else None
+        stage = dataclasses.replace(stage, ready=watch.ready, validate=lambda _: measured, traced_later=True)
     counts = train_stage(stage, config, work)  # type: ignore[arg-type]
-    return {"steps": counts["steps"], **rows.counts, **counts}
+    # Declared, because peers turn it on unasked: without a rule the routing that the start learnt is kept.
+    balance = {"balance": "frozen" if config.balance.kind == "none" else config.balance.kind}
+    return {"steps": counts["steps"], **rows.counts, **(watch.counts() if watch else {}), **balance, **counts}
 
 
 def conversations(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, opened: Opened, first_step: int) -> Rows:
@@ -209,6 +215,16 @@ def preferences(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, open
         settings.loss, settings.beta, settings.margin, settings.cross_entropy, config.trainer.loss_chunk_tokens
     )
     return Rows(order, loss, {"answers": len(order.answers), "answers_too_long": order.too_long})
+
+
+def reinforcement(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, opened: Opened, first_step: int) -> Rows:
+    """Return the rows of reinforcement learning: answers of the weights that train, drawn as they are needed."""
+    order = learn_rl.order_of(config, work, tokenizer, opened.folder, first_step)
+    loss = learn_rl.policy_loss(order.config, config.trainer.loss_chunk_tokens)
+    return Rows(order, loss, {}, learn_rl.Watch(order, work))
+
+
+ROWS = {"sft": conversations, "preference": preferences, "rl": reinforcement}
 
 
 def _last(config: AlignConfig, work: Workspace) -> Path | None:
