@@ -1,7 +1,7 @@
 """Runs code that a model wrote: another process, limits of processor time and memory, no files, no network.
 
-The process does not know what results are right: it returns what the function returned, and the caller compares. Time is
-counted on the processor alone, so a busy machine changes no reward; `time.sleep` returns immediately.
+The process does not know what results are right: it returns what the function returned, and the caller compares.
+Time is counted on the processor alone, so a busy machine changes no reward; `time.sleep` returns immediately.
 """
 
 from __future__ import annotations
