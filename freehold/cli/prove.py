@@ -7,10 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from freehold.cli.parser import run_folder, verb
+from freehold.cli.make import make_stage
+from freehold.cli.parser import run_folder, verb, walk_flags
 from freehold.core.errors import ConfigError, ProofError
+from freehold.run.layout import RELEASE
 
 KEYS = Path("keys")
+RELEASE_KEY, LOG_KEY = RELEASE, "log"
 SEEN = Path.home() / ".local/state/freehold/verified.json" if Path.home().is_dir() else Path()
 
 
@@ -21,17 +24,15 @@ def add_verbs(verbs: Any) -> None:
 
 
 def _add_release(verbs: Any) -> None:
-    release = verb(
-        verbs, "release", "write a signed release of a run: model, cards, bill of materials, proofs", _release
-    )
-    release.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
+    release = verb(verbs, RELEASE, "write a signed release of a run: model, cards, bill of materials, proofs", _release)
+    release.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/), or a recipe")
+    release.add_argument("overrides", nargs="*", metavar="key=value", help="of a recipe; see `freehold schema release`")
     release.add_argument("--keys", type=Path, default=KEYS, help="folder of keys (default: keys/); see `freehold keys`")
     release.add_argument("--output", type=Path, help="folder to write (default: release/pack in the run folder)")
     release.add_argument("--name", default="", help="versioned name of the model (default: that of the export)")
     release.add_argument("--statements", type=Path, metavar="FILE", help="YAML of what no ledger can know")
     release.add_argument("--detached", action="store_true", help="only the hashes of the model's files, not the files")
-    release.add_argument("--dry-run", action="store_true", help="check run, rights and keys; write nothing")
-    release.add_argument("--json", action="store_true", help="machine-readable answer")
+    walk_flags(release)
 
 
 def _add_verify(verbs: Any) -> None:
@@ -68,7 +69,7 @@ def _add_keys(verbs: Any) -> None:
         "do_what", choices=["new", "show", "rotate", "revoke", "witness"], metavar="new|show|rotate|revoke|witness"
     )
     keys.add_argument("folder", nargs="?", type=Path, default=KEYS, help="folder of keys (default: keys/)")
-    keys.add_argument("--role", choices=["release", "log"], default="release", help="of the key to rotate")
+    keys.add_argument("--role", choices=[RELEASE_KEY, LOG_KEY], default=RELEASE_KEY, help="of the key to rotate")
     keys.add_argument("--name", default="", help="of the key to revoke, or of the witness to add")
     keys.add_argument("--public", type=Path, help="PEM file of the witness's public key")
     keys.add_argument("--json", action="store_true", help="machine-readable answer")
@@ -86,6 +87,9 @@ def _add_log(verbs: Any) -> None:
 
 
 def _release(args: argparse.Namespace) -> int:
+    if args.run is not None and args.run.suffix in (".yaml", ".yml"):
+        args.recipe, args.stage = args.run, RELEASE
+        return make_stage(args)
     from freehold.proof import folder
     from freehold.run import card, release
     from freehold.run.layout import RunFolder
