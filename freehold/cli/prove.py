@@ -103,7 +103,7 @@ def _release(args: argparse.Namespace) -> int:
         _answer(args, say)
         return 0
     digest = release.build(contents, keys, output)
-    answer = {"release": str(output), "name": contents.name, "files_sha256": digest, "root": keys.root_fingerprint}
+    answer = {RELEASE: str(output), "name": contents.name, "files_sha256": digest, "root": keys.root_fingerprint}
     _answer(args, answer)
     if not args.json:
         print(f"\nto check it: freehold verify {output} --root {keys.root_fingerprint}")
@@ -115,7 +115,7 @@ def _verify(args: argparse.Namespace) -> int:
     version, size = seen.get(root, [0, 0])
     verified = _level_1(args.pack, root, version, size)
     answer: dict[str, Any] = {
-        "release": verified.name,
+        RELEASE: verified.name,
         "files": len(verified.files),
         "signed_by": verified.signed_by,
         "keyring_version": verified.keyring_version,
@@ -158,10 +158,10 @@ def _reproduce(args: argparse.Namespace) -> int:
     verified = _level_1(args.pack, _root(args.root))
     if args.dry_run:
         plan = reproduce.write_recipe(args.pack, args.work)
-        _answer(args, {"release": verified.name, "recipe": str(plan.path), "run": str(plan.run_folder)})
+        _answer(args, {RELEASE: verified.name, "recipe": str(plan.path), "run": str(plan.run_folder)})
         return 0
     outcomes = reproduce.reproduce(args.pack, args.work, everything=args.all, quiet=args.json)
-    _answer(args, {"release": verified.name, "stages": [vars(outcome) for outcome in outcomes]})
+    _answer(args, {RELEASE: verified.name, "stages": [vars(outcome) for outcome in outcomes]})
     return 0
 
 
