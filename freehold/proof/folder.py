@@ -33,7 +33,8 @@ PASSWORD = "FREEHOLD_KEY_PASSWORD"
 ROOT, KEYRING, LOG = "root.pem", "keyring.json", "log.jsonl"
 FINGERPRINT = "root.txt"
 LABEL = "label.txt"
-RELEASE_KEY, LOG_KEY = "release", "log"
+RELEASE_KEY: Role = "release"
+LOG_KEY: Role = "log"
 
 
 @dataclass(frozen=True)
