@@ -133,7 +133,7 @@ class Question:
     depth: float
 
 
-def test_question(
+def held_out_question(
     rng: np.random.Generator, encode: Encode, text: np.ndarray, length: int, keys: int, depth: float
 ) -> Question:
     """Return one question whose prompt and answer are `length` tokens; its fact stands at `depth` of the text.

@@ -11,7 +11,7 @@ import numpy as np
 from freehold.core.errors import ConfigError
 from freehold.core.log import Log
 from freehold.core.table import Table
-from freehold.data.needles import Question, test_question
+from freehold.data.needles import Question, held_out_question
 from freehold.infer.sampler import Sampling
 from freehold.stages.evaluate.config import NeedlesConfig
 from freehold.stages.evaluate.items import wilson
@@ -34,7 +34,7 @@ def questions(encode: Any, text: np.ndarray, length: int, keys: int, items: int,
         # Another beginning for each question, as long as the text allows it.
         start = int(rng.integers(max(1, len(text) - length)))
         depth = (item % DEPTHS) / (DEPTHS - 1)
-        found.append(test_question(rng, encode, text[start:], length, keys, depth))
+        found.append(held_out_question(rng, encode, text[start:], length, keys, depth))
     return found
 
 
