@@ -89,6 +89,19 @@ def play(environment: Environment, task: Task, turns: Sequence[Message]) -> floa
     return total(environment.reward(task, state, done), f"{environment.name}: {task.id}")
 
 
+def transcript(environment: Environment, task: Task, turns: Sequence[Message]) -> list[Message]:
+    """Return the assistant's turns with what the environment says between them."""
+    state, found = environment.start(task), list[Message]()
+    for turn in turns:
+        found.append(turn)
+        reply = environment.step(task, state, turn)
+        state = reply.state
+        if reply.done:
+            break
+        found += reply.messages
+    return found
+
+
 def check(environment: Environment, split: Split = "train", tasks: int = 4) -> None:
     """Raise EnvironmentFault when a right transcript does not score 1, or one that is none scores above 0."""
     for number in range(tasks):

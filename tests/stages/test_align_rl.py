@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from freehold.checkpoint import dcp
+from freehold.cli.main import main
 from freehold.core.artifact import read_json
 from freehold.core.errors import ArtifactError
 from freehold.core.log import Log, read_metrics
@@ -21,10 +22,10 @@ from freehold.data.grading import figures, grade
 from freehold.data.rollouts import CUT, NO_SPREAD, TRAINED, RolloutLedger, policy_batch
 from freehold.environments.protocol import EnvironmentFault, Reply, Task, text_of
 from freehold.infer.engine import not_exact
-from freehold.losses.policy import PolicyLoss
 from freehold.model.afmoe import Afmoe
 from freehold.optim.config import NoBalanceConfig, OptimConfig, PhaseConfig
 from freehold.optim.schedule import Schedule
+from freehold.stages.align import learn_rl
 from freehold.stages.align.held_out import HeldOut
 from freehold.stages.align.rl_config import RlConfig
 from freehold.stages.align.rollouts import RolloutOrder, Tasks
@@ -81,7 +82,18 @@ def tokenizer():
 
 
 def config(**changes: Any) -> RlConfig:
-    return RlConfig(**{"prompts": 3, "group": 4, "max_tokens": 6, "min_reward": 0.0, "held_out": 4} | changes)
+    return RlConfig(
+        **{
+            "environments": {"halves": {}},
+            "micro_rollouts": 4,
+            "prompts": 3,
+            "group": 4,
+            "max_tokens": 6,
+            "min_reward": 0.0,
+            "held_out": 4,
+        }
+        | changes
+    )
 
 
 def made(
@@ -91,13 +103,12 @@ def made(
     tasks = Tasks({"halves": environment or Halves()}, {"halves": 1.0}, 0)
     order = RolloutOrder(
         settings, tasks, tokenizer, RolloutLedger(folder / "rollouts"), context_tokens=128, first_step=0,
-        total_steps=steps, reference=None,
+        total_steps=steps, reference=None, loss=dataclasses.asdict(learn_rl.policy_loss(settings, 512)),
     )  # fmt: skip
-    low, high = settings.bounds
     given = {
         "model": SHAPE,
         "order": order,
-        "loss": PolicyLoss(settings.loss, low=low, high=high, temperature=settings.temperature),
+        "loss": learn_rl.policy_loss(settings, 512),
         "balance": NoBalanceConfig(),
         "schedule": Schedule({"rl": PhaseConfig(steps=steps)}),
         "trainer": TrainerConfig(**tiny.TRAINER, checkpoint_every_steps=1, log_every_steps=1, validate_every_steps=1),
@@ -123,7 +134,7 @@ def metrics(folder: Path, name: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("rl")
+    folder = tmp_path_factory.mktemp("rl") / "run/align"
     trainer = ran(made(folder, tokenizer, config()))
     assert not_exact(trainer.model) is None
     return folder
@@ -340,3 +351,65 @@ def test_collapse_stops_and_goes_back(tokenizer, tmp_path):
         trainer.run(watch.validate, ready)
     assert not list((tmp_path / "checkpoints").glob("step_00000001"))
     assert set(read_json(tmp_path / "held_out.json")) == {"start"}
+
+
+def halves(settings: Any, seed: int, conversations: Any) -> Halves:
+    """Return the environment as an entry point does."""
+    return Halves()
+
+
+@pytest.fixture
+def declared(tmp_path, monkeypatch):
+    """Declare the environment as an installed package would."""
+    folder = tmp_path / "site/halves-1.0.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: halves\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text(f"[freehold.environments]\nhalves = {__name__}:halves\n")
+    monkeypatch.syspath_prepend(folder.parent)
+
+
+def test_why_and_replay_explain_every_step(run, declared, capsys):
+    for step in range(3):
+        assert main(["replay", str(run.parent), str(step)]) == 0
+        said = capsys.readouterr().out
+        assert "12 rewards, 12 advantages, loss" in said
+        assert "every bit equal" in said
+    assert main(["why", str(run.parent), "1", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["licences"] == {"CC0-1.0": answer["why"][TRAINED]}
+    assert answer["environments"] == {"halves": "1"}
+    assert len(answer["groups"]) == 3
+    assert main(["why", str(run.parent), "1"]) == 0
+    assert "judged by halves 1" in capsys.readouterr().out
+    assert main(["why", str(run.parent), "99"]) == 2
+    assert main(["replay", str(run.parent), "99"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"parts": '{"correct": 0.5}'}, "DIFFERS: reward of"),
+        ({"advantage": 0.123}, "DIFFERS"),
+        ({"version": "2"}, "another version"),
+    ],
+)
+def test_replay_names_the_first_difference(run, declared, tmp_path, capsys, change, says):
+    shutil.copytree(run, tmp_path / "run/align")
+    ledger = RolloutLedger(tmp_path / "run/align/rollouts")
+    rollouts, settings = ledger.read(2)
+    ledger.write(2, [dataclasses.replace(rollouts[0], **change), *rollouts[1:]], settings)
+    assert main(["replay", str(tmp_path / "run"), "2"]) != 0
+    output = capsys.readouterr()
+    assert says in output.out + output.err
+
+
+def test_replay_notices_another_loss(run, declared, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run/align")
+    path = tmp_path / "run/align/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if "policy/loss" in row:
+            row["policy/loss"] += 1e-12
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["replay", str(tmp_path / "run"), "0"]) == 1
+    assert "DIFFERS: loss" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from freehold.core.config import Config
 from freehold.data.config import BatchConfig
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig, check_names
 from freehold.parallel.config import ParallelConfig, check_divisible
-from freehold.stages.align.rl_config import DistillConfig, RewardConfig, RlConfig
+from freehold.stages.align.rl_config import DistillConfig, PracticeConfig, RewardConfig, RlConfig
 from freehold.trainer.config import TrainerConfig, check_guards
 
 
@@ -36,6 +36,9 @@ class AlignPhaseConfig(PhaseConfig):
         "reward: a model that scores answers, from the same pairs; rl: answers of the model itself to tasks that a "
         "program checks; distill: the distribution of a teacher",
     )
+    practice: PracticeConfig = Field(
+        default_factory=PracticeConfig, description="for kind sft: right answers to tasks, so that rl has some to find"
+    )
     preference: PreferenceConfig = Field(default_factory=PreferenceConfig, description="for kind preference")
     reward: RewardConfig = Field(default_factory=RewardConfig, description="for kind reward")
     rl: RlConfig = Field(default_factory=RlConfig, description="for kind rl, and for distill on policy")
@@ -58,10 +61,13 @@ class AlignPhaseConfig(PhaseConfig):
             raise ValueError("distill.teacher.checkpoint is missing")
         return self
 
-    def settings(self) -> Config | None:
+    def settings(self) -> tuple[Config, ...]:
         """Return what makes two phases of one kind different jobs."""
-        own: dict[str, Config] = {"preference": self.preference, "reward": self.reward, "rl": self.rl}
-        return self.distill if self.kind == "distill" else own.get(self.kind)
+        own: dict[str, tuple[Config, ...]] = {
+            "sft": (self.practice,), "preference": (self.preference,), "reward": (self.reward,), "rl": (self.rl,),
+            "distill": (self.distill, self.rl),
+        }  # fmt: skip
+        return own[self.kind]
 
 
 class AlignConfig(Config):
@@ -125,7 +131,7 @@ class AlignConfig(Config):
     def groups(self) -> list[dict[str, AlignPhaseConfig]]:
         """Return the phases in runs of one kind with the same settings, in order."""
         found: list[dict[str, AlignPhaseConfig]] = []
-        before: tuple[str, Config | None] | None = None
+        before: tuple[str, tuple[Config, ...]] | None = None
         for name, phase in self.phases.items():
             what = (phase.kind, phase.settings())
             if what != before:

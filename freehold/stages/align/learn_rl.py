@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from freehold.core.artifact import Workspace
 from freehold.core.document import Conversation, read_rows
+from freehold.data.packing import Example
 from freehold.data.rollouts import FOLDER, RolloutLedger
-from freehold.environments.audit import check, open_environment
+from freehold.environments.audit import check, open_environment, transcript
 from freehold.losses.policy import PolicyLoss
 from freehold.stages.align import forgetting
 from freehold.stages.align.config import AlignConfig
 from freehold.stages.align.held_out import HeldOut
-from freehold.stages.align.rl_config import MOST_RATE, RlConfig
+from freehold.stages.align.rl_config import MOST_RATE, PracticeConfig, RlConfig
 from freehold.stages.align.rollouts import RolloutOrder, Tasks
 from freehold.tokenizer.bpe import Tokenizer
+from freehold.tokenizer.chat import render_ids
 from freehold.trainer.loop import Trainer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def open_tasks(config: RlConfig, work: Workspace) -> Tasks:
+def open_tasks(config: RlConfig | PracticeConfig, work: Workspace) -> Tasks:
     """Open the environments of a phase; each must know right from wrong.
 
     Raises ConfigError for an unknown one, EnvironmentFault for one whose verifier is wrong.
@@ -41,17 +44,45 @@ def open_tasks(config: RlConfig, work: Workspace) -> Tasks:
     return Tasks(opened, {name: one.weight for name, one in config.environments.items()}, work.seed)
 
 
+def practice(config: PracticeConfig, work: Workspace, tokenizer: Tokenizer) -> list[Example]:
+    """Return right answers to training tasks as ids with loss masks; none without environments."""
+    if not config.environments:
+        return []
+    tasks, found = open_tasks(config, work), []
+    for number in range(config.examples):
+        environment, task = tasks.task("train", number)
+        messages = [*task.messages, *transcript(environment, task, environment.gold(task)[0])]
+        ids, mask = render_ids(tokenizer, messages, tools=task.tools)
+        found.append(Example(task.document or task.id, task.source or tasks.name_of(environment), ids, mask))
+    return found
+
+
 def with_rate(config: AlignConfig) -> AlignConfig:
     """Return the settings with the rates of reinforcement learning: a share of those of fine-tuning."""
-    rate = next(iter(config.phases.values())).rl.rate
+    settings = next(iter(config.phases.values())).rl
+    rate, every = settings.rate, settings.held_out_every_steps
     optim = config.optim.model_copy(update={"lr": config.optim.lr * rate, "muon_lr": config.optim.muon_lr * rate})
-    every = next(iter(config.phases.values())).rl.held_out_every_steps
     trainer = config.trainer.model_copy(update={"validate_every_steps": every})
-    return config.model_copy(update={"optim": optim, "trainer": trainer})
+    return with_rows(config.model_copy(update={"optim": optim, "trainer": trainer}))
+
+
+def with_rows(config: AlignConfig) -> AlignConfig:
+    """Return the settings with the rows of a step: one for each rollout."""
+    settings = next(iter(config.phases.values())).rl
+    rows = {"sequences": settings.prompts * settings.group // settings.updates}
+    batch = config.batch.model_copy(update={**rows, "micro_sequences": settings.micro_rollouts})
+    return config.model_copy(update={"batch": batch})
 
 
 def order_of(
-    config: AlignConfig, work: Workspace, tokenizer: Tokenizer, start: Path, first_step: int, *, graded: bool = True
+    config: AlignConfig,
+    work: Workspace,
+    tokenizer: Tokenizer,
+    start: Path,
+    first_step: int,
+    *,
+    graded: bool = True,
+    teacher: str = "",
 ) -> RolloutOrder:
     """Return the order of a phase that learns from its own answers; `start` is the checkpoint it starts from."""
     settings = next(iter(config.phases.values())).rl
@@ -68,6 +99,8 @@ def order_of(
         total_steps=first_step + sum(phase.steps for phase in config.phases.values()),
         reference=reference,
         graded=graded,
+        loss=dataclasses.asdict(policy_loss(settings, config.trainer.loss_chunk_tokens)),
+        teacher=teacher,
     )
 
 

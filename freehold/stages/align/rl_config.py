@@ -56,6 +56,7 @@ class RlConfig(Config):
     refill: int = Field(
         0, ge=0, le=8, description="times as many tasks again that are drawn while too few groups differ in reward"
     )
+    micro_rollouts: int = Field(32, ge=1, description="rollouts in one forward and backward pass")
     updates: int = Field(1, ge=1, description="optimizer steps on one batch of rollouts, each on a part of its groups")
     lag: int = Field(0, ge=0, description="batches by which rollouts are older than the weights that learn from them")
     rate: float = Field(MOST_RATE, gt=0, le=1, description="share of align.optim.lr; above 1/30 it tends to collapse")
@@ -79,6 +80,15 @@ class RlConfig(Config):
         """Return the lower and upper clip."""
         usual = (3e-4, 4e-4) if self.loss == "gspo" else (0.2, 0.28)
         return usual[0] if self.low is None else self.low, usual[1] if self.high is None else self.high
+
+
+class PracticeConfig(Config):
+    """Right answers to tasks of environments, next to the conversations of a fine-tuning phase."""
+
+    environments: dict[str, EnvironmentConfig] = Field(
+        default_factory=dict, description="environments by name, as in rl; empty: none"
+    )
+    examples: int = Field(2000, ge=1, description="how many right answers")
 
 
 class RewardConfig(Config):

@@ -7,7 +7,7 @@ again after a kill; what was not is drawn again, with the same bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,10 @@ class Tasks:
         environment = self.environments[names[int(draw.choice(len(names), p=shares / shares.sum()))]]
         return environment, guarded(environment.name, lambda: environment.task(split, number))
 
+    def name_of(self, environment: Environment) -> str:
+        """Return the name by which the recipe knows an environment."""
+        return next(name for name, one in self.environments.items() if one is environment)
+
 
 class RolloutOrder:
     """The order of a phase of kind rl; `attach` gives it the training loop before the first step."""
@@ -65,10 +69,11 @@ class RolloutOrder:
     def __init__(
         self, config: RlConfig, tasks: Tasks, tokenizer: Tokenizer, ledger: RolloutLedger, *,
         context_tokens: int, first_step: int, total_steps: int, reference: Afmoe | None, graded: bool = True,
+        loss: Mapping[str, Any] | None = None, teacher: str = "",
     ) -> None:  # fmt: skip
         self.config, self.tasks, self.tokenizer, self.ledger = config, tasks, tokenizer, ledger
         self.first_step, self.total_steps, self.reference = first_step, total_steps, reference
-        self.graded = graded
+        self.graded, self.teacher = graded, teacher
         self.sequences = config.prompts * config.group // config.updates
         self.player = Player(
             tokenizer,
@@ -80,6 +85,10 @@ class RolloutOrder:
         self.most_tokens = context_tokens
         self.settings = {
             "advantage": config.advantage, "conciseness": config.conciseness, "truncated": config.truncated,
+            "graded": graded, "seed": tasks.seed, "micro": config.micro_rollouts, "loss": dict(loss or {}),
+            "environments": {
+                name: [one.environment or name, one.settings] for name, one in sorted(config.environments.items())
+            },
         }  # fmt: skip
         self.trainer: Trainer | None = None
         self._read: tuple[int, list[Rollout]] | None = None
@@ -179,7 +188,7 @@ class RolloutOrder:
             drawn_at=drawn_at,
             policy=self.policy.version,
             tokenizer=self.tokenizer.sha256,
-            environment=environment.name,
+            environment=self.tasks.name_of(environment),
             version=environment.version,
             task=task.id,
             answer=_json(task.answer),
@@ -202,6 +211,7 @@ class RolloutOrder:
             source=task.source,
             document=task.document,
             licence=task.licence,
+            teacher=self.teacher,
         )
 
     def _assigned(self, rollouts: Sequence[Rollout], kept: Sequence[int], first: int) -> list[Rollout]:
