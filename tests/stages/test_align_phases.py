@@ -306,7 +306,7 @@ def test_distillation_on_own_answers_keeps_them_with_the_teacher(made, tmp_path)
         ({"licence": "LicenseRef-Closed", "licence_evidence": "page"}, "does not let a model learn"),
     ],
 )
-def test_teachers_that_forbid_it_are_refused_before_the_first_call(tmp_path, teacher, says):
+def test_forbidden_teachers_are_refused_before_the_first_call(tmp_path, teacher, says):
     with pytest.raises(LicenceError, match=says):
         check_terms(TeacherConfig(checkpoint="../x", **teacher), tmp_path / "elsewhere/x", tmp_path / "run")
 
