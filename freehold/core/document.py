@@ -38,7 +38,7 @@ RIGHTS = [
     ("licence_confidence", pa.string()),
 ]
 WEB = [("address", pa.string()), ("fetched", pa.string())]
-# Columns that a file may lack, because it is of an earlier version or no row of it has one: they read as empty.
+# Columns that files of earlier versions, or without web addresses, do not have: they read as empty.
 LATER = {"licence_confidence", *(name for name, _ in WEB)}
 
 
@@ -175,6 +175,11 @@ def without_empty_web(table: pa.Table) -> pa.Table:
     if "address" not in table.column_names or any(table["address"].to_pylist()):
         return table
     return table.drop_columns([name for name, _ in WEB])
+
+
+def has_addresses(path: Path) -> bool:
+    """Return whether a file of documents has the columns of the web."""
+    return "address" in pq.read_schema(path).names
 
 
 def check_columns(path: Path, names: Sequence[str], cls: type[Any]) -> None:

@@ -43,8 +43,11 @@ def find_pages(name: str, source: Warc) -> Origin:
             left -= record.content_length
             if left < 0:
                 raise _too_much(path, source)
-            _take(path, f"{place}/{number}", record, source, origin)
-            record.reader.consume()
+            try:
+                _take(path, f"{place}/{number}", record, source, origin)
+                record.reader.consume()
+            except OSError as error:  # of a payload that is not what its headers say
+                origin.skipped.append((f"{place}/{number}", f"cannot be read: {str(error)[:200]}"))
     return origin
 
 
