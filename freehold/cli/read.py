@@ -156,7 +156,7 @@ def _takedown(args: argparse.Namespace) -> int:
     answer = takedown(run, args.document, widen=args.widen, reservations=asked)
     applied = write_recipe(run, answer, args.out, asked) if args.apply else None
     if applied:
-        note(run, args.document, args.widen)
+        note(run, args.document, args.widen, asked)
     if args.json:
         print(json.dumps(answer.to_dict() | ({"applied": asdict(applied)} if applied else {}), indent=1))
     else:
