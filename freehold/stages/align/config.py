@@ -10,7 +10,7 @@ from freehold.core.config import Config
 from freehold.data.config import BatchConfig
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig, check_names
 from freehold.parallel.config import ParallelConfig, check_divisible
-from freehold.stages.align.rl_config import DistillConfig, PracticeConfig, RewardConfig, RlConfig
+from freehold.stages.align.rl_config import DistillConfig, LearnConfig, PracticeConfig, RewardConfig, RlConfig
 from freehold.trainer.config import TrainerConfig, check_guards
 
 
@@ -22,6 +22,9 @@ class PreferenceConfig(Config):
     )
     beta: float = Field(0.1, gt=0, description="how far the policy may move from the checkpoint it starts from")
     margin: float = Field(0.0, ge=0, description="target margin (gamma of SimPO); a pair's own margin is added")
+    alarm_nats: float = Field(
+        2.0, gt=0, description="warn when better answers have lost this much log p since the phase began"
+    )
     cross_entropy: float = Field(
         1.0, ge=0, description="weight of -log p of the better answers a token: without it their likelihood may fall"
     )
@@ -39,6 +42,7 @@ class AlignPhaseConfig(PhaseConfig):
     practice: PracticeConfig = Field(
         default_factory=PracticeConfig, description="for kind sft: right answers to tasks, so that rl has some to find"
     )
+    learn: LearnConfig = Field(default_factory=LearnConfig, description="for kind sft: which words are learned")
     preference: PreferenceConfig = Field(default_factory=PreferenceConfig, description="for kind preference")
     reward: RewardConfig = Field(default_factory=RewardConfig, description="for kind reward")
     rl: RlConfig = Field(default_factory=RlConfig, description="for kind rl, and for distill on policy")
@@ -64,9 +68,12 @@ class AlignPhaseConfig(PhaseConfig):
     def settings(self) -> tuple[Config, ...]:
         """Return what makes two phases of one kind different jobs."""
         own: dict[str, tuple[Config, ...]] = {
-            "sft": (self.practice,), "preference": (self.preference,), "reward": (self.reward,), "rl": (self.rl,),
-            "distill": (self.distill, self.rl),
-        }  # fmt: skip
+            "sft": (self.practice, self.learn),
+            "preference": (self.preference,),
+            "reward": (self.reward,),
+            "rl": (self.rl,),
+            "distill": (self.distill, self.rl, self.learn, self.practice),
+        }
         return own[self.kind]
 
 

@@ -16,6 +16,8 @@ from freehold.data.packing import Example, pack
 from freehold.data.pairs import Answers, PairOrder
 from freehold.losses.targets import token_logprobs
 from freehold.model.afmoe import Afmoe
+from freehold.stages.align.learned import examples_of
+from freehold.stages.align.rl_config import LearnConfig
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.chat import render_ids
 
@@ -24,7 +26,10 @@ REFERENCE_ROWS = 8
 
 
 def render_examples(
-    work: Workspace, tokenizer: Tokenizer, practice: Sequence[Example] = ()
+    work: Workspace,
+    tokenizer: Tokenizer,
+    practice: Sequence[Example] = (),
+    learn: LearnConfig = LearnConfig(),  # noqa: B008 - it is frozen
 ) -> tuple[list[Example], int]:
     """Return the training conversations as ids with loss masks, and how many tokens carry loss; `practice` after them.
 
@@ -33,7 +38,7 @@ def render_examples(
     examples: list[Example] = []
     for row in _rows(work):
         if answer_of(row) is None:
-            examples.append(_example(row, row.messages, tokenizer))
+            examples += [_example(row, messages, tokenizer) for messages in examples_of(row.messages, learn)]
     examples += practice
     if not examples:
         raise DataError(
