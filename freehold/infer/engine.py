@@ -8,8 +8,9 @@ Shapes: N tokens of one forward pass, B rows, d hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,10 +20,12 @@ from freehold.core.errors import ConfigError, RequestError
 from freehold.infer import scoring
 from freehold.infer.cache import Step
 from freehold.infer.pages import PagePool, Pages, blocks_of, free_bytes, page_bytes, window_pages
+from freehold.infer.prefixes import Prefixes
 from freehold.infer.requests import Queue, Request, Token, Top
 from freehold.infer.sampler import Sampling, check_ids, draw
 from freehold.infer.scoring import Scored
 from freehold.kernels import cpu
+from freehold.kernels.packed import PAGE_TOKENS
 from freehold.model.afmoe import Afmoe
 
 PREFILL_TOKENS = 2048
@@ -54,7 +57,8 @@ class Engine:
     Each call puts the model in eval mode. max_batch: requests that decode together. limit_tokens: prompt and answer of
     one request; the model's context when None. cache_bytes: what keys and values may take; when None, what `max_batch`
     full contexts need, at most half of the free memory. share_steps: whether the requests of different calls are in one
-    forward pass; when None, where that changes no bit. Raises ConfigError when `limit_tokens` do not fit the budget.
+    forward pass; when None, where that changes no bit. prefix_cache: keep the pages of prompts for those that begin
+    the same. Raises ConfigError when `limit_tokens` do not fit the budget.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Engine:
         limit_tokens: int | None = None,
         cache_bytes: int | None = None,
         share_steps: bool | None = None,
+        prefix_cache: bool = False,
     ) -> None:
         self.model = model
         self.max_batch = max_batch
@@ -90,7 +95,8 @@ class Engine:
                 todo="a larger budget, or a smaller limit_tokens",
             )
         self.limit_tokens = min(context, fits)
-        self.queue = Queue(self.pool, max_batch, STEP_TOKENS)
+        self.prefixes = Prefixes(self.pool) if prefix_cache else None
+        self.queue = Queue(self.pool, max_batch, STEP_TOKENS, self.prefixes)
         # Several threads may read answers; one of them at a time makes the next step for all.
         self._lock = threading.RLock()
         self._version = self._weights_version()
@@ -134,33 +140,47 @@ class Engine:
         is refused before the first token; closing the iterator stops the work. Iterators that are read in turns, or by
         several threads, share every step.
         """
+        with contextlib.closing(self.turns(prompts, settings)) as turns:
+            for turn in turns:
+                yield from turn
+
+    def turns(
+        self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling], key: Hashable = None
+    ) -> Generator[list[tuple[int, Token]]]:
+        """Yield after each step what these prompts got, which may be nothing; the rest as `decode`.
+
+        So one that reads a long prompt can be stopped in the middle, and does not keep others from their tokens.
+        key: with whom kept prefixes are shared.
+        """
         budgets = self._budgets(prompts, settings)
         check_ids(settings, self.vocab_size)
-        requests = [self._request(*each) for each in zip(prompts, settings, budgets, strict=True)]
+        requests = [self._request(*each, key) for each in zip(prompts, settings, budgets, strict=True)]
         try:
             with self._lock:
                 for request in requests:
                     self.queue.add(request)
             while True:
-                for number, request in enumerate(requests):
-                    # Tokens may be there already: another reader's step made them.
-                    while request.tokens:
-                        yield number, request.tokens.popleft()
+                # Tokens may be there already: another reader's step made them.
+                made = [(number, token) for number, r in enumerate(requests) for token in r.unread()]
+                if made:
+                    yield made
                 if all(request.finished for request in requests):
                     return
                 # Where company changes bits a call has its steps for itself, unless others hold the room it needs.
                 if self.share_steps or not self.step(requests):
                     self.step()
+                if not any(request.tokens for request in requests):
+                    yield []
         finally:
             with self._lock:
                 for request in requests:
                     self.queue.remove(request)
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling) -> Request:
+    def submit(self, prompt: Sequence[int], sampling: Sampling, key: Hashable = None) -> Request:
         """Let one request wait for its turn; `step` fills its `tokens`. Errors as in `generate`."""
         (budget,) = self._budgets([prompt], [sampling])
         check_ids([sampling], self.vocab_size)
-        request = self._request(prompt, sampling, budget)
+        request = self._request(prompt, sampling, budget, key)
         with self._lock:
             self.queue.add(request)
         return request
@@ -212,10 +232,11 @@ class Engine:
         self._check(sequences)
         results = [Scored([0.0], [[]]) for _ in sequences]
         with self._lock:
-            # Answers that are being made give their pages where they must, and are read again.
+            # Kept prefixes give way to a full pass, and answers that are being made to a smaller one: they are read again.
+            self.pool.has_room(min(self.pool.pages, PREFILL_TOKENS // PAGE_TOKENS * len(self.pool.windows)))
             for pieces in scoring.pieces(self.pool, sequences, PREFILL_TOKENS):
                 needed = sum(pages.missing(count) for _, pages, _, count in pieces)
-                while needed > self.pool.free and self.queue.running:
+                while not self.pool.has_room(needed) and self.queue.running:
                     self.queue.preempt(self.queue.running[-1])
                 parts = [(pages, sequences[row][start : start + count]) for row, pages, start, count in pieces]
                 hidden = self._forward(parts)
@@ -253,11 +274,14 @@ class Engine:
         if version != self._version:
             self._version = version
             self.queue.preempt_all()
+            if self.prefixes is not None:
+                self.prefixes.clear()
 
     # -- what is refused -----------------------------------------------------------------------------------------
 
-    def _request(self, prompt: Sequence[int], sampling: Sampling, budget: int) -> Request:
-        return Request(prompt, sampling, budget, self.pool, self.vocab_size)
+    def _request(self, prompt: Sequence[int], sampling: Sampling, budget: int, key: Hashable) -> Request:
+        # The weights are not in the key: when they change, nothing that was kept survives (`_forget_old_weights`).
+        return Request(prompt, sampling, budget, self.pool, self.vocab_size, key)
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         for ids in prompts:
