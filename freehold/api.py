@@ -133,6 +133,8 @@ def load(
     max_batch: int = 32,
     limit_tokens: int | None = None,
     threads: int | None = None,
+    cache_bytes: int | None = None,
+    prefix_cache: bool = False,
     trainable: bool = False,
 ) -> Loaded:
     """Open a checkpoint, a run or stage folder (its most finished model), or an AFMoE folder in HF form.
@@ -141,7 +143,8 @@ def load(
     tokenizer is another one's, ConfigError when `device` is cuda and there is none. `auto` prints what it chose.
 
     threads: PyTorch's threads in this process; None = as many as decode fastest here, which is measured. The answers
-    do not depend on it. trainable: the parameters take gradients, for a training loop of your own; give them float32.
+    do not depend on it. cache_bytes, prefix_cache: as for `infer.engine.Engine`. trainable: the parameters take
+    gradients, for a training loop of your own; give them float32.
     """
     environment.prepare()
     place = choose_device(device)
@@ -155,7 +158,7 @@ def load(
     dcp.match_keys(state, model.state_dict(), folder)
     model.load_state_dict(state, assign=True)
     model.to_compute({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).requires_grad_(trainable).to(place)
-    engine = Engine(model, max_batch, limit_tokens)
+    engine = Engine(model, max_batch, limit_tokens, cache_bytes, prefix_cache=prefix_cache)
     if threads is None:
         choose_threads(engine)
     else:

@@ -32,6 +32,8 @@ PREFILL_TOKENS = 2048
 """Tokens of one forward pass when sequences are scored: bounds activations."""
 STEP_TOKENS = 512
 """Tokens of one step of answering: decoding rows, then pieces of prompts. More would make those who read wait."""
+USUAL_TOKENS = 1024
+"""Prompt and answer of a usual request, for how many are let in at the same time."""
 MEMORY_SHARE = 0.5
 """Of the free memory, the most that keys and values take when no budget is given."""
 
@@ -109,6 +111,28 @@ class Engine:
         device = self.pool.store.device
         what = cpu.describe(dtype) if device.type == "cpu" else f"PyTorch on {device}"
         return f"{what}, {promise}; {self.pool.bytes / 2**20:,.0f} MiB for keys and values, {self.pool.pages:,} pages"
+
+    def usual_requests(self) -> int:
+        """Return how many requests of ordinary length (1,024 tokens, or the context) have room at the same time."""
+        return max(1, self.pool.pages // _pages_for(self.model, min(self.limit_tokens, USUAL_TOKENS)))
+
+    def stats(self) -> dict[str, float]:
+        """Return what is used and what was saved; what only grows ends with `_total`."""
+        found = {
+            "cache_pages": self.pool.pages,
+            "cache_free_pages": self.pool.free,
+            "running_requests": len(self.queue.running),
+            "preempted_total": self.queue.preempted,
+        }
+        kept = self.prefixes
+        if kept is not None:
+            found |= {
+                "prefix_blocks": kept.blocks,
+                "prefix_asked_tokens_total": kept.asked_tokens,
+                "prefix_found_tokens_total": kept.found_tokens,
+                "prefix_evicted_total": kept.evicted,
+            }
+        return dict(found)
 
     # -- answering -----------------------------------------------------------------------------------------------
 
@@ -232,7 +256,7 @@ class Engine:
         self._check(sequences)
         results = [Scored([0.0], [[]]) for _ in sequences]
         with self._lock:
-            # Kept prefixes give way to a full pass, and answers that are being made to a smaller one: they are read again.
+            # Kept prefixes give way to a full pass; answers that are being made, only to what one sequence needs.
             self.pool.has_room(min(self.pool.pages, PREFILL_TOKENS // PAGE_TOKENS * len(self.pool.windows)))
             for pieces in scoring.pieces(self.pool, sequences, PREFILL_TOKENS):
                 needed = sum(pages.missing(count) for _, pages, _, count in pieces)

@@ -44,7 +44,7 @@ class Node:
 class Prefixes:
     """The prefixes that a pool of pages keeps; they give way, the longest unused first, when pages are needed.
 
-    key: what keys and values depend on besides the tokens, and who may share them. digest: the hash of a block.
+    key: what keys and values depend on, apart from tokens and weights, and who may share them. digest: the hash of a block.
     """
 
     def __init__(self, pool: PagePool, digest: Callable[[bytes], int] = hash) -> None:
@@ -55,13 +55,10 @@ class Prefixes:
         self._roots: dict[Hashable, Node] = {}
         # Least recently used first. Every leaf can be resumed from, so dropping from here frees all there is.
         self._resumable: OrderedDict[Node, None] = OrderedDict()
+        self.blocks = 0
+        """Blocks of 64 tokens that are kept."""
         self.asked_tokens = self.found_tokens = self.evicted = 0
         """Tokens of prompts that were looked up, those that were found, and resumable places dropped for others."""
-
-    @property
-    def nodes(self) -> int:
-        """Blocks of 64 tokens that are kept."""
-        return sum(1 for root in self._roots.values() for _ in _below(root))
 
     def resume(self, key: Hashable, ids: Sequence[int], pages: Pages) -> int:
         """Give a sequence the longest kept prefix of its tokens, without the last one; return its tokens."""
@@ -120,6 +117,7 @@ class Prefixes:
         return next((c for c in node.children.get(self.digest(tokens), ()) if c.tokens == tokens), None)
 
     def _add(self, node: Node, tokens: bytes, pages: np.ndarray) -> Node:
+        self.blocks += 1
         child = Node(tokens, node, node.depth + 1, pages.copy())
         node.children.setdefault(self.digest(tokens), []).append(child)
         self.pool.share(child.pages.tolist())
@@ -140,6 +138,7 @@ class Prefixes:
         above: Node | None = node
         while above is not None and above.parent is not None and not above.children and above.windows is None:
             self.pool.give_back(above.pages.tolist())
+            self.blocks -= 1
             siblings = above.parent.children[self.digest(above.tokens)]
             siblings.remove(above)
             if not siblings:
@@ -158,14 +157,6 @@ class Prefixes:
             table[self._global, above.depth - 1] = above.pages
             above = above.parent
         return table
-
-
-def _below(node: Node) -> Iterator[Node]:
-    stack = [node]
-    while stack:
-        for children in stack.pop().children.values():
-            yield from children
-            stack += children
 
 
 def _blocks(ids: Sequence[int], count: int) -> Iterator[bytes]:

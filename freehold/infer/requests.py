@@ -99,7 +99,7 @@ class Request:
         """Keep the prefixes that a step has completed."""
         for block in range(before // PAGE_TOKENS + 1, after // PAGE_TOKENS + 1):
             lasting = block in places or block % EVERY_BLOCKS == 0
-            # In the answer: only the last place, since a next turn begins after all of it.
+            # In the answer: only the last place, since a next turn begins after the answer.
             if not lasting and block * PAGE_TOKENS < self.prompt_tokens:
                 continue
             node = prefixes.keep(self.key, self.ids, self.pages, block, lasting=lasting)
@@ -122,9 +122,7 @@ class Request:
 class Queue:
     """Decides who is in the next step. First come, first served; the youngest gives way when pages run out."""
 
-    def __init__(
-        self, pool: PagePool, max_batch: int, step_tokens: int, prefixes: Prefixes | None = None
-    ) -> None:
+    def __init__(self, pool: PagePool, max_batch: int, step_tokens: int, prefixes: Prefixes | None = None) -> None:
         self.pool, self.max_batch, self.step_tokens = pool, max_batch, step_tokens
         self.prefixes = prefixes
         self.preempted = 0

@@ -8,7 +8,7 @@ import math
 import time
 import uuid
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from freehold.tokenizer.dialects import Piece
 from freehold.tokenizer.output import AnswerParser, TextStream
 
 Event = tuple[int, Token] | list[Scored]
+Turns = Generator[Event | None]
+"""What a request does in the worker's thread; None: nothing yet, others have their turn."""
 Events = AsyncGenerator[Event, None]
 """Tokens with the number of their choice; before them, if asked for, what the prompts scored."""
 
@@ -30,6 +32,8 @@ class Choice:
     parser: AnswerParser | None
     """None = plain text: tags are shown as they are."""
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of its prompt that were read from kept pages."""
     reasoning_tokens: int = 0
     finish_reason: str | None = None
     said: list[Piece] = field(default_factory=list)
@@ -43,6 +47,7 @@ class Choice:
         if self.finish_reason:
             return []
         self.completion_tokens += 1
+        self.cached_tokens += token.cached_tokens
         if self.parser is not None and self.parser.reasoning:
             self.reasoning_tokens += 1
         text = ""
@@ -117,15 +122,21 @@ class Head:
         }  # fmt: skip
 
 
-def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, Any]:
-    """Return the token counts of a request; a prompt counts once, however many choices it has."""
+def usage(prompt_tokens: int, choices: Sequence[Choice], per_prompt: int | None = None) -> dict[str, Any]:
+    """Return the token counts of a request; a prompt counts once, however many choices it has (None: all)."""
     completion = sum(choice.completion_tokens for choice in choices)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens(choices, per_prompt)},
         "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
     }
+
+
+def cached_tokens(choices: Sequence[Choice], per_prompt: int | None = None) -> int:
+    """Return how many tokens of the prompts were read from kept pages, by the first choice of each."""
+    return sum(choice.cached_tokens for choice in choices[:: per_prompt or len(choices) or 1])
 
 
 # --- chat ---------------------------------------------------------------------------------------------------------
@@ -321,7 +332,7 @@ def text_logprobs(tokens: Sequence[Token], echo: Echo | None, logprobs: TextLogp
 
 async def text_chunks(
     head: Head, moves: AsyncIterator[tuple[int, list[Piece]]], choices: list[Choice], echoes: list[Echo | None],
-    logprobs: list[TextLogprobs | None], *, usage_of_prompt_tokens: int | None,
+    logprobs: list[TextLogprobs | None], *, usage_of_prompt_tokens: int | None, per_prompt: int,
 ) -> AsyncGenerator[dict[str, Any]]:  # fmt: skip
     """Yield the chunks of streamed text completions; the finish reason is on the last of each choice only."""
     more = {} if usage_of_prompt_tokens is None else {"usage": None}
@@ -344,7 +355,7 @@ async def text_chunks(
         if text or reason:
             yield chunk(number, text, reason=reason)
     if usage_of_prompt_tokens is not None:
-        yield head.body([], usage=usage(usage_of_prompt_tokens, choices))
+        yield head.body([], usage=usage(usage_of_prompt_tokens, choices, per_prompt))
 
 
 def to_bytes(body: Any) -> bytes:

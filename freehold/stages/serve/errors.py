@@ -57,7 +57,8 @@ def add_errors(app: FastAPI) -> None:
 
     def answer(error: Exception) -> Response:
         known = as_api_error(error)
-        headers = {"Retry-After": "1"} if known.status_code in (429, 503) else {}
+        after_s = error.retry_s if isinstance(error, Overloaded) else 1
+        headers = {"Retry-After": str(after_s)} if known.status_code in (429, 503) else {}
         if known.status_code in (408, 413):  # the rest of the body is not read
             headers["Connection"] = "close"
         return Json(known.body, known.status_code, headers=headers)

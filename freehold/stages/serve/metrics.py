@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class Metrics:
     """Counts and times of one server; one registry each."""
 
-    def __init__(self, waiting: Callable[[], float]) -> None:
+    def __init__(self, waiting: Callable[[], float], backend: Callable[[], Mapping[str, float]]) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "freehold_requests", "Requests answered", ["route", "status"], registry=self.registry
@@ -24,6 +26,20 @@ class Metrics:
         )
         gauge = Gauge("freehold_waiting_requests", "Requests that have not begun", registry=self.registry)
         gauge.set_function(waiting)
+        self.registry.register(_Backend(backend))
+
+
+class _Backend(Collector):
+    """What the model's engine counts, read when someone asks."""
+
+    def __init__(self, stats: Callable[[], Mapping[str, float]]) -> None:
+        self.stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield its numbers; those that end with `_total` only grow."""
+        for name, value in self.stats().items():
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            yield kind(f"freehold_{name}", "Of the engine; see docs/serving.md", value=value)
 
 
 class CountRequests:

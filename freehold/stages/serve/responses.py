@@ -225,7 +225,7 @@ class Body:
             "output": output.items,
             "usage": {
                 "input_tokens": prompt_tokens,
-                "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens_details": {"cached_tokens": choice.cached_tokens},
                 "output_tokens": choice.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": choice.reasoning_tokens},
                 "total_tokens": prompt_tokens + choice.completion_tokens,
