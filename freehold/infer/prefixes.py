@@ -44,7 +44,7 @@ class Node:
 class Prefixes:
     """The prefixes that a pool of pages keeps; they give way, the longest unused first, when pages are needed.
 
-    key: what keys and values depend on, apart from tokens and weights, and who may share them. digest: the hash of a block.
+    key: what keys and values depend on, apart from tokens and weights, and who may share them. digest: a block's hash.
     """
 
     def __init__(self, pool: PagePool, digest: Callable[[bytes], int] = hash) -> None:
