@@ -30,7 +30,9 @@ def chat(config: ChatConfig, lines: TextIO | None = None, out: TextIO | None = N
     lines, out = lines or sys.stdin, out or sys.stdout
     if isinstance(out, io.TextIOWrapper):  # a terminal that has no letter for a character shows another one
         out.reconfigure(errors="replace")
-    loaded = api.load(config.path, config.dtype, device=config.device, max_batch=1, prefix_cache=True)
+    loaded = api.load(
+        config.path, config.dtype, device=config.device, max_batch=1, prefix_cache=True, answers_only=True
+    )
     talk = Talk(loaded, config, out)
     if not lines.isatty():
         for number, line in enumerate(_decoded(lines), 1):

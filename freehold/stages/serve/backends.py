@@ -91,7 +91,7 @@ def open_model(config: ServeConfig, path: Path) -> Served:
     loaded = api.load(
         folder, config.dtype, device=config.device, limit_tokens=config.max_model_len,
         max_batch=config.max_running or MOST_RUNNING, prefix_cache=config.prefix_cache,
-        cache_bytes=None if config.cache_mib is None else config.cache_mib << 20,
+        cache_bytes=None if config.cache_mib is None else config.cache_mib << 20, answers_only=True,
     )  # fmt: skip
     running = config.max_running or min(MOST_RUNNING, loaded.engine.usual_requests())
     name, answers = config.model_name or folder.resolve().name, _format(config, loaded.answers)
