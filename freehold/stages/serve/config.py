@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from freehold.core.config import Config
+from freehold.guard.config import GuardConfig
 
 KEY_VARIABLE = "FREEHOLD_API_KEY"
 """Environment variable: when set, requests must carry `Authorization: Bearer <its value>`."""
@@ -55,6 +56,10 @@ class ServeConfig(Config):
     cors_origins: list[str] = Field(
         default_factory=list,
         description='Web pages that may ask from a browser, as http://localhost:3000; "*" = any. Empty: none.',
+    )
+    guard: GuardConfig = Field(
+        default_factory=GuardConfig,
+        description="Policies on prompts, tool results and answers: docs/guardrails.md.",
     )
     question: str = Field("What is the capital of France?", description="What the walk asks, over HTTP.")
 
