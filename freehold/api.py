@@ -19,7 +19,7 @@ from freehold.checkpoint import dcp, hf
 from freehold.core import environment
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.errors import ArtifactError, CheckpointError, RequestError
-from freehold.infer.engine import Engine
+from freehold.infer.engine import CacheType, Engine
 from freehold.infer.sampler import Sampling
 from freehold.infer.threads import choose_threads
 from freehold.model.afmoe import Afmoe
@@ -135,6 +135,7 @@ def load(
     threads: int | None = None,
     cache_bytes: int | None = None,
     prefix_cache: bool = False,
+    cache_type: CacheType = "auto",
     trainable: bool = False,
 ) -> Loaded:
     """Open a checkpoint, a run or stage folder (its most finished model), or an AFMoE folder in HF form.
@@ -143,8 +144,8 @@ def load(
     tokenizer is another one's, ConfigError when `device` is cuda and there is none. `auto` prints what it chose.
 
     threads: PyTorch's threads in this process; None = as many as decode fastest here, which is measured. The answers
-    do not depend on it. cache_bytes, prefix_cache: as for `infer.engine.Engine`. trainable: the parameters take
-    gradients, for a training loop of your own; give them float32.
+    do not depend on it. cache_bytes, prefix_cache, cache_type: as for `infer.engine.Engine`. trainable: the parameters
+    take gradients, for a training loop of your own; give them float32.
     """
     environment.prepare()
     place = choose_device(device)
@@ -158,7 +159,7 @@ def load(
     dcp.match_keys(state, model.state_dict(), folder)
     model.load_state_dict(state, assign=True)
     model.to_compute({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).requires_grad_(trainable).to(place)
-    engine = Engine(model, max_batch, limit_tokens, cache_bytes, prefix_cache=prefix_cache)
+    engine = Engine(model, max_batch, limit_tokens, cache_bytes, prefix_cache=prefix_cache, cache_type=cache_type)
     if threads is None:
         choose_threads(engine)
     else:

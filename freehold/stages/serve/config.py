@@ -37,6 +37,9 @@ class ServeConfig(Config):
     cache_mib: int | None = Field(
         None, gt=0, description="Memory for keys and values; default: 64 full contexts, at most half of what is free."
     )
+    cache_type: Literal["auto", "int8"] = Field(
+        "auto", description="Numbers of keys and values; auto = dtype, int8 = 8 bits: half of the memory of bfloat16."
+    )
     prefix_cache: bool = Field(
         True, description="Keep keys and values of prompts for later ones that begin the same; changes no answer."
     )
