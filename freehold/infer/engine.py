@@ -12,6 +12,7 @@ import contextlib
 import threading
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ PREFILL_TOKENS = 2048
 """Tokens of one forward pass when sequences are scored: bounds activations."""
 STEP_TOKENS = 512
 """Tokens of one step of answering: decoding rows, then pieces of prompts. More would make those who read wait."""
+CacheType = Literal["auto", "int8"]
 USUAL_TOKENS = 1024
 """Prompt and answer of a usual request, for how many are let in at the same time."""
 MEMORY_SHARE = 0.5
@@ -61,7 +63,8 @@ class Engine:
     one request; the model's context when None. cache_bytes: what keys and values may take; when None, what `max_batch`
     full contexts need, at most half of the free memory. share_steps: whether the requests of different calls are in one
     forward pass; when None, where that changes no bit. prefix_cache: keep the pages of prompts for those that begin
-    the same. Raises ConfigError when `limit_tokens` do not fit the budget.
+    the same. cache_type: int8 keeps keys and values in 8 bits, in about half of the memory that bfloat16 needs; answers
+    then differ from training, not from each other. Raises ConfigError when `limit_tokens` do not fit the budget.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Engine:
         cache_bytes: int | None = None,
         share_steps: bool | None = None,
         prefix_cache: bool = False,
+        cache_type: CacheType = "auto",
     ) -> None:
         self.model = model
         self.max_batch = max_batch
@@ -86,8 +90,10 @@ class Engine:
             # weights, not for each call.
             model.pack()
         # All memory for keys and values is fixed here: a server that starts does not die later of a long prompt.
-        pages = _budget(model, weight.dtype, weight.device, max_batch, context, cache_bytes)
-        self.pool = PagePool(model.config, weight.dtype, weight.device, pages)
+        small = cache_type == "int8"
+        page = page_bytes(model.config, weight.dtype, small)
+        pages = _budget(model, page, weight.device, max_batch, context, cache_bytes)
+        self.pool = PagePool(model.config, weight.dtype, weight.device, pages, small)
         fits = self.pool.most_tokens(STEP_TOKENS)
         if fits < context and (limit_tokens or fits == 0):
             raise ConfigError(
@@ -111,7 +117,9 @@ class Engine:
         promise = "bit-invariant" if reason is None else f"not bit-invariant ({reason})"
         device = self.pool.store.device
         what = cpu.describe(dtype) if device.type == "cpu" else f"PyTorch on {device}"
-        return f"{what}, {promise}; {self.pool.bytes / 2**20:,.0f} MiB for keys and values, {self.pool.pages:,} pages"
+        bits = "of 8 bits, " if self.pool.small else ""
+        size = f"{self.pool.bytes / 2**20:,.0f} MiB for keys and values, {bits}{self.pool.pages:,} pages"
+        return f"{what}, {promise}; {size}"
 
     def usual_requests(self) -> int:
         """Return how many requests of ordinary length (1,024 tokens, or the context) have room at the same time."""
@@ -374,13 +382,12 @@ def _pages_for(model: Afmoe, tokens: int) -> int:
 
 
 def _budget(
-    model: Afmoe, dtype: torch.dtype, device: torch.device, max_batch: int, context: int, cache_bytes: int | None
+    model: Afmoe, page: int, device: torch.device, max_batch: int, context: int, cache_bytes: int | None
 ) -> int:
     """Return how many pages the engine may use."""
     # Counted in pages of one layer, since sliding and global layers hold different numbers of them.
-    one = page_bytes(model.config, dtype)
     if cache_bytes is not None:
-        return cache_bytes // one
+        return cache_bytes // page
     # Scoring reads a pass of other sequences at the same time.
     wanted = max_batch * _pages_for(model, context) + _pages_for(model, PREFILL_TOKENS)
-    return max(min(wanted, int(free_bytes(device) * MEMORY_SHARE) // one), 1)
+    return max(min(wanted, int(free_bytes(device) * MEMORY_SHARE) // page), 1)

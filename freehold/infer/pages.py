@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from freehold.core.errors import RequestError
+from freehold.core.errors import ConfigError, RequestError
 from freehold.kernels import cpu, packed
 from freehold.kernels.packed import PAGE_TOKENS
 from freehold.model.config import ModelConfig
@@ -30,8 +30,13 @@ def blocks_of(tokens: int) -> int:
     return -(-tokens // PAGE_TOKENS)
 
 
-def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Return the bytes of one layer's page; the kernels fill values of narrow heads up to 64 columns."""
+def page_bytes(config: ModelConfig, dtype: torch.dtype, small: bool = False) -> int:
+    """Return the bytes of one layer's page; the kernels fill values of narrow heads up to 64 columns.
+
+    small: 8 bits a value, and a scale for each 32 of them.
+    """
+    if small:
+        return 4 * packed.page_words(config.num_key_value_heads, config.head_dim, 1)
     return 4 * packed.page_words(config.num_key_value_heads, config.head_dim, dtype.itemsize)
 
 
@@ -44,9 +49,24 @@ def free_bytes(device: torch.device) -> int:
 
 
 class PagePool:
-    """All pages of an engine. On a CPU memory is used page by page as they are written, not when the pool is made."""
+    """All pages of an engine. On a CPU memory is used page by page as they are written, not when the pool is made.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, pages: int) -> None:
+    small: keys and values have 8 bits, and a scale for each 32 of a token and head; ConfigError when heads are not
+    multiples of 32 wide.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, pages: int, small: bool = False
+    ) -> None:
+        if small and config.head_dim % packed.SHARED:
+            raise ConfigError(
+                "keys and values of 8 bits share a scale by 32",
+                where="cache_type",
+                found=f"heads of width {config.head_dim}",
+                expected="a multiple of 32",
+                todo="cache_type=auto",
+            )
+        self.small = small
         kinds = [kind == "sliding_attention" for kind in config.layer_types]
         self.windows = [config.sliding_window if sliding else None for sliding in kinds]
         """Of each layer; None: global"""
@@ -54,12 +74,13 @@ class PagePool:
         # The kernels read keys and values as they read weights; PyTorch reads plain rows.
         self.kernel = cpu.available(torch.empty(0, dtype=dtype, device=device), config.head_dim)
         if self.kernel:
-            words = packed.page_words(config.num_key_value_heads, config.head_dim, dtype.itemsize)
+            words = page_bytes(config, dtype, small) // 4
             self.store = torch.empty(pages, words, dtype=torch.int32)
         else:
             shape = (pages, 2, config.num_key_value_heads, PAGE_TOKENS, config.head_dim)
             # Zeros, not whatever memory held: a masked key counts 0 times its value, and 0 times NaN is NaN.
-            self.store = torch.zeros(shape, dtype=dtype, device=device)
+            self.store = torch.zeros(shape, dtype=torch.int8 if small else dtype, device=device)
+            self.scales = torch.zeros(*shape[:-1], config.head_dim // packed.SHARED if small else 0, device=device)
         # Taken from the end: the lowest numbers first, so that little memory is touched.
         self._free = list(range(pages - 1, -1, -1))
         self._holders = np.zeros(pages, dtype=np.int32)
@@ -74,7 +95,7 @@ class PagePool:
     @property
     def bytes(self) -> int:
         """The budget, in bytes."""
-        return self.store.nbytes
+        return self.store.nbytes + (0 if self.kernel else self.scales.nbytes)
 
     def most_tokens(self, step_tokens: int) -> int:
         """Return how long one sequence can grow if it has the pool for itself and comes in steps of this many."""

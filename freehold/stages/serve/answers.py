@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from freehold.guard.stream import AnswerGuard
 from freehold.infer.engine import Scored, Token, Top
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.dialects import Piece
@@ -31,6 +32,8 @@ class Choice:
     text: TextStream
     parser: AnswerParser | None
     """None = plain text: tags are shown as they are."""
+    guard: AnswerGuard | None = None
+    """Judges what may be shown of it."""
     completion_tokens: int = 0
     cached_tokens: int = 0
     """Tokens of its prompt that were read from kept pages."""
@@ -57,7 +60,14 @@ class Choice:
             text = self.text.feed(token.id)
         if self.text.stopped or token.finish_reason:
             return self.end("stop" if self.text.stopped else token.finish_reason or "stop", text)
-        return self._say(text, last=False)
+        pieces = self._say(text, last=False)
+        # What is withheld is not made either: its end has come.
+        return pieces + self.end("content_filter") if self.guard is not None and self.guard.blocked else pieces
+
+    def withhold(self, message: str) -> list[Piece]:
+        """End the answer before it begins, because of its prompt."""
+        self.finish_reason, self.said = "content_filter", [Piece("content", message)]
+        return self.said
 
     @property
     def certain(self) -> int:
@@ -73,6 +83,8 @@ class Choice:
             reason = "stop"
             kept = bisect_left(self.starts, self.text.returned_chars)
             del self.tokens[kept:], self.starts[kept:]
+        if self.guard is not None and self.guard.blocked:
+            reason = "content_filter"
         calls = any(piece.kind == "call" for piece in self.said)
         self.finish_reason = "tool_calls" if calls and reason == "stop" else reason
         return pieces
@@ -82,6 +94,8 @@ class Choice:
             pieces = [Piece("content", text)] if text else []
         else:
             pieces = self.parser.feed(text) + (self.parser.finish() if last else [])
+        if self.guard is not None:
+            pieces = self.guard.feed(pieces) + (self.guard.finish() if last else [])
         self.said += pieces
         return pieces
 

@@ -114,7 +114,7 @@ def _add_models(app: FastAPI, front: Front) -> None:
 
 
 def _asker(request: HttpRequest) -> Asker:
-    return Asker(request.scope["tenant"], request.scope["salt"])
+    return Asker(request.scope["tenant"], request.scope["salt"], request.scope["route"].path)
 
 
 async def _read(kind: type[R], request: HttpRequest) -> R:

@@ -90,7 +90,7 @@ def open_model(config: ServeConfig, path: Path) -> Served:
     folder = api.find_model(path)
     loaded = api.load(
         folder, config.dtype, device=config.device, limit_tokens=config.max_model_len,
-        max_batch=config.max_running or MOST_RUNNING, prefix_cache=config.prefix_cache,
+        max_batch=config.max_running or MOST_RUNNING, prefix_cache=config.prefix_cache, cache_type=config.cache_type,
         cache_bytes=None if config.cache_mib is None else config.cache_mib << 20, answers_only=True,
     )  # fmt: skip
     running = config.max_running or min(MOST_RUNNING, loaded.engine.usual_requests())

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from freehold.core.config import Config
+from freehold.guard.config import GuardConfig
 
 KEY_VARIABLE = "FREEHOLD_API_KEY"
 """Environment variable: when set, requests must carry `Authorization: Bearer <its value>`."""
@@ -36,6 +37,9 @@ class ServeConfig(Config):
     cache_mib: int | None = Field(
         None, gt=0, description="Memory for keys and values; default: 64 full contexts, at most half of what is free."
     )
+    cache_type: Literal["auto", "int8"] = Field(
+        "auto", description="Numbers of keys and values; auto = dtype, int8 = 8 bits: half of the memory of bfloat16."
+    )
     prefix_cache: bool = Field(
         True, description="Keep keys and values of prompts for later ones that begin the same; changes no answer."
     )
@@ -55,6 +59,10 @@ class ServeConfig(Config):
     cors_origins: list[str] = Field(
         default_factory=list,
         description='Web pages that may ask from a browser, as http://localhost:3000; "*" = any. Empty: none.',
+    )
+    guard: GuardConfig = Field(
+        default_factory=GuardConfig,
+        description="Policies on prompts, tool results and answers: docs/guardrails.md.",
     )
     question: str = Field("What is the capital of France?", description="What the walk asks, over HTTP.")
 

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from freehold.core.errors import RequestError
 from freehold.infer.engine import ContextOverflow
 from freehold.stages.serve import answers
+from freehold.stages.serve.guards import Withheld
 from freehold.stages.serve.worker import Overloaded, Stopping
 
 
@@ -47,6 +48,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(429, message, "queue_full", kind="rate_limit_error")
     if isinstance(error, Stopping):
         return ApiError(503, message, "server_stopping", kind="server_error")
+    if isinstance(error, Withheld):
+        return ApiError(400, message, "content_filter", param=str(error.where))
     param = None if error.where is None else str(error.where)
     code = "context_length_exceeded" if isinstance(error, ContextOverflow) else "invalid_value"
     return ApiError(400, message, code, param=param)

@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 
 from starlette.responses import Response, StreamingResponse
 
+from freehold.guard.policy import Policy
 from freehold.infer.engine import ContextOverflow, Scored
 from freehold.infer.sampler import Sampling
-from freehold.stages.serve import answers, responses
+from freehold.stages.serve import answers, guards, responses
 from freehold.stages.serve.answers import Choice, Echo, Head, TextLogprobs
 from freehold.stages.serve.backends import Served
 from freehold.stages.serve.config import ServeConfig
 from freehold.stages.serve.errors import ApiError, as_api_error
+from freehold.stages.serve.guards import Guards
 from freehold.stages.serve.metrics import Metrics
 from freehold.stages.serve.responses import ResponsesRequest
 from freehold.stages.serve.schema import ChatRequest, CompletionRequest, Request
@@ -43,6 +45,7 @@ class Asker(NamedTuple):
 
     tenant: str = ""
     salt: str = ""
+    route: str = ""
 
 
 class Front:
@@ -52,7 +55,8 @@ class Front:
         self.served, self.config = served, config
         self.tokenizer, self.backend = served.tokenizer, served.backend
         self.worker = Worker(config.max_queue, served.running, served.threads, config.queue_timeout_s)
-        self.metrics = Metrics(lambda: self.worker.waiting, self.backend.stats)
+        self.guards = Guards(config.guard)
+        self.metrics = Metrics(lambda: self.worker.waiting, self.backend.stats, self.guards.counts)
         self.structures = Structures(self.tokenizer, served.answers)
         self.started = int(time.time())
 
@@ -83,15 +87,22 @@ class Front:
         request.check()
         tools = request.offered_tools
         messages = [message.plain(number) for number, message in enumerate(request.messages)]
+        policy = self.guards.of(asker.route)
+        guards.check_logprobs(policy, request.logprobs)
+        choices = [
+            Choice(self._text(request), self.served.answers.parser(tools), guards.answer_guard(policy))
+            for _ in range(request.n or 1)
+        ]
+        blocked = await asyncio.to_thread(guards.judge_messages, policy, messages)
+        if blocked:
+            return 0, choices, guards.withheld(choices, policy.config.message)
         prompt = await asyncio.to_thread(self._render, messages, tools)
         limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         top = request.top_logprobs or 0
-        numbers = range(request.n or 1)
+        numbers = range(len(choices))
         structure = await asyncio.to_thread(self.structures.of, request)
         default = dataclasses.replace(self.served.sampling, constrain=structure)
         settings = [request.sampling(default, choice=i, logprobs=top, max_tokens=limit) for i in numbers]
-        choices = [Choice(self._text(request), self.served.answers.parser(tools)) for _ in numbers]
-
         work = self._answers([prompt] * len(settings), settings, (asker.salt, request.cache_salt))
         events: answers.Events = self.worker.run(work, asker.tenant)
         return len(prompt), choices, await self._started(events, choices, len(prompt))
@@ -135,14 +146,17 @@ class Front:
         async for _, pieces in moves:
             for piece in pieces:
                 list(output.feed(piece))
-        list(output.close("incomplete" if choice.finish_reason == "length" else "completed"))
+        list(output.close("incomplete" if choice.finish_reason in responses.CUT else "completed"))
         return await _body(lambda: body.ended(output, choice, prompt_tokens))
 
     async def complete(self, request: CompletionRequest, asker: Asker) -> Response:
         """Answer `POST /v1/completions`."""
         self.check_model(request.model)
         request.check()
-        prompts = await asyncio.to_thread(lambda: [self._encode(prompt) for prompt in request.prompts])
+        policy = self.guards.of(asker.route)
+        guards.check_logprobs(policy, request.logprobs is not None)
+        asked = await asyncio.to_thread(lambda: [self._judged(policy, prompt) for prompt in request.prompts])
+        prompts = await asyncio.to_thread(lambda: [self._encode(prompt or "") for prompt in asked])
         prompt_tokens = sum(map(len, prompts))
         limit = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
         top = request.logprobs or 0
@@ -151,7 +165,7 @@ class Front:
         settings = len(prompts) * [
             request.sampling(self.served.sampling, choice=i, logprobs=top, max_tokens=limit) for i in range(per_prompt)
         ]
-        choices = [Choice(self._text(request), None) for _ in owners]
+        choices = [Choice(self._text(request), None, guards.answer_guard(policy)) for _ in owners]
         scoring = bool(request.echo) and request.logprobs is not None
 
         def work() -> answers.Turns:
@@ -192,6 +206,14 @@ class Front:
                 usage=answers.usage(prompt_tokens, choices, per_prompt),
             )
         )
+
+    def _judged(self, policy: Policy, prompt: str | list[int]) -> str | list[int]:
+        """Return a prompt as it may be used; RequestError when it may not."""
+        text = prompt if isinstance(prompt, str) else self._decode(prompt)
+        found = policy.judge(text, "prompt")
+        if found.blocked:
+            raise guards.Withheld(policy.config.message, where="prompt")
+        return prompt if found.text == text else found.text
 
     def _scores(self, prompts: Sequence[Sequence[int]], top: int) -> answers.Turns:
         """Yield the scores of the prompts in order, about SCORE_TOKENS of them a turn."""
