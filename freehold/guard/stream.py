@@ -13,7 +13,7 @@ from typing import Any
 
 from freehold.guard.normal import Span
 from freehold.guard.policy import Finding, Policy, redacted
-from freehold.tokenizer.dialects import Piece
+from freehold.tokenizer.dialects import Kind, Piece
 
 PASSAGE_CHARS = 400
 """What is found across passages is shorter than two of them."""
@@ -85,7 +85,7 @@ class AnswerGuard:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._text: TextGuard | None = None
-        self._kind = ""
+        self._kind: Kind = "content"
         self._call: list[Piece] = []
         self._held: list[Piece] = []
         self._shown = False
@@ -135,7 +135,7 @@ class AnswerGuard:
     def _as_piece(self, shown: str) -> list[Piece]:
         assert self._text is not None
         self.blocked |= self._text.blocked
-        return [Piece(self._kind, shown)] if shown else []  # type: ignore[arg-type]  (one of the two kinds of text)
+        return [Piece(self._kind, shown)] if shown else []
 
     def _end_call(self) -> list[Piece]:
         """Judge a call: its name, and its arguments as they are written and as they are meant."""

@@ -51,8 +51,10 @@ def write_filter(run_folder: Path, answer: Takedown, path: Path) -> Filtered:
 
 def _rows(files: list[Path]) -> Iterator[Document | Conversation]:
     for file in files:
-        kind = Conversation if file.parent.name == "conversations" else Document
-        yield from read_rows(file, kind)
+        if file.parent.name == "conversations":
+            yield from read_rows(file, Conversation)
+        else:
+            yield from read_rows(file, Document)
 
 
 def _texts(row: Document | Conversation) -> Iterator[str]:

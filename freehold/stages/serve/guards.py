@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from freehold.core.errors import RequestError
-from freehold.guard.config import GuardConfig
+from freehold.guard.config import GuardConfig, Place
 from freehold.guard.policy import Counts, Policy
 from freehold.guard.stream import AnswerGuard
 from freehold.stages.serve.answers import Choice
@@ -48,10 +48,10 @@ def judge_messages(policy: Policy, messages: list[dict[str, Any]]) -> bool:
     """Replace what is to be redacted in messages; return whether a rule forbids to answer."""
     blocked = False
     for message in messages:
-        place = "tools" if message["role"] == "tool" else "prompt"
+        place: Place = "tools" if message["role"] == "tool" else "prompt"
         for name in ("content", "reasoning_content"):
             if message.get(name):
-                verdict = policy.judge(message[name], place)  # type: ignore[arg-type]  (one of two places)
+                verdict = policy.judge(message[name], place)
                 message[name] = verdict.text
                 blocked |= verdict.blocked
     return blocked
