@@ -73,12 +73,21 @@ class Shuffled(RolloutOrder):
         return [with_values(one, parts=rollouts[int(at)].parts) for one, at in zip(rollouts, places, strict=True)]
 
 
-def job(folder: Path, tokenizer: Tokenizer, order: Any, steps: int, first: int, rate: float, **more: Any) -> Job:
-    """Return a run of some steps."""
+def job(
+    folder: Path,
+    tokenizer: Tokenizer,
+    order: Any,
+    steps: int,
+    first: int,
+    rate: float,
+    every: int = 10_000,
+    **more: Any,
+) -> Job:
+    """Return a run of some steps, with a checkpoint after each `every` steps."""
     return Job(
         folder=folder,
         model=ModelConfig(vocab_size=tokenizer.vocab_size, **SHAPE),
-        trainer=TrainerConfig(dtype="float32", threads=1, checkpoint_every_steps=10_000, log_every_steps=10),
+        trainer=TrainerConfig(dtype="float32", threads=1, checkpoint_every_steps=every, log_every_steps=10),
         optim=OptimConfig(matrices="adamw", lr=rate),
         balance=NoBalanceConfig(),
         schedule=Schedule({"phase": PhaseConfig(steps=steps, warmup_steps=5)}, first_step=first),
