@@ -26,12 +26,21 @@ class PreferenceConfig(Config):
     )
 
 
+class SftConfig(Config):
+    """What a phase of kind sft learns from its conversations."""
+
+    reasoning: Literal["keep", "drop"] = Field(
+        "keep", description="drop: learn the answers without the reasoning before them; keep: with it, where there is"
+    )
+
+
 class AlignPhaseConfig(PhaseConfig):
     """One phase of alignment: what it learns from, and how."""
 
     kind: Literal["sft", "preference"] = Field(
         "sft", description="sft: conversations, loss on what the assistant says; preference: better and worse answers"
     )
+    sft: SftConfig = Field(default_factory=SftConfig, description="for kind sft")
     preference: PreferenceConfig = Field(default_factory=PreferenceConfig, description="for kind preference")
 
 
@@ -93,11 +102,11 @@ class AlignConfig(Config):
         return self
 
     def groups(self) -> list[dict[str, AlignPhaseConfig]]:
-        """Return the phases in runs of one kind (and, of preference, one loss), in order."""
+        """Return the phases in runs of one kind and one setting of that kind, in order."""
         found: list[dict[str, AlignPhaseConfig]] = []
-        before: tuple[str, PreferenceConfig | None] | None = None
+        before: tuple[str, Config] | None = None
         for name, phase in self.phases.items():
-            what = (phase.kind, phase.preference if phase.kind == "preference" else None)
+            what = (phase.kind, phase.preference if phase.kind == "preference" else phase.sft)
             if what != before:
                 found.append({})
             found[-1][name] = phase

@@ -23,15 +23,15 @@ REFERENCE_ROWS = 8
 """Rows whose reference is computed together."""
 
 
-def render_examples(work: Workspace, tokenizer: Tokenizer) -> tuple[list[Example], int]:
+def render_examples(work: Workspace, tokenizer: Tokenizer, *, reasoning: bool = True) -> tuple[list[Example], int]:
     """Return the training conversations as ids with loss masks, and how many tokens carry loss.
 
-    Raises DataError when there are none.
+    Without `reasoning` the answers stand without what was thought before them. Raises DataError when there are none.
     """
     examples, assistant_tokens = [], 0
     for row in _rows(work):
         if answer_of(row) is None:
-            example = _example(row, row.messages, tokenizer)
+            example = _example(row, row.messages if reasoning else without_reasoning(row.messages), tokenizer)
             examples.append(example)
             assistant_tokens += sum(example.loss_mask)
     if not examples:
@@ -68,6 +68,11 @@ def render_answers(work: Workspace, tokenizer: Tokenizer, *, unpaired: bool) -> 
 def answer_of(row: Conversation) -> int | None:
     """Return where the answer begins that a row calls better, good or bad; None for a plain conversation."""
     return next((n for n, m in enumerate(row.messages) if "rejected" in m or "label" in m), None)
+
+
+def without_reasoning(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages without what was thought."""
+    return [{key: value for key, value in message.items() if key != "reasoning_content"} for message in messages]
 
 
 def _rows(work: Workspace) -> Iterator[Conversation]:

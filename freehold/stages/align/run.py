@@ -162,7 +162,8 @@ def conversations(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, op
     """Return the rows of fine-tuning: conversations, with replay also pre-training text."""
     steps = sum(phase.steps for phase in config.phases.values())
     replayed = round(config.replay * config.batch.sequences)
-    examples, assistant_tokens = render_examples(work, tokenizer)
+    reasoning = next(iter(config.phases.values())).sft.reasoning == "keep"
+    examples, assistant_tokens = render_examples(work, tokenizer, reasoning=reasoning)
     order = ConversationOrder(
         examples,
         context_tokens=config.batch.context_tokens,

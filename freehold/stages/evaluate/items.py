@@ -18,6 +18,9 @@ import pydantic
 
 from freehold.core.errors import DataError
 
+Z = 1.959963984540054
+"""Standard deviations on each side of a 95 % interval."""
+
 
 class Item(pydantic.BaseModel):
     """One held-out item; `answer` is the text of a generate item and the index of a choice item."""
@@ -105,11 +108,23 @@ def wilson(correct: int, items: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a proportion (Wilson 1927); (0, 1) when there are no items."""
     if items == 0:
         return 0.0, 1.0
-    z = 1.959963984540054
+    z = Z
     share, z2 = correct / items, z * z
     centre = (share + z2 / (2 * items)) / (1 + z2 / items)
     half = z / (1 + z2 / items) * math.sqrt(share * (1 - share) / items + z2 / (4 * items * items))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def macro(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean accuracy of a task's parts, each counting the same, and its 95 % interval.
+
+    The interval is that of a mean of independent shares, by the normal approximation.
+    """
+    shares = [(part["accuracy"], part["items"]) for part in parts.values()]
+    mean = sum(share for share, _ in shares) / len(shares)
+    error = math.sqrt(sum(share * (1 - share) / items for share, items in shares)) / len(shares)
+    low, high = max(0.0, mean - Z * error), min(1.0, mean + Z * error)
+    return {"macro": round(mean, 6), "macro_low": round(low, 6), "macro_high": round(high, 6)}
 
 
 def score(correct: list[bool], chances: list[float]) -> dict[str, Any]:
