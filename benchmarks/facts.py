@@ -118,7 +118,9 @@ def measure(folder: Path, name: str, tasks: dict[str, list[Item]]) -> dict[str, 
     scores, answers = do_tasks(loaded, tasks, EvaluateConfig(), Log(quiet=True), name)
     line = [f"{name}:"]
     for task, record in scores["tasks"].items():
-        line.append(f"{task} {100 * record['accuracy']:.1f} (macro {100 * record['macro']:.1f}, {record['refused']} no)")
+        line.append(
+            f"{task} {100 * record['accuracy']:.1f} (macro {100 * record['macro']:.1f}, {record['refused']} no)"
+        )
     print("  ".join(line))
     for task, record in scores["tasks"].items():
         shown = (f"{part} {100 * one['accuracy']:.0f}" for part, one in record["parts"].items())

@@ -25,12 +25,12 @@ def test_test_wordings_share_no_four_words_with_training(relation: str) -> None:
 
 
 def test_four_words_sees_a_shared_run() -> None:
-    assert four_words("Say what {p} capital is.") & four_words("Ask what {c}\'s capital is, please.")
+    assert four_words("Say what {p} capital is.") & four_words("Ask what {c}'s capital is, please.")
 
 
 def test_possessives_and_capital_letters_of_names() -> None:
-    assert filled("{p} capital is {a}.", "the Bahamas", "Nassau") == "The Bahamas\' capital is Nassau."
-    assert filled("What is {p} capital?", "Peru") == "What is Peru\'s capital?"
+    assert filled("{p} capital is {a}.", "the Bahamas", "Nassau") == "The Bahamas' capital is Nassau."
+    assert filled("What is {p} capital?", "Peru") == "What is Peru's capital?"
 
 
 def test_unknown_names_of_training_and_tests_differ() -> None:

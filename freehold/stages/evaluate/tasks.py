@@ -38,6 +38,8 @@ def do_tasks(
         parts = {part: _part([d for d in done if d[0].task == part]) for part in sorted({i.task for i in items})}
         refused = sum(refuses(row["answer"]) for row in rows)
         by_task[task] = {"kind": items[0].kind, **_total(done), **macro(parts), "refused": refused, "parts": parts}
+        if "tokens" in rows[0]:
+            by_task[task]["answer_tokens"] = round(sum(row["tokens"] for row in rows) / len(rows), 3)
         everything += [{"task": task, **row} for row in rows]
     correct = [row["correct"] for row in everything]
     overall = _total(list(zip([item for items in tasks.values() for item in items], correct, strict=True)))
