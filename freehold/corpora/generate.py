@@ -28,7 +28,7 @@ WORKED_PER_PAGE = 6
 # Shares of the conversations: facts, reasoning; the rest is talk.
 FACT_SHARE, REASONING_SHARE = 0.66, 0.20
 SYSTEM_SHARE = 0.15
-# Of all procedures that could be asked, so many are kept for tests.
+# Share of all questions about procedures that only tests ask.
 HELD_OUT_PROCEDURES = 0.1
 ASKED, ANSWERED = "Question: ", "Answer: "
 

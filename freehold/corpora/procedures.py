@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator
 from freehold.corpora.worked import NAMES, Exercise
 
 _WORDS = """able acorn anchor animal apple arrow autumn bacon basket beach bell berry bottle branch bread bridge bright
-    brother bucket butter button cabin camel candle carpet castle cellar chair cherry circle clock cloud coffee copper
-    corner cotton cradle cream crown daisy dinner doctor dragon drum eagle early earth elbow engine evening fabric
-    farmer feather fence finger flag flower forest fountain garden ginger glass gold grape green guitar hammer harbor
-    heart helmet honey horse house island ivory jacket jewel juice kettle kitchen ladder lake lamp lantern leaf lemon
-    letter lily lion lizard magnet maple marble market meadow melon metal mirror money monkey moon mother mountain
-    needle nest night north number ocean olive onion orange orchard otter oven owl paint palace paper pearl pencil
-    pepper piano pillow planet plate pocket poem pony potato prince puzzle quarter queen rabbit rain ribbon river
-    rocket roof root rose saddle salad salt sand school shadow sheep silver sister smoke snow spoon spring square star
-    stone story street sugar summer sun table temple thunder ticket tiger timber tower train tree tulip tunnel turtle
-    umbrella uncle valley velvet village violin wagon wall walnut water wheel whistle willow window winter wolf wood
-    wool yard yellow zebra"""
+    brother bucket butter button cabin camel candle carpet castle cellar chair cherry circle clock cloud coffee
+    copper corner cotton cradle cream crown daisy dinner doctor dragon drum eagle early earth elbow engine
+    evening fabric farmer feather fence finger flag flower forest fountain garden ginger glass gold grape green
+    guitar hammer harbor helmet honey horse house island ivory jacket jewel juice kettle kitchen kite ladder
+    lake lamp lantern leaf lemon letter lily lion lizard magnet maple marble market meadow melon metal mirror
+    money monkey moon mother mountain needle nest night north number ocean olive onion orange orchard otter oven
+    owl paint palace paper pearl pencil pepper piano pillow planet plate pocket poem pony potato prince puzzle
+    quarter queen rabbit rain ribbon river rocket roof root rose saddle salad salt sand school shadow sheep
+    silver sister smoke snow spoon spring square star stone story street sugar summer sun table temple thunder
+    ticket tiger timber tower train tree tulip tunnel turtle umbrella uncle valley velvet village violin wagon
+    wall walnut water wheel whistle willow window winter wolf wood wool yard yellow zebra"""
 WORDS = tuple(_WORDS.split())
 COLOURS = ("red", "blue", "green", "white", "yellow", "grey", "brown", "black")
 STREETS = ("Mill Street", "Park Lane", "Oak Road", "High Street", "Bridge Street", "Garden Lane", "Hill Road")

@@ -24,7 +24,7 @@ SETS: dict[str, tuple[str, str]] = {
     "procedure": ("procedures", "!two_hop"),
     "two hops": ("procedures", "two_hop"),
 }
-"""What is asked: a task, and the part of it (with ! any other part)."""
+"""What is asked: a task, and one of its parts (with ! any other part)."""
 MOST_CHARS = 160
 
 

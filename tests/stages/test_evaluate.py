@@ -320,7 +320,7 @@ def test_relations_count_the_same_in_the_macro_average() -> None:
     assert found["macro_high"] == 1.0
 
 
-def test_what_is_said_leaves_out_what_was_thought(loaded: Loaded) -> None:
+def test_thoughts_are_no_part_of_an_answer(loaded: Loaded) -> None:
     messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "reasoning_content": "c"},
