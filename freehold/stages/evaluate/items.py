@@ -17,9 +17,7 @@ from typing import Any, Literal
 import pydantic
 
 from freehold.core.errors import DataError
-
-Z = 1.959963984540054
-"""Standard deviations on each side of a 95 % interval."""
+from freehold.core.statistics import Z95, wilson
 
 
 class Item(pydantic.BaseModel):
@@ -104,17 +102,6 @@ def normalise(text: str) -> str:
     return " ".join(text.split()).casefold().rstrip(".").rstrip()
 
 
-def wilson(correct: int, items: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a proportion (Wilson 1927); (0, 1) when there are no items."""
-    if items == 0:
-        return 0.0, 1.0
-    z = Z
-    share, z2 = correct / items, z * z
-    centre = (share + z2 / (2 * items)) / (1 + z2 / items)
-    half = z / (1 + z2 / items) * math.sqrt(share * (1 - share) / items + z2 / (4 * items * items))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def macro(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Return the mean accuracy of a task's parts, each counting the same, and its 95 % interval.
 
@@ -123,7 +110,7 @@ def macro(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     shares = [(part["accuracy"], part["items"]) for part in parts.values()]
     mean = sum(share for share, _ in shares) / len(shares)
     error = math.sqrt(sum(share * (1 - share) / items for share, items in shares)) / len(shares)
-    low, high = max(0.0, mean - Z * error), min(1.0, mean + Z * error)
+    low, high = max(0.0, mean - Z95 * error), min(1.0, mean + Z95 * error)
     return {"macro": round(mean, 6), "macro_low": round(low, 6), "macro_high": round(high, 6)}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from freehold.core.table import Table
 from freehold.stages.evaluate.config import MADE_BY
+from freehold.stages.evaluate.needles import needle_tables
 
 KNOWN, STATED, UNKNOWN = "facts_taught", "facts_text_only", "unknown_places"
 
@@ -23,7 +24,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     shown = [_bits(results), *([_tasks(tested, results["gain"])] if tested else [])]
     if tested and KNOWN in next(iter(tested.values()))["tasks"]:
         shown.append(_knowledge({name: tasks["tasks"] for name, tasks in tested.items()}))
-    return [*shown, *([_harness(by_harness)] if by_harness else [])]
+    return [*shown, *needle_tables(results), *([_harness(by_harness)] if by_harness else [])]
 
 
 def parts(results: dict[str, Any]) -> Table:
