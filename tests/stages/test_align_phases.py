@@ -20,7 +20,7 @@ from freehold.core.errors import ConfigError, DataError
 from freehold.core.log import Log
 from freehold.stages.align.config import AlignConfig, plan
 from freehold.stages.align.forgetting import open_for_use
-from freehold.stages.align.rows import reference_logprobs, render_answers
+from freehold.stages.align.rows import reference_logprobs, render_answers, without_reasoning
 from freehold.stages.align.run import run as align
 from freehold.stages.pretrain.config import PretrainConfig
 from freehold.stages.pretrain.run import run as pretrain
@@ -188,3 +188,11 @@ def test_without_pairs_the_error_names_the_format(made, tmp_path):
         (tmp_path / f"run/curate/conversations/{name}.parquet").unlink()
     with pytest.raises(DataError, match=r"(?s)no better and worse answers.*chosen.*docs/conversations.md"):
         aligned(tmp_path / "run", tmp_path / "a", merge(tiny.ALIGN, {"phases": {"sft": None, "prefer": PREFER}}))
+
+
+def test_reasoning_is_learned_or_dropped_by_phase() -> None:
+    thoughtful = [asked(1)[0], {"role": "assistant", "content": "2", "reasoning_content": "1 + 1 = 2"}]
+    assert without_reasoning(thoughtful) == [asked(1)[0], {"role": "assistant", "content": "2"}]
+    brief = {"steps": 2, "checkpoint": "preview", "sft": {"reasoning": "drop"}}
+    config = AlignConfig(phases={"a": {**brief, "checkpoint": ""}, "b": brief, "c": {"steps": 2}})
+    assert [list(group) for group in config.groups()] == [["a", "b"], ["c"]]
