@@ -28,6 +28,12 @@ class Settings(Generated):
     wordnet_bytes: int = Field(default=0, ge=0, description="text of such questions with their answers, at most")
     wordnet_conversations: int = Field(default=0, ge=0, description="further conversations: such a question, answered")
     conversations: int = Field(default=12_000, ge=0, description="how many conversations to write, at most")
+    fact_share: float = Field(
+        default=0.66, ge=0, le=1, description="share of `conversations` that ask facts, while there are more to ask"
+    )
+    reasoning_share: float = Field(
+        default=0.2, ge=0, le=1, description="share that are exercises of reasoning-gym; the rest is talk"
+    )
     worked_bytes: int = Field(default=0, ge=0, description="text of exercises with every step written out, ours")
     story_bytes: int = Field(default=0, ge=0, description="text of small stories with questions about them, ours")
     worked_conversations: int = Field(

@@ -25,8 +25,6 @@ from freehold.text.making import Made, Material
 from freehold.text.reading import Reading
 
 WORKED_PER_PAGE = 6
-# Shares of the conversations: facts, reasoning; the rest is talk.
-FACT_SHARE, REASONING_SHARE = 0.66, 0.20
 SYSTEM_SHARE = 0.15
 # Share of all questions about procedures that only tests ask.
 HELD_OUT_PROCEDURES = 0.1
@@ -157,10 +155,10 @@ def _conversations(
     """Yield at most `source.conversations`, each different: facts, reasoning, talk."""
     random_ = random.Random(f"{seed}\0conversations")
     asked = book.asked()
-    facts_wanted = min(int(source.conversations * FACT_SHARE), len(asked))
+    facts_wanted = min(int(source.conversations * source.fact_share), len(asked))
     for question, answer, fact in asked[:facts_wanted]:
         yield _conversation(rights["facts"], f"facts/{fact.path}#{fact.field.key}", [(question, answer)], random_)
-    wanted = int(source.conversations * REASONING_SHARE) if source.reasoning else 0
+    wanted = int(source.conversations * source.reasoning_share) if source.reasoning else 0
     items = itertools.islice(gym.train(SEEDS_PER_RUN // 2), wanted)
     reasoning_made = 0
     for item in items:

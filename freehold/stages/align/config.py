@@ -30,6 +30,7 @@ class PreferenceConfig(Config):
 class SftConfig(Config):
     """What a phase of kind sft learns from its conversations."""
 
+    sources: tuple[str, ...] = Field((), description="sources whose conversations are learned; empty: all of them")
     reasoning: Literal["keep", "drop"] = Field(
         "keep", description="drop: learn the answers without the reasoning before them; keep: with it, where there is"
     )

@@ -182,8 +182,7 @@ def conversations(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, op
     replayed = round(config.replay * config.batch.sequences)
     phase = next(iter(config.phases.values()))
     practice = learn_rl.practice(phase.practice, work, tokenizer)
-    reasoning = phase.sft.reasoning == "keep"
-    examples, assistant_tokens = render_examples(work, tokenizer, practice, reasoning=reasoning)
+    examples, assistant_tokens = render_examples(work, tokenizer, practice, phase.sft)
     order = ConversationOrder(
         examples,
         context_tokens=config.batch.context_tokens,
