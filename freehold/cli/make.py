@@ -13,6 +13,7 @@ from freehold.cli.check import check, check_arguments
 from freehold.cli.exporting import export_arguments, export_path, is_folder_export
 from freehold.cli.importing import import_, import_arguments
 from freehold.cli.parser import recipe_arguments, verb, walk_flags
+from freehold.cli.reshaping import add_reshaping
 from freehold.core.errors import ConfigError
 from freehold.run import layout
 from freehold.run.layout import ALIGN, CHAT, EXPORT, IMPORT, PRETRAIN, PUBLISHED, RELEASE, REPHRASE, SERVE, WALK
@@ -51,6 +52,7 @@ def add_verbs(verbs: Any) -> None:
     import_arguments(verb(verbs, IMPORT, PUBLISHED.summary, import_))
     text = "what the inputs of a model's weights are like, for quantization: an importance matrix"
     calibrate_arguments(verb(verbs, "calibrate", text, calibrate))
+    add_reshaping(verbs)
     _add_serve(verbs)
     chat = verb(verbs, CHAT, "talk to a model in the terminal", _chat)
     chat.add_argument("path", help="run folder, checkpoint or HF folder")

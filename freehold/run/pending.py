@@ -47,6 +47,11 @@ def refuse(run_folder: Path, checkpoint: str) -> None:
         )
 
 
+def asked(run_folder: Path) -> list[dict[str, object]]:
+    """Return every request that is noted for a run: its query, and whether it was widened."""
+    return _noted(run_folder)
+
+
 def _noted(run_folder: Path) -> list[dict[str, object]]:
     path = RunFolder(run_folder).pending_takedowns
     return list(read_json(path, todo="look why, then remove it").get("asked", [])) if path.exists() else []
