@@ -32,12 +32,12 @@ class Setup(NamedTuple):
 
     name: str
     device: Device
-    count: int
+    devices: int
 
     @property
     def memory_bytes(self) -> float:
         """Return what weights and caches may take."""
-        return (1 - RESERVE) * self.count * self.device.memory_bytes
+        return (1 - RESERVE) * self.devices * self.device.memory_bytes
 
     @property
     def layer_s(self) -> float:
@@ -88,17 +88,17 @@ def step_seconds(model: ModelConfig, kind: str, setup: Setup, sequences: int, co
     """Return the seconds of one decoding step of all sequences, each with `context_tokens` behind it."""
     device, counts = setup.device, parameter_counts(model)
     moved = read_bytes(model, kind, sequences) + sequences * cache_bytes(model, context_tokens)
-    memory_s = moved / (REACHED * setup.count * device.memory_bytes_s)
+    memory_s = moved / (REACHED * setup.devices * device.memory_bytes_s)
     flops = 2.0 * counts["active_with_head"] * sequences
     flops += 4.0 * model.query_width * model.num_full_layers * context_tokens * sequences
-    return model.num_hidden_layers * setup.layer_s + max(memory_s, flops / (SERVE_MFU * setup.count * device.flops))
+    return model.num_hidden_layers * setup.layer_s + max(memory_s, flops / (SERVE_MFU * setup.devices * device.flops))
 
 
 def serve_row(model: ModelConfig, kind: str, setup: Setup, sequences: int, context_tokens: int) -> Row:
     """Return what a way of serving needs and gives."""
     needed = weight_bytes(model, kind) + sequences * cache_bytes(model, context_tokens)
     rate = sequences / step_seconds(model, kind, setup, sequences, context_tokens)
-    price = setup.count * setup.device.usd_hour / 3600 / rate * 1e6
+    price = setup.devices * setup.device.usd_hour / 3600 / rate * 1e6
     return Row(setup.name, kind, sequences, context_tokens, needed, needed <= setup.memory_bytes, rate, price)
 
 

@@ -55,8 +55,8 @@ def generation(what: str, tokens: float, model: ModelConfig, source: str, contex
         if serve_row(model, "FP8", s, 256, context).fits
     )  # fmt: skip
     rate = serve_row(model, "FP8", setup, 256, context).tokens_s
-    hours = tokens / rate / 3600 * setup.count
-    takes = f"{hours:,.0f} H200-hours at {rate / setup.count:,.0f} tokens/s each"
+    hours = tokens / rate / 3600 * setup.devices
+    takes = f"{hours:,.0f} H200-hours at {rate / setup.devices:,.0f} tokens/s each"
     return Item(what, f"{tokens:,.3g} tokens", takes, hours * DEVICES["h200"].usd_hour, SERVE_ERROR, source)
 
 

@@ -79,7 +79,7 @@ def save_model(
     kept = {
         key: parent.facts[key] for key in ("begins_with", "context_tokens", "tokenizer_sha256") if key in parent.facts
     }
-    facts = {
+    facts: dict[str, Any] = {
         "tokenizer_sha256": "",
         **kept,
         # What it was trained on is what its parent was: steps and tokens count on from there.
