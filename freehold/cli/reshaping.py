@@ -28,7 +28,7 @@ The folder is a checkpoint: serve, export, align and a recipe's pretrain.parent 
 GROW = """examples:
   freehold grow runs/laptop/pretrain/base --output out/grown experts=32       copies; the same function at step 0
   freehold grow dense/ --output out/moe experts=7                            dense layers cut into experts
-Then train it: pretrain.parent=out/grown, with the new num_experts in pretrain.model. More: docs/retrain.md"""
+Then train it: a recipe that begins with `base: out/grown/recipe.yaml`. More: docs/retrain.md"""
 
 
 RETRAIN = """examples:

@@ -22,9 +22,11 @@ from freehold.core.artifact import (
     read_json,
     read_manifest,
     sha256_json,
+    write_atomic,
     write_json,
     write_manifest,
 )
+from freehold.core.config import to_yaml
 from freehold.core.errors import ArtifactError
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
@@ -99,6 +101,9 @@ def save_model(
             if (parent.folder / name).is_file():
                 shutil.copyfile(parent.folder / name, temporary / name)
         write_json(temporary / FACTS, facts)
+        # The whole shape: a scale of routing that is derived again from other numbers would be another function.
+        section = {"model": config.model_dump(mode="json"), "parent": str(folder)}
+        write_atomic(temporary / "recipe.yaml", to_yaml({"pretrain": section}))
         write_manifest(
             temporary, kind="checkpoint", counts={"tensors": hf.count_tensors(config)}, files=hash_files(temporary)
         )
