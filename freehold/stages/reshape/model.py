@@ -78,7 +78,7 @@ def save_model(
     """Write the new model; `made` says how, `record` is its parent's record of rights. ArtifactError for a folder."""
     if folder.exists():
         raise ArtifactError("there is something of this name already", where=folder, todo="give another --output")
-    kept = {
+    kept: dict[str, Any] = {
         key: parent.facts[key] for key in ("begins_with", "context_tokens", "tokenizer_sha256") if key in parent.facts
     }
     facts: dict[str, Any] = {
