@@ -22,12 +22,12 @@ EXPERTS = """examples:
 Writes the scores as JSON, a picture next to it (.png), and bits per token with fewer experts a token.
 More: docs/domains.md"""
 PRUNE = """examples:
-  freehold prune runs/laptop --text law.txt --output out/law keep=8
-  freehold prune MODEL/ --text law.txt --other code.txt --output out/law keep=64 score=saliency
+  freehold prune runs/laptop keep=8 --text law.txt --output out/law
+  freehold prune MODEL/ keep=64 score=saliency --text law.txt --other code.txt --output out/law
 The folder is a checkpoint: serve, export, align and a recipe's pretrain.parent take it. More: docs/domains.md"""
 GROW = """examples:
-  freehold grow runs/laptop/pretrain/base --output out/grown experts=32       copies; the same function at step 0
-  freehold grow dense/ --output out/moe experts=7                            dense layers cut into experts
+  freehold grow runs/laptop/pretrain/base experts=32 --output out/grown       copies; the same function at step 0
+  freehold grow dense/ experts=7 --output out/moe                            dense layers cut into experts
 Then train it: a recipe that begins with `base: out/grown/recipe.yaml`. More: docs/retrain.md"""
 
 
