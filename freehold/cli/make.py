@@ -17,7 +17,7 @@ from freehold.cli.planning import ALL, asks_part, part_arguments, plan_all, plan
 from freehold.cli.reshaping import add_reshaping
 from freehold.core.errors import ConfigError
 from freehold.run import layout
-from freehold.run.layout import ALIGN, CHAT, EXPORT, IMPORT, PRETRAIN, PUBLISHED, RELEASE, REPHRASE, SERVE, WALK
+from freehold.run.layout import ALIGN, AUDIT, CHAT, EXPORT, IMPORT, PRETRAIN, PUBLISHED, RELEASE, REPHRASE, SERVE, WALK
 
 TAUGHT = {
     REPHRASE: """in the recipe, a teacher and what it is asked for:
@@ -42,7 +42,7 @@ def add_verbs(verbs: Any) -> None:
     """Add the verbs of this module to the parser."""
     recipe_arguments(verb(verbs, "run", "run a recipe's whole walk, redoing only what is missing or changed", _run))
     for stage in WALK.values():
-        if stage.name not in (RELEASE, SERVE):  # those verbs take other things than a recipe, too
+        if stage.name not in (AUDIT, RELEASE, SERVE):  # those verbs take other things than a recipe, too
             made = verb(verbs, stage.name, stage.summary, make_stage, stage=stage.name)
             recipe_arguments(made)
             made.epilog, made.formatter_class = TAUGHT.get(stage.name), argparse.RawDescriptionHelpFormatter
