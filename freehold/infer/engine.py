@@ -18,6 +18,7 @@ from torch import Tensor
 from freehold.core.errors import ConfigError, RequestError
 from freehold.infer import scoring
 from freehold.infer.cache import Step
+from freehold.infer.fused import Fused
 from freehold.infer.pages import PagePool, Pages, blocks_of, free_bytes, page_bytes, window_pages
 from freehold.infer.requests import Queue, Request, Token, Top
 from freehold.infer.sampler import Sampling, check_ids, draw
@@ -77,6 +78,7 @@ class Engine:
             # Weights are packed into the panels that the kernels read, once for each version of the
             # weights, not for each call.
             model.pack()
+        self._fused = Fused(model) if self.exact else None
         # All memory for keys and values is fixed here: a server that starts does not die later of a long prompt.
         pages = _budget(model, weight.dtype, weight.device, max_batch, context, cache_bytes)
         self.pool = PagePool(model.config, weight.dtype, weight.device, pages)
@@ -93,6 +95,13 @@ class Engine:
         self.queue = Queue(self.pool, max_batch, STEP_TOKENS)
         # Several threads may read answers; one of them at a time makes the next step for all.
         self._lock = threading.RLock()
+        self._weights = [
+            (tensors, name)
+            for module in model.modules()
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        ]
         self._version = self._weights_version()
 
     def describe(self) -> str:
@@ -237,15 +246,21 @@ class Engine:
             pages.extend(len(ids))
         # One row of all tokens, without padding: the cache knows whose each of them is.
         cache = Step(self.pool, [(pages, len(ids)) for pages, ids in parts])
-        tokens = torch.tensor([[i for _, ids in parts for i in ids]], device=self.pool.store.device)  # [1, N]
-        hidden = self.model.hidden(tokens, positions=cache.positions, cache=cache)
+        ids = [i for _, ids in parts for i in ids]
+        if self._fused is not None and self._fused.takes():
+            hidden = self._fused.hidden(ids, cache, self._version)
+        else:
+            tokens = torch.tensor([ids], device=self.pool.store.device)  # [1, N]
+            hidden = self.model.hidden(tokens, positions=cache.positions, cache=cache)[0]
         for pages, ids in parts:
             pages.advance(len(ids))
-        return hidden[0]
+        return hidden
 
     def _weights_version(self) -> list[tuple[int, int]]:
-        # PyTorch counts in-place changes of a tensor; the address catches a tensor that was replaced.
-        return [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        # PyTorch counts in-place changes of a tensor; the address catches a tensor that was replaced. Looked up by
+        # name, because walking all modules would cost more than a layer of a small model.
+        weights = (tensors[name] for tensors, name in self._weights)
+        return [(weight.data_ptr(), weight._version) for weight in weights]
 
     def _forget_old_weights(self) -> None:
         """After a weight update, read every request again: no key of the old weights survives."""

@@ -9,6 +9,7 @@
 // instruction vdpbf16ps wants them. Widths are multiples of 16; numbers of rows are free.
 
 #include <immintrin.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -85,16 +86,63 @@ inline vector sigmoid(vector x) { return 1.f / (1.f + exponential(-x)); }
 
 // --- threads ---------------------------------------------------------------------------------------------------
 
-// libgomp's entry point, handed over by native.py: PyTorch's own pool of threads does the work.
+// libgomp's entry points, handed over by cpu.py: PyTorch's own pool of threads does the work.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 Parallel parallel = nullptr;
+int (*team_size)() = nullptr;
+
+// Threads that stay together through many kernels: each runs the same sequence, and a kernel's tasks go to whoever comes
+// first. Waking a team for each of a hundred kernels costs more than the kernels do for one token.
+struct Crew {
+    std::atomic<int64_t> tickets{0};
+    std::atomic<int> arrived{0};
+    std::atomic<int> meetings{0};
+
+    void meet(int size) {
+        int now = meetings.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+            arrived.store(0, std::memory_order_relaxed);
+            meetings.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; meetings.load(std::memory_order_acquire) == now;)
+            ++spins < 200 ? _mm_pause() : (void)sched_yield();  // the other may wait for this very core
+    }
+};
+
+// One thread's part in a crew. Tickets are numbered through all kernels, so that a thread may hold one of the next kernel
+// while others finish this one: kernels that do not depend on each other need no meeting in between.
+struct Member {
+    Crew* crew;
+    int size;
+    int64_t first = 0, ticket = -1;
+    int together = 0;
+
+    template <class F> void share(int64_t tasks, F& work) {
+        for (;; ticket = -1) {
+            if (ticket < 0) ticket = crew->tickets.fetch_add(1);
+            if (ticket >= first + tasks) break;
+            work(ticket - first);
+        }
+        first += tasks;
+        if (!together) crew->meet(size);
+    }
+};
+thread_local Member* member = nullptr;
+
+// Kernels called while one of these lives do not depend on each other: the crew meets only at its end.
+struct Together {
+    Together() { if (member) member->together++; }
+    ~Together() { if (member && !--member->together) member->crew->meet(member->size); }
+};
 
 template <class F> struct Team {
     F& work;
     std::atomic<int64_t> next{0};
     int64_t tasks;
-    static void run(void* self) {
+    static __attribute__((noinline)) void run(void* self) {
         auto& team = *static_cast<Team*>(self);
+        if (member) return member->share(team.tasks, team.work);
         for (int64_t task; (task = team.next.fetch_add(1)) < team.tasks;) team.work(task);
     }
 };
@@ -102,11 +150,30 @@ template <class F> struct Team {
 // Call work(task) for every task, each on some thread.
 template <class F> void for_tasks(int threads, int64_t tasks, F work) {
     Team<F> team{work, {0}, tasks};
-    if (threads > 1 && tasks > 1 && parallel) {
+    if (threads > 1 && tasks > 1 && parallel && !member) {
         parallel(&Team<F>::run, &team, unsigned(threads), 0);
     } else {
         Team<F>::run(&team);
     }
+}
+
+template <class F> struct Sequence {
+    F& work;
+    Crew crew;
+    static void run(void* self) {
+        auto& sequence = *static_cast<Sequence*>(self);
+        Member own{&sequence.crew, team_size()};
+        member = &own;
+        sequence.work();
+        member = nullptr;
+    }
+};
+
+// Run a sequence of kernels on threads that stay together.
+template <class F> void in_crew(int threads, F work) {
+    if (threads <= 1 || !parallel || !team_size) return work();
+    Sequence<F> sequence{work, {}};
+    parallel(&Sequence<F>::run, &sequence, unsigned(threads), 0);
 }
 
 // Waking threads costs more than this many multiplications; bits do not depend on it.
@@ -348,25 +415,15 @@ template <class T> void pack(int threads, const T* w, word* packed, int64_t matr
     });
 }
 
-// Few rows are cut by columns, so that each thread reads its own part of the weight; many rows by rows.
-struct Cut {
-    int64_t rows, cols;  // of a piece
-};
-inline Cut cut_of(int64_t parts, int64_t rows, int64_t cols, int threads) {
-    if (rows > BLOCK_ROWS) return {stretch_of(rows, threads), cols};
-    int64_t pieces = std::max<int64_t>(1, 4 * threads / std::max<int64_t>(parts, 1));
-    return {std::max<int64_t>(rows, 1), round_up((cols + pieces - 1) / pieces, PANEL)};
-}
-
+// A task is one panel for some rows: each thread reads its own part of the weight.
 template <class T>
 void linear_packed(int threads, const T* x, const word* packed, T* y, int64_t rows, int64_t ins, int64_t outs) {
     threads = threads_for(threads, rows * ins * outs);
-    Cut cut = cut_of(1, rows, outs, threads);
-    int64_t steps = steps_of<T>(ins), across = (outs + cut.cols - 1) / cut.cols, down = (rows + cut.rows - 1) / cut.rows;
-    for_tasks(threads, across * down, [&](int64_t task) {
-        int64_t col = task % across * cut.cols, row = task / across * cut.rows;
-        multiply<T, T>(rows_of(x + row * ins, ins), std::min(cut.rows, rows - row), packed + col * steps, steps,
-                       std::min(cut.cols, outs - col), y + row * outs + col, outs);
+    int64_t steps = steps_of<T>(ins), panels = (outs + PANEL - 1) / PANEL, down = (rows + TASK_ROWS - 1) / TASK_ROWS;
+    for_tasks(threads, panels * down, [&](int64_t task) {
+        int64_t col = task % panels * PANEL, row = task / panels * TASK_ROWS;
+        multiply<T, T>(rows_of(x + row * ins, ins), std::min(TASK_ROWS, rows - row), packed + col * steps, steps,
+                       std::min<int64_t>(PANEL, outs - col), y + row * outs + col, outs);
     });
 }
 
@@ -455,34 +512,45 @@ void swiglu(int threads, const T* x, const int64_t* counts, int64_t experts, con
     });
 }
 
-// `swiglu` with weights packed once: of each expert gate and up, then down. `product` is room [rows, inner].
+// `swiglu` with weights packed once, in two parts. The first: gate and up of each expert, then silu(gate) * up.
+template <class T>
+void swiglu_in(int threads, const T* x, const std::vector<Part>& parts, const word* gate_up, T* both, T* product,
+               int64_t width, int64_t inner) {
+    int64_t steps = steps_of<T>(width), size = packed_size<T>(width, inner), pieces = (inner + PANEL - 1) / PANEL;
+    for_tasks(threads, int64_t(parts.size()) * pieces, [&](int64_t task) {
+        auto [e, first, last] = parts[task / pieces];
+        int64_t col = task % pieces * PANEL, cols = std::min<int64_t>(PANEL, inner - col);
+        const word* packed = gate_up + 2 * e * size + col * steps;
+        T* kept = both + first * 2 * inner;
+        Left rows = rows_of(x + first * width, width);
+        multiply<T, T>(rows, last - first, packed, steps, cols, kept + col, 2 * inner);
+        multiply<T, T>(rows, last - first, packed + size, steps, cols, kept + inner + col, 2 * inner);
+        silu_product(kept, product + first * inner, last - first, inner, col, col + cols);
+    });
+}
+
+// The second: down.
+template <class T>
+void swiglu_out(int threads, const T* product, const std::vector<Part>& parts, const word* down, T* y, int64_t width,
+                int64_t inner) {
+    int64_t steps = steps_of<T>(inner), size = packed_size<T>(inner, width), pieces = (width + PANEL - 1) / PANEL;
+    for_tasks(threads, int64_t(parts.size()) * pieces, [&](int64_t task) {
+        auto [e, first, last] = parts[task / pieces];
+        int64_t col = task % pieces * PANEL;
+        multiply<T, T>(rows_of(product + first * inner, inner), last - first, down + e * size + col * steps, steps,
+                       std::min<int64_t>(PANEL, width - col), y + first * width + col, width);
+    });
+}
+
+// Both. `both` [rows, 2 inner] and `product` [rows, inner] are room to work in.
 template <class T>
 void swiglu_packed(int threads, const T* x, const int64_t* counts, int64_t experts, const word* gate_up, const word* down,
                    T* both, T* product, T* y, int64_t width, int64_t inner) {
     auto parts = parts_of(counts, experts);
-    int64_t in_steps = steps_of<T>(width), out_steps = steps_of<T>(inner), tasks = parts.size();
-    int64_t size = packed_size<T>(width, inner), down_size = packed_size<T>(inner, width), most = 0;
-    for (auto& part : parts) most = std::max(most, part.last - part.first);
-    threads = threads_for(threads, tasks * most * width * inner * 3);
-    Cut in = cut_of(tasks, std::min<int64_t>(most, BLOCK_ROWS), inner, threads);
-    Cut out = cut_of(tasks, std::min<int64_t>(most, BLOCK_ROWS), width, threads);
-    int64_t in_pieces = (inner + in.cols - 1) / in.cols, out_pieces = (width + out.cols - 1) / out.cols;
-    for_tasks(threads, tasks * in_pieces, [&](int64_t task) {
-        auto [e, first, last] = parts[task / in_pieces];
-        int64_t col = task % in_pieces * in.cols, cols = std::min(in.cols, inner - col);
-        const word* packed = gate_up + 2 * e * size + col * in_steps;
-        T* kept = both + first * 2 * inner;
-        Left rows = rows_of(x + first * width, width);
-        multiply<T, T>(rows, last - first, packed, in_steps, cols, kept + col, 2 * inner);
-        multiply<T, T>(rows, last - first, packed + size, in_steps, cols, kept + inner + col, 2 * inner);
-        silu_product(kept, product + first * inner, last - first, inner, col, col + cols);
-    });
-    for_tasks(threads, tasks * out_pieces, [&](int64_t task) {
-        auto [e, first, last] = parts[task / out_pieces];
-        int64_t col = task % out_pieces * out.cols;
-        multiply<T, T>(rows_of(product + first * inner, inner), last - first, down + e * down_size + col * out_steps,
-                       out_steps, std::min(out.cols, width - col), y + first * width + col, width);
-    });
+    int64_t rows = parts.empty() ? 0 : parts.back().last;
+    threads = threads_for(threads, rows * width * inner * 3);
+    swiglu_in(threads, x, parts, gate_up, both, product, width, inner);
+    swiglu_out(threads, product, parts, down, y, width, inner);
 }
 
 // All gradients of `swiglu`. `product` [rows, inner] and `dboth` [rows, 2 inner] are room to work in.
@@ -1125,6 +1193,8 @@ void orthogonalize(int threads, T* matrices, const float* coefficients, int64_t 
     });
 }
 
+#include "step.cpp"
+
 }  // namespace
 
 // --- the C interface: `wide` chooses float, otherwise bfloat16 -------------------------------------------------
@@ -1146,8 +1216,9 @@ using integer = int64_t;
         name<float>(threads, __VA_ARGS__);                                                                   \
     }
 
-extern "C" __attribute__((visibility("default"))) void freehold_threads(any entry) {
+extern "C" __attribute__((visibility("default"))) void freehold_threads(any entry, any size) {
     parallel = reinterpret_cast<Parallel>(entry.address);
+    team_size = reinterpret_cast<int (*)()>(size.address);
 }
 extern "C" __attribute__((visibility("default"))) int freehold_bf16() {
 #ifdef __AVX512BF16__
@@ -1178,6 +1249,10 @@ EXPORT(swiglu_packed,
        (int wide, int threads, any x, any counts, integer experts, any gate_up, any down, any both, any product, any y,
         integer width, integer inner),
        x, counts, experts, gate_up, down, both, product, y, width, inner)
+EXPORT(step,
+       (int wide, int threads, any model, any layers, any ids, any embedding, any cos, any sin, any offsets, any first,
+        any tables, integer blocks, any store, any gain, any out, integer rows, integer sequences),
+       model, layers, ids, embedding, cos, sin, offsets, first, tables, blocks, store, gain, out, rows, sequences)
 EXPORT(attention_pages,
        (int wide, int threads, any q, any k, any v, any offsets, any first, any table, integer blocks, any store,
         integer window, float scale, any out, integer sequences, integer heads, integer groups, integer width),

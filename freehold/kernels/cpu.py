@@ -34,8 +34,8 @@ def _library() -> ctypes.CDLL | str:
         library = build.load(SOURCE, FLAGS, "native")
     except (build.UnavailableError, OSError) as problem:
         return str(problem)
-    entry = getattr(_openmp(), "GOMP_parallel", None)
-    library.freehold_threads(ctypes.cast(entry, ctypes.c_void_p) if entry else None)
+    entries = [getattr(_openmp(), name, None) for name in ("GOMP_parallel", "omp_get_num_threads")]
+    library.freehold_threads(*(ctypes.cast(entry, ctypes.c_void_p) if entry else None for entry in entries))
     return library
 
 
