@@ -14,9 +14,9 @@ from freehold.infer.cache import Step
 from freehold.kernels.packed import Packed
 from freehold.kernels.step import LayerWeights, Plan, Sizes
 from freehold.model.afmoe import Afmoe, Block, Trunk
-from freehold.model.attention import Attention, attend
+from freehold.model.attention import Attention
 from freehold.model.layers import Embedding, Linear, RMSNorm, SwiGLU, rotary
-from freehold.model.moe import Experts, LocalDispatcher, MoE, Router
+from freehold.model.moe import Experts, MoE, Router
 
 PLAIN = {Afmoe, Trunk, Block, Attention, Linear, RMSNorm, SwiGLU, Embedding, MoE, Experts, Router, nn.ModuleDict}
 """Modules whose forward pass the kernels repeat; a model with any other runs module by module."""

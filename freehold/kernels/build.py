@@ -71,7 +71,10 @@ def _built(source: Path, flags: tuple[str, ...], name: str) -> Path:
 def _texts(source: Path) -> list[str]:
     """Return a source and the files next to it that it includes."""
     text = source.read_text(encoding="utf-8")
-    return [text, *(source.with_name(name).read_text(encoding="utf-8") for name in re.findall(r'#include "(.+)"', text))]
+    return [
+        text,
+        *(source.with_name(name).read_text(encoding="utf-8") for name in re.findall(r'#include "(.+)"', text)),
+    ]
 
 
 def _compile(command: list[str], library: Path) -> None:

@@ -10,6 +10,8 @@
 
 #include <immintrin.h>
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -117,6 +119,7 @@ struct Member {
     int size;
     int64_t first = 0, ticket = -1;
     int together = 0;
+    int64_t tiles = -1;  // how the tile registers of this thread are set
 
     template <class F> void share(int64_t tasks, F& work) {
         for (;; ticket = -1) {
@@ -129,6 +132,7 @@ struct Member {
     }
 };
 thread_local Member* member = nullptr;
+void release_tiles();
 
 // Kernels called while one of these lives do not depend on each other: the crew meets only at its end.
 struct Together {
@@ -165,6 +169,7 @@ template <class F> struct Sequence {
         Member own{&sequence.crew, team_size()};
         member = &own;
         sequence.work();
+        release_tiles();
         member = nullptr;
     }
 };
@@ -195,7 +200,7 @@ template <class T> T* scratch(int slot, int64_t size) {
 
 // --- matrix products -------------------------------------------------------------------------------------------
 
-constexpr int PANEL = 64, TILE_ROWS = 6, BLOCK_ROWS = 120;
+constexpr int PANEL = 64, TILE_ROWS = 6, BLOCK_ROWS = 96;
 
 using word = uint32_t;
 
@@ -266,7 +271,7 @@ void tile(Left a, const word* b, int64_t steps, Out* c, int64_t ldc, Start start
 }
 
 template <class T, class Out, int V>
-void tiles_down(Left a, int64_t rows, const word* b, int64_t steps, Out* c, int64_t ldc, Start start) {
+void vectors_down(Left a, int64_t rows, const word* b, int64_t steps, Out* c, int64_t ldc, Start start) {
     int64_t row = 0;
     for (; row + TILE_ROWS <= rows; row += TILE_ROWS)
         tile<T, Out, TILE_ROWS, V>(a.from_row(row), b, steps, c + row * ldc, ldc, start);
@@ -278,6 +283,92 @@ void tiles_down(Left a, int64_t rows, const word* b, int64_t steps, Out* c, int6
         case 4: return tile<T, Out, 4, V>(a, b, steps, c, ldc, start);
         case 5: return tile<T, Out, 5, V>(a, b, steps, c, ldc, start);
     }
+}
+
+#ifdef __AMX_BF16__
+// Registers of 16 rows of 64 bytes: 16 x 16 sums take 32 products each in one instruction, sixteen times as many as a
+// vector does. A row's sums do not depend on the other rows here either, so every bfloat16 product goes this way, from one
+// row up. Packed panels already have the shape of a right tile.
+constexpr int TILE = 16;
+bool tiles = false;
+
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 hold sums of `rows` rows, 4 and 5 the left and right side, 6 and 7 the same of the last `tail` steps.
+void set_tiles(int rows, int tail) {
+    int64_t key = rows * 64 + tail;
+    if (member && member->tiles == key) return;
+    TileShapes shapes;
+    for (int t = 0; t < 8; t++) shapes.row_bytes[t] = 64, shapes.rows[t] = rows;
+    shapes.rows[5] = TILE;
+    shapes.row_bytes[6] = 4 * (tail ? tail : TILE), shapes.rows[7] = tail ? tail : TILE;
+    asm volatile("" ::: "memory");  // the compiler does not know that the instruction reads all of it
+    _tile_loadconfig(&shapes);
+    if (member) member->tiles = key;
+}
+void release_tiles() {
+    if (tiles) _tile_release();
+}
+
+// sums[rows, 16 V] (= or +=) A . panel, for as many rows as the tiles are set to.
+template <int V> void tile_sums(Left a, const word* b, int64_t steps, float* sums, int64_t ld, bool resume) {
+#define EACH(does) { does(0) } if (V > 1) { does(1) } if (V > 2) { does(2) } if (V > 3) { does(3) }
+#define RESUME_TILE(v) _tile_loadd(v, sums + v * TILE, ld * 4);
+#define CLEAR_TILE(v) _tile_zero(v);
+#define MULTIPLY_TILE(v) _tile_loadd(5, at + v * TILE, PANEL * 4); _tile_dpbf16ps(v, 4, 5);
+#define MULTIPLY_TAIL(v) _tile_loadd(7, at + v * TILE, PANEL * 4); _tile_dpbf16ps(v, 6, 7);
+#define STORE_TILE(v) _tile_stored(v, sums + v * TILE, ld * 4);
+    asm volatile("" ::: "memory");
+    if (resume) { EACH(RESUME_TILE) } else { EACH(CLEAR_TILE) }
+    int64_t step = 0;
+    for (; step + TILE <= steps; step += TILE) {
+        const word* at = b + step * PANEL;
+        _tile_loadd(4, a.data + step * 4, a.row_bytes);
+        EACH(MULTIPLY_TILE)
+    }
+    if (step < steps) {
+        const word* at = b + step * PANEL;
+        _tile_loadd(6, a.data + step * 4, a.row_bytes);
+        EACH(MULTIPLY_TAIL)
+    }
+    EACH(STORE_TILE)
+    asm volatile("" ::: "memory");
+}
+
+template <class Out, int V>
+void tiles_down(Left a, int64_t rows, const word* b, int64_t steps, Out* c, int64_t ldc, Start start) {
+    alignas(64) float sums[TILE * PANEL];
+    for (int64_t row = 0; row < rows; row += TILE) {
+        int some = int(std::min<int64_t>(TILE, rows - row));
+        set_tiles(some, int(steps % TILE));
+        Out* to = c + row * ldc;
+        if constexpr (sizeof(Out) == 4)
+            if (start != ADD) {
+                tile_sums<V>(a.from_row(row), b, steps, to, ldc, start == RESUME);
+                continue;
+            }
+        tile_sums<V>(a.from_row(row), b, steps, sums, PANEL, false);
+        for (int r = 0; r < some; r++)
+            for (int v = 0; v < V; v++) store(to + r * ldc + v * LANES, load(sums + r * PANEL + v * LANES), start);
+    }
+}
+#else
+constexpr bool tiles = false;
+void release_tiles() {}
+#endif
+
+template <class T, class Out, int V>
+void down(Left a, int64_t rows, const word* b, int64_t steps, Out* c, int64_t ldc, Start start) {
+#ifdef __AMX_BF16__
+    // By type and layout alone, never by the number of rows: the sums are rounded in another order.
+    if constexpr (sizeof(T) == 2)
+        if (tiles && a.step_bytes == 4) return tiles_down<Out, V>(a, rows, b, steps, c, ldc, start);
+#endif
+    vectors_down<T, Out, V>(a, rows, b, steps, c, ldc, start);
 }
 
 // C[rows, cols] = (or +=) A . packed B; cols is a multiple of 16. A panel holds `panel_steps` steps (0: just `steps`).
@@ -292,10 +383,10 @@ void multiply(Left a, int64_t rows, const word* b, int64_t steps, int64_t cols, 
             Left left = a.from_row(first);
             Out* out = c + first * ldc + col;
             switch (std::min<int64_t>(PANEL, cols - col) / LANES) {
-                case 1: tiles_down<T, Out, 1>(left, some, panel, steps, out, ldc, start); break;
-                case 2: tiles_down<T, Out, 2>(left, some, panel, steps, out, ldc, start); break;
-                case 3: tiles_down<T, Out, 3>(left, some, panel, steps, out, ldc, start); break;
-                default: tiles_down<T, Out, 4>(left, some, panel, steps, out, ldc, start);
+                case 1: down<T, Out, 1>(left, some, panel, steps, out, ldc, start); break;
+                case 2: down<T, Out, 2>(left, some, panel, steps, out, ldc, start); break;
+                case 3: down<T, Out, 3>(left, some, panel, steps, out, ldc, start); break;
+                default: down<T, Out, 4>(left, some, panel, steps, out, ldc, start);
             }
         }
     }
@@ -1219,6 +1310,14 @@ using integer = int64_t;
 extern "C" __attribute__((visibility("default"))) void freehold_threads(any entry, any size) {
     parallel = reinterpret_cast<Parallel>(entry.address);
     team_size = reinterpret_cast<int (*)()>(size.address);
+}
+// Ask the kernel for the tile registers, once; return whether products use them.
+extern "C" __attribute__((visibility("default"))) int freehold_tiles() {
+#ifdef __AMX_BF16__
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;
+    tiles = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#endif
+    return tiles;
 }
 extern "C" __attribute__((visibility("default"))) int freehold_bf16() {
 #ifdef __AVX512BF16__
