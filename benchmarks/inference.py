@@ -13,9 +13,9 @@ The result is written after each section.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -267,7 +267,7 @@ def engines(options: argparse.Namespace, folder: Path, cases: list[dict[str, int
     runs: dict[str, Run] = {"ours": lambda: in_process("ours", sys.executable, own, cases, threads)}
     if options.llama:
         for flash in ("off", "on"):
-            runs[f"llama.cpp fa {flash}"] = lambda flash=flash: batched_bench(options.llama, gguf, cases, threads, flash)
+            runs[f"llama.cpp fa {flash}"] = functools.partial(batched_bench, options.llama, gguf, cases, threads, flash)
     else:
         runs["xllamacpp"] = lambda: in_process("xllamacpp", sys.executable, gguf, cases, threads)
     if kind == "BF16" and "transformers" in options.peers:
@@ -307,8 +307,9 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     if not (folder / "hf").exists():
         make_files(folder, ["BF16", "Q8_0", "Q4_0"])
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
-    result |= {**common.environment("xllamacpp"), "flags": has, "threads": options.threads,
-               "bandwidth": bandwidth(options.threads), "llama": "source" if options.llama else "xllamacpp"}  # fmt: skip
+    result |= common.environment("xllamacpp")
+    result |= {"flags": has, "threads": options.threads, "bandwidth": bandwidth(options.threads)}
+    result["llama.cpp"] = "built from source" if options.llama else "the prebuilt xllamacpp"
     kinds = {"decode": [("BF16", DECODE)], "prefill": [("BF16", PREFILL)], "context": [("BF16", CONTEXT)],
              "quantized": [("Q8_0", DECODE), ("Q4_0", DECODE)]}  # fmt: skip
     for section in options.sections.split(","):
