@@ -259,8 +259,8 @@ class Engine:
     def _weights_version(self) -> list[tuple[int, int]]:
         # PyTorch counts in-place changes of a tensor; the address catches a tensor that was replaced. Looked up by
         # name, because walking all modules would cost more than a layer of a small model.
-        weights = (tensors[name] for tensors, name in self._weights)
-        return [(weight.data_ptr(), weight._version) for weight in weights]
+        found = (tensors[name] for tensors, name in self._weights)
+        return [(weight.data_ptr(), weight._version) for weight in found if weight is not None]
 
     def _forget_old_weights(self) -> None:
         """After a weight update, read every request again: no key of the old weights survives."""

@@ -68,7 +68,8 @@ def _words(linear: Linear) -> Tensor:
     return linear.pack.words(linear.weight)
 
 
-def _layer(block: Block, window: int) -> LayerWeights:
+def _layer(block: nn.Module, window: int) -> LayerWeights:
+    assert isinstance(block, Block)
     own, mlp = block.self_attn, block.mlp
     sliding = own.kind == "sliding_attention"
     shared = mlp.shared_experts if isinstance(mlp, MoE) else mlp
