@@ -1349,9 +1349,11 @@ EXPORT(swiglu_packed,
         integer width, integer inner),
        x, counts, experts, gate_up, down, both, product, y, width, inner)
 EXPORT(step,
-       (int wide, int threads, any model, any layers, any ids, any embedding, any cos, any sin, any offsets, any first,
-        any tables, integer blocks, any store, any gain, any out, integer rows, integer sequences),
-       model, layers, ids, embedding, cos, sin, offsets, first, tables, blocks, store, gain, out, rows, sequences)
+       (int wide, int threads, any model, any layers, any ids, any positions, any embedding, any cos, any sin,
+        any offsets, any first, any tables, integer blocks, any store, any gain, any out, integer rows,
+        integer sequences, any ends, integer draws, any picked, any logits, any partition),
+       model, layers, ids, positions, embedding, cos, sin, offsets, first, tables, blocks, store, gain, out, rows,
+       sequences, ends, draws, picked, logits, partition)
 EXPORT(attention_pages,
        (int wide, int threads, any q, any k, any v, any offsets, any first, any table, integer blocks, any store,
         integer window, float scale, any out, integer sequences, integer heads, integer groups, integer width),
