@@ -62,9 +62,7 @@ def append(head: nn.Linear, hidden: Tensor, targets: Sequence[int], top: int, re
         result.top_logprobs.extend(tops)
 
 
-def logprobs(
-    logits: Tensor, ids: Tensor, top: int, partition: Tensor | None = None
-) -> tuple[list[float], list[Top]]:
+def logprobs(logits: Tensor, ids: Tensor, top: int, partition: Tensor | None = None) -> tuple[list[float], list[Top]]:
     """Return the log-probability of one id a row of logits [B, V], and the `top` best with theirs.
 
     partition [B]: their log(sum(exp)), where it is known.

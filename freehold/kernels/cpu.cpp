@@ -306,7 +306,7 @@ void set_tiles(int rows, int tail) {
     for (int t = 0; t < 8; t++) shapes.row_bytes[t] = 64, shapes.rows[t] = rows;
     shapes.rows[5] = TILE;
     shapes.row_bytes[6] = 4 * (tail ? tail : TILE), shapes.rows[7] = tail ? tail : TILE;
-    asm volatile("" ::: "memory");  // the compiler does not know that the instruction reads all of it
+    asm volatile("" ::: "memory");  // the compiler does not know that the instruction reads every byte
     _tile_loadconfig(&shapes);
     if (member) member->tiles = key;
 }

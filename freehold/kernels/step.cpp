@@ -15,7 +15,7 @@ struct Layer {
     int64_t shared_inner, window, rotates;
 };
 
-// What one pass works in; all of it in one piece of memory.
+// What one pass works in, in one piece of memory.
 template <class T> struct Activations {
     T *h, *x, *q, *k, *v, *gate, *mixed, *added, *rows, *both, *product, *results, *shared_both, *shared_product, *base;
     float *exact, *logits, *weights, *cos, *sin;
@@ -175,7 +175,7 @@ template <class T> struct Step {
 };
 
 // Read the tokens `ids` of some sequences, as `attention_pages` describes them, each at its position, a row of the tables
-// of angles; write what the head is applied to, out [rows, width], and for the `draws` rows `ends` of it the logits and
+// of angles; write what the head is applied to, out [rows, width], and for the `draws` rows `ends` the logits and
 // their log(sum(exp)). tables [layers, sequences, blocks].
 template <class T>
 void step(int threads, const int64_t* model, const int64_t* layers_, const int64_t* ids, const int64_t* positions,
