@@ -1,18 +1,20 @@
 """The engine's own way through a plain model: all layers in one call of the kernels, with the bits of module by module.
 
-Shapes: N tokens of one forward pass, d hidden width.
+Shapes: S sequences, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from freehold.infer.cache import Step
+from freehold.infer.pages import NO_PAGE, Pages
 from freehold.kernels.packed import Packed
-from freehold.kernels.step import LayerWeights, Plan, Sizes
+from freehold.kernels.step import Batch, LayerWeights, Plan, Result, Sizes
 from freehold.model.afmoe import Afmoe, Block, Trunk
 from freehold.model.attention import Attention
 from freehold.model.layers import Embedding, Linear, RMSNorm, SwiGLU, rotary
@@ -27,28 +29,57 @@ class Fused:
 
     def __init__(self, model: Afmoe) -> None:
         self.model = model
-        self._modules = list(model.modules())
+        modules = list(model.modules())
+        self._plain = all(type(m) in PLAIN and "forward" not in m.__dict__ for m in modules)
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._seen: object = None
         self._plan: Plan | None = None
+        self._angles = torch.empty(0), torch.empty(0)
 
     def takes(self) -> bool:
-        """Return whether every module still computes what the kernels do: none replaced, wrapped or observed."""
-        return all(
-            type(m) in PLAIN and not m._forward_hooks and not m._forward_pre_hooks and "forward" not in m.__dict__
-            for m in self._modules
-        )
+        """Return whether every module computes what the kernels do: none is of another kind, wrapped or observed."""
+        return self._plain and not any(map(len, self._hooks))
 
-    def hidden(self, ids: Sequence[int], cache: Step, version: object) -> Tensor:
-        """Return what the head is applied to, [N, d]; `version` says which weights these are."""
+    def run(self, parts: Sequence[tuple[Pages, Sequence[int]]], ends: Sequence[int], version: object) -> Result:
+        """Read the next tokens of some sequences, whose pages were taken; `version` says which weights these are.
+
+        ends: the rows of all of these tokens, one sequence after the other, for which the next token is drawn.
+        """
         if self._plan is None or version != self._seen:
             self._plan, self._seen = _plan(self.model), version
-        config = self.model.config
-        cos, sin = rotary(cache.positions, config.head_dim, config.rope_theta, torch.float32)
-        half = config.head_dim // 2
-        return self._plan.run(
-            torch.tensor(ids), cos.view(-1, half), sin.view(-1, half), cache.offsets, cache.first, cache.tables,
-            cache.pool.store,
-        )  # fmt: skip
+        first, counts = [pages.length for pages, _ in parts], [len(ids) for _, ids in parts]
+        positions = [range(start, start + count) for start, count in zip(first, counts, strict=True)]
+        batch = Batch(
+            torch.tensor([i for _, ids in parts for i in ids]),
+            torch.tensor([position for each in positions for position in each]),
+            torch.tensor(list(accumulate(counts, initial=0))),
+            torch.tensor(first),
+            torch.from_numpy(_tables([pages.table for pages, _ in parts])),
+            torch.tensor(ends, dtype=torch.int64),
+        )
+        cos, sin = self._up_to(max(each.stop for each in positions))
+        pool = parts[0][0].pool
+        return self._plan.run(batch, cos, sin, pool.store, pool.small)
+
+    def _up_to(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return the angles of at least this many positions, from 0."""
+        if len(self._angles[0]) < length:
+            config, half = self.model.config, self.model.config.head_dim // 2
+            # A power of two, so that a growing answer computes them a few times only.
+            positions = torch.arange(max(1024, 1 << (length - 1).bit_length()))
+            cos, sin = rotary(positions, config.head_dim, config.rope_theta, torch.float32)
+            self._angles = cos.reshape(-1, half), sin.reshape(-1, half)
+        return self._angles
+
+
+def _tables(tables: list[np.ndarray]) -> np.ndarray:
+    """Return the pages of all sequences [L, S, blocks], filled up to the longest."""
+    if len(tables) == 1:
+        return np.ascontiguousarray(tables[0][:, None])
+    found = np.full((len(tables[0]), len(tables), max(t.shape[1] for t in tables)), NO_PAGE, dtype=np.int32)
+    for number, table in enumerate(tables):
+        found[:, number, : table.shape[1]] = table
+    return found
 
 
 def _plan(model: Afmoe) -> Plan:
@@ -56,7 +87,8 @@ def _plan(model: Afmoe) -> Plan:
     layers = [_layer(block, model.config.sliding_window) for block in model.model.layers.values()]
     sizes = Sizes(
         len(layers), config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-        config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size,
+        config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, config.vocab_size,
+        _words(model.lm_head),
         config.hidden_size**0.5 if config.mup_enabled else 1.0, config.route_scale, config.rms_norm_eps,
         config.head_dim**-0.5,
     )  # fmt: skip

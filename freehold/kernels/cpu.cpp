@@ -306,7 +306,7 @@ void set_tiles(int rows, int tail) {
     for (int t = 0; t < 8; t++) shapes.row_bytes[t] = 64, shapes.rows[t] = rows;
     shapes.rows[5] = TILE;
     shapes.row_bytes[6] = 4 * (tail ? tail : TILE), shapes.rows[7] = tail ? tail : TILE;
-    asm volatile("" ::: "memory");  // the compiler does not know that the instruction reads all of it
+    asm volatile("" ::: "memory");  // the compiler does not know that the instruction reads every byte
     _tile_loadconfig(&shapes);
     if (member) member->tiles = key;
 }
@@ -1404,9 +1404,11 @@ EXPORT(swiglu_packed,
         integer width, integer inner),
        x, counts, experts, gate_up, down, both, product, y, width, inner)
 EXPORT(step,
-       (int wide, int threads, any model, any layers, any ids, any embedding, any cos, any sin, any offsets, any first,
-        any tables, integer blocks, any store, any gain, any out, integer rows, integer sequences),
-       model, layers, ids, embedding, cos, sin, offsets, first, tables, blocks, store, gain, out, rows, sequences)
+       (int wide, int threads, any model, any layers, any ids, any positions, any embedding, any cos, any sin,
+        any offsets, any first, any tables, integer blocks, any store, integer small, any gain, any out, integer rows,
+        integer sequences, any ends, integer draws, any picked, any logits, any partition),
+       model, layers, ids, positions, embedding, cos, sin, offsets, first, tables, blocks, store, small, gain, out, rows,
+       sequences, ends, draws, picked, logits, partition)
 EXPORT(attention_pages,
        (int wide, int threads, any q, any k, any v, any offsets, any first, any table, integer blocks, any store,
         integer window, float scale, any out, integer sequences, integer heads, integer groups, integer width,

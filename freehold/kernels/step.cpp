@@ -3,7 +3,8 @@
 
 // What step.py fills in; every field has 8 bytes.
 struct Model {
-    int64_t layers, width, heads, groups, head_width, experts, chosen, inner;
+    int64_t layers, width, heads, groups, head_width, experts, chosen, inner, vocab;
+    const word* head;
     double embedding_scale, route_scale, eps, attention_scale;
 };
 struct Layer {
@@ -14,10 +15,10 @@ struct Layer {
     int64_t shared_inner, window, rotates;
 };
 
-// What one pass works in; all of it in one piece of memory.
+// What one pass works in, in one piece of memory.
 template <class T> struct Activations {
     T *h, *x, *q, *k, *v, *gate, *mixed, *added, *rows, *both, *product, *results, *shared_both, *shared_product, *base;
-    float *exact, *logits, *weights;
+    float *exact, *logits, *weights, *cos, *sin;
     int64_t* chosen;
 
     Activations(std::vector<char>& memory, const Model& m, int64_t n, int64_t shared_inner) {
@@ -40,7 +41,7 @@ template <class T> struct Activations {
         take(both, copies * 2 * m.inner), take(product, copies * m.inner);
         take(shared_both, n * 2 * shared_inner), take(shared_product, n * shared_inner);
         take(exact, n * m.width), take(logits, n * round_up(m.experts, LANES)), take(weights, copies);
-        take(chosen, copies);
+        take(chosen, copies), take(cos, n * m.head_width / 2), take(sin, n * m.head_width / 2);
         return at;
     }
 };
@@ -89,9 +90,8 @@ struct Sorted {
 template <class T> struct Step {
     int threads;
     const Model& m;
-    const float *cos, *sin;
     const int64_t *offsets, *first;
-    int64_t blocks, rows, sequences;
+    int64_t blocks, rows, sequences, small;
     word* store;
     Activations<T>& a;
 
@@ -103,7 +103,7 @@ template <class T> struct Step {
     }
     void heads(const Layer& layer, T* x, const float* gain, int64_t heads) {
         bool turn = layer.rotates;
-        norm<T>(threads, x, gain, float(m.eps), turn ? cos : nullptr, turn ? sin : nullptr, turn ? rows : 1,
+        norm<T>(threads, x, gain, float(m.eps), turn ? a.cos : nullptr, turn ? a.sin : nullptr, turn ? rows : 1,
                 turn ? heads : 1, x, rows * heads, m.head_width);
     }
 
@@ -123,7 +123,7 @@ template <class T> struct Step {
             heads(layer, a.k, layer.k_norm, m.groups);
         }
         attention_pages<T>(threads, a.q, a.k, a.v, offsets, first, table, blocks, store, layer.window,
-                           float(m.attention_scale), a.mixed, sequences, m.heads, m.groups, m.head_width);
+                           float(m.attention_scale), a.mixed, sequences, m.heads, m.groups, m.head_width, small);
         gated<T>(threads, a.mixed, a.gate, a.mixed, rows * query);
         linear(a.mixed, layer.o, a.added, query, m.width);
         normalise(a.added, layer.post_attention_norm, a.added);
@@ -174,22 +174,33 @@ template <class T> struct Step {
     }
 };
 
-// Read the tokens `ids` of some sequences, as `attention_pages` describes them, and write what the head is applied to,
-// out [rows, width]. tables [layers, sequences, blocks].
+// Read the tokens `ids` of some sequences, as `attention_pages` describes them, each at its position, a row of the tables
+// of angles; write what the head is applied to, out [rows, width], and for the `draws` rows `ends` the logits and
+// their log(sum(exp)). tables [layers, sequences, blocks].
 template <class T>
-void step(int threads, const int64_t* model, const int64_t* layers_, const int64_t* ids, const T* embedding,
-          const float* cos, const float* sin, const int64_t* offsets, const int64_t* first, const int32_t* tables,
-          int64_t blocks, word* store, const float* gain, T* out, int64_t rows, int64_t sequences) {
+void step(int threads, const int64_t* model, const int64_t* layers_, const int64_t* ids, const int64_t* positions,
+          const T* embedding, const float* cos, const float* sin, const int64_t* offsets, const int64_t* first,
+          const int32_t* tables, int64_t blocks, word* store, int64_t small, const float* gain, T* out, int64_t rows,
+          int64_t sequences, const int64_t* ends, int64_t draws, T* picked, T* logits, float* partition) {
     const Model& m = *reinterpret_cast<const Model*>(model);
     const Layer* layers = reinterpret_cast<const Layer*>(layers_);
-    int64_t shared_inner = 0;
+    int64_t shared_inner = 0, half = m.head_width / 2;
     for (int64_t i = 0; i < m.layers; i++) shared_inner = std::max(shared_inner, layers[i].shared_inner);
     thread_local std::vector<char> memory;
     Activations<T> a(memory, m, rows, shared_inner);
     in_crew(threads, [&] {
-        Step<T> pass{threads, m, cos, sin, offsets, first, blocks, rows, sequences, store, a};
-        embed(ids, embedding, float(m.embedding_scale), a.h, rows, m.width);
+        {
+            Together independent;
+            embed(ids, embedding, float(m.embedding_scale), a.h, rows, m.width);
+            take_rows<float>(threads, cos, positions, a.cos, rows, half);
+            take_rows<float>(threads, sin, positions, a.sin, rows, half);
+        }
+        Step<T> pass{threads, m, offsets, first, blocks, rows, sequences, small, store, a};
         for (int64_t i = 0; i < m.layers; i++) pass.layer(layers[i], tables + i * sequences * blocks);
         norm<T>(threads, a.h, gain, float(m.eps), nullptr, nullptr, 1, 1, out, rows, m.width);
+        if (!draws) return;
+        take_rows<T>(threads, out, ends, picked, draws, m.width);
+        linear_packed<T>(threads, picked, m.head, logits, draws, m.width, m.vocab);
+        log_partition<T>(threads, logits, partition, draws, m.vocab);
     });
 }

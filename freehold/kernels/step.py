@@ -1,6 +1,7 @@
 """The forward pass of answering as one call, for weights packed once; the bits are those of kernel after kernel.
 
-No gradients. Shapes: N tokens, S sequences, L layers, d hidden width, D head width.
+No gradients. Shapes: N tokens, S sequences, B rows to draw for, L layers, d hidden width, D head width, V vocabulary,
+P positions.
 """
 
 from __future__ import annotations
@@ -55,10 +56,39 @@ class Sizes(NamedTuple):
     experts: int
     chosen: int
     inner: int
+    vocab: int
+    head: Tensor
+    """Packed"""
     embedding_scale: float
     route_scale: float
     eps: float
     attention_scale: float
+
+
+class Batch(NamedTuple):
+    """The new tokens of S sequences, one sequence after the other; the rest as in `packed.attention`."""
+
+    ids: Tensor
+    """int64 [N]"""
+    positions: Tensor
+    """int64 [N]"""
+    offsets: Tensor
+    first: Tensor
+    tables: Tensor
+    """int32 [L, S, blocks]"""
+    ends: Tensor
+    """int64 [B]: the rows whose next token is drawn"""
+
+
+class Result(NamedTuple):
+    """What one pass found."""
+
+    hidden: Tensor
+    """[N, d]: what the head is applied to"""
+    logits: Tensor
+    """[B, V]"""
+    partition: Tensor
+    """fp32 [B]: log(sum(exp(logits)))"""
 
 
 class Plan:
@@ -66,21 +96,21 @@ class Plan:
 
     def __init__(self, sizes: Sizes, layers: Sequence[LayerWeights], embedding: Tensor, gain: Tensor) -> None:
         self.sizes, self.layers, self.embedding, self.gain = sizes, layers, embedding, gain
-        # Eight integers and four doubles, then a row of addresses for each layer: as C++ reads them.
-        self._sizes = torch.frombuffer(bytearray(struct.pack("8q4d", *sizes)), dtype=torch.int64)
+        numbers = [value.data_ptr() if isinstance(value, Tensor) else value for value in sizes]
+        # Ten integers and four doubles, then a row of addresses for each layer: as C++ reads them.
+        self._sizes = torch.frombuffer(bytearray(struct.pack("10q4d", *numbers)), dtype=torch.int64)
         rows = [[w.data_ptr() if isinstance(w, Tensor) else int(w or 0) for w in layer] for layer in layers]
         self._layers = torch.tensor(rows, dtype=torch.int64)
 
-    def run(
-        self, ids: Tensor, cos: Tensor, sin: Tensor, offsets: Tensor, first: Tensor, tables: Tensor, store: Tensor
-    ) -> Tensor:
-        """Return what the head is applied to, [N, d], for ids int64 [N] with angles cos and sin fp32 [N, D/2].
-
-        The tokens are those of S sequences, `tables` int32 [L, S, blocks]; the rest as in `packed.attention`.
-        """
-        out = self.embedding.new_empty(len(ids), self.sizes.width)
+    def run(self, batch: Batch, cos: Tensor, sin: Tensor, store: Tensor, small: bool) -> Result:
+        """Read a batch; cos and sin fp32 [P, D/2] are the angles of positions, `store` holds pages, small ones of 8 bits."""
+        sizes, rows, draws = self.sizes, len(batch.ids), len(batch.ends)
+        new = self.embedding.new_empty
+        out, picked, logits = new(rows, sizes.width), new(draws, sizes.width), new(draws, sizes.vocab)
+        partition = new(draws, dtype=torch.float32)
         call(
-            "step", out, self._sizes, self._layers, ids, self.embedding, cos, sin, offsets, first, tables,
-            tables.shape[2], store, self.gain, out, len(ids), len(first),
+            "step", out, self._sizes, self._layers, batch.ids, batch.positions, self.embedding, cos, sin, batch.offsets,
+            batch.first, batch.tables, batch.tables.shape[2], store, small, self.gain, out, rows, len(batch.first),
+            batch.ends, draws, picked, logits, partition,
         )  # fmt: skip
-        return out
+        return Result(out, logits, partition)
