@@ -103,7 +103,7 @@ class Plan:
         self._layers = torch.tensor(rows, dtype=torch.int64)
 
     def run(self, batch: Batch, cos: Tensor, sin: Tensor, store: Tensor, small: bool) -> Result:
-        """Read a batch; cos and sin fp32 [P, D/2] are the angles of positions, `store` holds pages, small ones of 8 bits."""
+        """Read a batch; cos and sin fp32 [P, D/2] are angles, `store` holds the pages; small: with 8 bits a value."""
         sizes, rows, draws = self.sizes, len(batch.ids), len(batch.ends)
         new = self.embedding.new_empty
         out, picked, logits = new(rows, sizes.width), new(draws, sizes.width), new(draws, sizes.vocab)
