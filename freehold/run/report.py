@@ -15,6 +15,7 @@ from freehold.core.log import printable, read_metrics
 from freehold.core.machine import program
 from freehold.core.table import Table
 from freehold.run.layout import ALIGN, EXPORT, NAMED, PRETRAIN, TOKENIZE, TRAINER_FACTS, WALK, RunFolder, training
+from freehold.run.questions import five
 from freehold.stages.evaluate.table import tables as evaluation_tables
 
 MOST_SITES = 30
@@ -74,7 +75,8 @@ def summary(run_folder: Path, width: int = 118) -> str:
 
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=False)
-    for table in tables(run_folder):
+    asked = five(run_folder)
+    for table in [*tables(run_folder), *([asked] if asked else [])]:
         shown = RichTable(title=Text(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for index, name in enumerate(table.header):
             left = index in table.left
@@ -126,6 +128,7 @@ def tables(run_folder: Path, *, of_metrics: bool = True) -> list[Table]:
     results = _read_json(run.evaluation)
     if results:
         found += evaluation_tables(results)
+    found += [Table(**table) for table in _read_json(run.audits).get("tables", [])]
     found += [
         *([_balance(run_folder)] if of_metrics else []),
         _parity(run_folder),

@@ -12,8 +12,8 @@ from freehold.conversations.invariants import keeps_id_0, packs_unchanged, viola
 from freehold.core.log import Log
 from freehold.core.marks import IGNORE
 from freehold.data.packing import Example, conversation_batch
+from freehold.stages.align.config import SftConfig
 from freehold.stages.align.learned import examples_of
-from freehold.stages.align.rl_config import LearnConfig
 from freehold.tokenizer.bpe import train
 from freehold.tokenizer.chat import render_ids
 
@@ -101,7 +101,7 @@ def test_id_0_is_a_target():
 
 def learned(tokenizer, **changes):
     found = []
-    for messages in examples_of(TALK, LearnConfig(**changes)):
+    for messages in examples_of(TALK, SftConfig(**changes)):
         ids, mask = rendered(tokenizer, messages)
         text = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m], skip_specials=True)
         found.append((text, tokenizer.decode(ids).count("<think>")))
@@ -109,12 +109,12 @@ def learned(tokenizer, **changes):
 
 
 def test_all_turns_are_learned_unless_asked_otherwise(tokenizer):
-    assert examples_of(TALK, LearnConfig()) == [TALK]
+    assert examples_of(TALK, SftConfig()) == [TALK]
     assert learned(tokenizer, turns="last") == [("Two, again.", 2)]
     ((text, _),) = learned(tokenizer, calls=False)
     assert "add" not in text
     assert "Two." in text
-    assert examples_of([{**TALK[5], "train": False}], LearnConfig()) == []
+    assert examples_of([{**TALK[5], "train": False}], SftConfig()) == []
 
 
 def test_reasoning_is_kept_dropped_or_of_the_last_turn(tokenizer):

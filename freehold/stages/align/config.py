@@ -10,7 +10,7 @@ from freehold.core.config import Config
 from freehold.data.config import BatchConfig
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig, check_names
 from freehold.parallel.config import ParallelConfig, check_divisible
-from freehold.stages.align.rl_config import DistillConfig, LearnConfig, PracticeConfig, RewardConfig, RlConfig
+from freehold.stages.align.rl_config import DistillConfig, PracticeConfig, RewardConfig, RlConfig
 from freehold.trainer.config import TrainerConfig, check_guards
 
 
@@ -30,6 +30,19 @@ class PreferenceConfig(Config):
     )
 
 
+class SftConfig(Config):
+    """What a phase of kind sft learns from its conversations."""
+
+    sources: tuple[str, ...] = Field((), description="sources whose conversations are learned; empty: all of them")
+    reasoning: Literal["keep", "last", "drop"] = Field(
+        "keep",
+        description="drop: learn the answers without the reasoning before them; keep: with it, where there is; last: "
+        "only that of the turn that is learned, so that a conversation becomes an example for each turn",
+    )
+    turns: Literal["all", "last"] = Field("all", description="all turns of the assistant, or the last one alone")
+    calls: bool = Field(True, description="whether turns that call tools are learned")
+
+
 class AlignPhaseConfig(PhaseConfig):
     """One phase of alignment: what it learns from, and how."""
 
@@ -42,7 +55,7 @@ class AlignPhaseConfig(PhaseConfig):
     practice: PracticeConfig = Field(
         default_factory=PracticeConfig, description="for kind sft: right answers to tasks, so that rl has some to find"
     )
-    learn: LearnConfig = Field(default_factory=LearnConfig, description="for kind sft: which words are learned")
+    sft: SftConfig = Field(default_factory=SftConfig, description="for kind sft")
     preference: PreferenceConfig = Field(default_factory=PreferenceConfig, description="for kind preference")
     reward: RewardConfig = Field(default_factory=RewardConfig, description="for kind reward")
     rl: RlConfig = Field(default_factory=RlConfig, description="for kind rl, and for distill on policy")
@@ -68,11 +81,11 @@ class AlignPhaseConfig(PhaseConfig):
     def settings(self) -> tuple[Config, ...]:
         """Return what makes two phases of one kind different jobs."""
         own: dict[str, tuple[Config, ...]] = {
-            "sft": (self.practice, self.learn),
+            "sft": (self.sft, self.practice),
             "preference": (self.preference,),
             "reward": (self.reward,),
             "rl": (self.rl,),
-            "distill": (self.distill, self.rl, self.learn, self.practice),
+            "distill": (self.distill, self.rl, self.sft, self.practice),
         }
         return own[self.kind]
 

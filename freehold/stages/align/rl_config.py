@@ -82,18 +82,6 @@ class RlConfig(Config):
         return usual[0] if self.low is None else self.low, usual[1] if self.high is None else self.high
 
 
-class LearnConfig(Config):
-    """Which words of a conversation are learned, next to what `train: false` in a message says."""
-
-    turns: Literal["all", "last"] = Field("all", description="all turns of the assistant, or the last one alone")
-    reasoning: Literal["keep", "last", "drop"] = Field(
-        "keep",
-        description="keep: reasoning of all turns; last: only of the turn that is learned, earlier reasoning is "
-        "removed, so that a conversation becomes an example for each turn; drop: none",
-    )
-    calls: bool = Field(True, description="whether turns that call tools are learned")
-
-
 class PracticeConfig(Config):
     """Right answers to tasks of environments, next to the conversations of a fine-tuning phase."""
 

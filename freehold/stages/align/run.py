@@ -187,7 +187,7 @@ def conversations(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, op
     replayed = round(config.replay * config.batch.sequences)
     phase = next(iter(config.phases.values()))
     practice = learn_rl.practice(phase.practice, work, tokenizer)
-    examples, assistant_tokens = render_examples(work, tokenizer, practice, phase.learn)
+    examples, assistant_tokens = render_examples(work, tokenizer, practice, phase.sft)
     order = ConversationOrder(
         examples,
         context_tokens=config.batch.context_tokens,
