@@ -28,7 +28,7 @@ from freehold.data.rollouts import (
     with_values,
 )
 from freehold.environments.audit import guarded
-from freehold.environments.protocol import Environment, Split, Task
+from freehold.environments.protocol import Environment, Split, Task, traced
 from freehold.losses.targets import token_logprobs
 from freehold.model.afmoe import Afmoe
 from freehold.stages.align.episodes import EnginePolicy, Episode, Player, seed_of
@@ -137,10 +137,11 @@ class RolloutOrder:
         if known is not None and known == self._batch(step):
             rollouts = [one for one in self.ledger.read(known)[0] if one.step == step and one.why == TRAINED]
             return [
-                Piece(one.document or one.task, one.source or one.environment, one.drawn_tokens) for one in rollouts
+                Piece(traced(one.document, one.task, one.licence), one.source or one.environment, one.drawn_tokens)
+                for one in rollouts
             ]
         planned = (self.tasks.task("train", number) for number in self._numbers(self._batch(step), 0))
-        return [Piece(task.document or task.id, task.source or env.name, 0) for env, task in planned]
+        return [Piece(task.traced, task.source or env.name, 0) for env, task in planned]
 
     # -- drawing ------------------------------------------------------------------------------------------------
 
