@@ -193,7 +193,9 @@ def sections(
     request: Request, given: dict[str, Any], parent: Path, settings: dict[str, Any], drawn: list[Drawn], folder: Path
 ) -> dict[str, Any]:
     """Return the stages of the new recipe: new and replayed sources, the old tokenizer and shape, a branch."""
-    gather = dict(given.get(GATHER) or {})
+    # What the run's policy let in may be replayed under it; the new recipe may be stricter.
+    policy = resolved(request.run, GATHER).get("policy")
+    gather = ({"policy": policy} if policy else {}) | dict(given.get(GATHER) or {})
     new = list(gather.get("sources") or {})
     if not new:
         raise ConfigError("the recipe names no new source", where=request.recipe, expected="gather.sources")
