@@ -153,6 +153,14 @@ def linear_backward(dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return dx, dw
 
 
+@operator("linear_input(Tensor dy, Tensor x, Tensor w) -> Tensor", lambda dy, x, w: torch.empty_like(x))
+def linear_input(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """Return the gradient of x alone."""
+    dy, dx = dy.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    call("linear_input_gradient", x, dy, w, dx, rows_of(x), w.shape[1], w.shape[0])
+    return dx
+
+
 def _experts_shapes(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(len(x), gate_up.shape[1])
 
@@ -205,23 +213,24 @@ def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Ten
 
 
 @operator(
-    "feed_forward_backward(Tensor dy, Tensor x, Tensor both, Tensor gate, Tensor up, Tensor down) "
+    "feed_forward_backward(Tensor dy, Tensor x, Tensor both, Tensor gate, Tensor up, Tensor down, bool weights) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    lambda dy, x, both, gate, up, down: (
+    lambda dy, x, both, gate, up, down, weights: (
         torch.empty_like(x), torch.empty_like(gate), torch.empty_like(up), torch.empty_like(down)
     ),
 )  # fmt: skip
 def feed_forward_backward(
-    dy: Tensor, x: Tensor, both: Tensor, gate: Tensor, up: Tensor, down: Tensor
+    dy: Tensor, x: Tensor, both: Tensor, gate: Tensor, up: Tensor, down: Tensor, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, gate, up and down."""
+    """Return the gradients of x, gate, up and down (the latter three empty unless `weights`)."""
     dy, x = dy.contiguous(), x.contiguous()
-    dx, dgate, dup, ddown = (torch.empty_like(t) for t in (x, gate, up, down))
+    dx = torch.empty_like(x)
+    dgate, dup, ddown = (torch.empty_like(t) if weights else t.new_empty(0) for t in (gate, up, down))
     inner, width = gate.shape
     product, dboth = x.new_empty(rows_of(x), inner), torch.empty_like(both)
     call(
         "swiglu_backward", x, dy, x, both, torch.tensor([rows_of(x)]), 1, gate, up, 0, down,
-        product, dboth, dx, dgate, dup, ddown, width, inner,
+        product, dboth, dx, *((dgate, dup, ddown) if weights else (None, None, None)), width, inner,
     )  # fmt: skip
     return dx, dgate, dup, ddown
 
@@ -443,7 +452,14 @@ def gradient(name: str, keep: Any, backward: Any) -> None:
     torch.library.register_autograd(f"freehold::{name}", backward, setup_context=setup_context, lib=_ops)
 
 
-gradient("linear", lambda i, o: i, lambda ctx, dy: linear_backward(dy, *ctx.saved_tensors))
+def _linear_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    # A frozen weight costs no weight gradient: half of the backward pass.
+    if ctx.needs_input_grad[1]:
+        return linear_backward(dy, *ctx.saved_tensors)
+    return linear_input(dy, *ctx.saved_tensors), None
+
+
+gradient("linear", lambda i, o: i, _linear_gradients)
 
 
 def _experts_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -454,11 +470,15 @@ def _experts_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, 
 
 
 gradient("experts", lambda i, o: (i[0], o[1], *i[1:]), _experts_gradients)
-gradient(
-    "feed_forward",
-    lambda i, o: (i[0], o[1], *i[1:]),
-    lambda ctx, dy, _: feed_forward_backward(dy, *ctx.saved_tensors),
-)
+
+
+def _feed_forward_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    weights = any(ctx.needs_input_grad[1:])
+    found = feed_forward_backward(dy, *ctx.saved_tensors, weights)
+    return found if weights else (found[0], None, None, None)
+
+
+gradient("feed_forward", lambda i, o: (i[0], o[1], *i[1:]), _feed_forward_gradients)
 gradient(
     "gather",
     lambda i, o: (i[2],),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,6 +72,10 @@ class Stage:
     loss: Loss | None = None
     """None: cross-entropy."""
     validate: Callable[[World], Callable[[Afmoe], dict[str, float]] | None] = lambda _: None
+    build: Callable[[], Afmoe] | None = None
+    """See `Job.build`."""
+    watch: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None
+    """See `Job.watch`."""
 
 
 def train_stage(stage: Stage, config: StageConfig, work: Workspace) -> dict[str, Any]:
@@ -113,4 +117,6 @@ def job_of(stage: Stage, config: StageConfig, work: Workspace) -> Job:
         facts={"seed": work.seed, "context_tokens": config.batch.context_tokens, **stage.facts},
         documents_of=work.documents_of_step,
         loss=stage.loss,
+        build=stage.build,
+        watch=stage.watch,
     )
