@@ -186,6 +186,18 @@ def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, state
 
 
+def stream(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a folder in HF form under our names, one stack of experts in memory at a time.
+
+    CheckpointError names a tensor that is missing or misshapen.
+    """
+    with _opened(folder) as where:
+        for entry in key_table(config):
+            if missing := [name for name in entry.theirs if name not in where]:
+                raise CheckpointError("a tensor is missing", where=folder, found=missing[0])
+            yield entry.ours, entry.from_disk({name: where[name].get_tensor(name) for name in entry.theirs})
+
+
 def check_hf(folder: Path) -> ModelConfig:
     """Return the shape of a folder in HF form, whose tensors have the right names and shapes; reads none of them."""
     data = read_json(folder / "config.json", CheckpointError, None)

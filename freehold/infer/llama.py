@@ -28,12 +28,19 @@ class Llama:
     """A GGUF file opened by llama.cpp; `close`, or the end of a `with`, ends the process.
 
     `context_tokens` 0 = the model's. `exact`: fp32 cache, no flash attention, no GPU, the arithmetic a proof
-    compares. `log`: the file that keeps what llama.cpp says. ArtifactError, with the end of what it said, when the
-    package is missing, the file cannot be opened, or the process has died.
+    compares. `log`: the file that keeps what llama.cpp says. `adapter`: a GGUF adapter to apply. ArtifactError, with
+    the end of what it said, when the package is missing, the file cannot be opened, or the process has died.
     """
 
     def __init__(
-        self, path: Path, context_tokens: int, *, threads: int = 1, exact: bool = False, log: Path | None = None
+        self,
+        path: Path,
+        context_tokens: int,
+        *,
+        threads: int = 1,
+        exact: bool = False,
+        log: Path | None = None,
+        adapter: Path | None = None,
     ) -> None:
         if not path.is_file():
             raise ArtifactError("no such file", where=path, expected="a .gguf file")
@@ -47,6 +54,7 @@ class Llama:
         # A file, not a pipe: a pipe that no one reads would stop llama.cpp when it is full.
         self._log = tempfile.TemporaryFile() if log is None else log.open("w+b")  # noqa: SIM115  (`close` closes it)
         options = {"path": str(path), "context_tokens": context_tokens, "threads": threads, "exact": exact}
+        options |= {"adapter": "" if adapter is None else str(adapter)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, json.dumps(options)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
@@ -122,7 +130,7 @@ class Llama:
         return ArtifactError(what, where=self.path, found="\n            ".join([str(found), *errors[-LOG_LINES:]]))
 
 
-def _serve(path: str, context_tokens: int, threads: int, exact: bool) -> None:
+def _serve(path: str, context_tokens: int, threads: int, exact: bool, adapter: str = "") -> None:
     """Open the file, print the server's address, and stay until standard input closes."""
     ours = os.dup(1)
     os.dup2(2, 1)  # whatever llama.cpp prints goes to the log
@@ -140,6 +148,10 @@ def _serve(path: str, context_tokens: int, threads: int, exact: bool) -> None:
         parameters.n_gpu_layers, parameters.fit_params = 0, False
     else:
         parameters.verbosity = 1  # errors only: a server's log must not grow with its requests
+    if adapter:
+        lora = xllamacpp.CommonAdapterLoraInfo()
+        lora.path, lora.scale = adapter, 1.0
+        parameters.lora_adapters = [lora]
     server = xllamacpp.Server(parameters)
     os.write(ours, (server.listening_address + "\n").encode())
     sys.stdin.read()

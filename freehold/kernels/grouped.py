@@ -154,17 +154,14 @@ def product(x: Tensor, counts: Tensor, w: Weights, u: Tensor | None = None, b: T
     return y
 
 
-def input_gradient(
-    dy: Tensor, counts: Tensor, w: Weights, du: Tensor | None = None, a: Tensor | None = None
-) -> Tensor:
+def input_gradient(dy: Tensor, counts: Tensor, w: Weights, du: Tensor | None = None, a: Tensor | None = None) -> Tensor:
     """Return dy W + du A [R, n]: dy [R, m], du [R, r] and a [G, r, n] or neither."""
     dy = dy.contiguous()
     dx = dy.new_empty(len(dy), w.ins)
     if _native(dy, w):
         rank = 0 if a is None else a.shape[1]
-        call(
-            "grouped_input_gradient", dy, dy, counts, len(counts), w.share, w.data, w.form, du, a, rank, dx, w.ins, w.outs
-        )  # fmt: skip
+        stack = w.share, w.data, w.form
+        call("grouped_input_gradient", dy, dy, counts, len(counts), *stack, du, a, rank, dx, w.ins, w.outs)
         return dx
     for group, rows in _runs(counts):
         torch.mm(dy[rows], w.matrix(group // w.share, dy.dtype), out=dx[rows])
@@ -188,7 +185,7 @@ def weight_gradient(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
 
 
 def silu(both: Tensor) -> Tensor:
-    """Return silu(gate) * up for both = gate | up: [R, 2i] -> [R, i]."""
+    """Multiply up by silu of gate, for both = gate | up: [R, 2i] -> [R, i]."""
     both = both.contiguous()
     gate, up = both.chunk(2, dim=-1)
     if not cpu.available(both, gate.shape[-1]):

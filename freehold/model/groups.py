@@ -35,11 +35,11 @@ FULL_ONLY = ("embedding", "head", "norms", "bias")
 
 def group_of(name: str) -> str:
     """Return the group of a parameter or buffer, with or without factors (`...q_proj.factors.a`)."""
-    name = name.partition(".factors")[0].removesuffix(".weight")
-    for last, group in (("gate_up_proj", "experts.gate_up"), ("down_proj", "experts.down")):
-        if name.endswith((f"experts.{last}", f"experts.factors_{last}.a", f"experts.factors_{last}.b")):
-            if ".shared_experts." not in name:
-                return group
+    stem, _, rest = name.partition(".mlp.experts.")
+    for group, stack in STACKS.items():
+        if stack in rest:
+            return group
+    name = stem.partition(".factors")[0].removesuffix(".weight")
     for group, module in LINEAR.items():
         if name.endswith(f".{module}"):
             return group

@@ -73,7 +73,6 @@ class Router(nn.Module):
         weights, chosen = ops.choose(logits, bias, self.top_k, self.route_scale)  # [N, k]
         return logits, weights, chosen
 
-
     def _logits(self, x: Tensor) -> Tensor:
         logits = ops.router_logits(x, self.gate.weight, self.gate.pack)  # [N, E]
         factors = self.gate.factors
@@ -109,11 +108,10 @@ class Experts(nn.Module):
         if self.gate_up_blocks is not None and self.down_blocks is not None:
             return lora.experts(x, counts, self.gate_up_blocks, self.down_blocks, *factors)
         if any(each is not None for each in factors):
-            packs = self.packs or (None, None)
-            weights = (packed_weights(w, pack) for w, pack in zip(self.local_weights(), packs, strict=True))
-            return lora.experts(x, counts, *weights, *factors)
+            stacks, packs = self.local_weights(), self.packs or (None, None)
+            gate_up, down = packed_weights(stacks[0], packs[0]), packed_weights(stacks[1], packs[1])
+            return lora.experts(x, counts, gate_up, down, *factors)
         return ops.grouped_swiglu(x, counts, *self.local_weights(), self.packs)
-
 
     @torch.no_grad()
     def quantize(self, kind: str) -> None:

@@ -25,7 +25,7 @@ from freehold.ledger.policy import (
 )
 from freehold.run.ancestry import MadeBy, Record, Rows, ancestors, learned_rows, own_origins, records_for, sum_rows
 from freehold.run.checkpoints import read_checkpoints
-from freehold.run.layout import CURATE, PRETRAIN, REPHRASE, WALK, RunFolder
+from freehold.run.layout import ADAPT, CURATE, PRETRAIN, REPHRASE, WALK, RunFolder
 from freehold.run.tables import Tables, readable
 
 
@@ -130,10 +130,12 @@ def before_stage(
     """
     gate = WALK[stage].gate
     run = RunFolder(run_folder)
-    if stage in (PRETRAIN, REPHRASE):
+    if stage in (PRETRAIN, REPHRASE, ADAPT):
         hold("the run by its parent or teacher", inherited(records_for(run, stage, config), policy, rewritten))
     if not gate or not run.finished(CURATE):
         return
+    if gate == "mixture" and config.get("data") == "conversations":
+        gate = "alignment set"
     if gate == "mixture":
         weights = [phase.get("mixture") or {} for phase in config.get("phases", {}).values()]
         # A phase without a mixture reads every source.
