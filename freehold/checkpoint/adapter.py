@@ -21,10 +21,11 @@ from torch import Tensor
 
 from freehold.core.artifact import read_json, write_json
 from freehold.core.errors import CheckpointError
+from freehold.model.adapted import attached, shape_of, sites
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.model.groups import LINEAR, group_of
-from freehold.model.lora import Factors, attached, shape_of, sites
+from freehold.model.lora import Factors
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "freehold_adapter.json"
 PREFIX = "base_model.model."

@@ -7,24 +7,24 @@ import torch
 from freehold.core.errors import ConfigError
 from freehold.kernels import grouped
 from freehold.kernels.grouped import Weights
-from freehold.model import lora
+from freehold.model import adapted, lora
 from freehold.model.afmoe import Afmoe
 from freehold.model.groups import ADAPTABLE, group_of, select
 
 IDS = torch.randint(32, 96, (1, 12), generator=torch.Generator().manual_seed(0))
 
 
-def adapted(dtype: torch.dtype = torch.float32, rank: int = 4) -> tuple[Afmoe, torch.Tensor]:
+def with_factors(dtype: torch.dtype = torch.float32, rank: int = 4) -> tuple[Afmoe, torch.Tensor]:
     """Return a model with factors of zeros on every group, and what the base answers."""
     model = tiny.disturb(Afmoe(tiny.hard("sliding full", moe_intermediate_size=32))).to_compute(dtype)
     base = model(IDS).detach()
-    lora.attach(model, dict.fromkeys(ADAPTABLE, rank), 32, torch.Generator().manual_seed(0))
+    adapted.attach(model, dict.fromkeys(ADAPTABLE, rank), 32, torch.Generator().manual_seed(0))
     return model.to_compute(dtype), base
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_factors_change_no_bit(dtype):
-    model, base = adapted(dtype)
+    model, base = with_factors(dtype)
     assert torch.equal(model(IDS), base)
     with torch.no_grad():
         assert torch.equal(model(IDS), base)
@@ -32,17 +32,17 @@ def test_zero_factors_change_no_bit(dtype):
 
 
 def test_disabled_factors_are_the_base():
-    model, base = adapted()
-    for factors in lora.attached(model).values():
+    model, base = with_factors()
+    for factors in adapted.attached(model).values():
         torch.nn.init.normal_(factors.b, std=0.1)
     assert not torch.allclose(model(IDS), base, atol=1e-3)
-    with lora.disabled(model):
+    with adapted.disabled(model):
         assert torch.equal(model(IDS), base)
 
 
 def test_only_the_planted_group_changes_the_answer():
-    model, base = adapted()
-    factors = lora.attached(model)
+    model, base = with_factors()
+    factors = adapted.attached(model)
     assert {group_of(name) for name in factors} == set(ADAPTABLE)
     for group in ADAPTABLE:
         planted = [each for name, each in factors.items() if group_of(name) == group]
@@ -94,14 +94,14 @@ def test_blocks_unpack_the_same_with_and_without_kernels(kind, most):
 def test_quantized_experts_train_without_their_numbers():
     model = tiny.disturb(Afmoe(tiny.hard("sliding full", moe_intermediate_size=32)))
     numbers = {n: layer.experts.gate_up_proj.detach().clone() for n, layer in model.moe_layers().items()}
-    lora.quantize_experts(model, "Q4_0")
+    adapted.quantize_experts(model, "Q4_0")
     assert not any("experts.gate_up_proj" in name for name, _ in model.named_parameters())
     base = model(IDS).detach()
-    lora.attach(model, {"experts.gate_up": 2, "experts.down": 2}, 32, torch.Generator().manual_seed(0))
+    adapted.attach(model, {"experts.gate_up": 2, "experts.down": 2}, 32, torch.Generator().manual_seed(0))
     answer = model(IDS)
     assert torch.equal(answer, base)
     answer.square().sum().backward()
-    assert all(f.b.grad.abs().sum() > 0 for f in lora.attached(model).values())
+    assert all(f.b.grad.abs().sum() > 0 for f in adapted.attached(model).values())
     layer, blocks = next((n, layer.experts.gate_up_blocks) for n, layer in model.moe_layers().items())
     assert (grouped.unpack(blocks, torch.float32) - numbers[layer]).norm() < 0.1 * numbers[layer].norm()
 
@@ -118,10 +118,10 @@ def test_group_that_matches_nothing_is_refused():
 def test_rank_larger_than_the_matrix_is_refused():
     model = Afmoe(tiny.config())
     with pytest.raises(ConfigError, match="rank is larger"):
-        lora.attach(model, {"attention.k": 9}, 32, torch.Generator())
+        adapted.attach(model, {"attention.k": 9}, 32, torch.Generator())
 
 
 def test_group_that_the_model_lacks_is_refused():
     model = Afmoe(tiny.config(num_dense_layers=0))
     with pytest.raises(ConfigError, match="no matrix of this group"):
-        lora.attach(model, {"dense.up": 2}, 32, torch.Generator())
+        adapted.attach(model, {"dense.up": 2}, 32, torch.Generator())

@@ -11,7 +11,7 @@ from torch import Tensor
 from freehold.checkpoint import base as frozen
 from freehold.core.artifact import Workspace
 from freehold.core.table import Table
-from freehold.model import lora
+from freehold.model import adapted
 from freehold.model.afmoe import Afmoe
 from freehold.model.moe import MoE, Routing
 from freehold.stages.adapt.config import AdaptConfig
@@ -45,11 +45,11 @@ def measure(
     pictures: dict[str, str] = {}
 
     def run_base(ids: Tensor, documents: Tensor) -> list[Routing]:
-        with lora.disabled(model):
+        with adapted.disabled(model):
             return routings_of(start)(ids, documents)
 
     def bits_of_base(sources: Mapping[str, HeldOut]) -> float:
-        with lora.disabled(model):
+        with adapted.disabled(model):
             return bits_per_byte(start, sources)["val/bpb"]
 
     for name, sources in (("old", old), ("new", new)):

@@ -20,7 +20,7 @@ from freehold.checkpoint import base as frozen
 from freehold.checkpoint import hf
 from freehold.core.artifact import package_versions
 from freehold.infer.llama import Llama
-from freehold.model import lora
+from freehold.model import adapted
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 
@@ -182,7 +182,7 @@ def check_layout(folder: Path, config: ModelConfig) -> dict[str, Any]:
     found = adapters.read(folder, config)
     with torch.device("meta"):
         model = Afmoe(config)
-    places = {name: lora.shape_of(module, attribute) for _, name, module, attribute in lora.sites(model)}
+    places = {name: adapted.shape_of(module, attribute) for _, name, module, attribute in adapted.sites(model)}
     for name, pair in found.pairs.items():
         stacks, outs, ins = places[name]
         if pair.a.shape != (stacks, pair.rank, ins) or pair.b.shape != (stacks, outs, pair.rank):

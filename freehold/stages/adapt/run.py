@@ -27,6 +27,7 @@ from freehold.core.machine import check_memory_fits
 from freehold.data.exposure import ROW_BYTES
 from freehold.data.shards import ShardSet
 from freehold.losses.cross_entropy import CrossEntropy
+from freehold.model import adapted
 from freehold.model.afmoe import Afmoe
 from freehold.optim.schedule import Schedule
 from freehold.stages.adapt import coverage, gguf, measure, proof, rows
@@ -163,7 +164,7 @@ def _factors(one: _Run) -> Adapter:
         raise CheckpointError("the last step has no checkpoint", where=one.work.folder / "checkpoints")
     masters = dcp.load(last, ["model"], verify=False)["model"]
     pairs = {}
-    for name, factors in adapters.attached(one.done.model).items():
+    for name, factors in adapted.attached(one.done.model).items():
         stem, _, last_name = name.rpartition(".")
         key = f"{stem}.factors_{last_name}" if stem.endswith(".experts") else f"{name}.factors"
         pairs[name] = Pair(masters[f"{key}.a"], masters[f"{key}.b"], factors.scale)

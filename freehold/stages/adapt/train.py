@@ -13,7 +13,7 @@ from freehold.checkpoint import base as frozen
 from freehold.core.errors import CheckpointError
 from freehold.losses.cross_entropy import CrossEntropy
 from freehold.losses.protocol import LossSums, Scale
-from freehold.model import lora
+from freehold.model import adapted
 from freehold.model.afmoe import Afmoe
 from freehold.stages.adapt.config import AdaptConfig
 from freehold.stages.adapt.source import Base
@@ -48,7 +48,7 @@ def build(config: AdaptConfig, base: Base, seed: int, mass: Callable[[Afmoe], Ma
         model.requires_grad_(True)
     else:
         ranks = config.ranks(base.config.num_experts_per_tok)
-        lora.attach(model, ranks, config.alpha, torch.Generator().manual_seed(seed))
+        adapted.attach(model, ranks, config.alpha, torch.Generator().manual_seed(seed))
         _mask_experts(model, built.chosen)
     for layer in model.moe_layers().values():
         gate = layer.router.gate.weight
@@ -62,7 +62,7 @@ def build(config: AdaptConfig, base: Base, seed: int, mass: Callable[[Afmoe], Ma
 
 def _mask_experts(model: Afmoe, chosen: Mapping[str, list[int]]) -> None:
     """Give the factors of experts that were not chosen no gradient: they stay zero."""
-    for name, factors in lora.attached(model).items():
+    for name, factors in adapted.attached(model).items():
         layer = name.partition(".experts")[0]
         if ".experts." in name and layer in chosen:
             mask = torch.zeros(len(factors.a), 1, 1)
@@ -143,7 +143,7 @@ class HeldRouting:
     def _base(self, ids: Tensor, documents: Tensor) -> list[Tensor]:
         assert self.model is not None
         seen: list[Any] = []
-        with lora.disabled(self.model):
+        with adapted.disabled(self.model):
             self.model.hidden(ids, document_ids=documents, routings=seen)
         return [routing.logits for routing in seen]
 
