@@ -15,7 +15,7 @@ from freehold.cli.importing import import_, import_arguments
 from freehold.cli.parser import recipe_arguments, verb, walk_flags
 from freehold.core.errors import ConfigError
 from freehold.run import layout
-from freehold.run.layout import ALIGN, CHAT, EXPORT, IMPORT, PRETRAIN, PUBLISHED, REPHRASE, SERVE, WALK
+from freehold.run.layout import ALIGN, CHAT, EXPORT, IMPORT, PRETRAIN, PUBLISHED, RELEASE, REPHRASE, SERVE, WALK
 
 TAUGHT = {
     REPHRASE: """in the recipe, a teacher and what it is asked for:
@@ -40,8 +40,8 @@ def add_verbs(verbs: Any) -> None:
     """Add the verbs of this module to the parser."""
     recipe_arguments(verb(verbs, "run", "run a recipe's whole walk, redoing only what is missing or changed", _run))
     for stage in WALK.values():
-        if stage.name != SERVE:  # that verb serves any path, not only a run's
-            made = verb(verbs, stage.name, stage.summary, _stage, stage=stage.name)
+        if stage.name not in (RELEASE, SERVE):  # those verbs take other things than a recipe, too
+            made = verb(verbs, stage.name, stage.summary, make_stage, stage=stage.name)
             recipe_arguments(made)
             made.epilog, made.formatter_class = TAUGHT.get(stage.name), argparse.RawDescriptionHelpFormatter
             if stage.name == ALIGN:
@@ -138,7 +138,8 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _stage(args: argparse.Namespace) -> int:
+def make_stage(args: argparse.Namespace) -> int:
+    """Make one stage of a recipe, or do what its verb does with other things."""
     if getattr(args, "check", None):
         return check(args)
     if is_folder_export(args):
@@ -180,7 +181,7 @@ def _show_plan(recipe: Any, stages: list[str], as_json: bool, strict_code: bool 
 def _serve(args: argparse.Namespace) -> int:
     if args.path.endswith((".yaml", ".yml")):
         args.recipe, args.stage = Path(args.path), SERVE
-        return _stage(args)
+        return make_stage(args)
     from freehold.core.config import fill, override
     from freehold.stages.serve.config import ServeConfig
 

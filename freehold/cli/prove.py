@@ -7,10 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from freehold.cli.parser import run_folder, verb
+from freehold.cli.make import make_stage
+from freehold.cli.parser import run_folder, verb, walk_flags
 from freehold.core.errors import ConfigError, ProofError
+from freehold.run.layout import RELEASE
 
 KEYS = Path("keys")
+RELEASE_KEY, LOG_KEY = RELEASE, "log"
 SEEN = Path.home() / ".local/state/freehold/verified.json" if Path.home().is_dir() else Path()
 
 
@@ -21,17 +24,15 @@ def add_verbs(verbs: Any) -> None:
 
 
 def _add_release(verbs: Any) -> None:
-    release = verb(
-        verbs, "release", "write a signed release of a run: model, cards, bill of materials, proofs", _release
-    )
-    release.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
+    release = verb(verbs, RELEASE, "write a signed release of a run: model, cards, bill of materials, proofs", _release)
+    release.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/), or a recipe")
+    release.add_argument("overrides", nargs="*", metavar="key=value", help="of a recipe; see `freehold schema release`")
     release.add_argument("--keys", type=Path, default=KEYS, help="folder of keys (default: keys/); see `freehold keys`")
     release.add_argument("--output", type=Path, help="folder to write (default: release/pack in the run folder)")
     release.add_argument("--name", default="", help="versioned name of the model (default: that of the export)")
     release.add_argument("--statements", type=Path, metavar="FILE", help="YAML of what no ledger can know")
     release.add_argument("--detached", action="store_true", help="only the hashes of the model's files, not the files")
-    release.add_argument("--dry-run", action="store_true", help="check run, rights and keys; write nothing")
-    release.add_argument("--json", action="store_true", help="machine-readable answer")
+    walk_flags(release)
 
 
 def _add_verify(verbs: Any) -> None:
@@ -68,7 +69,7 @@ def _add_keys(verbs: Any) -> None:
         "do_what", choices=["new", "show", "rotate", "revoke", "witness"], metavar="new|show|rotate|revoke|witness"
     )
     keys.add_argument("folder", nargs="?", type=Path, default=KEYS, help="folder of keys (default: keys/)")
-    keys.add_argument("--role", choices=["release", "log"], default="release", help="of the key to rotate")
+    keys.add_argument("--role", choices=[RELEASE_KEY, LOG_KEY], default=RELEASE_KEY, help="of the key to rotate")
     keys.add_argument("--name", default="", help="of the key to revoke, or of the witness to add")
     keys.add_argument("--public", type=Path, help="PEM file of the witness's public key")
     keys.add_argument("--json", action="store_true", help="machine-readable answer")
@@ -86,6 +87,9 @@ def _add_log(verbs: Any) -> None:
 
 
 def _release(args: argparse.Namespace) -> int:
+    if args.run is not None and args.run.suffix in (".yaml", ".yml"):
+        args.recipe, args.stage = args.run, RELEASE
+        return make_stage(args)
     from freehold.proof import folder
     from freehold.run import card, release
     from freehold.run.layout import RunFolder
@@ -99,7 +103,7 @@ def _release(args: argparse.Namespace) -> int:
         _answer(args, say)
         return 0
     digest = release.build(contents, keys, output)
-    answer = {"release": str(output), "name": contents.name, "files_sha256": digest, "root": keys.root_fingerprint}
+    answer = {RELEASE: str(output), "name": contents.name, "files_sha256": digest, "root": keys.root_fingerprint}
     _answer(args, answer)
     if not args.json:
         print(f"\nto check it: freehold verify {output} --root {keys.root_fingerprint}")
@@ -111,7 +115,7 @@ def _verify(args: argparse.Namespace) -> int:
     version, size = seen.get(root, [0, 0])
     verified = _level_1(args.pack, root, version, size)
     answer: dict[str, Any] = {
-        "release": verified.name,
+        RELEASE: verified.name,
         "files": len(verified.files),
         "signed_by": verified.signed_by,
         "keyring_version": verified.keyring_version,
@@ -154,10 +158,10 @@ def _reproduce(args: argparse.Namespace) -> int:
     verified = _level_1(args.pack, _root(args.root))
     if args.dry_run:
         plan = reproduce.write_recipe(args.pack, args.work)
-        _answer(args, {"release": verified.name, "recipe": str(plan.path), "run": str(plan.run_folder)})
+        _answer(args, {RELEASE: verified.name, "recipe": str(plan.path), "run": str(plan.run_folder)})
         return 0
     outcomes = reproduce.reproduce(args.pack, args.work, everything=args.all, quiet=args.json)
-    _answer(args, {"release": verified.name, "stages": [vars(outcome) for outcome in outcomes]})
+    _answer(args, {RELEASE: verified.name, "stages": [vars(outcome) for outcome in outcomes]})
     return 0
 
 

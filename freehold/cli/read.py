@@ -61,7 +61,9 @@ def _add_takedown(verbs: Any) -> None:
     _run_argument(takedown)
     takedown.add_argument("--widen", action="store_true", help="also its copies, and what was perhaps made from it")
     takedown.add_argument(
-        "--apply", action="store_true", help="write the recipe of the run without it; deletes nothing"
+        "--apply",
+        action="store_true",
+        help="write the recipe of the run without it, and note it as pending here; deletes nothing",
     )
     takedown.add_argument("--out", type=Path, default=Path(), help="folder for that recipe (default: this one)")
     _json_flag(takedown)
@@ -122,6 +124,7 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _takedown(args: argparse.Namespace) -> int:
+    from freehold.run.pending import note
     from freehold.run.takedown import takedown
     from freehold.run.takedown_recipe import write_recipe
     from freehold.run.trace_text import render_takedown
@@ -129,6 +132,8 @@ def _takedown(args: argparse.Namespace) -> int:
     run = run_folder(args.run)
     answer = takedown(run, args.document, widen=args.widen)
     applied = write_recipe(run, answer, args.out) if args.apply else None
+    if applied:
+        note(run, args.document, args.widen)
     if args.json:
         print(json.dumps(answer.to_dict() | ({"applied": asdict(applied)} if applied else {}), indent=1))
     else:

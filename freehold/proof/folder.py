@@ -7,6 +7,7 @@
       root.txt            the root's fingerprint: what others must get from you, by another way than the release
       keyring.json        every version of the keyring, each signed by the root
       log.jsonl           the log: keyrings, checkpoints of runs, releases
+      label.txt           what the keys are, where they are not an owner's own (`made on the spot`)
 
 A password, where one is wanted, comes from the environment variable FREEHOLD_KEY_PASSWORD.
 """
@@ -31,6 +32,9 @@ from freehold.proof.verify import json_list
 PASSWORD = "FREEHOLD_KEY_PASSWORD"
 ROOT, KEYRING, LOG = "root.pem", "keyring.json", "log.jsonl"
 FINGERPRINT = "root.txt"
+LABEL = "label.txt"
+RELEASE_KEY: Role = "release"
+LOG_KEY: Role = "log"
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class KeyFolder:
     def log(self) -> Log:
         """Return the log; its origin is the owner's root, so that no two owners' logs can be mixed up."""
         return Log(self.path / LOG, f"freehold/{self.root_fingerprint[:16]}")
+
+    @property
+    def label(self) -> str:
+        """Return what the keys are, as a release says it; empty for an owner's own."""
+        path = self.path / LABEL
+        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
     def newest(self, role: str) -> Entry:
         """Return the newest entry of a role that has not been revoked; ProofError when there is none."""
@@ -70,7 +80,7 @@ class KeyFolder:
 
     def rotate(self, role: Role) -> KeyFolder:
         """Make the next key of a role; the one before counts up to now. Needs the root key."""
-        if role not in ("release", "log"):
+        if role not in (RELEASE_KEY, LOG_KEY):
             raise ProofError("only release and log keys rotate", found=role)
         now = len(self.log.leaves)
         number = 1 + sum(entry.role == role for entry in self.keyring.keys)
@@ -105,16 +115,21 @@ class KeyFolder:
         return _write(self.path, self.root_fingerprint, keyring, chain)
 
 
-def create(path: Path) -> KeyFolder:
-    """Make a folder of keys with a root, a release key and a log key; ProofError when it holds keys already."""
+def create(path: Path, label: str = "") -> KeyFolder:
+    """Make a folder of keys with a root, a release key and a log key; ProofError when it holds keys already.
+
+    `label` is printed in every release that they sign.
+    """
     if (path / KEYRING).exists():
         raise ProofError("the folder holds keys already", where=path, todo="name another folder")
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     root = new_key("root")
     write_private(path / ROOT, root, password())
     write_atomic(path / FINGERPRINT, fingerprint(root.public) + "\n")
+    if label:
+        write_atomic(path / LABEL, label + "\n")
     entries = []
-    roles: tuple[Role, Role] = ("release", "log")
+    roles: tuple[Role, Role] = (RELEASE_KEY, LOG_KEY)
     for role in roles:
         key = new_key(role)
         write_private(path / f"{role}-1.pem", key, password())

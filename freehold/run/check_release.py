@@ -18,6 +18,7 @@ from freehold.core.artifact import read_json, sha256_file, sha256_json
 from freehold.core.config import fill
 from freehold.core.errors import ProofError
 from freehold.ledger.policy import SEVERITY
+from freehold.proof.folder import RELEASE_KEY
 from freehold.proof.trust import Keyring, read_chain
 from freehold.proof.verify import KEYRING, Verified, json_list
 from freehold.run import attestation, bom, disclosure
@@ -151,7 +152,7 @@ def _cards(release: _Release) -> Iterator[str]:
 
 def _statements(release: _Release) -> Iterator[str]:
     """Each stage's statement is signed by a release key and says what the manifest says."""
-    keys = release.keyring.trusted("release", release.verified.index)
+    keys = release.keyring.trusted(RELEASE_KEY, release.verified.index)
     for stage, manifest in release.manifests.items():
         path = release.pack / "attestations" / f"{stage}.dsse.json"
         if not path.exists():

@@ -16,7 +16,8 @@ if TYPE_CHECKING:  # pydantic takes longer than all of `freehold --help`
     from freehold.core.config import Config
 
 GATHER, CURATE, REPHRASE, TOKENIZE = "gather", "curate", "rephrase", "tokenize"
-PRETRAIN, ALIGN, EVALUATE, EXPORT, SERVE = "pretrain", "align", "evaluate", "export", "serve"
+PRETRAIN, ALIGN, EVALUATE, EXPORT = "pretrain", "align", "evaluate", "export"
+RELEASE, SERVE = "release", "serve"
 CHAT, IMPORT, ADAPT = "chat", "import", "adapt"
 METRICS = "metrics.jsonl"
 """A stage's figures by step."""
@@ -152,6 +153,13 @@ WALK: dict[str, Stage] = _table(
         inputs=(ALIGN, TOKENIZE),
         gate="export",
         writes=("hf/*", "gguf/*", "parity.json", "calibration.json", "*.imatrix.gguf"),
+    ),
+    Stage(
+        RELEASE,
+        "everything the walk made -> one signed folder that a stranger can check",
+        inputs=(EVALUATE, EXPORT),
+        writes=("pack/*", "root.txt"),
+        package="freehold.run.releasing",
     ),
     Stage(
         SERVE,
@@ -354,7 +362,22 @@ class RunFolder:
     @property
     def release(self) -> Path:
         """Return the folder of the signed release."""
-        return self.root / "release" / "pack"
+        return self.root / RELEASE / "pack"
+
+    @property
+    def release_root(self) -> Path:
+        """Return the fingerprint of the root key that the release is signed under."""
+        return self.root / RELEASE / "root.txt"
+
+    @property
+    def keys(self) -> Path:
+        """Return the keys made on the spot for a run that was given none; they stay when a release is made again."""
+        return self.root / "keys"
+
+    @property
+    def pending_takedowns(self) -> Path:
+        """Return what was asked to be removed from this run and is still in it."""
+        return self.root / "takedowns.json"
 
     @property
     def lock(self) -> Path:

@@ -19,6 +19,7 @@ from freehold.run.layout import (
     EXPORT,
     GATHER,
     PRETRAIN,
+    RELEASE,
     REPHRASE,
     SERVE,
     TOKENIZE,
@@ -26,8 +27,8 @@ from freehold.run.layout import (
     RunFolder,
 )
 
-# The stages that make something others are made from: neither an evaluation nor an answer of the server is.
-STAGES = tuple(name for name in WALK if name not in (EVALUATE, SERVE))
+# The stages that make something others are made from: an evaluation, a release or an answer of the server is not.
+STAGES = tuple(name for name in WALK if name not in (EVALUATE, RELEASE, SERVE))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from freehold.core.errors import LicenceError, ProofError
 from freehold.ledger.policy import Policy
 from freehold.proof import log as logs
 from freehold.proof.bundle import sign_folder
-from freehold.proof.folder import KeyFolder
+from freehold.proof.folder import LOG_KEY, RELEASE_KEY, KeyFolder
 from freehold.proof.trust import canonical
 from freehold.proof.verify import (
     KEYRING,
@@ -42,9 +42,9 @@ from freehold.proof.verify import (
     hash_files,
     pack_entry,
 )
-from freehold.run import attestation, bom, card, disclosure, model_card, policy_check
+from freehold.run import attestation, bom, card, disclosure, model_card, pending, policy_check
 from freehold.run.checkpoints import read_checkpoints
-from freehold.run.layout import EVALUATE, EXPORT, GATHER, REPHRASE, WALK, RunFolder
+from freehold.run.layout import EVALUATE, EXPORT, GATHER, RELEASE, REPHRASE, RunFolder, before
 from freehold.run.lineage import lineage
 from freehold.run.report import write_data_picture
 
@@ -77,13 +77,18 @@ class Contents:
 
 
 def gather_contents(run_folder: Path, stated: card.Statements, name: str = "", detached: bool = False) -> Contents:
-    """Read a run; ArtifactError when it has no proven export, LicenceError when a row may not be redistributed."""
+    """Read what a release of a run is made of.
+
+    Raises ArtifactError when it has no proven export, LicenceError when a row may not be redistributed or nothing is
+    known of a parent, ProofError while a take-down is pending.
+    """
     run = RunFolder(run_folder)
-    manifests = {stage: read_manifest(run.stage(stage)) for stage in WALK if run.finished(stage)}
+    manifests = {stage: read_manifest(run.stage(stage)) for stage in before(RELEASE) if run.finished(stage)}
     if EXPORT not in manifests:
         read_manifest(run.stage(EXPORT))  # says what is missing and what to do
     export = manifests[EXPORT]
     verify_files(run.stage(EXPORT), export)
+    pending.refuse(run_folder, str(export["config"]["checkpoint"]))
     rights = _rights(run, str(export["config"]["checkpoint"]), manifests)
     return Contents(
         run,
@@ -177,12 +182,12 @@ def _fill(folder: Path, contents: Contents, keys: KeyFolder) -> None:
         if checkpoint.named:
             manifest = read_manifest(contents.run.root / checkpoint.path)
             texts[f"manifests/{checkpoint.path}.json"] = _json(manifest)
-    name, key = keys.signing("release")
+    name, key = keys.signing(RELEASE_KEY)
     for stage, manifest in contents.manifests.items():
         texts[f"attestations/{stage}.dsse.json"] = attestation.sign(attestation.provenance(manifest), name, key)
     texts[DESCRIPTION] = _json(
         {"format_version": FORMAT_VERSION, "name": contents.name, "detached": contents.detached,
-         "root": keys.root_fingerprint}
+         "root": keys.root_fingerprint, **({"keys": keys.label} if keys.label else {})}
     )  # fmt: skip
     texts["README.md"] = _readme(contents, keys)
     texts[KEYRING] = keys.chain_bytes().decode()
@@ -214,8 +219,8 @@ def _copy_evidence(folder: Path, contents: Contents) -> None:
 
 def _sign(folder: Path, name: str, keys: KeyFolder, log: logs.Log, index: int, entry: bytes) -> None:
     """Sign the folder, enter it into the log, and write the log's checkpoint at that entry."""
-    _, release = keys.signing("release")
-    log_name, log_key = keys.signing("log")
+    _, release = keys.signing(RELEASE_KEY)
+    log_name, log_key = keys.signing(LOG_KEY)
     _write(folder / SIGNATURE, sign_folder(folder, release, name=name, ignored=UNSIGNED).decode())
     if index == len(log.entries):
         log.append(json.loads(entry))
@@ -238,6 +243,7 @@ def _readme(contents: Contents, keys: KeyFolder) -> str:
         "`proof/verify.py`, Python 3.11 and the package `cryptography`. Take them from a place you trust, never from "
         "here.",
         "",
+        *([f"The keys of this release were {keys.label}.", ""] if keys.label else []),
         "Level 1 says that these are the files that were signed, and that the release is in the log. Level 2 derives "
         "hashes, results, cards and rights again from the rows in this folder. Neither runs the model.",
         "",

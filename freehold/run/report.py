@@ -102,6 +102,7 @@ def next_commands(run_folder: Path) -> list[str]:
         if run.shard("sotu").exists()
         else f"{freehold} trace --step 1 --run {run_folder}",
         f"{freehold} lineage {run_folder}",
+        *([f"{freehold} verify {run.release} --root {run.release_root}"] if run.release_root.exists() else []),
         f"report: {run.report}, picture: {run.picture}",
     ]
 

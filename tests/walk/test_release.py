@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from freehold.cli.main import main
 from freehold.core.errors import FreeholdError, LicenceError, ProofError
 from freehold.proof import folder, keys, log, trust, verify
 from freehold.proof.bundle import sign_folder
-from freehold.run import card, check_release, release, reproduce
+from freehold.run import ancestry, card, check_release, pending, release, reproduce
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MUTATIONS = 150
@@ -63,6 +64,38 @@ def sign_again(pack, owner):
     (pack / verify.LOG_NOTE).write_text(log.sign_note(checkpoint, key, signer))
     data = sign_folder(pack, owner.signing("release")[1], name=name, ignored=verify.UNSIGNED)
     (pack / verify.SIGNATURE).write_bytes(data)
+
+
+def test_walk_ends_in_a_verified_release(walked, capsys, tmp_path):
+    run, seen = walked / "tiny", str(tmp_path / "seen.json")
+    command = ["verify", str(run / "release/pack"), "--root", str(run / "release/root.txt"), "--seen", seen]
+    assert main(command) == 0
+    assert "made on the spot" in (run / "release/pack/README.md").read_text()
+    assert "made on the spot" in json.loads((run / "release/pack/release.json").read_text())["keys"]
+    assert stat.S_IMODE((run / "keys/root.pem").stat().st_mode) == 0o600
+    assert main(["release", "recipes/tiny.yaml", f"runs_dir={walked}", "--dry-run"]) == 0
+    assert "keys made on the spot" in capsys.readouterr().out
+
+
+def test_pending_takedown_refuses_the_release(walked, tmp_path, capsys):
+    run = Path(shutil.copytree(walked / "tiny", tmp_path / "tiny"))
+    for _ in range(2):
+        assert main(["takedown", "generated", str(run), "--apply", "--out", str(tmp_path)]) == 0
+    assert json.loads((run / "takedowns.json").read_text())["asked"] == [{"query": "generated", "widen": False}]
+    with pytest.raises(ProofError, match="a take-down is pending"):
+        release.gather_contents(run, card.Statements())
+    pending.refuse(run, "pretrain/none")
+    (run / "takedowns.json").write_text('{"asked": [{"query": "a source that was never here", "widen": false}]}')
+    release.gather_contents(run, card.Statements())
+
+
+def test_unknown_parent_refuses_the_release(walked, tmp_path):
+    run = Path(shutil.copytree(walked / "tiny", tmp_path / "tiny"))
+    lost = ancestry.unknown("the folder of the parent is gone", "0" * 64, "old/base")
+    record = {"format_version": 1, "parents": [lost.to_dict()]}
+    (run / "pretrain/ancestry.json").write_text(json.dumps(record))
+    with pytest.raises(LicenceError, match="the folder of the parent is gone"):
+        release.gather_contents(run, card.Statements())
 
 
 def test_release_is_verified_and_says_what_was_not_checked(made):

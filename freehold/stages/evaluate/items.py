@@ -9,7 +9,6 @@ accuracy is counted apart as well; further keys are the writer's own notes:
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import pydantic
 
 from freehold.core.errors import DataError
+from freehold.core.statistics import wilson
 
 
 class Item(pydantic.BaseModel):
@@ -99,17 +99,6 @@ def _read(path: Path, limit: int | None) -> list[Item]:
 def normalise(text: str) -> str:
     """Return an answer in the form in which it is compared: one line, single spaces, no case, no final dot."""
     return " ".join(text.split()).casefold().rstrip(".").rstrip()
-
-
-def wilson(correct: int, items: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a proportion (Wilson 1927); (0, 1) when there are no items."""
-    if items == 0:
-        return 0.0, 1.0
-    z = 1.959963984540054
-    share, z2 = correct / items, z * z
-    centre = (share + z2 / (2 * items)) / (1 + z2 / items)
-    half = z / (1 + z2 / items) * math.sqrt(share * (1 - share) / items + z2 / (4 * items * items))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def score(correct: list[bool], chances: list[float]) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""Take-downs that a run was asked for and that its models still hold: no release of them until they are gone.
+
+`freehold takedown --apply` notes the request here and writes the recipe of the run without the rows. The request stays
+pending for this run, whose checkpoints keep what they learned; the run made from that recipe never had it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from freehold.core.artifact import read_json, write_json
+from freehold.core.errors import DataError, ProofError
+from freehold.run.layout import RunFolder
+from freehold.run.takedown import takedown
+
+
+def note(run_folder: Path, query: str, widen: bool) -> None:
+    """Record a request to remove what `query` names from a run; asking twice records it once."""
+    path, asked = RunFolder(run_folder).pending_takedowns, {"query": query, "widen": widen}
+    noted = _noted(run_folder)
+    if asked not in noted:
+        write_json(path, {"format_version": 1, "asked": [*noted, asked]})
+
+
+def affecting(run_folder: Path, checkpoint: str) -> list[str]:
+    """Return what was asked to be removed and a checkpoint of the run learned from, or perhaps did."""
+    found = []
+    for asked in _noted(run_folder):
+        try:
+            answer = takedown(run_folder, str(asked["query"]), widen=bool(asked["widen"])).runs[0]
+        except DataError:  # nothing of that name is in the run any more
+            continue
+        if checkpoint in {judged.path for judged in answer.checkpoints} | set(answer.unknown):
+            found.append(str(asked["query"]))
+    return found
+
+
+def refuse(run_folder: Path, checkpoint: str) -> None:
+    """Raise ProofError when a take-down of a run is pending that reaches a checkpoint."""
+    found = affecting(run_folder, checkpoint)
+    if found:
+        raise ProofError(
+            "a take-down is pending: the model still holds what was asked to be removed",
+            where=f"{run_folder}/{checkpoint}",
+            found=", ".join(found),
+            todo="release the run made from the recipe that `freehold takedown --apply` wrote",
+        )
+
+
+def _noted(run_folder: Path) -> list[dict[str, object]]:
+    path = RunFolder(run_folder).pending_takedowns
+    return list(read_json(path, todo="look why, then remove it").get("asked", [])) if path.exists() else []
