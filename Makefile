@@ -28,7 +28,7 @@ test: $(VENV)/test.done
 	$(VENV)/bin/ruff check freehold tests benchmarks
 	$(VENV)/bin/ruff format --check freehold tests benchmarks
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Slow proofs, apart so that `make test` stays within a quarter of an hour on two cores.
 test-slow: $(VENV)/test.done

@@ -31,16 +31,21 @@ def calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         "--floor", type=int, default=16, metavar="N",
         help="tokens the median expert of each layer must see (default 16)",
     )  # fmt: skip
+    parser.add_argument(
+        "--candidates", type=int, default=1, metavar="N",
+        help="read N times --tokens and keep what reaches seldom used experts (default 1: text order)",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where the model runs")
     parser.add_argument("--json", action="store_true", help="machine-readable report on stdout")
 
 
 def calibrate(args: argparse.Namespace) -> int:
     """Write importance matrix, report and picture."""
-    if args.output.suffix != ".gguf" or args.tokens < 1 or args.floor < 0:
+    if args.output.suffix != ".gguf" or args.tokens < 1 or args.floor < 0 or args.candidates < 1:
         raise ConfigError(
-            "not what a calibration can do", where="--output, --tokens, --floor",
-            found=f"{args.output}, {args.tokens}, {args.floor}", expected="FILE.gguf, >= 1 token, >= 0",
+            "not what a calibration can do", where="--output, --tokens, --floor, --candidates",
+            found=f"{args.output}, {args.tokens}, {args.floor}, {args.candidates}",
+            expected="FILE.gguf, >= 1 token, >= 0, >= 1",
         )  # fmt: skip
     folder = model_folder(args.path)
     run = run_of(folder)
@@ -53,7 +58,7 @@ def calibrate(args: argparse.Namespace) -> int:
 
     found = calibrate_folder(
         folder, args.output, texts=args.text, tokenized=tokenized, tokens=args.tokens, floor=args.floor,
-        device=args.device,
+        candidates=args.candidates, device=args.device,
     )  # fmt: skip
     write_json(args.output.with_suffix(".json"), found)
     write_atomic(args.output.with_suffix(".png"), draw_calibration(found))

@@ -106,3 +106,17 @@ class TextBatchConfig(BatchConfig):
                 if n % workers:
                     raise ValueError(f"{name} ({n}) must be a multiple of order.workers ({workers})")
         return self
+
+
+class LongConfig(Config):
+    """Which text a longer context is trained on."""
+
+    keep_short: float = Field(
+        0.01, ge=0, le=1, description="probability that a very short document is kept; rises with length to `keep_long`"
+    )
+    keep_long: float = Field(0.9, ge=0, le=1, description="probability that a document which fills a row is kept")
+    join: bool = Field(True, description="join the kept documents of one source until they fill a row")
+    needles: float = Field(
+        0.25, ge=0, le=1, description="share of rows with generated needle tasks hidden in their own text; 0: none"
+    )
+    keys: int = Field(8, ge=1, le=16, description="most facts in one task; all are asked for")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -45,13 +46,12 @@ class PhaseConfig(Config):
     )
 
 
-def check_names(phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
+def check_names(phases: Mapping[str, PhaseConfig]) -> None:
     """Refuse checkpoint names that would overwrite each other or the run's own folders; ValueError names them."""
     names = [phase.checkpoint for phase in phases.values() if phase.checkpoint]
     for name in names:
         if name in ("checkpoints", "log") or names.count(name) > 1:
             raise ValueError(f"checkpoint name {name!r} is " + ("reserved" if names.count(name) == 1 else "used twice"))
-    return phases
 
 
 class RouterLossConfig(Config):

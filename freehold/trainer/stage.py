@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from freehold.checkpoint.dcp import State
 from freehold.core.artifact import PREVIEW, Workspace, write_atomic
 from freehold.data.config import BatchConfig
 from freehold.data.exposure import trace_rows, write_trace
@@ -39,7 +40,7 @@ class StageConfig(Protocol):
     @property
     def parallel(self) -> ParallelConfig: ...  # noqa: D102
     @property
-    def phases(self) -> dict[str, PhaseConfig]: ...  # noqa: D102
+    def phases(self) -> Mapping[str, PhaseConfig]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Start:
     """Weights to start from, with a new optimizer."""
     checkpoint: Path | None = None
     """Checkpoint to branch from, with its optimizer, balancing and random state."""
+    change: Callable[[State], None] = lambda _: None
+    """What is changed in that checkpoint's tensors, in place, before they are taken."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ def train_stage(stage: Stage, config: StageConfig, work: Workspace) -> dict[str,
     trainer = Trainer(job_of(stage, config, work), work.log, seed=work.seed, weights=start.weights)
     if start.checkpoint is not None:
         # Before `run` restores: a resumed branch replaces this by its own newest checkpoint.
-        trainer.checkpoints.adopt(trainer.state.read(start.checkpoint), start.checkpoint)
+        state = trainer.state.read(start.checkpoint)
+        start.change(state)
+        trainer.checkpoints.adopt(state, start.checkpoint)
     trainer.run(stage.validate(trainer.world))
     if work.leads:
         # Only a finished stage has a trace: what was planned is what was read.

@@ -115,6 +115,9 @@ def test_export_is_proven(exported: Exported) -> None:
         assert record["mean_kl"] <= 1e-8
         assert record["top1_agreement"] == 1.0
     assert parity["exports"]["hf"]["routing_agreement"] == 1.0
+    assert parity["exports"]["F32"]["routing_agreement"] == 1.0
+    assert set(parity["exports"]["F32"]["routing_agreement_by_layer"]) == {1.0}
+    assert 0.5 < parity["exports"]["Q8_0"]["routing_agreement"] <= 1
     assert 0 < parity["exports"]["BF16"]["mean_kl"] < 1
     assert 0 < parity["exports"]["Q8_0"]["mean_kl"] < 1
     assert parity["experts_reached"] == 1.0

@@ -144,3 +144,23 @@ def test_wrong_calibration_is_refused(
     given = [str(tmp_path / "binary") if part == "BINARY" else part for part in options]
     assert main(["calibrate", str(folder), "--output", str(tmp_path / "x.gguf"), *given]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_rare_experts_are_served_first() -> None:
+    counts = np.array([[8, 0, 0], [7, 1, 0], [0, 0, 2], [0, 8, 0]])
+    order = calibrate.rare_first(counts)
+    assert order == [0, 3, 2, 1]
+    lengths = [8, 8, 2, 8]
+    assert calibrate.tokens_until(counts, lengths, 2) == 26
+    assert calibrate.tokens_until(counts[order], [lengths[i] for i in order], 2) == 18
+    assert calibrate.tokens_until(counts, lengths, 100) is None
+
+
+def test_chosen_chunks_reach_the_floor_sooner(model: Afmoe) -> None:
+    kept, saved = calibrate.choose(model, CHUNKS, tokens=80, floor=4)
+    assert len(kept) == 2
+    assert all(chunk in CHUNKS for chunk in kept)
+    first, ours = saved["tokens_to_floor_in_text_order"], saved["tokens_to_floor_rare_first"]
+    assert first is not None
+    assert ours is not None
+    assert ours <= first

@@ -5,7 +5,9 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from freehold.api import load
 from freehold.checkpoint import dcp
 from freehold.core.artifact import Workspace, write_manifest
 from freehold.core.config import fill, merge, parse_override
@@ -14,10 +16,14 @@ from freehold.core.document import Conversation, Document, document_id, write_ro
 from freehold.core.errors import CheckpointError, ConfigError, DataError
 from freehold.core.log import Log
 from freehold.data.shards import ShardSet
+from freehold.model.config import to_hf_dict
 from freehold.run.trace import trace_step
 from freehold.stages.align.config import AlignConfig as AlignConfig
 from freehold.stages.align.run import run as align
+from freehold.stages.evaluate.config import NeedlesConfig
+from freehold.stages.evaluate.needles import find_needles, needle_tables
 from freehold.stages.pretrain.config import PretrainConfig as PretrainConfig
+from freehold.stages.pretrain.extend import extended
 from freehold.stages.pretrain.run import run as pretrain
 from freehold.stages.tokenize.config import TokenizeConfig as TokenizeConfig
 from freehold.stages.tokenize.run import run as tokenize
@@ -167,6 +173,62 @@ def test_quarantine_is_part_of_the_data_of_a_resumed_run(run, tmp_path):
     seen = pq.read_table(again.folder / "trace.parquet")["document_id"].to_pylist()
     assert ids[0] not in seen
     assert set(ids[1:]) & set(seen)
+
+
+LONG = {
+    "phases": {"stable": None, "anneal": None, "long": {"steps": 2, "context_tokens": 256, "checkpoint": "base"}},
+    "extension": {"keep_short": 0.9, "needles": 0.5, "keys": 1, "target_tokens": 240, "global_q_gain": 1.5},
+}
+
+
+def test_longer_context_changes_what_the_model_states_and_nothing_else(run, tmp_path):
+    """Every form states the same context; each row is of the new length; only the asked-for gain moved."""
+    data = merge(PRETRAIN, {"parent": str(run / "pretrain/base"), **LONG, "optim": {"lr": 1e-12, "muon_lr": 1e-12}})
+    work = _next_to(run, tmp_path)
+    assert pretrain(fill(PretrainConfig, data, "pretrain"), work)["steps"] == 8
+    facts, shape = dcp.check(tmp_path / "pretrain/base"), dcp.read_config(tmp_path / "pretrain/base")
+    assert (facts["context_tokens"], shape.max_position_embeddings, facts["tokens"]) == (256, 240, 6 * 64 + 2 * 256)
+    before, after = (dcp.load(f)["model"] for f in (run / "pretrain/base", tmp_path / "pretrain/base"))
+    gain = "model.layers.3.self_attn.q_norm.weight"
+    assert [name for name in before if not torch.allclose(before[name], after[name], atol=2e-3)] == [gain]
+    assert torch.allclose(after[gain], 1.5 * before[gain], atol=1e-5)
+    assert to_hf_dict(shape)["max_position_embeddings"] == 240  # what the GGUF writer takes its context from too
+    # A further branch of short rows reads its text from the beginning: the pool was another text.
+    short = merge(PRETRAIN, {"parent": str(tmp_path / "pretrain/base"), "phases": {"stable": None}})
+    short = merge(short, {"model": {"max_position_embeddings": 240}})
+    assert pretrain(fill(PretrainConfig, short, "pretrain"), _next_to(run, tmp_path / "short"))["steps"] == 10
+
+    loaded, texts = load(tmp_path / "pretrain/base"), {"a": [("The quick brown fox jumps over the dog. " * 60, True)]}
+    found = find_needles(loaded, texts, NeedlesConfig(lengths=(230,), keys=(1,), items=5), work.log, "base")
+    assert set(found["needles"]["230"]["1"]["depths"]) == {"0", "0.25", "0.5", "0.75", "1"}
+    assert {"0-64", "64-128", "128-230"} == set(found["positions"])
+    assert all(0 < bits < 20 for bits in found["positions"].values())
+    shown = needle_tables({"checkpoints": {"base": {"long": found}}})
+    assert [table.title for table in shown] == ["Needles", "Bits per byte by position"]
+    with pytest.raises(ConfigError, match="beyond the model's context"):
+        find_needles(loaded, texts, NeedlesConfig(lengths=(240,)), work.log, "base")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"phases": {"long": {"context_tokens": 32}}}, "does not extend"),
+        ({"extension": {"target_tokens": 257}}, "cannot be stated"),
+        ({"model": {"sliding_window": 32}}, "window is not smaller than its context"),
+        ({"model": {"layer_types": ["sliding_attention"] * 4}}, "no global layer"),
+    ],
+)
+def test_context_that_cannot_be_extended(run, change, says):
+    data = merge(merge(PRETRAIN, {"parent": "x", **LONG}), change)
+    config = fill(PretrainConfig, data, "pretrain")
+    with pytest.raises(ConfigError, match=says):
+        extended(config, config.model, {"context_tokens": 32})
+
+
+def test_longer_rows_need_a_parent_and_one_length(run):
+    for change in ({"parent": ""}, {"phases": {"more": {"steps": 1, "context_tokens": 128}}}):
+        with pytest.raises(ConfigError, match="extends a parent"):
+            fill(PretrainConfig, merge(merge(PRETRAIN, {"parent": "x", **LONG}), change), "pretrain")
 
 
 def _next_to(run, tmp_path):

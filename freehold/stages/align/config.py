@@ -74,7 +74,7 @@ class AlignConfig(Config):
     @field_validator("phases")
     @classmethod
     def _names(cls, phases: dict[str, AlignPhaseConfig]) -> dict[str, AlignPhaseConfig]:
-        check_names(dict(phases))
+        check_names(phases)
         return phases
 
     @model_validator(mode="after")

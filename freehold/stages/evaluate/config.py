@@ -27,6 +27,16 @@ class HarnessConfig(Config):
     chat_template: bool = Field(False, description="put each prompt into a user turn")
 
 
+class NeedlesConfig(Config):
+    """Facts hidden in long held-out text, and asked for: RULER's task with our own words, generated offline."""
+
+    lengths: tuple[int, ...] = Field((), description="tokens of prompt and answer; none: not done")
+    keys: tuple[int, ...] = Field((1, 4), min_length=1, description="facts in a text, of which one is asked for")
+    items: int = Field(20, gt=0, description="questions for each length and number of keys, at five depths in turn")
+    seed: int = Field(0, ge=0, description="decides words, places and text")
+    position_rows: int = Field(8, gt=0, description="most stretches of text for bits per byte by position")
+
+
 class EvaluateConfig(Config):
     """Declaration of the evaluate stage."""
 
@@ -51,6 +61,7 @@ class EvaluateConfig(Config):
         "reads, training text is not searched for their questions",
     )
     harness: HarnessConfig = Field(default_factory=HarnessConfig, description="tasks of lm-evaluation-harness")
+    needles: NeedlesConfig = Field(default_factory=NeedlesConfig, description="what is found in a long text")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="type of the matrices while evaluating; sums and log-softmax are float32"
@@ -78,6 +89,8 @@ def plan(config: EvaluateConfig) -> list[str]:
         lines.append(
             f"{items} by {', '.join(config.task_checkpoints)}, answers up to {config.max_answer_tokens} tokens"
         )
+    if config.needles.lengths:
+        lines.append(f"{config.needles.items} needles a cell at {', '.join(map(str, config.needles.lengths))} tokens")
     if config.harness.tasks:
         lines.append(
             f"lm-evaluation-harness: {', '.join(config.harness.tasks)} by {', '.join(config.task_checkpoints)}"

@@ -14,6 +14,7 @@ from freehold.stages.evaluate import harness
 from freehold.stages.evaluate.config import MADE_BY, EvaluateConfig
 from freehold.stages.evaluate.items import Item, read_files, read_items
 from freehold.stages.evaluate.lm_eval_tasks import run_tasks
+from freehold.stages.evaluate.needles import find_needles
 from freehold.stages.evaluate.table import parts, tables
 from freehold.stages.evaluate.tasks import do_tasks
 from freehold.stages.evaluate.text import HeldOut, bits_per_byte, compressors, held_out
@@ -75,6 +76,8 @@ def evaluate_model(
         )
     result: dict[str, Any] = {"bits_per_byte": bits_per_byte(loaded, texts, config, log, name)}
     log.say(f"  {name}: {result['bits_per_byte']['overall']['bits_per_byte']:.3f} bits per byte")
+    if config.needles.lengths:
+        result["long"] = find_needles(loaded, texts, config.needles, log, name)
     rows: list[dict[str, Any]] = []
     if tasks:
         result["tasks"], rows = do_tasks(loaded, tasks, config, log, name)

@@ -6,6 +6,7 @@ from typing import Any
 
 from freehold.core.table import Table
 from freehold.stages.evaluate.config import MADE_BY
+from freehold.stages.evaluate.needles import needle_tables
 
 
 def in_order(checkpoints: dict[str, Any]) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     tested = {name: result["tasks"] for name, result in in_order(results["checkpoints"]).items() if "tasks" in result}
     by_harness = {n: r["harness"] for n, r in in_order(results["checkpoints"]).items() if "harness" in r}
     shown = [_bits(results), *([_tasks(tested, results["gain"])] if tested else [])]
-    return [*shown, *([_harness(by_harness)] if by_harness else [])]
+    return [*shown, *needle_tables(results), *([_harness(by_harness)] if by_harness else [])]
 
 
 def parts(results: dict[str, Any]) -> Table:

@@ -27,6 +27,7 @@ from freehold.model.layers import SwiGLU
 from freehold.model.moe import Experts, MoE
 from freehold.stages.export import samples
 from freehold.stages.export.imatrix import COUNTS, PRIOR, SUMS
+from freehold.stages.export.reference import watch_routing
 from freehold.tokenizer import chat
 from freehold.tokenizer.bpe import Tokenizer
 
@@ -133,16 +134,67 @@ def make_chunks(tokenizer: Tokenizer, text: Sequence[int], tokens: int, longest:
     `text` is the ids of the latter, cut into chunks of at most `CHUNK_TOKENS` and `longest`; `tokens` bounds them all.
     """
     size = min(CHUNK_TOKENS, longest)
-    chunks = [
-        chat.render_ids(tokenizer, messages, tools=tools)[0][:size]
-        for messages, tools in samples.CONVERSATIONS.values()
-    ]
+    chunks = [chat.render_ids(tokenizer, messages, tools=tools)[0][:size] for messages, tools in samples.CALIBRATION]
     left, at = tokens - sum(map(len, chunks)), 0
     while left > 1 and at < len(text):
         taken = min(size, left) - len(tokenizer.prefix)
         chunks.append([*tokenizer.prefix, *text[at : at + taken]])
         at, left = at + taken, left - len(chunks[-1])
     return [chunk for chunk in chunks if len(chunk) > 1]
+
+
+@torch.inference_mode()
+def routed_tokens(model: Afmoe, chunks: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return how many tokens of each chunk every expert of every layer gets: int64 [chunks, layers x experts]."""
+    device, rows = next(model.parameters()).device, []
+    for ids in chunks:
+        with watch_routing(model) as seen:
+            model.hidden(torch.tensor([list(ids)], device=device))
+        rows.append(torch.cat([torch.bincount(chosen.flatten(), minlength=bias.numel()) for _, bias, chosen in seen]))
+    return torch.stack(rows).cpu().numpy()
+
+
+def rare_first(counts: np.ndarray) -> list[int]:
+    """Return an order of chunks [chunks, experts]: next is always the one that reaches the least served experts most.
+
+    Greedy: a token for an expert that has seen n tokens so far is worth 1 / (1 + n).
+    """
+    seen, left, order = np.zeros(counts.shape[1]), list(range(len(counts))), []
+    while left:
+        best = left.pop(int(np.argmax(counts[left] @ (1 / (1 + seen)))))
+        seen += counts[best]
+        order.append(best)
+    return order
+
+
+def tokens_until(counts: np.ndarray, lengths: Sequence[int], floor: int) -> int | None:
+    """Return how many tokens, in this order of chunks, until every reachable expert has seen `floor`; None = never.
+
+    Experts that all chunks together give fewer than `floor` are not reachable.
+    """
+    total = counts.cumsum(0)
+    reachable = total[-1] >= floor
+    if not reachable.any():
+        return None
+    return int(np.cumsum(lengths)[(total[:, reachable] >= floor).all(1).argmax()])
+
+
+def choose(
+    model: Afmoe, chunks: list[list[int]], tokens: int, floor: int
+) -> tuple[list[list[int]], dict[str, int | None]]:
+    """Keep the chunks that serve rare experts first, up to `tokens`; return them and what the choice saves.
+
+    The figures: tokens until every reachable expert has seen `floor`, in the order of the text and in ours.
+    """
+    counts, lengths = routed_tokens(model, chunks), np.array([len(chunk) for chunk in chunks])
+    order = rare_first(counts)
+    saved = {
+        "tokens_to_floor_in_text_order": tokens_until(counts, lengths.tolist(), floor),
+        "tokens_to_floor_rare_first": tokens_until(counts[order], lengths[order].tolist(), floor),
+    }
+    within = np.cumsum(lengths[order]) <= tokens
+    # In the order of the text again: the sums do not depend on it, and a report is easier to follow.
+    return [chunks[i] for i in sorted(np.array(order)[within].tolist())], saved
 
 
 def report(collector: Collector, floor: int) -> dict[str, Any]:
@@ -220,10 +272,25 @@ def held_out(folder: Path) -> list[int]:
 
 
 def calibrate(
-    model: Afmoe, tokenizer: Tokenizer, text: Sequence[int], path: Path, *, dataset: str, tokens: int, floor: int
+    model: Afmoe,
+    tokenizer: Tokenizer,
+    text: Sequence[int],
+    path: Path,
+    *,
+    dataset: str,
+    tokens: int,
+    floor: int,
+    candidates: int = 1,
 ) -> dict[str, Any]:
-    """Write the importance matrix of a model on some text; return the report. ExportError for too little text."""
-    chunks = make_chunks(tokenizer, text, tokens, model.config.max_position_embeddings)
+    """Write the importance matrix of a model on some text; return the report. ExportError for too little text.
+
+    With `candidates` above 1, that many times `tokens` are read for their routing, and the chunks that reach rare
+    experts are kept.
+    """
+    chunks = make_chunks(tokenizer, text, tokens * candidates, model.config.max_position_embeddings)
+    saved: dict[str, int | None] = {}
+    if candidates > 1:
+        chunks, saved = choose(model, chunks, tokens, floor)
     collector = collect(model, chunks)
     found = report(collector, floor)
     check_floor(found)
@@ -234,6 +301,7 @@ def calibrate(
         "chunks": len(chunks),
         "tokens": sum(map(len, chunks)),
         "prior_only": filled,
+        **saved,
         **found,
     }
 
@@ -246,6 +314,7 @@ def calibrate_folder(
     tokenized: Path | None,
     tokens: int,
     floor: int,
+    candidates: int,
     device: Device,
 ) -> dict[str, Any]:
     """Write the importance matrix of a model folder, on texts, or without any on the held-out text of a run.
@@ -266,4 +335,4 @@ def calibrate_folder(
         ids = held_out(tokenized)
     dataset = ", ".join(text.name for text in texts) or "held-out text of the run"
     dataset += ", and sample conversations"
-    return calibrate(model, tokenizer, ids, path, dataset=dataset, tokens=tokens, floor=floor)
+    return calibrate(model, tokenizer, ids, path, dataset=dataset, tokens=tokens, floor=floor, candidates=candidates)

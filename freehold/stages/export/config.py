@@ -66,6 +66,10 @@ class Calibration(Config):
     """The importance matrix that quantized files are made with: from held-out text and sample conversations."""
 
     tokens: int = Field(default=0, ge=0, description="At most this much text; 0 = no importance matrix.")
+    candidates: int = Field(
+        default=1, ge=1, le=16,
+        description="Times `tokens` of text to choose from: what reaches seldom used experts is taken first.",
+    )  # fmt: skip
     floor_tokens: int = Field(
         default=16, ge=0, description="The median expert of every layer must see this many, or the export fails."
     )

@@ -23,6 +23,7 @@ from freehold.stages.export import samples
 from freehold.stages.export.config import EXACT, Proof
 from freehold.stages.export.gguf_writer import differing_tensors
 from freehold.stages.export.llama import ExactLlama
+from freehold.stages.export.llama_eval import routing
 from freehold.stages.export.reference import Agreement, Passage, log_probabilities, watch_routing
 from freehold.tokenizer import chat
 from freehold.tokenizer.bpe import Tokenizer
@@ -115,11 +116,15 @@ def prove_gguf(
             tokenizer, lambda m, tools: llama.tokenize(llama.render(m, tools), specials=True)
         )
     failures += _gate(agreement, limits.limit(file_type), exact=file_type in EXACT)
+    routes = routing_agreement(path, passages)
+    if file_type in EXACT and routes["routing_agreement"] != 1:
+        failures.append(f"llama.cpp chose other experts: agreement {routes['routing_agreement']:.4%}")
     return {
         "runtime": f"llama.cpp in xllamacpp {package_versions()['xllamacpp']}, fp32 cache, no flash attention",
         "bytes": path.stat().st_size,
         **agreement.record(),
         **said.record(),
+        **routes,
         "plain_text_begins_with": list(tokenizer.prefix),
         "texts_tokenized": len(TEXTS),
         "conversations_rendered": len(samples.CONVERSATIONS),
@@ -128,6 +133,15 @@ def prove_gguf(
         "_exact_mean_kl": agreement.mean_kl,
         "_errors": errors,
     }
+
+
+def routing_agreement(path: Path, passages: list[Passage]) -> dict[str, Any]:
+    """Return the share of (token, layer) pairs for which llama.cpp chose the same experts, of all and by layer."""
+    found = routing(path, [passage.ids for passage in passages])  # [MoE layers, T of all, k]
+    wanted = np.concatenate([passage.chosen.numpy() for passage in passages], axis=1)
+    same = (found == wanted).all(-1).mean(-1) if found.shape == wanted.shape else np.zeros(len(wanted))
+    by_layer = [round(float(share), 4) for share in same]
+    return {"routing_agreement": round(float(same.mean()), 6), "routing_agreement_by_layer": by_layer}
 
 
 @dataclass

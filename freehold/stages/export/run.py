@@ -106,6 +106,7 @@ def _calibrated(config: ExportConfig, work: Workspace, model: Afmoe, tokenizer: 
     found = calibrate(
         model, tokenizer, text, path, dataset=f"held-out text of {digest[:16]}, and sample conversations",
         tokens=config.calibration.tokens, floor=config.calibration.floor_tokens,
+        candidates=config.calibration.candidates,
     )  # fmt: skip
     write_json(work.folder / "calibration.json", found)
     work.log.say(
@@ -185,9 +186,7 @@ def prove(
         "experts_reached": experts_reached(said, model_config),
         "limits": {name: config.proof.limit(name) for name in ("HF", *files)},
         "exports": exports,
-        "note": "llama.cpp's server does not report which experts it chose: agreement of routing in a GGUF file "
-        "follows from the KL of F32. KL below 1e-8 is given as the power of ten above it; exact figures are in "
-        "metrics.jsonl.",
+        "note": "KL below 1e-8 is given as the power of ten above it; exact figures are in metrics.jsonl.",
     }
 
 

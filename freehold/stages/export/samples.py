@@ -94,3 +94,37 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None
         TOOLS,
     ),
 }
+
+# Calibration sees other conversations than the proof, so that a file is not measured on what it was made with.
+CALIBRATION: list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = [
+    (
+        [
+            {"role": "user", "content": "Which river runs through Vienna?"},
+            {"role": "assistant", "content": "The Danube."},
+        ],
+        None,
+    ),
+    (
+        [
+            {"role": "system", "content": "Be brief. Say so when you do not know."},
+            {"role": "user", "content": "How many letters has the word garden?"},
+            {"role": "assistant", "content": "Six.", "reasoning_content": "g, a, r, d, e, n: six letters."},
+            {"role": "user", "content": "And the word snow? Sort its letters too."},
+            {"role": "assistant", "content": "Four letters; sorted: n, o, s, w."},
+        ],
+        None,
+    ),
+    (
+        [
+            {"role": "user", "content": "Will I need a coat in Lima tomorrow?"},
+            {
+                "role": "assistant",
+                "content": "I look it up.",
+                "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Lima"}}}],
+            },
+            {"role": "tool", "content": '{"sky": "mist", "celsius": 17}'},
+            {"role": "assistant", "content": "A light one: 17 degrees and mist."},
+        ],
+        TOOLS,
+    ),
+]

@@ -21,6 +21,7 @@ from freehold.data.loader import PhaseRows, TextOrder, consumed_by
 from freehold.data.shards import ShardSet
 from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
+from freehold.stages.pretrain import extend
 from freehold.stages.pretrain.config import PretrainConfig
 from freehold.tokenizer.bpe import BOS, END_OF_TEXT
 from freehold.trainer.stage import Stage, Start, train_stage
@@ -33,6 +34,8 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
     shards = ShardSet.load(work.input("tokenize") / "tokens", verify=True)
     model = with_vocabulary(config.model, shards.vocab_size, padded=bool(config.parent))
     parent = read_parent(config, model, shards.tokenizer_sha256) if config.parent else None
+    if parent is not None:
+        config = extend.extended(config, parent.shape, parent.facts)
     # Nothing to train: the parent is the result.
     if parent is not None and not config.phases:
         return keep(parent.folder, parent.facts, work) if work.leads else {}
@@ -40,12 +43,12 @@ def run(config: PretrainConfig, work: Workspace) -> dict[str, Any]:
     text = read_text(config, shards, parent, begin, work)
     stage = Stage(
         name="pretrain",
-        model=model,
+        model=config.model,
         order=text.order,
         schedule=text.schedule,
         tokenizer=work.input("tokenize") / "tokenizer",
         facts={"tokenizer_sha256": shards.tokenizer_sha256, **text.facts},
-        start=parent.start() if parent is not None else Start(),
+        start=parent.start(config) if parent is not None else Start(),
         validate=lambda world: validator(validation_rows(config, shards, begin), world),
     )
     counts = train_stage(stage, config, work)
@@ -89,23 +92,29 @@ def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, b
     check_memory_fits(rows * ROW_BYTES, "the order of the rows", "pretrain.phases")
     without = quarantined(config.quarantine)
     data = shards.identity("train", without)
+    if config.extended_tokens:
+        data = extend.identity(data, config)
     consumed = parent.position(config, data, work) if parent is not None else None
-    schedule = Schedule(config.phases, first_step=parent.facts["step"] if parent is not None else 0)
+    schedule = Schedule(dict(config.phases), first_step=parent.facts["step"] if parent is not None else 0)
     segments = [
         PhaseRows(name, steps, phase.mixture)
         for name, phase in config.phases.items()
         for steps in segment_steps(phase.steps, work.lengthened.get(name, []))
     ]
-    order = text_order(
-        config.batch,
-        shards.sources("train", without),
-        segments,
-        seed=work.seed,
-        separator=END_OF_TEXT,
-        begin=begin,
-        first_step=schedule.first_step,
-        consumed=consumed,
-    )
+    shape: dict[str, Any] = {
+        "seed": work.seed,
+        "separator": END_OF_TEXT,
+        "begin": begin,
+        "first_step": schedule.first_step,
+        "consumed": consumed,
+    }
+    sources = shards.sources("train", without)
+    order: TextOrder
+    if config.extended_tokens:
+        encode = extend.encoder(work.input("tokenize") / "tokenizer")
+        order = extend.long_order(config, encode, sources, segments, **shape)
+    else:
+        order = text_order(config.batch, sources, segments, **shape)
     for line in order.summary():
         work.log.say(f"  {line}")
     # A later run may branch off any phase's end. Only the parent knows where its own first phase began.
@@ -118,7 +127,9 @@ def read_text(config: PretrainConfig, shards: ShardSet, parent: Parent | None, b
         "consumed": first | at_ends,
         "begins_with": [begin],
     }
-    return Text(order, schedule, facts | ({"lengthened": work.lengthened} if work.lengthened else {}))
+    more = {"lengthened": work.lengthened} if work.lengthened else {}
+    more |= {"extended": config.extension.model_dump(mode="json")} if config.extended_tokens else {}
+    return Text(order, schedule, facts | more)
 
 
 def segment_steps(steps: int, lengthened: list[int]) -> list[int]:
@@ -137,19 +148,29 @@ class Parent:
 
     folder: Path
     facts: dict[str, Any]
+    shape: ModelConfig
 
-    def start(self) -> Start:
+    def start(self, config: PretrainConfig) -> Start:
         """Return what the first step starts from."""
-        digest = read_manifest(self.folder)["content_sha256"]
+        digest, gain = read_manifest(self.folder)["content_sha256"], config.extension.global_q_gain
+        changed = 1.0 if not config.extended_tokens else gain
         if dcp.is_imported(self.folder):  # weights alone: optimizer and balancing start from nothing
-            return Start(
-                parent=digest, tokens=self.facts["tokens"], weights=dcp.read_model(self.folder, verify=False)[1]
-            )
-        return Start(parent=digest, tokens=self.facts["tokens"], checkpoint=self.folder)
+            weights = dcp.read_model(self.folder, verify=False)[1]
+            extend.sharpen(weights, self.shape, changed)
+            return Start(parent=digest, tokens=self.facts["tokens"], weights=weights)
+        return Start(
+            parent=digest,
+            tokens=self.facts["tokens"],
+            checkpoint=self.folder,
+            change=lambda state: extend.sharpen(state["model"], self.shape, changed),
+        )
 
     def position(self, config: PretrainConfig, data: dict[str, str], work: Workspace) -> Any:
         """Return what the parent consumed of each source; None when its order was another. Warns of other text."""
         if dcp.is_imported(self.folder):
+            return None
+        if config.extended_tokens or self.facts.get("extended"):
+            work.log.say("  longer rows are made of their own pool of text: reading starts at its beginning")
             return None
         consumed: dict[str, int] | None = consumed_by(self.facts)
         if self.facts.get("order", {"kind": "stream"}) != config.batch.order.model_dump():
@@ -166,6 +187,9 @@ def read_parent(config: PretrainConfig, model: ModelConfig, tokenizer_sha256: st
     folder = Path(config.parent)
     facts = dcp.check(folder)
     shape = dcp.read_config(folder)
+    if config.extended_tokens:
+        # The one field that an extension changes; the parent may itself have been extended.
+        model = model.model_copy(update={"max_position_embeddings": shape.max_position_embeddings})
     # Compared whole: another route_scale or window is another function with the same tensors.
     if shape != model:
         differs = difference(shape.model_dump(mode="json"), model.model_dump(mode="json"))
@@ -177,7 +201,7 @@ def read_parent(config: PretrainConfig, model: ModelConfig, tokenizer_sha256: st
         )
     if facts["tokenizer_sha256"] != tokenizer_sha256:
         raise CheckpointError("the parent was trained with another tokenizer", where=folder)
-    return Parent(folder, facts)
+    return Parent(folder, facts, shape)
 
 
 def validation_rows(config: PretrainConfig, shards: ShardSet, begin: int) -> dict[str, HeldOut]:
