@@ -142,7 +142,8 @@ class AdaptConfig(Config):
     @field_validator("phases")
     @classmethod
     def _names(cls, phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
-        return check_names(phases)
+        check_names(phases)
+        return phases
 
     @model_validator(mode="after")
     def _fits(self) -> AdaptConfig:
