@@ -62,7 +62,7 @@ import resource, sys, time
 from freehold import api
 from freehold.infer.sampler import Sampling
 start = time.monotonic()
-loaded = api.load(sys.argv[1], dtype="bfloat16", limit_tokens=256)
+loaded = api.load(sys.argv[1], dtype="bfloat16", limit_tokens=256, answers_only=True)
 opened = time.monotonic() - start
 loaded.engine.generate([[3, 4, 5, 6, 7, 8, 9, 10]], Sampling(max_tokens=8))
 total = time.monotonic() - start

@@ -19,12 +19,13 @@ from freehold.checkpoint import dcp, hf
 from freehold.core import environment
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.errors import ArtifactError, CheckpointError, RequestError
-from freehold.infer.engine import Engine
+from freehold.infer.engine import Engine, not_exact_as
 from freehold.infer.sampler import Sampling
 from freehold.infer.threads import choose_threads
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.model.device import Device, choose_device
+from freehold.model.filling import fill
 from freehold.tokenizer.bpe import BOS, END_OF_TEXT, Tokenizer
 from freehold.tokenizer.chat import render_ids
 from freehold.tokenizer.output import AnswerFormat, Piece, TextStream, read_format
@@ -134,6 +135,7 @@ def load(
     limit_tokens: int | None = None,
     threads: int | None = None,
     trainable: bool = False,
+    answers_only: bool = False,
 ) -> Loaded:
     """Open a checkpoint, a run or stage folder (its most finished model), or an AFMoE folder in HF form.
 
@@ -142,19 +144,20 @@ def load(
 
     threads: PyTorch's threads in this process; None = as many as decode fastest here, which is measured. The answers
     do not depend on it. trainable: the parameters take gradients, for a training loop of your own; give them float32.
+    answers_only: keep the weights only as the CPU kernels read them, about half the memory; `model` can then neither be
+    saved nor trained.
     """
     environment.prepare()
     place = choose_device(device)
     folder = find_model(Path(path))
-    if (folder / MANIFEST).exists() and read_manifest(folder)["kind"] == "checkpoint":
-        config, state = dcp.read_model(folder)
-    else:
-        config, state = hf.load_hf(folder)
+    ours = (folder / MANIFEST).exists() and read_manifest(folder)["kind"] == "checkpoint"
+    config, weights = dcp.stream_model(folder) if ours else hf.stream_hf(folder)
     tokenizer = _read_tokenizer(folder, config)
-    model = Afmoe(config)
-    dcp.match_keys(state, model.state_dict(), folder)
-    model.load_state_dict(state, assign=True)
-    model.to_compute({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]).requires_grad_(trainable).to(place)
+    number = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    with torch.device("meta"):  # weights are assigned: a model of its own would be a second copy
+        model = Afmoe(config)
+    fill(model, weights, number, packed=answers_only and place.type == "cpu" and not_exact_as(config, number) is None)
+    model.requires_grad_(trainable).to(place)
     engine = Engine(model, max_batch, limit_tokens)
     if threads is None:
         choose_threads(engine)

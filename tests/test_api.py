@@ -189,3 +189,19 @@ def test_what_came_too_late_is_said_once():
         for first in ("sys.modules['torch'] = sys", "pass")
     ]
     assert said == [1, 0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_only_keeps_packed_weights_and_bits(tiny_checkpoint, tmp_path, dtype):
+    """Half the memory, the same answers: what is packed is let go of."""
+    both = api.load(tiny_checkpoint, dtype)
+    lean = api.load(tiny_checkpoint, dtype, answers_only=True)
+    asked = Sampling(temperature=0, max_tokens=6, logprobs=3)
+    ids = [[3, 4, 5], [6, 7, 8, 9]]
+    assert lean.engine.generate(ids, asked) == both.engine.generate(ids, asked)
+    assert lean.engine.score(ids) == both.engine.score(ids)
+    if lean.engine.exact:
+        layers = dict(lean.model.model.layers.named_parameters())
+        assert all(weight.is_meta for weight in layers.values() if weight.ndim > 1)
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            hf.save_hf(tmp_path, lean.config, lean.model.state_dict())

@@ -44,6 +44,7 @@ ONE_ROOM = {
     "licenseclassifier": {"ledger"},
     "selectolax": {"stages/gather"},
     "pypdf": {"stages/gather"},
+    "fastwarc": {"stages/gather"},
     "duckdb": {"run"},
     "cryptography": {"proof"},
     "matplotlib": {"run/figure.py"},

@@ -34,13 +34,13 @@ def is_native(folder: Path) -> bool:
     return (folder / dcp.STATE).exists()
 
 
-def stream(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def stream(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of a model by our name, one in memory at a time."""
     if is_native(folder):
         for name in sorted(dcp.read_names(folder)["model"]):
             yield name, _one(folder, name)
         return
-    yield from hf.stream(folder, config)
+    yield from hf.stream_hf(folder)[1]
 
 
 def _one(folder: Path, name: str) -> Tensor:
@@ -91,7 +91,7 @@ def build(
     with torch.device("meta"):
         model = Afmoe(config)
     names = set()
-    for name, tensor in stream(folder, config):
+    for name, tensor in stream(folder):
         names.add(name)
         if found is not None:
             found.add(name, tensor)

@@ -214,6 +214,15 @@ def read_model(folder: Path, *, verify: bool = True) -> tuple[ModelConfig, dict[
     return config, model
 
 
+def stream_model(folder: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
+    """Return what `read_model` returns, of an imported model one tensor in memory at a time."""
+    if is_imported(folder):
+        check(folder)
+        return hf.stream_hf(folder)
+    config, state = read_model(folder)
+    return config, iter(state.items())
+
+
 def is_imported(folder: Path) -> bool:
     """Return whether a checkpoint holds weights in HF form, as they were published, and nothing of a training."""
     return not (folder / STATE).exists() and (folder / MANIFEST).exists()

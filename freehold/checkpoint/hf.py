@@ -174,42 +174,44 @@ def load_hf(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     Expert biases come back in fp32. Raises CheckpointError naming what is missing, left over, misshapen, not finite, or
     other bytes than the manifest of the export records.
     """
+    config, weights = stream_hf(folder)
+    return config, dict(weights)
+
+
+def stream_hf(folder: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
+    """Return the shape and an iterator over what `load_hf` returns: one tensor of ours in memory at a time."""
     data = read_json(folder / "config.json", CheckpointError, None)
-    with _opened(folder) as where:
+    with _opened(folder) as (where, files):
         config, table = _accounted(data, folder, where)
-        check_exported_hashes(folder)
-        state = {}
-        for entry in table:
-            tensor = entry.from_disk({name: where[name].get_tensor(name) for name in entry.theirs})
-            state[entry.ours] = tensor.float() if entry.ours.endswith(".expert_bias") else tensor
-    check_finite(state, folder)
-    return config, state
+    check_exported_hashes(folder)
+    return config, _entries(folder, table, files)
 
 
-def stream(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a folder in HF form under our names, one stack of experts in memory at a time.
-
-    CheckpointError names a tensor that is missing or misshapen.
-    """
-    with _opened(folder) as where:
-        for entry in key_table(config):
-            if missing := [name for name in entry.theirs if name not in where]:
-                raise CheckpointError("a tensor is missing", where=folder, found=missing[0])
-            yield entry.ours, entry.from_disk({name: where[name].get_tensor(name) for name in entry.theirs})
+def _entries(folder: Path, table: list[Entry], files: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    for entry in table:
+        # Opened for each: pages of a mapped file count as memory of the process until it is closed.
+        with contextlib.ExitStack() as stack:
+            opened = {file: stack.enter_context(safe_open(folder / file, framework="pt"))
+                      for file in dict.fromkeys(files[name] for name in entry.theirs)}  # fmt: skip
+            tensor = entry.from_disk({name: opened[files[name]].get_tensor(name) for name in entry.theirs})
+            tensor = tensor.float() if entry.ours.endswith(".expert_bias") else tensor
+            check_finite({entry.ours: tensor}, folder)
+            yield entry.ours, tensor
 
 
 def check_hf(folder: Path) -> ModelConfig:
     """Return the shape of a folder in HF form, whose tensors have the right names and shapes; reads none of them."""
     data = read_json(folder / "config.json", CheckpointError, None)
-    with _opened(folder) as where:
+    with _opened(folder) as (where, _):
         return _accounted(data, folder, where)[0]
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a folder in HF form by their names there, one in memory at a time."""
-    with _opened(folder) as where:
-        for name, file in where.items():
-            yield name, file.get_tensor(name)
+    for file in files_of(folder):
+        with safe_open(folder / file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
 
 
 def files_of(folder: Path) -> list[str]:
@@ -223,10 +225,11 @@ def count_tensors(config: ModelConfig) -> int:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[dict[str, safe_open]]:
-    """Open the files of weights; yield which of them holds each tensor."""
+def _opened(folder: Path) -> Iterator[tuple[dict[str, safe_open], dict[str, str]]]:
+    """Open the files of weights; yield by tensor the open file that holds it, and the name of that file."""
     with contextlib.ExitStack() as stack:
         where: dict[str, safe_open] = {}
+        files: dict[str, str] = {}
         for file in files_of(folder):
             if not (folder / file).is_file():
                 raise CheckpointError("a file of weights is missing", where=folder, found="nothing", expected=file)
@@ -235,7 +238,8 @@ def _opened(folder: Path) -> Iterator[dict[str, safe_open]]:
             except SafetensorError as error:
                 raise CheckpointError("not a safetensors file", where=folder / file, found=error) from error
             where |= dict.fromkeys(opened.keys(), opened)
-        yield where
+            files |= dict.fromkeys(opened.keys(), file)
+        yield where, files
 
 
 def _accounted(data: dict[str, Any], folder: Path, where: dict[str, safe_open]) -> tuple[ModelConfig, list[Entry]]:

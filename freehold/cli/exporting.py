@@ -117,7 +117,9 @@ def check_rights(folder: Path, uses: tuple[str, ...]) -> None:
 
     rewritten = policy_of(REPHRASE) if RunFolder(run).finished(REPHRASE) else None
     wanted = {"checkpoint": folder.resolve().relative_to(run).as_posix(), "uses": uses}
-    policy_check.before_stage(run, EXPORT, policy_of(GATHER), wanted, rewritten)
+    policy_check.before_stage(
+        run, EXPORT, policy_of(GATHER), wanted, rewritten, policy_check.recorded_reservations(RunFolder(run))
+    )
 
 
 def _text(answer: dict[str, Any], *, dry: bool) -> str:

@@ -57,8 +57,10 @@ def _add_trace(verbs: Any) -> None:
 def _add_takedown(verbs: Any) -> None:
     text = "what a source, document or licence reached, and the cheapest way back"
     takedown = verb(verbs, "takedown", text, _takedown)
-    takedown.add_argument("document", help="document id, part of its path, source, or licence expression")
+    about = "document id, part of its path, source, licence, web address or site; or `reserved`: what its sites reserve"
+    takedown.add_argument("document", help=about)
     _run_argument(takedown)
+    _add_reservations(takedown)
     takedown.add_argument("--widen", action="store_true", help="also its copies, and what was perhaps made from it")
     takedown.add_argument(
         "--apply",
@@ -67,6 +69,25 @@ def _add_takedown(verbs: Any) -> None:
     )
     takedown.add_argument("--out", type=Path, default=Path(), help="folder for that recipe (default: this one)")
     _json_flag(takedown)
+
+
+def _add_reservations(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reservations", type=Path, metavar="FOLDER", help="snapshot of what sites reserve (default: the recipe's)"
+    )
+    parser.add_argument("--date", metavar="DAY", help="ISO date of that snapshot (default: today)")
+
+
+def _reservations(args: argparse.Namespace, run: Path) -> Any:
+    """Return what sites reserve: as typed, else as the run's recipe says; None where neither says anything."""
+    from freehold.core.config import fill
+    from freehold.ledger.reservations import Reservations
+    from freehold.run.policy_check import recorded_reservations
+
+    if args.reservations is None:
+        return recorded_reservations(RunFolder(run))
+    typed = {"snapshot": str(args.reservations), "date": args.date or time.strftime("%Y-%m-%d", time.gmtime())}
+    return fill(Reservations, typed, "--reservations")
 
 
 def _add_lineage(verbs: Any) -> None:
@@ -87,6 +108,7 @@ def _add_rights(verbs: Any) -> None:
         choices=["train", "distill", "redistribute", "commercial"],
         help="what it must be free for (default: the policy's uses)",
     )
+    _add_reservations(rights)
     _json_flag(rights)
 
 
@@ -125,15 +147,16 @@ def _trace(args: argparse.Namespace) -> int:
 
 def _takedown(args: argparse.Namespace) -> int:
     from freehold.run.pending import note
-    from freehold.run.takedown import takedown
+    from freehold.run.takedown import RESERVED, takedown
     from freehold.run.takedown_recipe import write_recipe
     from freehold.run.trace_text import render_takedown
 
     run = run_folder(args.run)
-    answer = takedown(run, args.document, widen=args.widen)
-    applied = write_recipe(run, answer, args.out) if args.apply else None
+    asked = _reservations(args, run) if args.document == RESERVED or args.reservations else None
+    answer = takedown(run, args.document, widen=args.widen, reservations=asked)
+    applied = write_recipe(run, answer, args.out, asked) if args.apply else None
     if applied:
-        note(run, args.document, args.widen)
+        note(run, args.document, args.widen, asked)
     if args.json:
         print(json.dumps(answer.to_dict() | ({"applied": asdict(applied)} if applied else {}), indent=1))
     else:
@@ -159,10 +182,12 @@ def _rights(args: argparse.Namespace) -> int:
 
     policy = policy_of(GATHER)
     rewritten = policy_of(REPHRASE) if folder.finished(REPHRASE) else None
+    asked = _reservations(args, run)
+    snapshot = asked.open() if asked else None
     if args.of:
-        groups = policy_check.checkpoint(run, find_checkpoint(run, args.of) or args.of, policy, rewritten)
+        groups = policy_check.checkpoint(run, find_checkpoint(run, args.of) or args.of, policy, rewritten, snapshot)
     else:
-        groups = policy_check.everything(run, policy, rewritten)
+        groups = policy_check.everything(run, policy, rewritten, snapshot)
     answer = {
         "run": run.name,
         "of": args.of or "corpus",

@@ -37,8 +37,9 @@ RIGHTS = [
     ("split", pa.string()),
     ("licence_confidence", pa.string()),
 ]
-# Columns that files of earlier versions do not have: they read as empty.
-LATER = {"licence_confidence"}
+WEB = [("address", pa.string()), ("fetched", pa.string())]
+# Columns that files of earlier versions, or without web addresses, do not have: they read as empty.
+LATER = {"licence_confidence", *(name for name, _ in WEB)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,12 @@ class Document(Rights):
 
     id: str
     text: str
+    address: str = ""
+    """Web address it was read from, by which its site may reserve it; empty for what has none."""
+    fetched: str = ""
+    """ISO date on which a crawler fetched it, as its archive says."""
 
-    SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string()), *RIGHTS])
+    SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string()), *RIGHTS, *WEB])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +166,26 @@ def write_rows(path: Path, rows: Iterable[Document] | Iterable[Conversation], cl
         for name, column in columns.items():
             value = getattr(row, name)
             column.append(json.dumps(value, ensure_ascii=False, sort_keys=True) if name == "messages" else value)
-    table = pa.table(columns, schema=cls.SCHEMA)
-    write_table(path, table)
+    write_table(path, without_empty_web(pa.table(columns, schema=cls.SCHEMA)))
     return count
+
+
+def without_empty_web(table: pa.Table) -> pa.Table:
+    """Return a table without the columns of the web when no row has an address: files without any stay as they were."""
+    if "address" not in table.column_names or any(table["address"].to_pylist()):
+        return table
+    return table.drop_columns([name for name, _ in WEB])
+
+
+def has_addresses(path: Path) -> bool:
+    """Return whether a file of documents has the columns of the web."""
+    return "address" in pq.read_schema(path).names
+
+
+def check_columns(path: Path, names: Sequence[str], cls: type[Any]) -> None:
+    """Raise DataError when the columns of a file are not those of a class, as far as a file may not lack them."""
+    if list(names) != [name for name in cls.SCHEMA.names if name in names or name not in LATER]:
+        raise DataError(f"not a {cls.__name__} file", where=path, found=list(names), expected=cls.SCHEMA.names)
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -177,9 +199,7 @@ def read_rows(path: Path, cls: type[R]) -> Iterator[R]:
     """Yield the rows of a parquet file; DataError when it is not one of ours."""
     try:
         file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        if names != [name for name in cls.SCHEMA.names if name in names or name not in LATER]:
-            raise DataError(f"not a {cls.__name__} file", where=path, found=names, expected=cls.SCHEMA.names)
+        check_columns(path, file.schema_arrow.names, cls)
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 if "messages" in row:

@@ -5,7 +5,7 @@ The format is described in `docs/formats.md`. Ids are little-endian uint16 when 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ INDEX = "index.json"
 SPLITS = ("train", "validation")
 _KINDS = ("bin", "parquet")
 _SCHEMA = pa.schema([("id", pa.string()), ("start", pa.int64()), ("tokens", pa.int32()), ("bytes", pa.int32())])
+ADDRESS = pa.field("address", pa.string())
+"""A further column where documents have web addresses, so that what a site reserves is known in tokens."""
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -33,11 +35,17 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 
 def write_shard(
-    folder: Path, name: str, split: str, documents: Iterable[tuple[str, np.ndarray, int]], dtype: np.dtype
+    folder: Path,
+    name: str,
+    split: str,
+    documents: Iterable[tuple[str, np.ndarray, int]],
+    dtype: np.dtype,
+    addresses: Mapping[str, str] | None = None,
 ) -> dict[str, int]:
     """Write documents (id, token ids with the ending one, UTF-8 bytes of the text) as they come.
 
-    One document is in memory at a time. Returns counts: tokens, documents, bytes.
+    `addresses` holds the web addresses by id, of documents that have one. One document is in memory at a time.
+    Returns counts: tokens, documents, bytes.
     """
     path = folder / f"{name}.{split}.bin"
     columns: dict[str, list[Any]] = {column: [] for column in _SCHEMA.names}
@@ -52,7 +60,10 @@ def write_shard(
                     column.append(value)
                 # Documents stand without gaps, each with its ending token: a start and a length find any of them.
                 start += len(ids)
-    write_table(path.with_suffix(".parquet"), pa.table(columns, schema=_SCHEMA))
+    table = pa.table(columns, schema=_SCHEMA)
+    if addresses:
+        table = table.append_column(ADDRESS, pa.array([addresses.get(one, "") for one in columns["id"]], pa.string()))
+    write_table(path.with_suffix(".parquet"), table)
     return {"tokens": start, "documents": len(columns["id"]), "bytes": sum(columns["bytes"])}
 
 
@@ -91,7 +102,7 @@ class Shard:
             ) from error
         # Sizes are checked at every start, hashes only with `verify`: reading 100 GB before each step one is no check
         # that people would keep on.
-        if table.schema != _SCHEMA or len(table) != counts["documents"]:
+        if table.schema not in (_SCHEMA, _SCHEMA.append(ADDRESS)) or len(table) != counts["documents"]:
             raise ArtifactError(
                 "not the document index of this shard",
                 where=path.with_suffix(".parquet"),

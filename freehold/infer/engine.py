@@ -24,6 +24,7 @@ from freehold.infer.sampler import Sampling, check_ids, draw
 from freehold.infer.scoring import Scored
 from freehold.kernels import cpu
 from freehold.model.afmoe import Afmoe
+from freehold.model.config import ModelConfig
 
 PREFILL_TOKENS = 2048
 """Tokens of one forward pass when sequences are scored: bounds activations."""
@@ -298,17 +299,23 @@ class Engine:
 
 def not_exact(model: Afmoe) -> str | None:
     """Return why this model's answers depend on their batch on this machine; None when they do not."""
-    weight, config = model.lm_head.weight, model.config
+    weight = model.lm_head.weight
     if weight.device.type != "cpu":
         return f"on {weight.device.type} sums depend on the shapes of a batch"
+    return not_exact_as(model.config, weight.dtype)
+
+
+def not_exact_as(config: ModelConfig, dtype: torch.dtype) -> str | None:
+    """Return why a model of this shape and dtype is not exact on this machine's CPU; None when it is."""
     # Rotated halves of a head are read 16 numbers at a time.
     widths = (
         config.hidden_size, config.head_dim // 2, config.query_width, config.key_width, config.intermediate_size,
         config.moe_intermediate_size, config.vocab_size,
     )  # fmt: skip
-    if cpu.available(weight, *widths):
+    like = torch.empty(0, dtype=dtype)
+    if cpu.available(like, *widths):
         return None
-    return cpu.describe(weight.dtype) if not cpu.available(weight) else "row widths that are no multiples of 16"
+    return cpu.describe(dtype) if not cpu.available(like) else "row widths that are no multiples of 16"
 
 
 def _pages_for(model: Afmoe, tokens: int) -> int:

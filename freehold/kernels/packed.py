@@ -35,9 +35,18 @@ class Packed:
         # Held, so that no new weight can have the address of an old one.
         self._held: list[Tensor] = []
         self._words = torch.empty(0, dtype=torch.int32)
+        self.alone = False
+        """Whether the weights are gone, so that only their packed form is there and cannot change."""
+
+    def keep_alone(self, *weights: Tensor) -> None:
+        """Pack weights now and let go of them; `words` gives this packed form from then on, whatever it is asked."""
+        self.words(*weights)
+        self._held, self._seen, self.alone = [], [], True
 
     def words(self, *weights: Tensor) -> Tensor:
         """Return the packed words (int32 [E, n]) of weights [m, n], or stacks [E, m, n], one after the other."""
+        if self.alone:
+            return self._words
         seen = [(w.data_ptr(), w._version) for w in weights]
         if seen != self._seen:
             self._held = [w.detach() for w in weights]

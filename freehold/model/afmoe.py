@@ -162,9 +162,9 @@ class Afmoe(nn.Module):
         The bits stay those of training. Returns the model, which then holds its matrices twice.
         """
         for module in self.modules():
-            if isinstance(module, Router):
+            if isinstance(module, Router) and not (module.gate.pack and module.gate.pack.alone):
                 module.gate.pack = Packed(exact=True)
-            elif isinstance(module, SwiGLU | Experts):
+            elif isinstance(module, SwiGLU | Experts) and not (module.packs and module.packs[0].alone):
                 module.packs = (Packed(), Packed())
             elif isinstance(module, Linear) and module.pack is None:
                 module.pack = Packed()

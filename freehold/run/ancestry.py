@@ -248,23 +248,37 @@ def learned_rows(run: RunFolder, checkpoint: Checkpoint) -> tuple[tuple[Rows, ..
     Where its steps are not recorded, as in a run that is not finished, all rows kept for training count.
     """
     with readable(run.root), Tables(run.root) as tables:
-        tables.with_all_columns()
-        stages = [stage for stage, _ in checkpoint.bounds]
-        kept_as_it_is = PRETRAIN in stages and not (_config(run, PRETRAIN).get("phases") or {"": 1})
-        traced = [stage for stage in stages if stage in tables.traced]
-        if len(traced) < len(stages):
-            return sum_rows(tables, "kept_rights where split = 'train'"), ()
-        tables.connection.execute(
-            "create table read as select distinct document_id id from trace join"
-            " (select unnest($stages::varchar[]) stage, unnest($ends::bigint[]) past) using (stage)"
-            " where first_step < past",
-            {"stages": stages, "ends": [end for _, end in checkpoint.bounds]},
-        )
-        rows = sum_rows(tables, "all_rights where id in (select id from read)")
-        lost = tables.value("select count(*) from read where id not in (select id from all_rights)")
+        rows, lost = sum_rows(tables, learned(tables, run, checkpoint)), lost_rows(tables)
+    kept_as_it_is = PRETRAIN in _stages(checkpoint) and not (_config(run, PRETRAIN).get("phases") or {"": 1})
     if lost and not kept_as_it_is:  # a parent that was kept brought its own steps, and its record
         return rows, (f"{lost:,} documents that it learned from are not in its run any more",)
     return rows, ()
+
+
+def learned(tables: Tables, run: RunFolder, checkpoint: Checkpoint) -> str:
+    """Return the rows that a checkpoint learned from in this run, as the rest of a query, all columns in them."""
+    tables.with_all_columns()
+    stages = _stages(checkpoint)
+    if any(stage not in tables.traced for stage in stages):
+        return "kept_rights where split = 'train'"
+    tables.connection.execute(
+        "create table read as select distinct document_id id from trace join"
+        " (select unnest($stages::varchar[]) stage, unnest($ends::bigint[]) past) using (stage)"
+        " where first_step < past",
+        {"stages": stages, "ends": [end for _, end in checkpoint.bounds]},
+    )
+    return "all_rights where id in (select id from read)"
+
+
+def lost_rows(tables: Tables) -> int:
+    """Return how many of the rows that `learned` found are not in the run any more."""
+    if not tables.value("select count(*) from duckdb_tables() where table_name = 'read'"):
+        return 0
+    return int(tables.value("select count(*) from read where id not in (select id from all_rights)"))
+
+
+def _stages(checkpoint: Checkpoint) -> list[str]:
+    return [stage for stage, _ in checkpoint.bounds]
 
 
 def sum_rows(tables: Tables, where: str, **values: Any) -> tuple[Rows, ...]:

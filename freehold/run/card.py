@@ -13,6 +13,7 @@ from pydantic import Field
 
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.config import Config, fill, load_yaml
+from freehold.core.document import has_addresses
 from freehold.core.errors import ArtifactError
 from freehold.run.ancestry import ancestors
 from freehold.run.checkpoints import read_checkpoints
@@ -107,6 +108,7 @@ def facts(run_folder: Path) -> dict[str, Any]:
     result["decontaminated"] = config.get("decontamination", {}).get("enabled")
     result["excluded"] = config.get("exclude", {})
     result["policy"] = _policy(run_folder)
+    result |= _reservations(run)
     result["files"] = {
         name: record for name, record in curate["files"].items() if name.startswith(("documents/", "conversations/"))
     }
@@ -199,6 +201,22 @@ def _languages(config: dict[str, Any], kinds: list[dict[str, Any]]) -> list[dict
         entry["bytes"] += row["bytes"]
         entry["kinds"].append(row["kind"])
     return [found[rule] for rule in sorted(found)]
+
+
+def _reservations(run: RunFolder) -> dict[str, Any]:
+    """Return the date of the snapshot of what sites reserve and what gather skipped for it; empty without any."""
+    config = read_manifest(run.stage(GATHER)).get("config", {}) if run.finished(GATHER) else {}
+    stated = config.get("reservations")
+    records = read_json(run.sources).values() if run.sources.exists() else ()
+    lost = [record["reserved"] for record in records if "reserved" in record]
+    found: dict[str, Any] = {"reservations": stated["date"]} if stated else {}
+    kept = [path.relative_to(run.stage(CURATE)).as_posix() for path in run.documents(CURATE) if has_addresses(path)]
+    if kept:
+        found["with_addresses"] = kept
+    if lost:
+        hosts = sorted({host for one in lost for host in one["hosts"]})
+        found["reserved"] = {"documents": sum(one["documents"] for one in lost), "hosts": hosts}
+    return found
 
 
 def _policy(run_folder: Path) -> dict[str, Any]:

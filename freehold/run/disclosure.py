@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from freehold.core.artifact import sha256_json, write_atomic
-from freehold.core.document import Conversation, Document
+from freehold.core.document import WEB, Conversation, Document
 from freehold.core.table import Table
 from freehold.run.card import Statements
 from freehold.run.layout import CURATE, PRETRAIN
 
 UNKNOWN = "unknown: the ledger does not hold it, and it was not stated"
 PICTURE = "data.png"
+WEB_COLUMNS = [name for name, _ in WEB]
 # Sizes as the template's boxes have them.
 SIZES = ((10**9, "less than 1 billion tokens"), (10**13, "1 billion to 10 trillion tokens"))
 PUBLIC = {"package": "Python distribution", "sdist": "source archive", "stdlib": "Python's standard library"}
-OWN = ("folder", "jsonl")
+OWN = ("folder", "jsonl", "parquet")
 
 
 def make(facts: dict[str, Any], stated: Statements, kinds: Sequence[str]) -> dict[str, str]:
@@ -198,6 +199,12 @@ def eu_summary(facts: dict[str, Any], stated: Statements) -> str:
             "Were crawlers used?",
             "not by this program, which reads packages, archives and folders; how others collected those is unknown",
         ),
+        *(
+            f"- {row['source']}: pages of web archives that others crawled, {row['version']}, "
+            f"{_n(row['documents'])} documents, {', '.join(row['licences'])}"
+            for row in sources
+            if row["kind"] == "warc"
+        ),
         "### 2.4. User data",
         _field("Was data from user interactions used?", stated.user_data or ("" if own else "no source holds any")),
         "### 2.5. Synthetic data",
@@ -287,6 +294,8 @@ def croissant(facts: dict[str, Any], stated: Statements) -> str:
         )
         key = name.removesuffix(".parquet")
         columns = (Conversation if name.startswith("conversations/") else Document).SCHEMA.names
+        if name not in facts.get("with_addresses", ()):
+            columns = [column for column in columns if column not in WEB_COLUMNS]
         records.append(
             {
                 "@type": "cr:RecordSet",
@@ -404,7 +413,19 @@ def _gate(facts: dict[str, Any]) -> str:
     if not facts["policy"]:
         return ""
     uses = ", ".join(facts["policy"].get("uses", ()))
-    return f"no row without a content licence that is allowed for {uses}, with evidence; reservations are not read"
+    return f"no row without a content licence that is allowed for {uses}, with evidence; {_reserved(facts)}"
+
+
+def _reserved(facts: dict[str, Any]) -> str:
+    """Return what was done about what sites reserve."""
+    found = facts.get("reserved") or {}
+    lost = f"{_n(found['documents'])} documents of {_n(len(found['hosts']))} sites skipped" if found else ""
+    if facts.get("reservations"):
+        taken = (
+            f"a snapshot of {facts['reservations']} of what sites reserve (robots.txt, ai.txt, tdmrep.json, headers)"
+        )
+        return f"documents with a web address are compared with {taken}: {lost or 'none is reserved'}"
+    return lost or "reservations are not read"
 
 
 def _rows_by(rows: list[dict[str, Any]], name: str) -> str:

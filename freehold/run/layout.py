@@ -50,6 +50,8 @@ class Stage:
     """Globs of the files it may leave in its folder (`*` also matches /): what the run may delete there."""
     lengthens: bool = False
     """Whether more steps may be added to it: what a step reads does not depend on the steps after it."""
+    judged_again: tuple[str, ...] = ()
+    """Settings that later gates judge again: another value of theirs does not make a finished stage stale."""
     package: str = ""
     """Python package, when it is not `freehold.stages.<name>`."""
 
@@ -90,6 +92,7 @@ WALK: dict[str, Stage] = _table(
         GATHER,
         "sources -> documents with licence evidence; the policy refuses what may not be used",
         writes=(*ROWS, "sources.json"),
+        judged_again=("reservations",),
     ),
     Stage(
         CURATE,

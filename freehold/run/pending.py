@@ -9,14 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from freehold.core.artifact import read_json, write_json
+from freehold.core.config import fill
 from freehold.core.errors import DataError, ProofError
+from freehold.ledger.reservations import Reservations
 from freehold.run.layout import RunFolder
 from freehold.run.takedown import takedown
 
 
-def note(run_folder: Path, query: str, widen: bool) -> None:
+def note(run_folder: Path, query: str, widen: bool, reservations: Reservations | None = None) -> None:
     """Record a request to remove what `query` names from a run; asking twice records it once."""
-    path, asked = RunFolder(run_folder).pending_takedowns, {"query": query, "widen": widen}
+    path = RunFolder(run_folder).pending_takedowns
+    asked: dict[str, object] = {"query": query, "widen": widen}
+    if reservations:
+        asked["reservations"] = reservations.model_dump(mode="json")
     noted = _noted(run_folder)
     if asked not in noted:
         write_json(path, {"format_version": 1, "asked": [*noted, asked]})
@@ -27,7 +32,9 @@ def affecting(run_folder: Path, checkpoint: str) -> list[str]:
     found = []
     for asked in _noted(run_folder):
         try:
-            answer = takedown(run_folder, str(asked["query"]), widen=bool(asked["widen"])).runs[0]
+            answer = takedown(
+                run_folder, str(asked["query"]), widen=bool(asked["widen"]), reservations=_reservations(asked)
+            ).runs[0]
         except DataError:  # nothing of that name is in the run any more
             continue
         if checkpoint in {judged.path for judged in answer.checkpoints} | set(answer.unknown):
@@ -45,6 +52,11 @@ def refuse(run_folder: Path, checkpoint: str) -> None:
             found=", ".join(found),
             todo="release the run made from the recipe that `freehold takedown --apply` wrote",
         )
+
+
+def _reservations(asked: dict[str, object]) -> Reservations | None:
+    stated = asked.get("reservations")
+    return fill(Reservations, stated, "reservations") if isinstance(stated, dict) else None
 
 
 def _noted(run_folder: Path) -> list[dict[str, object]]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from freehold.core.artifact import read_manifest
+from freehold.core.config import fill
 from freehold.core.errors import DataError
 from freehold.ledger.policy import (
     SEVERITY,
@@ -23,9 +25,20 @@ from freehold.ledger.policy import (
     judge_unknown,
     refusal,
 )
-from freehold.run.ancestry import MadeBy, Record, Rows, ancestors, learned_rows, own_origins, records_for, sum_rows
+from freehold.ledger.reservations import Reservations, Snapshot, host_and_path
+from freehold.run.ancestry import (
+    MadeBy,
+    Record,
+    Rows,
+    ancestors,
+    learned,
+    learned_rows,
+    own_origins,
+    records_for,
+    sum_rows,
+)
 from freehold.run.checkpoints import read_checkpoints
-from freehold.run.layout import ADAPT, CURATE, PRETRAIN, REPHRASE, WALK, RunFolder
+from freehold.run.layout import ADAPT, CURATE, GATHER, PRETRAIN, REPHRASE, WALK, RunFolder
 from freehold.run.tables import Tables, readable
 
 
@@ -48,10 +61,12 @@ def corpus(
     *,
     sources: Collection[str] = (),
     kind: str = "",
+    snapshot: Snapshot | None = None,
 ) -> list[Group]:
     """Judge what is kept for training: of some sources (none named: all), and `conversation` or other rows.
 
-    `rewritten` is the policy for what a teacher wrote, when it has one of its own.
+    `rewritten` is the policy for what a teacher wrote, when it has one of its own. With `snapshot`, documents that
+    their sites reserve by then are refused.
     """
     rows = (
         "kept_rights where split = 'train' and (len($sources::varchar[]) = 0 or list_contains($sources, source))"
@@ -60,10 +75,13 @@ def corpus(
     with readable(run_folder), Tables(run_folder) as tables:
         tables.with_all_columns()
         found = sum_rows(tables, rows, sources=sorted(sources), kind=kind)
-    return _judged(found, policy, rewritten) + _made_by(own_origins(RunFolder(run_folder)), policy)
+        taken = reserved(tables, rows, snapshot, sources=sorted(sources), kind=kind)
+    return _judged(found, policy, rewritten) + taken + _made_by(own_origins(RunFolder(run_folder)), policy)
 
 
-def checkpoint(run_folder: Path, path: str, policy: Policy, rewritten: Policy | None = None) -> list[Group]:
+def checkpoint(
+    run_folder: Path, path: str, policy: Policy, rewritten: Policy | None = None, snapshot: Snapshot | None = None
+) -> list[Group]:
     """Judge every row that a checkpoint learned from, its ancestors' in other runs included, and their origins.
 
     Raises DataError when there is no such checkpoint.
@@ -75,12 +93,53 @@ def checkpoint(run_folder: Path, path: str, policy: Policy, rewritten: Policy | 
         raise DataError("no such checkpoint", where=run_folder, found=path, expected=expected)
     rows, gaps = learned_rows(run, found)
     own = Record(run_folder.name, path, found.content_sha256, unknown=gaps, origins=own_origins(run))
-    return _judged(rows, policy, rewritten) + inherited([own, *ancestors(run, found)], policy, rewritten)
+    taken: list[Group] = []
+    if snapshot:
+        with readable(run_folder), Tables(run_folder) as tables:
+            taken = reserved(tables, learned(tables, run, found), snapshot)
+    return _judged(rows, policy, rewritten) + taken + inherited([own, *ancestors(run, found)], policy, rewritten)
 
 
-def everything(run_folder: Path, policy: Policy, rewritten: Policy | None = None) -> list[Group]:
+def reserved(tables: Tables, rows: str, snapshot: Snapshot | None, **values: Any) -> list[Group]:
+    """Return the documents that their sites reserve by a snapshot, by site; `rows` is the rest of a query.
+
+    Each group has the rule and its date as evidence. Nothing without a snapshot or without addresses.
+    """
+    if snapshot is None or "address" not in tables.column_names(rows.partition(" ")[0]):
+        return []
+    having = "and" if " where " in rows else "where"
+    found = tables.rows(
+        "select address, source, licence, kind, teacher, count(*) documents, coalesce(sum(tokens), 0)::bigint tokens"
+        f" from (select * from {rows} {having} address <> '') left join (select id, tokens from shards) using (id)"
+        " group by all order by all",
+        **values,
+    )
+    lost: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in found:
+        rule = snapshot.rule(row["address"])
+        if rule is not None:
+            key = row["source"], host_and_path(row["address"])[0]
+            lost.setdefault(key, []).append({**row, "rule": str(rule)})
+    return [_reserved_site(host, rows_of_site, snapshot.date) for (_, host), rows_of_site in lost.items()]
+
+
+def _reserved_site(host: str, rows: list[dict[str, Any]], date: str) -> Group:
+    documents, tokens = (sum(row[key] for row in rows) for key in ("documents", "tokens"))
+    first = rows[0]
+    reason = (
+        f"reserved by {host} on {date}, {first['rule']}: {documents:,} documents, {tokens:,} tokens; "
+        "`freehold takedown reserved` says what they reached and writes the recipe without them"
+    )
+    claim = Claim(first["source"], "", first["address"], "", first["licence"], first["rule"])
+    return Group(claim, first["kind"], first["teacher"], documents, Verdict("refuse", reason, ""))
+
+
+def everything(
+    run_folder: Path, policy: Policy, rewritten: Policy | None = None, snapshot: Snapshot | None = None
+) -> list[Group]:
     """Judge the corpus of a run and what its models inherit from other runs."""
-    return corpus(run_folder, policy, rewritten) + inherited(ancestors(RunFolder(run_folder)), policy, rewritten)
+    own = corpus(run_folder, policy, rewritten, snapshot=snapshot)
+    return own + inherited(ancestors(RunFolder(run_folder)), policy, rewritten)
 
 
 def inherited(records: Iterable[Record], policy: Policy, rewritten: Policy | None = None) -> list[Group]:
@@ -121,12 +180,17 @@ def hold(what: str, groups: list[Group]) -> None:
 
 
 def before_stage(
-    run_folder: Path, stage: str, policy: Policy, config: dict[str, Any], rewritten: Policy | None = None
+    run_folder: Path,
+    stage: str,
+    policy: Policy,
+    config: dict[str, Any],
+    rewritten: Policy | None = None,
+    reservations: Reservations | None = None,
 ) -> None:
     """Stop a stage whose rows the policy does not let through: a mixture, an alignment set, an export.
 
     `config` is the stage's own, `rewritten` the policy for what a teacher wrote. An export is judged for the uses it
-    names (`uses`) and those of the policy.
+    names (`uses`) and those of the policy. What sites reserve by then, `reservations`, stops a mixture and an export.
     """
     gate = WALK[stage].gate
     run = RunFolder(run_folder)
@@ -136,11 +200,15 @@ def before_stage(
         return
     if gate == "mixture" and config.get("data") == "conversations":
         gate = "alignment set"
+    snapshot = reservations.open() if reservations else None
     if gate == "mixture":
         weights = [phase.get("mixture") or {} for phase in config.get("phases", {}).values()]
         # A phase without a mixture reads every source.
         named = {source for phase in weights for source, weight in phase.items() if weight} if all(weights) else ()
-        hold("the mixture", corpus(run_folder, policy, rewritten, sources=tuple(named), kind="document"))
+        hold(
+            "the mixture",
+            corpus(run_folder, policy, rewritten, sources=tuple(named), kind="document", snapshot=snapshot),
+        )
     elif gate == "alignment set":
         hold("the alignment set", corpus(run_folder, policy, kind="conversation"))
     else:
@@ -150,7 +218,14 @@ def before_stage(
         )
         named_path = str(config.get("checkpoint", ""))
         if any(c.path == named_path for c in read_checkpoints(run_folder)):
-            hold("the export", checkpoint(run_folder, named_path, wanted, of_rewritten))
+            hold("the export", checkpoint(run_folder, named_path, wanted, of_rewritten, snapshot))
+
+
+def recorded_reservations(run: RunFolder) -> Reservations | None:
+    """Return where the run says that it has what sites reserve; None when it says nothing."""
+    config = read_manifest(run.stage(GATHER)).get("config", {}) if run.finished(GATHER) else {}
+    found = config.get("reservations")
+    return fill(Reservations, found, "gather.reservations") if found else None
 
 
 def table(groups: list[Group]) -> list[dict[str, Any]]:

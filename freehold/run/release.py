@@ -109,7 +109,9 @@ def _rights(run: RunFolder, checkpoint: str, manifests: dict[str, dict[str, Any]
     asked = [
         p.model_copy(update={"uses": tuple(dict.fromkeys([*p.uses, *USES]))}) for p in (policy, rewritten or policy)
     ]
-    groups = policy_check.checkpoint(run.root, checkpoint, *asked)
+    reservations = policy_check.recorded_reservations(run)
+    snapshot = reservations.open() if reservations else None
+    groups = policy_check.checkpoint(run.root, checkpoint, asked[0], asked[1], snapshot)
     policy_check.hold("the release", groups)
     if not groups:
         raise LicenceError("the ledger names no row that the model learned from", where=run.root)

@@ -14,9 +14,12 @@ from freehold.core.errors import ArtifactError
 from freehold.core.log import printable, read_metrics
 from freehold.core.machine import program
 from freehold.core.table import Table
-from freehold.run.layout import ALIGN, EXPORT, NAMED, PRETRAIN, TRAINER_FACTS, WALK, RunFolder, training
+from freehold.run.layout import ALIGN, EXPORT, NAMED, PRETRAIN, TOKENIZE, TRAINER_FACTS, WALK, RunFolder, training
 from freehold.stages.evaluate.table import tables as evaluation_tables
 
+MOST_SITES = 30
+"""Sites with reserved documents that the report names."""
+SPLITS = ("train", "validation")
 # Figures of parity.json that are shown, and under which name.
 PARITY = {
     "mean_kl": "mean KL",
@@ -123,7 +126,12 @@ def tables(run_folder: Path, *, of_metrics: bool = True) -> list[Table]:
     results = _read_json(run.evaluation)
     if results:
         found += evaluation_tables(results)
-    found += [*([_balance(run_folder)] if of_metrics else []), _parity(run_folder), _licences(run_folder)]
+    found += [
+        *([_balance(run_folder)] if of_metrics else []),
+        _parity(run_folder),
+        _licences(run_folder),
+        _reserved(run_folder),
+    ]
     return [table for table in found if table.rows]
 
 
@@ -248,6 +256,32 @@ def _licences(run_folder: Path) -> Table:
         )
     header = ["source", "version", "licence of the text", "of the package", "documents", "bytes"]
     return Table("Sources and licences", header, rows, left=(0, 1, 2, 3))
+
+
+def _reserved(run_folder: Path) -> Table:
+    """Return what gather skipped because its site reserves it, by site, in tokens of the run's tokenizer."""
+    run = RunFolder(run_folder)
+    hosts: dict[str, dict[str, Any]] = {}
+    for record in _read_json(run.sources).values():
+        for host, lost in record.get("reserved", {}).get("hosts", {}).items():
+            found = hosts.setdefault(host, {**lost, "documents": 0, "bytes": 0})
+            found["documents"] += lost["documents"]
+            found["bytes"] += lost["bytes"]
+    if not hosts:
+        return Table("Reserved by their sites", [], [])
+    counts = _read_json(run.manifest(TOKENIZE)).get("counts", {})
+    kept = {key: sum(counts.get(split, {}).get(key, 0) for split in SPLITS) for key in ("tokens", "bytes")}
+    rows = []
+    ordered = sorted(hosts.items(), key=lambda item: (-item[1]["bytes"], item[0]))
+    total = kept["bytes"] + sum(lost["bytes"] for lost in hosts.values())
+    for host, lost in ordered[:MOST_SITES]:
+        tokens = f"{lost['bytes'] * kept['tokens'] / kept['bytes']:,.0f}" if kept["bytes"] else ""
+        cells = [f"{lost['documents']:,}", f"{lost['bytes']:,}", tokens, f"{lost['bytes'] / total:.2%}"]
+        rows.append([host, *cells, lost["date"], lost["rule"]])
+    note = "Tokens: its bytes at the bytes a token of what was kept. Share: of all bytes, kept and reserved."
+    note += f" {len(ordered) - MOST_SITES:,} more sites are in sources.json." if len(ordered) > MOST_SITES else ""
+    header = ["site", "documents", "bytes", "tokens", "share", "date", "rule"]
+    return Table("Reserved by their sites", header, rows, note, left=(0, 5, 6))
 
 
 def _licence_names(documents: dict[str, int]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from freehold.core.artifact import sha256_file, sha256_json, write_json
 
-OWN = ("folder", "jsonl", "parquet", "conversations")
+OWN = ("folder", "warc", "jsonl", "parquet", "conversations")
 """Kinds of source that read files of the user's; packages and archives are pinned by version or hash."""
 CACHE = "source_hashes.json"
 MOST_FILES = 1_000_000

@@ -17,6 +17,8 @@ from freehold.run.layout import CURATE, GATHER, REPHRASE, TOKENIZE, RunFolder, t
 if TYPE_CHECKING:
     import duckdb
 
+    from freehold.ledger.reservations import Snapshot
+
 R = TypeVar("R")
 
 RIGHTS = (
@@ -34,8 +36,11 @@ MATCHES = {
     " where lower(licence) = lower($query) or lower($query) not in ('and', 'or', 'with')"
     " and list_contains(string_split(replace(replace(lower(licence), '(', ''), ')', ''), ' '), lower($query)))",
     "origin": "synthetic_from = $query",
+    "address": "address = $query or (address <> '' and host = lower($query))",
+    "reserved": "$query = 'reserved' and address in (select address from reserved)",
     "path": "contains(lower(path), lower($query))",
 }
+HOST = "lower(regexp_extract(address, '^[A-Za-z]+://(?:[^/?#@]*@)?([^/:?#]*)', 1)) host"
 NO_REWRITTEN = "id varchar, source varchar, synthetic_from varchar"
 NO_KEPT = "id varchar, source varchar, split varchar"
 NO_DROPS = "id varchar, source varchar, reason varchar, detail varchar"
@@ -91,7 +96,9 @@ class Tables:
                 todo="run `freehold run RECIPE` first, or name the run folder with --run",
             )
         self._view("rewritten", "id, source, synthetic_from", rewritten, NO_REWRITTEN)
-        self._view("rights", RIGHTS, gathered or kept)
+        self._view("rows_with_rights", f"{RIGHTS}, {self._address(gathered or kept)}", gathered or kept)
+        self.connection.execute(f"create view rights as select *, {HOST} from rows_with_rights")
+        self.connection.execute("create table reserved (address varchar)")
         self._view("kept", "id, source, split", kept, NO_KEPT)
         if not kept:
             self.gaps.append(f"{CURATE}: not finished, so splits and drops are not known")
@@ -131,6 +138,19 @@ class Tables:
             files.project(columns).create_view(name)
         else:
             self.connection.execute(f"create table {name} ({otherwise})")
+
+    def _address(self, paths: Sequence[Path]) -> str:
+        """Return the column of web addresses, which few files have."""
+        files = self.connection.read_parquet([str(path) for path in paths], union_by_name=True)
+        return "coalesce(address, '') address" if "address" in files.columns else "'' address"
+
+    def reserve(self, snapshot: Snapshot) -> None:
+        """Note the addresses that their sites reserve by a snapshot, for the question `reserved`."""
+        found = self.rows("select distinct address from rights where address <> '' order by address")
+        names = [row["address"] for row in found if snapshot.rule(row["address"])]
+        self.connection.execute(
+            "create or replace table reserved as select unnest($names::varchar[]) address", {"names": names}
+        )
 
     def with_all_columns(self) -> None:
         """Add the views `all_rights` and `kept_rights`, with the columns that files of earlier versions do not have."""

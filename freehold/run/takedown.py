@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from freehold.core.artifact import read_manifest
+from freehold.ledger.reservations import Reservations
 from freehold.run.checkpoints import WEIGHTS, Checkpoint, exported_checkpoint, read_checkpoints
 from freehold.run.layout import ALIGN, CURATE, EXPORT, GATHER, PRETRAIN, RunFolder, training
 from freehold.run.steps import phases_left, step_seconds, total_steps
@@ -33,25 +34,35 @@ from freehold.run.takedown_answer import (
 )
 from freehold.run.trace import ranges
 
+RESERVED = "reserved"
+"""The question for what sites reserve by now."""
 COLUMNS = "id, source, source_version, licence, kind"
 
 
-def takedown(run_folder: Path, query: str, *, widen: bool = False) -> Takedown:
+def takedown(
+    run_folder: Path, query: str, *, widen: bool = False, reservations: Reservations | None = None
+) -> Takedown:
     """Answer what a source, document (id or part of its path) or licence reached, in the run and in those next to it.
 
     Rows that were certainly made from what is asked for belong to it. Two kinds of rows are only named, unless
     `widen` takes them in: twins (kept rows of which a row asked for was dropped as a copy) and rows made from a
-    source of which only a part is asked for. Raises DataError when nothing matches or a table is damaged.
+    source of which only a part is asked for. The question `reserved` means the documents that their sites reserve by
+    now, as `reservations` has it. Raises DataError when nothing matches or a table is damaged.
     """
+    snapshot = reservations.open() if reservations and query == RESERVED else None
     if run_folder.name in ("", ".."):
         run_folder = run_folder.resolve()  # its parent holds the others
     with readable(run_folder), Tables(run_folder) as tables:
+        if snapshot:
+            tables.reserve(snapshot)
         matched_by = tables.match(query, COLUMNS)
         asked = tables.value("select count(*) from matched")
         family = _Family(run_folder, tables)
         named = family.read(run_folder, tables, widen)
         for other in family.others():
             with readable(other), Tables(other) as neighbour:
+                if snapshot:
+                    neighbour.reserve(snapshot)
                 neighbour.add_matched(MATCHES[matched_by], {"query": query}, COLUMNS, new=True)
                 family.read(other, neighbour, widen)
         runs = family.answers()

@@ -11,6 +11,7 @@ import yaml
 
 from freehold.core.artifact import read_manifest, sha256_file, write_atomic
 from freehold.core.errors import ArtifactError, DataError
+from freehold.ledger.reservations import Reservations
 from freehold.run.layout import (
     CURATE,
     EVALUATE,
@@ -39,17 +40,22 @@ class Applied:
     command: str
 
 
-def write_recipe(run_folder: Path, answer: Takedown, folder: Path = Path()) -> Applied:
+def write_recipe(
+    run_folder: Path, answer: Takedown, folder: Path = Path(), reservations: Reservations | None = None
+) -> Applied:
     """Write the recipe of the run without the rows of a take-down; return its path and the command that makes it.
 
     The recipe is the run's own, as it was filled, with the rows under `curate.exclude`, the tokenizer kept, and
-    pre-training continued from the cheapest clean checkpoint. Raises ArtifactError when the run did not keep the
+    pre-training continued from the cheapest clean checkpoint. `reservations` replaces what the run compared its
+    documents with. Raises ArtifactError when the run did not keep the
     settings of its stages, DataError when its parent must be made clean first.
     """
     restart = answer.runs[0].restart
     data = _sections(run_folder)
     if restart and restart.blocked:
         raise DataError("there is no clean place to continue from", where=run_folder, found=restart.blocked)
+    if reservations:
+        data[GATHER] = {**data[GATHER], "reservations": reservations.model_dump(mode="json")}
     slug = re.sub(r"[^A-Za-z0-9]+", "-", answer.query).strip("-").lower()[:40] or "rows"
     name = f"{run_folder.name}-without-{slug}"
     _exclude(data, run_folder, answer.excluded, folder, name)

@@ -77,10 +77,13 @@ def state_of(stage: StagePlan, *, verify: bool = False, strict_code: bool = Fals
 
 def key_changes(stage: StagePlan, old: dict[str, Any], key: dict[str, Any]) -> list[str]:
     """Return what of a recorded key differs from today's; settings that came or went with an update do not count."""
-    changes = difference(old.get("config"), key["config"], "config")
+    passed_over = {"parallel", *stage.stage.judged_again}
+    today = {k: v for k, v in key["config"].items() if k not in passed_over}
+    recorded_keys = {k: v for k, v in (old.get("config") or {}).items() if k not in passed_over}
+    changes = difference(recorded_keys, today, "config")
     if changes:
         refilled = refill(stage.stage.config_class(), old.get("config") or {}, stage.name)
-        changes = difference({k: v for k, v in refilled.items() if k != "parallel"}, key["config"], "config")
+        changes = difference({k: v for k, v in refilled.items() if k not in passed_over}, today, "config")
     changes += difference(old.get("seed"), key["seed"], "seed")
     for name, digest in key.get("sources", {}).items():
         # Earlier versions recorded none: what is unknown cannot differ.
@@ -178,7 +181,8 @@ def run_stage(plan: Plan, name: str, options: Options) -> dict[str, Any]:
     for folder in stage.inputs.values():
         artifact.verify_files(folder, read_manifest(folder))
     policies = [plan.stages[source].config.policy for source in (GATHER, REPHRASE)]
-    policy_check.before_stage(plan.run_folder, name, policies[0], key["config"], policies[1])
+    reservations = plan.stages[GATHER].config.reservations
+    policy_check.before_stage(plan.run_folder, name, policies[0], key["config"], policies[1], reservations)
     log = Log(stage.folder, quiet=options.quiet)
     log.say(f"== {name}" + (" (resuming)" if what == "resume" else ""))
     artifact.write_atomic(stage.run.resolved(name), to_yaml(stage.config))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol, TypeVar
 
@@ -17,6 +18,20 @@ HALF_CHARACTER = "holds half a character (a lone surrogate)"
 
 
 @dataclass(frozen=True)
+class Web:
+    """What a web archive says of a page."""
+
+    address: str
+    fetched: str
+    """ISO date."""
+    media: str
+    """Media type in lower case, without parameters."""
+    charset: str
+    headers: Mapping[str, str]
+    """HTTP headers, names in lower case."""
+
+
+@dataclass(frozen=True)
 class Member:
     """One file of a source. `read(limit)` returns its bytes, or None when there are more than `limit`."""
 
@@ -26,6 +41,8 @@ class Member:
     read: Callable[[int], bytes | None]
     open: Callable[[], BinaryIO] | None = None
     """Opens the file as it is stored, where it is on disk: for readers that take a large one piece by piece."""
+    web: Web | None = None
+    """Where on the web it was read from, for a page of a web archive."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,8 @@ class Reading:
     def text(self, member: Member) -> str | None:
         """Return a member's text with `\\n` line ends, or None (and a note why not)."""
         data = self.data(member)
-        return None if data is None else self.decoded(member, data)
+        encoding = encoding_named(member.web.charset) if member.web else ""
+        return None if data is None else self.decoded(member, data, encoding or "utf-8-sig")
 
     def decoded(self, member: Member, data: bytes, encoding: str = "utf-8-sig") -> str | None:
         """Return bytes as text, or None (and a note why not)."""
@@ -109,6 +127,16 @@ class Reading:
         except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             self.skipped.append((member.path, f"not what its reader expects: {error!r}"))
             return []
+
+
+def encoding_named(name: str) -> str:
+    """Return Python's name of an encoding that a file or a server names; empty when there is none of that name."""
+    try:
+        found = codecs.lookup(name).name if name else ""
+    except LookupError:
+        return ""
+    # Where the bytes of ASCII could be read, it cannot be UTF-16, whatever it says (so the HTML standard).
+    return "utf-8-sig" if found == "utf-8" or found.startswith(("utf-16", "utf-32")) else found
 
 
 class Reader(Protocol):

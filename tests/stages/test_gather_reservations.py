@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freehold.core.errors import ConfigError, DataError
-from freehold.stages.gather.reservations import Snapshot, host_and_path, matches
+from freehold.ledger.reservations import Snapshot, host_and_path, matches
 
 ROBOTS = """# robots of a site
 User-agent: GPTBot

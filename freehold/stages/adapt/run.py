@@ -239,7 +239,7 @@ def _write_merged(one: _Run, adapter: Adapter) -> dict[str, Any]:
     """
     base, done, trained = one.base, adapters.Merged(), dict(one.done.model.named_parameters())
     state: dict[str, Tensor] = {}
-    for name, tensor in frozen.stream(base.folder, base.config):
+    for name, tensor in frozen.stream(base.folder):
         exact = adapters.merge(name, tensor, adapter, done)
         if one.config.router == "full" and name.endswith("router.gate.weight"):
             exact = trained[name].detach()

@@ -30,7 +30,7 @@ def chat(config: ChatConfig, lines: TextIO | None = None, out: TextIO | None = N
     lines, out = lines or sys.stdin, out or sys.stdout
     if isinstance(out, io.TextIOWrapper):  # a terminal that has no letter for a character shows another one
         out.reconfigure(errors="replace")
-    loaded = api.load(config.path, config.dtype, device=config.device)
+    loaded = api.load(config.path, config.dtype, device=config.device, answers_only=True)
     talk = Talk(loaded, config, out)
     if not lines.isatty():
         for number, line in enumerate(_decoded(lines), 1):

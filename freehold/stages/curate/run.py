@@ -343,15 +343,17 @@ def write_documents(kept: Kept, excluded: dict[str, Why], report: Report, folder
 def _write_source(path: Path, shards: list[int], kept: Kept, back: set[str]) -> None:
     """Write the rows of one source that are left, a row group for each shard."""
     corpus = kept.corpus
+    came = pq.read_schema(corpus.shards[shards[0]].path).names
+    schema = pa.schema([field for field in Document.SCHEMA if field.name in came or field.name == "licence_confidence"])
     with machine_limits(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(path, Document.SCHEMA, compression="zstd") as writer:
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for shard in shards:
                 first = int(corpus.first[shard])
                 chosen = np.flatnonzero(kept.alive[first : int(corpus.first[shard + 1])])
                 if not len(chosen):
                     continue
-                rows = corpus.rows(shard).take(pa.array(chosen))
+                rows = corpus.rows(shard).select(schema.names).take(pa.array(chosen))
                 ids = rows["id"].to_pylist()
                 splits = pa.array(["validation" if identity in back else "train" for identity in ids], pa.string())
                 rows = rows.set_column(rows.schema.get_field_index("split"), "split", splits)

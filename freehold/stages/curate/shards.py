@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from freehold.core.artifact import atomic_folder, sha256_file, sha256_json, write_json
-from freehold.core.document import Document
+from freehold.core.document import Document, check_columns
 from freehold.core.errors import DataError
 from freehold.core.machine import machine_limits
 from freehold.stages.curate import bias
@@ -100,10 +100,7 @@ def _divide(paths: Sequence[Path], config: CurateConfig) -> list[Shard]:
             file = pq.ParquetFile(path)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError("cannot read rows", where=path, found=error, todo="make the stage again") from error
-        if file.schema_arrow.names != Document.SCHEMA.names:
-            raise DataError(
-                "not a Document file", where=path, found=file.schema_arrow.names, expected=Document.SCHEMA.names
-            )
+        check_columns(path, file.schema_arrow.names, Document)
         for group in range(file.num_row_groups):
             facts = file.metadata.row_group(group)
             each = max(1, config.shard_bytes * facts.num_rows // max(1, facts.total_byte_size))

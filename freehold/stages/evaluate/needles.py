@@ -12,7 +12,6 @@ from freehold.core.errors import ConfigError
 from freehold.core.log import Log
 from freehold.core.table import Table
 from freehold.data.needles import Question, held_out_question
-from freehold.infer.sampler import Sampling
 from freehold.stages.evaluate.config import NeedlesConfig
 from freehold.stages.evaluate.items import wilson
 from freehold.stages.evaluate.text import HeldOut
@@ -61,6 +60,8 @@ def find_needles(loaded: Loaded, texts: HeldOut, config: NeedlesConfig, log: Log
 
     Raises ConfigError for a length beyond the context that the model states.
     """
+    from freehold.infer.sampler import Sampling  # reports read the tables here without torch
+
     limit, longest = loaded.config.max_position_embeddings, max(config.lengths)
     begin = list(loaded.begins_with)
     if longest + len(begin) > limit:

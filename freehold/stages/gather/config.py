@@ -13,6 +13,7 @@ from freehold.core.config import Config, fill
 from freehold.core.errors import ConfigError
 from freehold.core.extensions import OWN, check_name, declared, load, provider
 from freehold.ledger.policy import Policy
+from freehold.ledger.reservations import Reservations
 from freehold.text.making import GENERATORS
 from freehold.text.reading import READERS
 from freehold.text.source import Generated, SourceBase
@@ -163,6 +164,24 @@ class Parquet(Rows):
     kind: Literal["parquet"] = "parquet"
 
 
+class Warc(FileSource):
+    """The pages of web archives: a WARC file, compressed or not, or every one below a folder.
+
+    A page's address, day and HTTP headers come with it: what its site reserved in headers or in the page is skipped,
+    and counted by site. `members` and `exclude` are globs over addresses.
+    """
+
+    kind: Literal["warc"] = "warc"
+    path: str = Field(description="the file, or the folder of files named .warc, .warc.gz, .warc.zst")
+    origin: str = Field(default="", description="which crawl it is")
+    reader: str = Field(
+        default="auto", description="how a page becomes a document; auto: html, pdf or text by its media type"
+    )
+    max_unpacked_bytes: int = Field(
+        default=100_000_000_000, gt=0, description="archives whose records have more than this are refused as bombs"
+    )
+
+
 class Conversations(SourceBase):
     """A file of conversations, preferences or tasks: one JSON object a line, or one JSON array.
 
@@ -185,22 +204,9 @@ class Conversations(SourceBase):
 
 
 Source = Annotated[
-    Package | Stdlib | Sdist | Debian | Folder | JsonLines | Parquet | Conversations | SerializeAsAny[Generated],
+    Package | Stdlib | Sdist | Debian | Folder | Warc | JsonLines | Parquet | Conversations | SerializeAsAny[Generated],
     Field(discriminator="kind"),
 ]
-
-
-class Reservations(Config):
-    """What sites reserve today, from a snapshot of theirs: documents with a web address are compared with it."""
-
-    snapshot: str = Field(
-        description="folder with HOST/robots.txt, HOST/ai.txt, HOST/tdmrep.json and HOST/headers.json (path patterns "
-        "-> HTTP headers), as far as a site has them"
-    )
-    date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="ISO date on which the snapshot was taken")
-    agents: tuple[str, ...] = Field(
-        default=(), description="user agents whose exclusion counts; empty: those that collect text for training"
-    )
 
 
 class GatherConfig(Config):
@@ -315,7 +321,7 @@ def _origin(source: Source, corpus_dir: str) -> str:
             return "standard library"
         case Sdist() | Debian():
             return str(Path(corpus_dir) / source.file)
-        case Folder() | JsonLines() | Parquet() | Conversations():
+        case Folder() | Warc() | JsonLines() | Parquet() | Conversations():
             return source.path
         case Generated():
             return f"made by the generator {source.generator}"

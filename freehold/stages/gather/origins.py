@@ -82,6 +82,8 @@ class Origin:
     """(path, text) of files that state a licence anywhere below: metadata, and licence files of folders."""
     paths: list[str] = field(default_factory=list)
     """Every file that is there, wanted or not."""
+    containers: dict[str, str] = field(default_factory=dict)
+    """Hashes of the files that hold the members, where these are not files of their own."""
     copyright: debian.Copyright | None = None
     """A Debian package's machine-readable copyright file."""
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from freehold.core.config import user_path
 from freehold.core.errors import DataError
-from freehold.stages.gather.config import Archive, Conversations, Debian, FileSource, JsonLines, Parquet, Rows
+from freehold.stages.gather.config import Archive, Conversations, Debian, FileSource, JsonLines, Parquet, Rows, Warc
 from freehold.text.streams import plain_name
 
-ROW_ENDINGS = {JsonLines: (".jsonl", ".ndjson"), Parquet: (".parquet", ".pq")}
-"""Endings of the files of rows that are taken from a folder, whatever their case and compression."""
+ROW_ENDINGS = {JsonLines: (".jsonl", ".ndjson"), Parquet: (".parquet", ".pq"), Warc: (".warc",)}
+"""Endings of the files of rows or pages that are taken from a folder, whatever their case and compression."""
 NAMED = 50
 """How many unmatched files sources.json names; the rest are counted."""
 
@@ -23,7 +23,13 @@ class Changed(DataError):
     """A file that is not what it was when this run first looked at it."""
 
 
-def rows_files(source: Rows | Conversations) -> list[Path]:
+def name_below(path: Path, named: str) -> str:
+    """Return a file's path as documents name it: below the folder that the source names, or its name alone."""
+    folder = user_path(named)
+    return path.relative_to(folder).as_posix() if folder.is_dir() else path.name
+
+
+def rows_files(source: Rows | Conversations | Warc) -> list[Path]:
     """Return the files of a source of rows: the one it names, or every file of its kind below the folder it names."""
     path = user_path(source.path)
     endings = next((ends for kind, ends in ROW_ENDINGS.items() if isinstance(source, kind)), ())

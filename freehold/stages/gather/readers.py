@@ -18,9 +18,10 @@ from freehold.core.extensions import load
 from freehold.ledger.evidence import Finding, of_cc_url
 from freehold.stages.gather.config import GENERAL
 from freehold.stages.gather.separated import separated
+from freehold.stages.gather.warc import TEXT_MEDIA
 from freehold.stages.gather.worker import Worker
 from freehold.text.html import page_text
-from freehold.text.reading import READERS, Member, Part, Reader, Reading, unfit
+from freehold.text.reading import READERS, Member, Part, Reader, Reading, encoding_named, unfit
 from freehold.text.streams import plain_name
 
 # Documentation and code shorter than this say little by themselves.
@@ -48,14 +49,14 @@ CHARSET = re.compile(rb"""charset\s*=\s*["']?\s*([A-Za-z0-9._:-]{2,40})""", re.I
 class PerFile:
     """A reader of one document a file: `pick` says how a file of that name is read."""
 
-    pick: Callable[[str], str]
+    pick: Callable[[Member], str]
     many_per_file: bool = False
 
     def read(self, members: list[Member], reading: Reading) -> Iterator[Part]:
         """Yield the texts of the files in their order; no file is opened before its turn."""
         with Worker(read_one, reading.file_s) as worker:
             for member in members:
-                name = self.pick(member.path)
+                name = self.pick(member)
                 if reading.separator:
                     yield from separated(member, reading)
                 elif name not in ISOLATED:
@@ -70,7 +71,7 @@ def find_reader(name: str, where: str) -> Reader:
     Raises ConfigError when the name is unknown or the package's reader cannot be used.
     """
     if name in GENERAL:
-        return PerFile(_by_ending if name == "auto" else lambda _: name)
+        return PerFile(_by_kind if name == "auto" else lambda _: name)
     found: Reader = load(READERS, name, where, ("read", "many_per_file"))
     return found
 
@@ -82,8 +83,10 @@ def read_one(name: str, member: Member, data: bytes, reading: Reading) -> Iterat
     return reading.each([member], lambda member, text: TEXT[name](member, text, reading))
 
 
-def _by_ending(path: str) -> str:
-    ending = plain_name(path).lower().rpartition(".")[2]
+def _by_kind(member: Member) -> str:
+    if member.web is not None:
+        return TEXT_MEDIA.get(member.web.media, "text")
+    ending = plain_name(member.path).lower().rpartition(".")[2]
     return {"html": "html", "htm": "html", "xhtml": "html", "py": "python", "pdf": "pdf"}.get(ending, "text")
 
 
@@ -97,16 +100,7 @@ def read_html(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
     """One document a page: its main text under its title, with what the page says of its licence."""
     from selectolax.lexbor import LexborHTMLParser, SelectolaxError
 
-    declared = CHARSET.search(data[:2048])
-    encoding = "utf-8-sig"
-    if declared and not data.startswith(codecs.BOM_UTF8):
-        try:
-            name = codecs.lookup(declared[1].decode("ascii")).name
-            # Where the bytes of ASCII could be read, it cannot be UTF-16, whatever it says (so the HTML standard).
-            encoding = "utf-8-sig" if name.startswith(("utf-16", "utf-32")) else name
-        except LookupError:
-            encoding = "utf-8-sig"
-    text = reading.decoded(member, data, "utf-8-sig" if encoding == "utf-8" else encoding)
+    text = reading.decoded(member, data, _encoding(member, data))
     if text is None:
         return
     tree = LexborHTMLParser(text)
@@ -123,6 +117,16 @@ def read_html(member: Member, data: bytes, reading: Reading) -> Iterator[Part]:
         return
     opening = "" if not heading or found.startswith(heading) else f"{heading}\n\n"
     yield Part(member, "", f"{opening}{found}\n", findings)
+
+
+def _encoding(member: Member, data: bytes) -> str:
+    """Return the encoding of a page: by its first bytes, its server, its own words, in this order."""
+    declared = CHARSET.search(data[:2048])
+    served = member.web.charset if member.web else ""
+    named = "" if data.startswith(codecs.BOM_UTF8) else encoding_named(served)
+    if not named and declared and not data.startswith(codecs.BOM_UTF8):
+        named = encoding_named(declared[1].decode("ascii"))
+    return named or "utf-8-sig"
 
 
 def _drop_around(tree: Any) -> None:

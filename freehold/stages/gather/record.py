@@ -9,7 +9,7 @@ from typing import Any
 
 from freehold.core.document import Document, Rights
 from freehold.core.errors import DataError
-from freehold.stages.gather.config import Archive, Conversations, FileSource, Folder, Rows, Source
+from freehold.stages.gather.config import Archive, Conversations, FileSource, Folder, Rows, Source, Warc
 from freehold.stages.gather.origins import LICENCE_FILE, Origin
 from freehold.stages.gather.paths import idle_globs, unmatched
 from freehold.stages.gather.separated import hint
@@ -70,7 +70,7 @@ def _of_no_text(path: str) -> bool:
 
 def place(source: FileSource) -> str:
     """Return where the files of a source are."""
-    if isinstance(source, Folder):
+    if isinstance(source, Folder | Warc):
         return source.path
     return source.file if isinstance(source, Archive) else str(getattr(source, "distribution", source.kind))  # type: ignore[attr-defined]
 

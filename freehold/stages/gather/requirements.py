@@ -17,6 +17,7 @@ from freehold.stages.gather.config import (
     Rows,
     Sdist,
     Source,
+    Warc,
     generator_of,
 )
 from freehold.stages.gather.paths import archive_path, rows_files
@@ -44,7 +45,7 @@ def missing(sources: dict[str, Source], corpus_dir: Path, pinned: bool = True) -
             problems.append(f"{name}: no file {corpus_dir / source.file}")
             install.append(download_line(source, corpus_dir))
         elif (isinstance(source, Folder) and not user_path(source.path).is_dir()) or (
-            isinstance(source, Rows | Conversations) and not rows_files(source)
+            isinstance(source, Rows | Conversations | Warc) and not rows_files(source)
         ):
             problems.append(f"{name}: no such {source.kind} {source.path}")
     if problems:

@@ -16,6 +16,7 @@ from freehold.ledger.evidence import (
     Weighed,
     agreement,
     licence_text,
+    of_cc_url,
     of_head,
     restrictions,
     unfilled,
@@ -29,6 +30,7 @@ from freehold.text.making import Material
 from freehold.text.reading import Part
 
 DETECT, WRAPPER = "detect", "wrapper"
+MOST_LINK_CHARS = 4_000
 # A licence file of this name is about the texts, not about the program around them.
 OF_CONTENT = re.compile(r"[-_.](content|data|texts?|docs?|documentation|corpus|media)\b", re.I)
 
@@ -82,7 +84,7 @@ def claim(source: FileSource, origin: Origin) -> Weighed:
 
 def of_document(source: FileSource, origin: Origin, base: Weighed, part: Part) -> Weighed:
     """Return the licence of one document: its source's claim and its own statements, the strictest term winning."""
-    own = [*part.findings, *of_head(part.text), *restrictions(f"{part.text}\n{part.path}")]
+    own = [*of_header(part), *part.findings, *of_head(part.text), *restrictions(f"{part.text}\n{part.path}")]
     stated = _debian_statement(source, origin, part.member.path)
     if stated is not None:
         own.insert(0, stated)
@@ -92,6 +94,18 @@ def of_document(source: FileSource, origin: Origin, base: Weighed, part: Part) -
     if source.licence != DETECT:
         weighed = doubted(weighed, against_claim(base.licence, own, part.text, part.path))
     return settled(source.settled, weighed)
+
+
+def of_header(part: Part) -> list[Finding]:
+    """Return what the HTTP header `Link` of a page says of its licence."""
+    link = part.member.web.headers.get("link", "") if part.member.web else ""
+    found = []
+    for one in link[:MOST_LINK_CHARS].split(","):
+        address, _, relation = one.partition(";")
+        says = of_cc_url(address.strip().strip("<>")) if "license" in relation.lower() else None
+        if says:
+            found.append(Finding("link", f"{part.path}, HTTP header", says, one.strip()[:120], sure=True))
+    return found
 
 
 def against_claim(licence: str, own: list[Finding], text: str, path: str) -> list[str]:

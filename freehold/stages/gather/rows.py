@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 from freehold.conversations.formats import detect
 from freehold.conversations.messages import Refused
 from freehold.core.artifact import sha256_file
-from freehold.core.config import user_path
 from freehold.core.document import Document, document_id
 from freehold.core.errors import DataError, LicenceError
 from freehold.ledger import conflicts
 from freehold.ledger.evidence import Finding, Weighed, of_head, restrictions, weigh
 from freehold.ledger.licence import normalise
+from freehold.ledger.reservations import Losses, web_address
 from freehold.stages.gather import rights
 from freehold.stages.gather.config import EVIDENCE_KEY, LICENCE_KEY, JsonLines, Rows
 from freehold.stages.gather.parquet import parquet_rows
-from freehold.stages.gather.paths import Changed, rows_files
+from freehold.stages.gather.paths import Changed, name_below, rows_files
 from freehold.stages.gather.record import skips
-from freehold.stages.gather.reservations import Losses
 from freehold.text.reading import HALF_CHARACTER, encodable, unfit, without_thoughts
 from freehold.text.streams import UNREADABLE, Damaged, unpacked
 
@@ -61,7 +60,7 @@ def read_rows(name: str, source: Rows, losses: Losses) -> tuple[list[Document], 
             continue
         left = None if left is None else left - size
         documents.append(row)
-    files = {_name(path, source): digest for path, digest in before.items()}
+    files = {name_below(path, source.path): digest for path, digest in before.items()}
     return documents, {"files": files, "skipped": skips(skipped), **losses.record()}
 
 
@@ -76,13 +75,13 @@ def row_documents(name: str, source: Rows, skipped: Skipped, losses: Losses | No
     losses = losses or Losses()
     taken = 0
     for path in rows_files(source):
-        for row in read(path, _name(path, source), source, skipped):
+        for row in read(path, name_below(path, source.path), source, skipped):
             text = row.fields.get(source.text_key)
             if not isinstance(text, str):
                 skipped.append((row.place, f"its `{source.text_key}` is not text"))
                 continue
             text, thoughts = without_thoughts(text)
-            reason = thoughts or unfit(text) or losses.reserves(str(row.fields.get(source.address_key) or ""), text)
+            reason = thoughts or unfit(text) or losses.reserves(web_address(row.fields.get(source.address_key)), text)
             if reason:
                 skipped.append((row.place, reason))
                 continue
@@ -103,12 +102,6 @@ def _too_much(path: Path, source: Rows) -> DataError:
         found=f"more than max_unpacked_bytes = {source.max_unpacked_bytes:,}",
         todo="look at what it holds; raise max_unpacked_bytes when that is right",
     )
-
-
-def _name(path: Path, source: Rows) -> str:
-    """Return a file's path as documents name it: below the folder that the source names, or its name alone."""
-    folder = user_path(source.path)
-    return path.relative_to(folder).as_posix() if folder.is_dir() else path.name
 
 
 def _document(name: str, source: Rows, path: Path, row: Row, text: str) -> Document | None:
@@ -139,6 +132,7 @@ def _document(name: str, source: Rows, path: Path, row: Row, text: str) -> Docum
         teacher="",
         split="",
         licence_confidence=weighed.confidence,
+        address=web_address(row.fields.get(source.address_key)),
     )
 
 

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 from freehold.core.artifact import Workspace, write_json
 from freehold.core.config import user_path
 from freehold.core.document import Conversation, Document, Rights, document_id, write_rows
-from freehold.core.errors import DataError, LicenceError
+from freehold.core.errors import LicenceError
 from freehold.ledger.evidence import Weighed
 from freehold.ledger.known import look_up, of_file
 from freehold.ledger.policy import Claim, Policy, Verdict, gate, judge_row, judged
+from freehold.ledger.reservations import Losses, Snapshot, web_address
 from freehold.stages.gather import rights
 from freehold.stages.gather.config import (
     Conversations,
@@ -25,6 +26,7 @@ from freehold.stages.gather.config import (
     GatherConfig,
     Rows,
     Source,
+    Warc,
     generator_of,
 )
 from freehold.stages.gather.origins import Origin, find
@@ -32,11 +34,11 @@ from freehold.stages.gather.quotes import check_evidence
 from freehold.stages.gather.readers import find_reader
 from freehold.stages.gather.record import NAMED_SKIPS, check_size, rights_record, skips, unread
 from freehold.stages.gather.requirements import missing
-from freehold.stages.gather.reservations import AGENTS, Losses, Snapshot
 from freehold.stages.gather.rows import read_rows, row_documents
 from freehold.stages.gather.talks import Talks, read_talks
 from freehold.stages.gather.talks import counts as talk_counts
-from freehold.text.reading import Part, Reading, unfit
+from freehold.stages.gather.warc import find_pages
+from freehold.text.reading import Member, Part, Reading, unfit
 from freehold.text.source import Generated
 
 # A cap counts as reached when less than this share is left.
@@ -131,8 +133,12 @@ def _find(config: GatherConfig) -> Found:
     refused = _refused_by_claim(config)
     sources = {name: source for name, source in config.sources.items() if name not in refused}
     missing(sources, corpus_dir, config.pinned)
-    snapshot = _snapshot(config)
-    origins = {n: find(n, s, corpus_dir, config.pinned) for n, s in sources.items() if isinstance(s, FileSource)}
+    snapshot = config.reservations.open() if config.reservations else None
+    origins = {
+        n: find_pages(n, s) if isinstance(s, Warc) else find(n, s, corpus_dir, config.pinned)
+        for n, s in sources.items()
+        if isinstance(s, FileSource)
+    }
     claims = {n: rights.claim(config.sources[n], origin) for n, origin in origins.items()}  # type: ignore[arg-type]
     for _ in gate(_claims(sources, origins, claims, snapshot), config.policy):
         pass
@@ -355,13 +361,15 @@ def _files(
                 teacher="",
                 split="",
                 licence_confidence=weighed.confidence,
+                address=_address(source, part.member),
+                fetched=part.member.web.fetched if part.member.web else "",
             )
         )
     used = {d.path.partition("#")[0] for d in documents}
     return documents, unread(source, origin, documents) | {
         "members": len(origin.members),
         "members_sha256": origin.members_sha256,
-        "files": {m.path: m.sha256 for m in origin.members if m.path in used},
+        "files": origin.containers or {m.path: m.sha256 for m in origin.members if m.path in used},
         "skipped": skips(reading.skipped),
         "wrapper_says": [str(finding) for finding in rights.wrapper_findings(origin)[:NAMED_SKIPS]],
         "conflicts": list(claim.conflicts),
@@ -371,33 +379,22 @@ def _files(
 def _sound(parts: Iterable[Part], reading: Reading, source: FileSource, losses: Losses) -> Iterator[Part]:
     """Pass on what can be a document; escapes in JSON can hold NULs and half characters that its file does not."""
     for part in parts:
-        reason = unfit(part.text) or losses.reserves(_address(source, part.member.path), part.text)
+        web = part.member.web
+        said = (web.fetched, web.headers, part.findings) if web else ()
+        reason = unfit(part.text) or losses.reserves(_address(source, part.member), part.text, *said)
         if reason:
             reading.skipped.append((part.path, reason))
         else:
             yield part
 
 
-def _address(source: FileSource, path: str) -> str:
-    """Return the web address of a file of a mirrored site: `origin` is then the address of the folder."""
-    if isinstance(source, Folder) and source.origin.startswith(("https://", "http://")):
-        return f"{source.origin.rstrip('/')}/{path}"
+def _address(source: FileSource, member: Member) -> str:
+    """Return the web address of a page of a web archive, or of a mirrored site, whose `origin` is the folder's."""
+    if member.web is not None:
+        return member.web.address
+    if isinstance(source, Folder):
+        return web_address(f"{source.origin.rstrip('/')}/{member.path}")
     return ""
-
-
-def _snapshot(config: GatherConfig) -> Snapshot | None:
-    """Return the snapshot of what sites reserve; DataError when its folder has nothing in it."""
-    if config.reservations is None:
-        return None
-    settings = config.reservations
-    snapshot = Snapshot(user_path(settings.snapshot), settings.date, settings.agents or AGENTS)
-    if not snapshot.files():
-        raise DataError(
-            "the snapshot of what sites reserve is empty",
-            where=settings.snapshot,
-            expected="HOST/robots.txt, HOST/ai.txt, HOST/tdmrep.json or HOST/headers.json",
-        )
-    return snapshot
 
 
 def _talks_record(talks: Talks) -> dict[str, Any]:

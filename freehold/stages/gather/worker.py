@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from freehold.core.errors import ConfigError
 from freehold.ledger.evidence import Finding
-from freehold.text.reading import Member, Part, Reading
+from freehold.text.reading import Member, Part, Reading, Web
 
 FILE_MEMORY_BYTES = 2_000_000_000
 """What reading one file may allocate: a page of 8 MB takes 0.3 GB."""
@@ -52,6 +52,7 @@ class Worker:
         if not self.child:
             self._fork()
         head = {"reader": reader, "path": member.path, "limit": reading.limit_bytes, "select": reading.select}
+        head["charset"] = member.web.charset if member.web else ""
         try:
             _send(self.asking, json.dumps(head).encode())
             _send(self.asking, data)
@@ -130,7 +131,8 @@ def _serve(read: Read, asked: int, answer: int, file_s: float, memory_bytes: int
 
 
 def _answer(read: Read, head: dict[str, Any], data: bytes, memory_bytes: int) -> dict[str, Any]:
-    member = Member(head["path"], "", len(data), lambda limit: data)
+    web = Web("", "", "", head["charset"], {}) if head["charset"] else None
+    member = Member(head["path"], "", len(data), lambda limit: data, web=web)
     reading = Reading(head["limit"], head["select"])
     parts: list[Part] = []
     wrong: dict[str, Any] = {}

@@ -390,6 +390,8 @@ def _write(
                     synthetic_from=seed.id,
                     teacher=identity.name,
                     split="train",
+                    address=seed.address,
+                    fetched=seed.fetched,
                 )
             )
     known = {*columns["id"], *(f"rephrased_{name}" for name in config.strategies)}

@@ -75,7 +75,7 @@ def open_model(config: ServeConfig, path: Path) -> Served:
         name = config.model_name or path.stem
         return Served(name, gguf, tokenizer, sampling, answers, begins_with=tokenizer.prefix, close=gguf.close)
     folder = api.find_model(path)
-    loaded = api.load(folder, config.dtype, device=config.device, limit_tokens=config.max_model_len)
+    loaded = api.load(folder, config.dtype, device=config.device, limit_tokens=config.max_model_len, answers_only=True)
     name, answers = config.model_name or folder.resolve().name, _format(config, loaded.answers)
     return Served(
         name, loaded.engine, loaded.tokenizer, loaded.sampling, answers, config.max_running, loaded.begins_with

@@ -50,6 +50,7 @@ def run(config: TokenizeConfig, work: Workspace) -> dict[str, Any]:
                 split,
                 encode([row for row in rows if row.split == split], tokenizer, config.threads, work),
                 dtype_for(tokenizer.vocab_size),
+                {row.id: row.address for row in rows if row.address},
             )
             for split in SPLITS
         }

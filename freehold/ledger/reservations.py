@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from pydantic import Field
+
+from freehold.core.config import Config, user_path
+from freehold.core.errors import DataError
+from freehold.ledger.evidence import Finding
 
 AGENTS = (
     "GPTBot", "ClaudeBot", "anthropic-ai", "CCBot", "Google-Extended", "Applebot-Extended", "Bytespider",
@@ -23,6 +29,8 @@ AGENTS = (
 """User agents by which sites address those who collect text for training (arXiv 2504.06219, and their own pages)."""
 FILE_BYTES = 512_000
 """More of a robots.txt is not read (RFC 9309, 2.5)."""
+PAGE_MARKS = ("tdm-reservation:", "robots:")
+"""How findings begin that a page's `meta` elements gave."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,30 @@ class Snapshot:
         return {}
 
 
+class Reservations(Config):
+    """What sites reserve today, from a snapshot of theirs: documents with a web address are compared with it."""
+
+    snapshot: str = Field(
+        description="folder with HOST/robots.txt, HOST/ai.txt, HOST/tdmrep.json and HOST/headers.json (path patterns "
+        "-> HTTP headers), as far as a site has them"
+    )
+    date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="ISO date on which the snapshot was taken")
+    agents: tuple[str, ...] = Field(
+        default=(), description="user agents whose exclusion counts; empty: those that collect text for training"
+    )
+
+    def open(self) -> Snapshot:
+        """Return the snapshot; DataError when its folder has nothing in it."""
+        snapshot = Snapshot(user_path(self.snapshot), self.date, self.agents or AGENTS)
+        if not snapshot.files():
+            raise DataError(
+                "the snapshot of what sites reserve is empty",
+                where=self.snapshot,
+                expected="HOST/robots.txt, HOST/ai.txt, HOST/tdmrep.json or HOST/headers.json",
+            )
+        return snapshot
+
+
 @dataclass
 class Losses:
     """The documents that sites reserve: by host, with the rule and its date."""
@@ -177,22 +209,47 @@ class Losses:
     snapshot: Snapshot | None = None
     hosts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def reserves(self, address: str, text: str) -> str:
-        """Return why a document at an address is not taken, and count it; empty when it may be."""
-        rule = self.snapshot.rule(address) if self.snapshot and address else None
-        if rule is None or self.snapshot is None:
+    def reserves(
+        self,
+        address: str,
+        text: str,
+        fetched: str = "",
+        headers: Mapping[str, str] | None = None,
+        findings: Iterable[Finding] = (),
+    ) -> str:
+        """Return why a document at an address is not taken, and count it; empty when it may be.
+
+        `headers` (names in lower case) and `findings` are what the site said with the document on the day `fetched`.
+        """
+        if not address:
+            return ""
+        rule = self.snapshot.rule(address) if self.snapshot else None
+        date = self.snapshot.date if self.snapshot else ""
+        if rule is None:
+            rule, date = own_rule(address, headers or {}, findings), fetched
+        if rule is None:
             return ""
         host, _ = host_and_path(address)
-        lost = self.hosts.setdefault(host, {"documents": 0, "bytes": 0, "date": self.snapshot.date, "rule": str(rule)})
+        lost = self.hosts.setdefault(host, {"documents": 0, "bytes": 0, "date": date, "rule": str(rule)})
         lost["documents"] += 1
         lost["bytes"] += len(text.encode(errors="replace"))
-        return f"reserved by its site on {self.snapshot.date}, {rule}"
+        return f"reserved by its site on {date}, {rule}"
 
     def record(self) -> dict[str, Any]:
         """Return what sources.json says; empty when nothing was lost."""
         hosts = dict(sorted(self.hosts.items(), key=lambda item: (-item[1]["bytes"], item[0])))
         totals = {key: sum(lost[key] for lost in hosts.values()) for key in ("documents", "bytes")}
         return {"reserved": {**totals, "hosts": hosts}} if hosts else {}
+
+
+def web_address(value: Any) -> str:
+    """Return a web address as rows hold it; empty for anything else."""
+    text = value.strip() if isinstance(value, str) else ""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return ""
+    return text if host_and_path(text)[0] else ""
 
 
 def host_and_path(address: str) -> tuple[str, str]:
@@ -234,7 +291,15 @@ def _headers(place: str, text: str, path: str) -> Iterator[Rule]:
                 yield Rule(f"{place}, {pattern}", words)
 
 
-def header_reservation(headers: dict[str, str]) -> str:
+def own_rule(address: str, headers: Mapping[str, str], findings: Iterable[Finding]) -> Rule | None:
+    """Return what the site said with a document that reserves it: an HTTP header, or a mark of the page."""
+    if words := header_reservation(headers):
+        return Rule(f"{address}, HTTP header", words)
+    marks = (one.quote for one in findings if one.kind == "restriction" and one.quote.startswith(PAGE_MARKS))
+    return next((Rule(f"{address}, HTML", mark) for mark in marks), None)
+
+
+def header_reservation(headers: Mapping[str, str]) -> str:
     """Return the header (names in lower case) that reserves a text, or an empty string."""
     if headers.get("tdm-reservation", "").strip() == "1":
         return "tdm-reservation: 1"
