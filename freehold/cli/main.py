@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from freehold.cli import look, machine, make, prove, read
+from freehold.cli import look, machine, make, prove, read, rollouts
 from freehold.cli.parser import Parser
 from freehold.core import environment
 from freehold.core.errors import FreeholdError
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   freehold plan large                                 what training it takes, before anything starts
   freehold trace sotu                                 where did this source go?
   freehold takedown sotu runs/laptop                  what learned from it, and the cheapest way back
+  freehold why runs/laptop 12                         what trained a step of align
   freehold lineage runs/laptop                        from sources to GGUF
   freehold release runs/laptop                        a signed folder that strangers can check
   freehold verify-resume recipes/laptop.yaml          kill it, resume it, compare every bit
@@ -95,6 +96,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"freehold {VERSION}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for room in (machine, make, read, look, prove):
+    for room in (machine, make, read, look, prove, rollouts):
         room.add_verbs(verbs)
     return parser

@@ -19,51 +19,9 @@ from torch.nn.functional import logsigmoid
 
 from freehold.core.marks import IGNORE
 from freehold.losses.protocol import LossSums, Scale
+from freehold.losses.targets import token_logprobs
 
 Kind = Literal["dpo", "ipo", "simpo", "kto"]
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """log p of targets, chunk by chunk; logits are computed again for the backward pass and never kept."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:  # type: ignore[override]
-        # Logits of a vocabulary of 200,192 in fp32 are 0.8 MB a token; hidden states are 6 kB.
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.chunk = chunk
-        found = [
-            _logits(hidden[at : at + chunk], weight).log_softmax(1).gather(1, targets[at : at + chunk, None]).squeeze(1)
-            for at in range(0, len(hidden), chunk)
-        ]
-        return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, targets = ctx.saved_tensors
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        grad_hidden = torch.empty_like(hidden)
-        # Summed over the chunks in fp32: in bf16 the later chunks would be rounded away.
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-        for at in range(0, len(hidden), ctx.chunk):
-            part = slice(at, at + ctx.chunk)
-            # d log p(target) / d logits is one at the target minus the softmax.
-            slope = _logits(hidden[part], weight).softmax(1).neg_()  # [m, V]
-            slope.scatter_add_(1, targets[part, None], torch.ones_like(slope[:, :1]))
-            slope = (slope * grad[part, None]).to(hidden.dtype)
-            grad_hidden[part] = slope @ weight
-            grad_weight += slope.t() @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
-
-
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    logits = hidden @ weight.t()
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int = 512) -> Tensor:
-    """Return log p of each target [n], fp32 or finer, with a gradient, for hidden states [n, d], head weight [V, d]."""
-    found: Tensor = _TokenLogprobs.apply(hidden, weight, targets, chunk_tokens)
-    return found
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ TRAINED = (
     "trace.parquet",
     "rollbacks.json",
     "forgetting.json",
+    "rollouts/*",
+    "held_out.json",
     "ancestry.json",
     "killed.txt",
 )

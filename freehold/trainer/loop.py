@@ -89,8 +89,14 @@ class Trainer:
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
-    def run(self, validate: Callable[[Afmoe], dict[str, float]] | None = None) -> None:
+    def run(
+        self,
+        validate: Callable[[Afmoe], dict[str, float]] | None = None,
+        ready: Callable[[Trainer], None] = lambda _: None,
+    ) -> None:
         """Train to the end of the schedule, from the newest good checkpoint if there is one.
+
+        `ready` is called once the weights are those of the step to continue from.
 
         Saves at each phase's end under the phase's checkpoint name, and every `checkpoint_every_steps`. On SIGINT or
         SIGTERM the running step is finished and saved, then Interrupted is raised.
@@ -101,12 +107,16 @@ class Trainer:
         with StopSignals() as signals, contextlib.closing(self.callbacks):
             # Trackers learn at which step they start, so only after the restore.
             self.callbacks.open(progress.step)
+            ready(self)
             watch, loss = Stopwatch(progress.step, progress.tokens), None
             meter = Meter(self.job, self.world, progress.step)
             while progress.step < schedule.total_steps:
                 self.heartbeat.beat(progress.step, "step", loss=loss)
                 # A rolled-back step still reads its rows: it counts as tokens, and the order does not move.
-                batch, skipped = self.next_batch(), progress.rolled_back(progress.step)
+                batch = self.next_batch()
+                # Of one process alone: several would have to agree that none of them has a target.
+                empty = self.world.size == 1 and not batch.target_tokens
+                skipped = empty or progress.rolled_back(progress.step)
                 result = self.skip_step(batch) if skipped else self.train_step(batch)
                 done = progress.step
                 # All ranks agree on what is due: each of these may hold a collective.
@@ -197,12 +207,13 @@ class Trainer:
                 raise error
 
     def skip_step(self, batch: Batch) -> StepResult:
-        """Pass over a step that a roll-back decided to skip; its figures are not numbers."""
+        """Pass over a step that a roll-back decided to skip, or without targets; its figures are not numbers."""
         for rollback in self.progress.rollbacks:
             # Once for each roll-back, at its first step: the alarm belongs to the curve, not to each step.
             if rollback["first_step"] == self.step and rollback["layers"]:
                 self.callbacks.log(self.step + 1, {"moe/alarm": rollback["layers"]})
-        self._skip(self.step, "a roll-back blames it")
+        blamed = self.progress.rolled_back(self.step)
+        self._skip(self.step, "a roll-back blames it" if blamed else "it has nothing to learn from")
         self.progress.count(batch, self.world)
         return StepResult.skipped(self.forward_backward.names)
 

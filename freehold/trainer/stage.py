@@ -79,6 +79,10 @@ class Stage:
     """See `Job.build`."""
     watch: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None
     """See `Job.watch`."""
+    ready: Callable[[Trainer], None] = lambda _: None
+    """Called with the loop once its weights are those of the step that it continues from."""
+    traced_later: bool = False
+    """Whether the order knows what a step read only once it was read: the trace is then written again at the end."""
 
 
 def train_stage(stage: Stage, config: StageConfig, work: Workspace) -> dict[str, Any]:
@@ -94,7 +98,9 @@ def train_stage(stage: Stage, config: StageConfig, work: Workspace) -> dict[str,
         state = trainer.state.read(start.checkpoint)
         start.change(state)
         trainer.checkpoints.adopt(state, start.checkpoint)
-    trainer.run(stage.validate(trainer.world))
+    trainer.run(stage.validate(trainer.world), stage.ready)
+    if work.leads and stage.traced_later:
+        write_trace(preview, trace_rows(stage.order, steps, phases))
     if work.leads:
         # Only a finished stage has a trace: what was planned is what was read.
         write_atomic(work.folder / "trace.parquet", preview.read_bytes())

@@ -12,7 +12,8 @@ import trl_losses
 from freehold.core.marks import IGNORE
 from freehold.data.packing import Example
 from freehold.data.pairs import Answers, PairOrder
-from freehold.losses.preference import Preference, token_logprobs
+from freehold.losses.preference import Preference
+from freehold.losses.targets import token_logprobs
 
 V, D = 50, 8
 PROMPT = [3, 4, 5]

@@ -16,10 +16,14 @@ from freehold.checkpoint import dcp
 from freehold.core.artifact import Workspace, read_json, read_manifest, write_manifest
 from freehold.core.config import fill, merge
 from freehold.core.document import Conversation, Document, document_id, write_rows
-from freehold.core.errors import ConfigError, DataError
+from freehold.core.errors import CheckpointError, ConfigError, DataError, LicenceError
 from freehold.core.log import Log
+from freehold.model.afmoe import Afmoe
 from freehold.stages.align.config import AlignConfig, plan
 from freehold.stages.align.forgetting import open_for_use
+from freehold.stages.align.learn_teacher import check_terms
+from freehold.stages.align.reward_model import RewardModel
+from freehold.stages.align.rl_config import TeacherConfig
 from freehold.stages.align.rows import reference_logprobs, render_answers
 from freehold.stages.align.run import run as align
 from freehold.stages.pretrain.config import PretrainConfig
@@ -36,6 +40,7 @@ RIGHTS = {
     "teacher": "", "split": "train",
 }  # fmt: skip
 PREFER = {"steps": 3, "kind": "preference", "checkpoint": "thinking", "stage_type": "Thinking"}
+LONGER = {"model": {"max_position_embeddings": 256}}
 BOTH = merge(tiny.ALIGN, {"phases": {"prefer": PREFER}})
 
 
@@ -65,7 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_rows(run / f"curate/conversations/{name}.parquet", said, Conversation)
     for stage, do, config, inputs in (
         ("tokenize", tokenize, TokenizeConfig(vocab_size=320), ("curate",)),
-        ("pretrain", pretrain, fill(PretrainConfig, tiny.PRETRAIN, "pretrain"), ("tokenize",)),
+        ("pretrain", pretrain, fill(PretrainConfig, merge(tiny.PRETRAIN, LONGER), "pretrain"), ("tokenize",)),
     ):
         counts = do(config, workspace(run, stage, *inputs))  # type: ignore[operator]
         write_manifest(run / stage, kind=stage, counts=counts, inputs={}, seed=0, config={}, seconds=0.0)
@@ -188,3 +193,170 @@ def test_without_pairs_the_error_names_the_format(made, tmp_path):
         (tmp_path / f"run/curate/conversations/{name}.parquet").unlink()
     with pytest.raises(DataError, match=r"(?s)no better and worse answers.*chosen.*docs/conversations.md"):
         aligned(tmp_path / "run", tmp_path / "a", merge(tiny.ALIGN, {"phases": {"sft": None, "prefer": PREFER}}))
+
+
+# -- reward models -----------------------------------------------------------------------------------------------------
+
+REWARD = {"kind": "reward", "steps": 30, "checkpoint": "judge", "stage_type": "Reward"}
+
+
+@pytest.fixture(scope="module")
+def judge(made, tmp_path_factory) -> Path:
+    """A run with a reward model."""
+    folder = tmp_path_factory.mktemp("judge") / "align"
+    data = merge(tiny.ALIGN, {"optim": {"lr": 3e-3}, "trainer": {"log_every_steps": 1}}) | {"phases": {"judge": REWARD}}
+    folder.mkdir()
+    work = dataclasses.replace(
+        workspace(made, "align", "pretrain", "tokenize", "curate", folder=folder), log=Log(folder, quiet=True)
+    )
+    align(fill(AlignConfig, data, "align"), work)
+    return folder
+
+
+def test_reward_model_learns_which_answer_is_better(judge, made):
+    lines = [json.loads(line) for line in (judge / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["reward/accuracy"] == 0  # both scores are 0 at the start
+    assert lines[-1]["reward/accuracy"] == 1
+    model = RewardModel.open(judge / "judge", "float32")
+    answers = render_answers(
+        workspace(made, "align", "curate"), Tokenizer.load(made / "tokenize/tokenizer"), unpaired=False
+    )
+    for one in answers:
+        better, worse = model.score([example.ids for example in one.examples])
+        assert better > worse
+
+
+def test_scores_do_not_depend_on_batch_or_padding(made):
+    """Bit for bit, and where padding is the token that ends a turn. Kernels compute rows of multiples of 16."""
+    shape = tiny.config(vocab_size=320, hidden_size=32, head_dim=32, num_attention_heads=1)
+    model = RewardModel(tiny.disturb(Afmoe(shape)))
+    draw = torch.Generator().manual_seed(1)
+    answers = [torch.randint(40, 320, (length,), generator=draw).tolist() for length in (5, 9, 17, 30)]
+    alone = [model.score([ids])[0] for ids in answers]
+    assert len(set(alone)) == 4
+    assert model.score(answers) == alone
+    end = 3
+    for left in (True, False):
+        rows, real = torch.full((4, 30), end), torch.zeros(4, 30, dtype=torch.bool)
+        for row, ids in enumerate(answers):
+            place = slice(30 - len(ids), 30) if left else slice(len(ids))
+            rows[row, place], real[row, place] = torch.tensor(ids), True
+        assert model.score_padded(rows, real) == alone
+
+
+def test_other_checkpoints_are_no_reward_models(made):
+    with pytest.raises(CheckpointError, match="is no reward model"):
+        RewardModel.open(made / "pretrain/base", "float32")
+
+
+# -- distillation and reinforcement learning ---------------------------------------------------------------------------
+
+
+SFT = {"steps": 5, "checkpoint": "preview", "stage_type": "Preview"}
+
+
+def distil(**distill: Any) -> dict[str, Any]:
+    """Return a recipe that moves away by fine-tuning, then back to Base."""
+    teacher = {"teacher": {"checkpoint": "pretrain/base"}}
+    phase = {"kind": "distill", "steps": 10, "checkpoint": "student", "stage_type": "Student"}
+    return merge(tiny.ALIGN, {"trainer": {"log_every_steps": 1}, "optim": {"lr": 3e-3}}) | {
+        "phases": {"sft": SFT, "imitate": phase | {"distill": merge(teacher, distill)}}
+    }
+
+
+def measured(made: Path, folder: Path, data: dict[str, Any], name: str) -> tuple[dict[str, Any], list[float]]:
+    folder.mkdir()
+    log = Log(folder, quiet=True)
+    work = dataclasses.replace(workspace(made, "align", "pretrain", "tokenize", "curate", folder=folder), log=log)
+    counts = align(fill(AlignConfig, data, "align"), work)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return counts, [line[name] for line in lines if name in line]
+
+
+def test_distillation_lowers_the_divergence(made, tmp_path):
+    counts, losses = measured(made, tmp_path / "a", distil(), "loss/mean")
+    losses = losses[SFT["steps"] :]
+    assert losses[0] > 2 * losses[-1] > 0
+    assert counts["teacher"].startswith("pretrain/base@")
+    assert counts["balance"] == "frozen"
+
+
+def test_distillation_on_own_answers_keeps_them_with_the_teacher(made, tmp_path):
+    data = distil(on_policy=True)
+    data["phases"]["imitate"]["rl"] = {
+        "environments": {"spelling": {}}, "prompts": 4, "group": 2, "max_tokens": 8, "micro_rollouts": 8,
+    }  # fmt: skip
+    data["batch"] = {"context_tokens": 128, "sequences": 2}
+    _, losses = measured(made, tmp_path / "a", data, "loss/mean")
+    losses = losses[SFT["steps"] :]
+    assert losses[-1] < losses[0]
+    ledger = pq.read_table(tmp_path / "a/phases/imitate/rollouts/step_00000005.parquet").to_pylist()
+    assert {row["teacher"].partition("@")[0] for row in ledger} == {"pretrain/base"}
+    trace = [row for row in pq.read_table(tmp_path / "a/trace.parquet").to_pylist() if row["phase"] == "imitate"]
+    assert {row["source"] for row in trace} == {"spelling"}
+    assert all(row["tokens"] > 0 for row in trace)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "says"),
+    [
+        ({"allows_training": False}, "terms forbid"),
+        ({}, "terms of the teacher are not known"),
+        ({"licence": "MIT"}, "terms of the teacher are not known"),
+        ({"licence": "LicenseRef-Closed", "licence_evidence": "page"}, "does not let a model learn"),
+    ],
+)
+def test_forbidden_teachers_are_refused_before_the_first_call(tmp_path, teacher, says):
+    with pytest.raises(LicenceError, match=says):
+        check_terms(TeacherConfig(checkpoint="../x", **teacher), tmp_path / "elsewhere/x", tmp_path / "run")
+
+
+def test_teachers_with_terms_that_allow_it_are_taken(tmp_path):
+    teacher = TeacherConfig(checkpoint="../x", licence="Apache-2.0", licence_evidence="LICENSE")
+    assert check_terms(teacher, tmp_path / "elsewhere/x", tmp_path / "run") == "Apache-2.0"
+
+
+def test_practice_then_reinforcement(made, tmp_path):
+    """Right answers are learned from first; then the phase of kind rl draws, grades, and names what it saw."""
+    data = merge(tiny.ALIGN, {"optim": {"lr": 1e-2}, "trainer": {"log_every_steps": 1}})
+    data["batch"] = {"context_tokens": 128, "sequences": 4}
+    rl = {
+        "environments": {"halves": {"environment": "spelling"}}, "prompts": 4, "group": 4, "max_tokens": 12,
+        "min_reward": 0.0, "held_out": 4, "held_out_every_steps": 1, "collapse": 0.0, "kl": 0.01, "micro_rollouts": 16,
+    }  # fmt: skip
+    data["phases"] = {
+        "sft": {
+            "steps": 25, "checkpoint": "preview", "stage_type": "Preview",
+            "practice": {"environments": {"spelling": {}}, "examples": 50},
+        },
+        "think": {"kind": "rl", "steps": 2, "checkpoint": "thinking", "stage_type": "Thinking", "rl": rl},
+    }  # fmt: skip
+    counts = aligned(made, tmp_path / "a", data)
+    assert counts["conversations"] == 8 + 50
+    assert sum(counts["rollouts"].values()) == 2 * 16
+    assert set(counts["held_out"]) == {"start", "26", "27"}
+    assert counts["environments"] == {"halves": "1"}
+    assert dcp.check(tmp_path / "a/thinking")["step"] == 27
+    row = pq.read_table(tmp_path / "a/phases/think/rollouts/step_00000025.parquet").to_pylist()[0]
+    assert (row["environment"], len(row["reference"])) == ("halves", len(row["ids"]))
+
+
+@pytest.mark.parametrize(
+    ("phase", "says"),
+    [
+        ({"kind": "rl", "steps": 1}, "rl.environments is empty"),
+        ({"kind": "distill", "steps": 1}, "distill.teacher.checkpoint is missing"),
+        ({"kind": "rl", "steps": 1, "rl": {"prompts": 3, "updates": 2}}, "must be a multiple of updates"),
+    ],
+)
+def test_phases_that_lack_something_are_refused(phase, says):
+    with pytest.raises(ConfigError) as error:
+        fill(AlignConfig, tiny.ALIGN | {"phases": {"one": phase}}, "align")
+    assert says in str(error.value)
+
+
+def test_reinforcement_warms_up_unless_asked_otherwise():
+    rl = {"kind": "rl", "steps": 9, "rl": {"environments": {"letters": {}}}}
+    filled = fill(AlignConfig, tiny.ALIGN | {"phases": {"one": rl, "two": rl | {"warmup_steps": 0}}}, "align")
+    assert [phase.warmup_steps for phase in filled.phases.values()] == [5, 0]
+    assert filled.phases["one"].rl.bounds == (0.2, 0.28)

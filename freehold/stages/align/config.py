@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -10,6 +10,7 @@ from freehold.core.config import Config
 from freehold.data.config import BatchConfig
 from freehold.optim.config import BalanceConfig, NoBalanceConfig, OptimConfig, PhaseConfig, check_names
 from freehold.parallel.config import ParallelConfig, check_divisible
+from freehold.stages.align.rl_config import DistillConfig, PracticeConfig, RewardConfig, RlConfig
 from freehold.trainer.config import TrainerConfig, check_guards
 
 
@@ -29,14 +30,48 @@ class PreferenceConfig(Config):
 class AlignPhaseConfig(PhaseConfig):
     """One phase of alignment: what it learns from, and how."""
 
-    kind: Literal["sft", "preference"] = Field(
-        "sft", description="sft: conversations, loss on what the assistant says; preference: better and worse answers"
+    kind: Literal["sft", "preference", "reward", "rl", "distill"] = Field(
+        "sft",
+        description="sft: conversations, loss on what the assistant says; preference: better and worse answers; "
+        "reward: a model that scores answers, from the same pairs; rl: answers of the model itself to tasks that a "
+        "program checks; distill: the distribution of a teacher",
+    )
+    practice: PracticeConfig = Field(
+        default_factory=PracticeConfig, description="for kind sft: right answers to tasks, so that rl has some to find"
     )
     preference: PreferenceConfig = Field(default_factory=PreferenceConfig, description="for kind preference")
+    reward: RewardConfig = Field(default_factory=RewardConfig, description="for kind reward")
+    rl: RlConfig = Field(default_factory=RlConfig, description="for kind rl, and for distill on policy")
+    distill: DistillConfig = Field(default_factory=DistillConfig, description="for kind distill")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warms_up(cls, data: Any) -> Any:
+        # A first step at the full rate is what reinforcement learning collapses of.
+        if isinstance(data, dict) and data.get("kind") == "rl" and "warmup_steps" not in data:
+            return {**data, "warmup_steps": min(5, int(data.get("steps", 5)))}
+        return data
+
+    @model_validator(mode="after")
+    def _complete(self) -> AlignPhaseConfig:
+        drawn = self.kind == "rl" or (self.kind == "distill" and self.distill.on_policy)
+        if drawn and not self.rl.environments:
+            raise ValueError("rl.environments is empty: name at least one, e.g. {arithmetic: {}}")
+        if self.kind == "distill" and not self.distill.teacher.checkpoint:
+            raise ValueError("distill.teacher.checkpoint is missing")
+        return self
+
+    def settings(self) -> tuple[Config, ...]:
+        """Return what makes two phases of one kind different jobs."""
+        own: dict[str, tuple[Config, ...]] = {
+            "sft": (self.practice,), "preference": (self.preference,), "reward": (self.reward,), "rl": (self.rl,),
+            "distill": (self.distill, self.rl),
+        }  # fmt: skip
+        return own[self.kind]
 
 
 class AlignConfig(Config):
-    """Phases of kinds: fine-tuning on conversations, and preference learning on better and worse answers."""
+    """Phases of kinds, one after another, each from the checkpoint of the one before."""
 
     checkpoint: str = Field("base", description="named checkpoint of pretrain to start from")
     batch: BatchConfig = Field(default_factory=BatchConfig, description="rows and tokens of a step")
@@ -86,18 +121,19 @@ class AlignConfig(Config):
             last, phase = list(group.items())[-1]
             if not phase.checkpoint:
                 raise ValueError(f"phases.{last} is followed by another kind, so it needs a `checkpoint` name")
-        if self.parallel.devices > 1 and any(phase.kind == "preference" for phase in self.phases.values()):
-            raise ValueError("phases of kind preference run in one process: set parallel to 1")
+        alone = sorted({phase.kind for phase in self.phases.values()} - {"sft"})
+        if self.parallel.devices > 1 and alone:
+            raise ValueError(f"phases of kind {' and '.join(alone)} run in one process: set parallel to 1")
         if round(self.replay * batch.sequences) == batch.sequences:
             raise ValueError("replay leaves no row for conversations: raise batch.sequences or lower replay")
         return self
 
     def groups(self) -> list[dict[str, AlignPhaseConfig]]:
-        """Return the phases in runs of one kind (and, of preference, one loss), in order."""
+        """Return the phases in runs of one kind with the same settings, in order."""
         found: list[dict[str, AlignPhaseConfig]] = []
-        before: tuple[str, PreferenceConfig | None] | None = None
+        before: tuple[str, tuple[Config, ...]] | None = None
         for name, phase in self.phases.items():
-            what = (phase.kind, phase.preference if phase.kind == "preference" else None)
+            what = (phase.kind, phase.settings())
             if what != before:
                 found.append({})
             found[-1][name] = phase
@@ -109,7 +145,13 @@ def plan(config: AlignConfig) -> list[str]:
     """Return what the config implies, for --dry-run."""
     steps = sum(phase.steps for phase in config.phases.values())
     kinds = [next(iter(group.values())) for group in config.groups()]
-    named = [one.preference.loss if one.kind == "preference" else "fine-tuning" for one in kinds]
+    names = {
+        "sft": "fine-tuning",
+        "reward": "a reward model",
+        "rl": "reinforcement learning",
+        "distill": "distillation",
+    }
+    named = [names.get(one.kind, one.preference.loss) for one in kinds]
     return [
         *([f"sharded: {config.parallel.product} processes"] if config.parallel.devices > 1 else []),
         f"{', then '.join(named)}: {steps:,} steps of up to {config.batch.step_tokens:,} tokens "

@@ -14,7 +14,7 @@ from freehold.core.errors import DataError
 from freehold.core.marks import IGNORE
 from freehold.data.packing import Example, pack
 from freehold.data.pairs import Answers, PairOrder
-from freehold.losses.preference import token_logprobs
+from freehold.losses.targets import token_logprobs
 from freehold.model.afmoe import Afmoe
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.chat import render_ids
@@ -23,24 +23,25 @@ REFERENCE_ROWS = 8
 """Rows whose reference is computed together."""
 
 
-def render_examples(work: Workspace, tokenizer: Tokenizer) -> tuple[list[Example], int]:
-    """Return the training conversations as ids with loss masks, and how many tokens carry loss.
+def render_examples(
+    work: Workspace, tokenizer: Tokenizer, practice: Sequence[Example] = ()
+) -> tuple[list[Example], int]:
+    """Return the training conversations as ids with loss masks, and how many tokens carry loss; `practice` after them.
 
     Raises DataError when there are none.
     """
-    examples, assistant_tokens = [], 0
+    examples: list[Example] = []
     for row in _rows(work):
         if answer_of(row) is None:
-            example = _example(row, row.messages, tokenizer)
-            examples.append(example)
-            assistant_tokens += sum(example.loss_mask)
+            examples.append(_example(row, row.messages, tokenizer))
+    examples += practice
     if not examples:
         raise DataError(
             "there are no conversations to learn from",
             where=work.input("curate") / "conversations",
             todo="add a source of conversations (kind: conversations, or generated) to gather.sources",
         )
-    return examples, assistant_tokens
+    return examples, sum(sum(example.loss_mask) for example in examples)
 
 
 def render_answers(work: Workspace, tokenizer: Tokenizer, *, unpaired: bool) -> list[Answers]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,22 @@ from freehold.data.loader import ConversationOrder, Order, PhaseRows, TextOrder
 from freehold.data.mixed import MixedOrder
 from freehold.data.pairs import PairOrder
 from freehold.data.shards import ShardSet
+from freehold.losses.distill import Distill
 from freehold.losses.preference import Preference
 from freehold.losses.protocol import Loss
+from freehold.losses.reward import RewardLoss
 from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
 from freehold.parallel.config import validate_layout
-from freehold.stages.align import forgetting
+from freehold.stages.align import forgetting, learn_rl
 from freehold.stages.align.config import AlignConfig
+from freehold.stages.align.learn_teacher import OpenTeacher
+from freehold.stages.align.reward_model import FACT, TOKEN
 from freehold.stages.align.rows import reference_logprobs, render_answers, render_examples
 from freehold.tokenizer.bpe import END_OF_TEXT, Tokenizer
 from freehold.trainer.stage import Stage, Start, train_stage
 
+HEAD = "lm_head.weight"
 PARTS = "phases"
 """Where phases work that are followed or preceded by another kind; their named checkpoints leave it at the end."""
 
@@ -57,6 +62,12 @@ class Rows:
     order: Order
     loss: Loss | None
     counts: dict[str, Any]
+    watch: learn_rl.Watch | None = None
+    """Of phases that learn from their own answers."""
+    start: Start | None = None
+    """Where other weights than those of the checkpoint are the first."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Further facts for trainer.json."""
 
 
 def run(config: AlignConfig, work: Workspace) -> dict[str, Any]:
@@ -136,11 +147,12 @@ def train(
     """Run the phases of `config`, all of one kind, from an opened checkpoint; return the counts."""
     schedule = Schedule(dict(config.phases), first_step=first_step)
     kind = next(iter(config.phases.values())).kind
-    rows = (
-        conversations(config, work, tokenizer, opened, first_step)
-        if kind == "sft"
-        else preferences(config, work, tokenizer, opened, first_step)
-    )
+    if kind == "rl":
+        config = learn_rl.with_rate(config)
+    elif next(iter(config.phases.values())).distill.on_policy and kind == "distill":
+        config = learn_rl.with_rows(config)
+    rows = ROWS[kind](config, work, tokenizer, opened, first_step)
+    watch = rows.watch
     stage = Stage(
         name="align",
         model=opened.model,
@@ -150,19 +162,26 @@ def train(
         facts={
             "tokenizer_sha256": tokenizer.sha256,
             "begins_with": opened.begins_with,
+            **rows.facts,
         },
-        start=opened.start,
+        start=rows.start or opened.start,
         loss=rows.loss,
     )
+    if watch is not None:
+        measured = watch.held_out.validate if kind == "rl" and watch.order.config.held_out else None
+        stage = dataclasses.replace(stage, ready=watch.ready, validate=lambda _: measured, traced_later=True)
     counts = train_stage(stage, config, work)  # type: ignore[arg-type]
-    return {"steps": counts["steps"], **rows.counts, **counts}
+    # Declared, because peers turn it on unasked: without a rule the routing that the start learnt is kept.
+    balance = {"balance": "frozen" if config.balance.kind == "none" else config.balance.kind}
+    return {"steps": counts["steps"], **rows.counts, **(watch.counts() if watch else {}), **balance, **counts}
 
 
 def conversations(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, opened: Opened, first_step: int) -> Rows:
     """Return the rows of fine-tuning: conversations, with replay also pre-training text."""
     steps = sum(phase.steps for phase in config.phases.values())
     replayed = round(config.replay * config.batch.sequences)
-    examples, assistant_tokens = render_examples(work, tokenizer)
+    practice = learn_rl.practice(next(iter(config.phases.values())).practice, work, tokenizer)
+    examples, assistant_tokens = render_examples(work, tokenizer, practice)
     order = ConversationOrder(
         examples,
         context_tokens=config.batch.context_tokens,
@@ -190,11 +209,10 @@ def conversations(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, op
     return Rows(MixedOrder(order, text), None, {**counts, "replayed_rows": replayed})
 
 
-def preferences(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, opened: Opened, first_step: int) -> Rows:
-    """Return the rows of preference learning; the checkpoint that it starts from is the reference."""
-    settings = next(iter(config.phases.values())).preference
+def pairs(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, first_step: int, *, unpaired: bool) -> PairOrder:
+    """Return the order of better and worse answers."""
     order = PairOrder(
-        render_answers(work, tokenizer, unpaired=settings.loss == "kto"),
+        render_answers(work, tokenizer, unpaired=unpaired),
         context_tokens=config.batch.context_tokens,
         sequences=config.batch.sequences,
         steps=sum(phase.steps for phase in config.phases.values()),
@@ -202,13 +220,63 @@ def preferences(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, open
         pad=tokenizer.pad,
         first_step=first_step,
     )
+    work.log.say(f"  {len(order.answers):,} pairs or answers, {order.epochs} epochs at most, {order.too_long} too long")
+    return order
+
+
+def preferences(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, opened: Opened, first_step: int) -> Rows:
+    """Return the rows of preference learning; the checkpoint that it starts from is the reference."""
+    settings = next(iter(config.phases.values())).preference
+    order = pairs(config, work, tokenizer, first_step, unpaired=settings.loss == "kto")
     if settings.loss != "simpo":
         order.reference = reference_logprobs(forgetting.open_for_use(opened.folder, config.trainer.dtype), order)
-    work.log.say(f"  {len(order.answers):,} pairs or answers, {order.epochs} epochs at most, {order.too_long} too long")
     loss = Preference(
         settings.loss, settings.beta, settings.margin, settings.cross_entropy, config.trainer.loss_chunk_tokens
     )
     return Rows(order, loss, {"answers": len(order.answers), "answers_too_long": order.too_long})
+
+
+def reinforcement(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, opened: Opened, first_step: int) -> Rows:
+    """Return the rows of reinforcement learning: answers of the weights that train, drawn as they are needed."""
+    order = learn_rl.order_of(config, work, tokenizer, opened.folder, first_step)
+    loss = learn_rl.policy_loss(order.config, config.trainer.loss_chunk_tokens)
+    return Rows(order, loss, {}, learn_rl.Watch(order, work))
+
+
+def rewarding(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, opened: Opened, first_step: int) -> Rows:
+    """Return the rows of a reward model: better and worse answers; its head begins at 0."""
+    order = pairs(config, work, tokenizer, first_step, unpaired=False)
+    settings = next(iter(config.phases.values())).reward
+    weights = dict(opened.start.weights or {})
+    # A row of the head that no text ever trained: whatever it holds would be a score before anything is learned.
+    weights[HEAD] = weights[HEAD].clone()
+    weights[HEAD][TOKEN] = 0
+    start = dataclasses.replace(opened.start, weights=weights)
+    return Rows(
+        order, RewardLoss(TOKEN, settings.centre), {"answers": len(order.answers)}, start=start, facts={FACT: TOKEN}
+    )
+
+
+def distilled(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, opened: Opened, first_step: int) -> Rows:
+    """Return the rows that are imitated: conversations, or answers that the student draws."""
+    settings = next(iter(config.phases.values())).distill
+    teacher = OpenTeacher(settings, config, work, tokenizer)
+    loss = Distill(teacher, settings.on_policy, settings.temperature, config.trainer.loss_chunk_tokens)
+    counts = {"teacher": teacher.name, "teacher_licence": teacher.licence}
+    if not settings.on_policy:
+        rows = conversations(config, work, tokenizer, opened, first_step)
+        return dataclasses.replace(rows, loss=loss, counts=rows.counts | counts)
+    order = learn_rl.order_of(config, work, tokenizer, opened.folder, first_step, graded=False, teacher=teacher.name)
+    return Rows(order, loss, counts, learn_rl.Watch(order, work))
+
+
+ROWS = {
+    "sft": conversations,
+    "preference": preferences,
+    "rl": reinforcement,
+    "reward": rewarding,
+    "distill": distilled,
+}
 
 
 def _last(config: AlignConfig, work: Workspace) -> Path | None:
