@@ -19,7 +19,7 @@ from freehold.checkpoint import dcp, hf
 from freehold.core import environment
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.errors import ArtifactError, CheckpointError, RequestError
-from freehold.infer.engine import Engine, not_exact_as
+from freehold.infer.engine import CacheType, Engine, not_exact_as
 from freehold.infer.sampler import Sampling
 from freehold.infer.threads import choose_threads
 from freehold.model.afmoe import Afmoe
@@ -134,6 +134,9 @@ def load(
     max_batch: int = 32,
     limit_tokens: int | None = None,
     threads: int | None = None,
+    cache_bytes: int | None = None,
+    prefix_cache: bool = False,
+    cache_type: CacheType = "auto",
     trainable: bool = False,
     answers_only: bool = False,
 ) -> Loaded:
@@ -143,9 +146,9 @@ def load(
     tokenizer is another one's, ConfigError when `device` is cuda and there is none. `auto` prints what it chose.
 
     threads: PyTorch's threads in this process; None = as many as decode fastest here, which is measured. The answers
-    do not depend on it. trainable: the parameters take gradients, for a training loop of your own; give them float32.
-    answers_only: keep the weights only as the CPU kernels read them, about half the memory; `model` can then neither be
-    saved nor trained.
+    do not depend on it. cache_bytes, prefix_cache, cache_type: as for `infer.engine.Engine`. trainable: the parameters
+    take gradients, for a training loop of your own; give them float32. answers_only: keep the weights only as the CPU
+    kernels read them, about half the memory; `model` can then neither be saved nor trained.
     """
     environment.prepare()
     place = choose_device(device)
@@ -158,7 +161,7 @@ def load(
         model = Afmoe(config)
     fill(model, weights, number, packed=answers_only and place.type == "cpu" and not_exact_as(config, number) is None)
     model.requires_grad_(trainable).to(place)
-    engine = Engine(model, max_batch, limit_tokens)
+    engine = Engine(model, max_batch, limit_tokens, cache_bytes, prefix_cache=prefix_cache, cache_type=cache_type)
     if threads is None:
         choose_threads(engine)
     else:

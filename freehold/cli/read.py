@@ -67,6 +67,9 @@ def _add_takedown(verbs: Any) -> None:
         action="store_true",
         help="write the recipe of the run without it, and note it as pending here; deletes nothing",
     )
+    takedown.add_argument(
+        "--filter", type=Path, metavar="FILE", help="write or extend the filter by which serve does not say it any more"
+    )
     takedown.add_argument("--out", type=Path, default=Path(), help="folder for that recipe (default: this one)")
     _json_flag(takedown)
 
@@ -148,6 +151,7 @@ def _trace(args: argparse.Namespace) -> int:
 def _takedown(args: argparse.Namespace) -> int:
     from freehold.run.pending import note
     from freehold.run.takedown import RESERVED, takedown
+    from freehold.run.takedown_filter import write_filter
     from freehold.run.takedown_recipe import write_recipe
     from freehold.run.trace_text import render_takedown
 
@@ -157,10 +161,15 @@ def _takedown(args: argparse.Namespace) -> int:
     applied = write_recipe(run, answer, args.out, asked) if args.apply else None
     if applied:
         note(run, args.document, args.widen, asked)
+    filtered = write_filter(run, answer, args.filter) if args.filter else None
     if args.json:
-        print(json.dumps(answer.to_dict() | ({"applied": asdict(applied)} if applied else {}), indent=1))
+        more = {"applied": applied, "filtered": filtered}
+        made = {name: asdict(value) for name, value in more.items() if value is not None}
+        print(json.dumps(answer.to_dict() | made, indent=1))
     else:
         print(render_takedown(answer, 120, applied))
+        if filtered:
+            print(f"filter: {filtered.filter}, {filtered.rows} texts, {filtered.spans:,} spans; serve reads it again")
     return 0
 
 

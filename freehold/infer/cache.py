@@ -48,15 +48,16 @@ class Step:
         window, table = self.pool.windows[layer_index], self.tables[layer_index]
         if self._plain is not None:
             return self._plain.attend(q[0], k[0], v[0], table, window)[None]
-        return packed.attention(q[0], k[0], v[0], self.offsets, self.first, table, self.pool.store, window)[None]
+        return packed.attention(
+            q[0], k[0], v[0], self.offsets, self.first, table, self.pool.store, window, self.pool.small
+        )[None]
 
 
 class _Plain:
     """The same through PyTorch's attention, on any device: not bit-invariant, since its sums depend on the shapes."""
 
     def __init__(self, step: Step, counts: list[int]) -> None:
-        store = step.pool.store
-        self.store, device = store, store.device
+        self.pool, device = step.pool, step.pool.store.device
         # Queries are padded to the longest part; padding repeats the last token and is thrown away.
         within = torch.arange(max(counts))[None].minimum(torch.tensor(counts)[:, None] - 1)  # [S, T]
         self.rows = (step.offsets[:-1, None] + within).to(device)
@@ -73,19 +74,38 @@ class _Plain:
         table = table.to(device).long()
         page, place = table[self.owners, self.own // PAGE_TOKENS], self.own % PAGE_TOKENS
         # Scattered by (page, place): new tokens of many sequences in one assignment.
-        self.store[page, 0, :, place] = k
-        self.store[page, 1, :, place] = v
+        self._put(page, 0, place, k)
+        self._put(page, 1, place, v)
         # One mask for all layers of a window; sliding layers share it.
         if window not in self.masks:
             self.masks[window] = self._mask(window, table.shape[1], device)
         blocks, allowed = self.masks[window]
         # NO_PAGE becomes page 0, which the mask hides: indices must be valid even where nothing is read.
         pages = table.gather(1, blocks).clamp_min(0)  # [S, blocks seen]
-        held = self.store[pages].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # [2, S, K, S keys, D]
+        held = self._read(pages, q.dtype).permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # [2, S, K, S keys, D]
         found = F.scaled_dot_product_attention(
             q[self.rows].transpose(1, 2), held[0], held[1], attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1]
         )
         return found.transpose(1, 2)[self.real]  # [N, H, D]
+
+    def _put(self, page: Tensor, half: int, place: Tensor, values: Tensor) -> None:
+        """Keep keys (half 0) or values (1) [N, K, D] of new tokens."""
+        if self.pool.small:
+            parts = values.float().unflatten(-1, (-1, packed.SHARED))  # [N, K, D / 32, 32]
+            # The scale that is kept, so that half of a step is the most that is lost.
+            scales = (parts.abs().amax(-1) / 127).bfloat16().float()
+            self.pool.scales[page, half, :, place] = scales
+            parts = parts / scales.where(scales > 0, 1)[..., None]
+            values = parts.round().clamp(-127, 127).to(torch.int8).flatten(-2)
+        self.pool.store[page, half, :, place] = values
+
+    def _read(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return keys and values of pages [S, n] as numbers [S, n, 2, K, 64, D]."""
+        held = self.pool.store[pages]
+        if not self.pool.small:
+            return held
+        scales = self.pool.scales[pages][..., None]
+        return (held.float().unflatten(-1, (-1, packed.SHARED)) * scales).flatten(-2).to(dtype)
 
     def _mask(self, window: int | None, blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the blocks of positions that are read [S, n], and who sees whom [S, 1, T, n x 64]."""

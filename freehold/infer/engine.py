@@ -8,9 +8,11 @@ Shapes: N tokens of one forward pass, B rows, d hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,10 +21,12 @@ from freehold.core.errors import ConfigError, RequestError
 from freehold.infer import scoring
 from freehold.infer.cache import Step
 from freehold.infer.pages import PagePool, Pages, blocks_of, free_bytes, page_bytes, window_pages
+from freehold.infer.prefixes import Prefixes
 from freehold.infer.requests import Queue, Request, Token, Top
 from freehold.infer.sampler import Sampling, check_ids, draw
 from freehold.infer.scoring import Scored
 from freehold.kernels import cpu
+from freehold.kernels.packed import PAGE_TOKENS
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 
@@ -30,6 +34,9 @@ PREFILL_TOKENS = 2048
 """Tokens of one forward pass when sequences are scored: bounds activations."""
 STEP_TOKENS = 512
 """Tokens of one step of answering: decoding rows, then pieces of prompts. More would make those who read wait."""
+CacheType = Literal["auto", "int8"]
+USUAL_TOKENS = 1024
+"""Prompt and answer of a usual request, for how many are let in at the same time."""
 MEMORY_SHARE = 0.5
 """Of the free memory, the most that keys and values take when no budget is given."""
 
@@ -55,7 +62,9 @@ class Engine:
     Each call puts the model in eval mode. max_batch: requests that decode together. limit_tokens: prompt and answer of
     one request; the model's context when None. cache_bytes: what keys and values may take; when None, what `max_batch`
     full contexts need, at most half of the free memory. share_steps: whether the requests of different calls are in one
-    forward pass; when None, where that changes no bit. Raises ConfigError when `limit_tokens` do not fit the budget.
+    forward pass; when None, where that changes no bit. prefix_cache: keep the pages of prompts for those that begin
+    the same. cache_type: int8 keeps keys and values in 8 bits, in about half of the memory that bfloat16 needs; answers
+    then differ from training, not from each other. Raises ConfigError when `limit_tokens` do not fit the budget.
     """
 
     def __init__(
@@ -65,6 +74,8 @@ class Engine:
         limit_tokens: int | None = None,
         cache_bytes: int | None = None,
         share_steps: bool | None = None,
+        prefix_cache: bool = False,
+        cache_type: CacheType = "auto",
     ) -> None:
         self.model = model
         self.max_batch = max_batch
@@ -79,8 +90,10 @@ class Engine:
             # weights, not for each call.
             model.pack()
         # All memory for keys and values is fixed here: a server that starts does not die later of a long prompt.
-        pages = _budget(model, weight.dtype, weight.device, max_batch, context, cache_bytes)
-        self.pool = PagePool(model.config, weight.dtype, weight.device, pages)
+        small = cache_type == "int8"
+        page = page_bytes(model.config, weight.dtype, small)
+        pages = _budget(model, page, weight.device, max_batch, context, cache_bytes)
+        self.pool = PagePool(model.config, weight.dtype, weight.device, pages, small)
         fits = self.pool.most_tokens(STEP_TOKENS)
         if fits < context and (limit_tokens or fits == 0):
             raise ConfigError(
@@ -91,7 +104,8 @@ class Engine:
                 todo="a larger budget, or a smaller limit_tokens",
             )
         self.limit_tokens = min(context, fits)
-        self.queue = Queue(self.pool, max_batch, STEP_TOKENS)
+        self.prefixes = Prefixes(self.pool) if prefix_cache else None
+        self.queue = Queue(self.pool, max_batch, STEP_TOKENS, self.prefixes)
         # Several threads may read answers; one of them at a time makes the next step for all.
         self._lock = threading.RLock()
         self._version = self._weights_version()
@@ -103,7 +117,31 @@ class Engine:
         promise = "bit-invariant" if reason is None else f"not bit-invariant ({reason})"
         device = self.pool.store.device
         what = cpu.describe(dtype) if device.type == "cpu" else f"PyTorch on {device}"
-        return f"{what}, {promise}; {self.pool.bytes / 2**20:,.0f} MiB for keys and values, {self.pool.pages:,} pages"
+        bits = "of 8 bits, " if self.pool.small else ""
+        size = f"{self.pool.bytes / 2**20:,.0f} MiB for keys and values, {bits}{self.pool.pages:,} pages"
+        return f"{what}, {promise}; {size}"
+
+    def usual_requests(self) -> int:
+        """Return how many requests of ordinary length (1,024 tokens, or the context) have room at the same time."""
+        return max(1, self.pool.pages // _pages_for(self.model, min(self.limit_tokens, USUAL_TOKENS)))
+
+    def stats(self) -> dict[str, float]:
+        """Return what is used and what was saved; what only grows ends with `_total`."""
+        found = {
+            "cache_pages": self.pool.pages,
+            "cache_free_pages": self.pool.free,
+            "running_requests": len(self.queue.running),
+            "preempted_total": self.queue.preempted,
+        }
+        kept = self.prefixes
+        if kept is not None:
+            found |= {
+                "prefix_blocks": kept.blocks,
+                "prefix_asked_tokens_total": kept.asked_tokens,
+                "prefix_found_tokens_total": kept.found_tokens,
+                "prefix_evicted_total": kept.evicted,
+            }
+        return dict(found)
 
     # -- answering -----------------------------------------------------------------------------------------------
 
@@ -135,33 +173,47 @@ class Engine:
         is refused before the first token; closing the iterator stops the work. Iterators that are read in turns, or by
         several threads, share every step.
         """
+        with contextlib.closing(self.turns(prompts, settings)) as turns:
+            for turn in turns:
+                yield from turn
+
+    def turns(
+        self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling], key: Hashable = None
+    ) -> Generator[list[tuple[int, Token]]]:
+        """Yield after each step what these prompts got, which may be nothing; the rest as `decode`.
+
+        So one that reads a long prompt can be stopped in the middle, and does not keep others from their tokens.
+        key: with whom kept prefixes are shared.
+        """
         budgets = self._budgets(prompts, settings)
         check_ids(settings, self.vocab_size)
-        requests = [self._request(*each) for each in zip(prompts, settings, budgets, strict=True)]
+        requests = [self._request(*each, key) for each in zip(prompts, settings, budgets, strict=True)]
         try:
             with self._lock:
                 for request in requests:
                     self.queue.add(request)
             while True:
-                for number, request in enumerate(requests):
-                    # Tokens may be there already: another reader's step made them.
-                    while request.tokens:
-                        yield number, request.tokens.popleft()
+                # Tokens may be there already: another reader's step made them.
+                made = [(number, token) for number, r in enumerate(requests) for token in r.unread()]
+                if made:
+                    yield made
                 if all(request.finished for request in requests):
                     return
                 # Where company changes bits a call has its steps for itself, unless others hold the room it needs.
                 if self.share_steps or not self.step(requests):
                     self.step()
+                if not any(request.tokens for request in requests):
+                    yield []
         finally:
             with self._lock:
                 for request in requests:
                     self.queue.remove(request)
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling) -> Request:
+    def submit(self, prompt: Sequence[int], sampling: Sampling, key: Hashable = None) -> Request:
         """Let one request wait for its turn; `step` fills its `tokens`. Errors as in `generate`."""
         (budget,) = self._budgets([prompt], [sampling])
         check_ids([sampling], self.vocab_size)
-        request = self._request(prompt, sampling, budget)
+        request = self._request(prompt, sampling, budget, key)
         with self._lock:
             self.queue.add(request)
         return request
@@ -213,10 +265,11 @@ class Engine:
         self._check(sequences)
         results = [Scored([0.0], [[]]) for _ in sequences]
         with self._lock:
-            # Answers that are being made give their pages where they must, and are read again.
+            # Kept prefixes give way to a full pass; answers that are being made, only to what one sequence needs.
+            self.pool.has_room(min(self.pool.pages, PREFILL_TOKENS // PAGE_TOKENS * len(self.pool.windows)))
             for pieces in scoring.pieces(self.pool, sequences, PREFILL_TOKENS):
                 needed = sum(pages.missing(count) for _, pages, _, count in pieces)
-                while needed > self.pool.free and self.queue.running:
+                while not self.pool.has_room(needed) and self.queue.running:
                     self.queue.preempt(self.queue.running[-1])
                 parts = [(pages, sequences[row][start : start + count]) for row, pages, start, count in pieces]
                 hidden = self._forward(parts)
@@ -254,11 +307,14 @@ class Engine:
         if version != self._version:
             self._version = version
             self.queue.preempt_all()
+            if self.prefixes is not None:
+                self.prefixes.clear()
 
     # -- what is refused -----------------------------------------------------------------------------------------
 
-    def _request(self, prompt: Sequence[int], sampling: Sampling, budget: int) -> Request:
-        return Request(prompt, sampling, budget, self.pool, self.vocab_size)
+    def _request(self, prompt: Sequence[int], sampling: Sampling, budget: int, key: Hashable) -> Request:
+        # The weights are not in the key: when they change, nothing that was kept survives (`_forget_old_weights`).
+        return Request(prompt, sampling, budget, self.pool, self.vocab_size, key)
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         for ids in prompts:
@@ -326,13 +382,12 @@ def _pages_for(model: Afmoe, tokens: int) -> int:
 
 
 def _budget(
-    model: Afmoe, dtype: torch.dtype, device: torch.device, max_batch: int, context: int, cache_bytes: int | None
+    model: Afmoe, page: int, device: torch.device, max_batch: int, context: int, cache_bytes: int | None
 ) -> int:
     """Return how many pages the engine may use."""
     # Counted in pages of one layer, since sliding and global layers hold different numbers of them.
-    one = page_bytes(model.config, dtype)
     if cache_bytes is not None:
-        return cache_bytes // one
+        return cache_bytes // page
     # Scoring reads a pass of other sequences at the same time.
     wanted = max_batch * _pages_for(model, context) + _pages_for(model, PREFILL_TOKENS)
-    return max(min(wanted, int(free_bytes(device) * MEMORY_SHARE) // one), 1)
+    return max(min(wanted, int(free_bytes(device) * MEMORY_SHARE) // page), 1)

@@ -1153,26 +1153,81 @@ template <class T> struct Page {
     }
 };
 
+// The same with 8 bits a value: for each key head the keys of PANEL tokens, their scales (bfloat16, one for each SHARED
+// values of a token), then the values and theirs. A token's numbers depend on no other token. They are opened into a
+// Page<T> before any query reads, so what follows is the same for both.
+constexpr int64_t SHARED = 32;
+struct Page8 {
+    int64_t width;
+    int64_t half_bytes() const { return PANEL * (width + width / SHARED * 2); }
+    int64_t head_words() const { return 2 * half_bytes() / 4; }
+    template <class T> void put(word* head, int64_t place, const T* k, const T* v) const {
+        for (const T* from : {k, v}) {
+            auto* half = reinterpret_cast<int8_t*>(head) + (from == v ? half_bytes() : 0);
+            auto* scales = reinterpret_cast<bf16*>(half + PANEL * width) + place * (width / SHARED);
+            for (int64_t part = 0; part < width / SHARED; part++) {
+                const T* x = from + part * SHARED;
+                float most = 0;
+                for (int64_t i = 0; i < SHARED; i++) most = std::max(most, std::fabs(number(x[i])));
+                vector scale = every(most / 127.f);
+                bf16 rounded[LANES];
+                store(rounded, scale);
+                scales[part] = rounded[0];
+                // By the scale that is kept: half of a step is then the most that is lost.
+                float inverse = number(rounded[0]) > 0 ? 1.f / number(rounded[0]) : 0.f;
+                for (int64_t i = 0; i < SHARED; i++)
+                    half[place * width + part * SHARED + i] =
+                        int8_t(std::max(-127.f, std::min(127.f, std::nearbyint(number(x[i]) * inverse))));
+            }
+        }
+    }
+    template <class T> void open(const word* head, int64_t places, const Page<T>& page, word* to) const {
+        T* rows = scratch<T>(7, 2 * width);
+        for (int64_t place = 0; place < places; place++) {
+            for (int64_t of = 0; of < 2; of++) {
+                auto* half = reinterpret_cast<const int8_t*>(head) + of * half_bytes();
+                auto* scales = reinterpret_cast<const bf16*>(half + PANEL * width) + place * (width / SHARED);
+                for (int64_t i = 0; i < width; i += LANES) {
+                    float values[LANES];
+                    for (int64_t j = 0; j < LANES; j++) values[j] = float(half[place * width + i + j]);
+                    store(rows + of * width + i, load(values) * number(scales[i / SHARED]));
+                }
+            }
+            page.put(to, place, rows, rows + width);
+        }
+    }
+};
+
 // The new tokens of sequence s are rows offsets[s] .. offsets[s + 1] of q [N, H, D], k and v [N, K, D]; the first stands
 // at position first[s]. Their keys and values go to the pages table[s, position / PANEL] of `store`, then every query
 // attends to the `window` keys up to itself (0: all). The same sums in the same order as `attention`, whose rows start
-// at position 0.
+// at position 0. small: pages hold 8 bits a value, and a token's own key is read as it is kept.
 template <class T>
 void attention_pages(int threads, const T* q, const T* k, const T* v, const int64_t* offsets, const int64_t* first,
                      const int32_t* table, int64_t blocks, word* store_, int64_t window, float scale, T* out,
-                     int64_t sequences, int64_t heads, int64_t groups, int64_t width) {
+                     int64_t sequences, int64_t heads, int64_t groups, int64_t width, int64_t small) {
     Page<T> page{width};
+    Page8 page8{width};
     int64_t each = heads / groups, steps = steps_of<T>(width), value_steps = steps_of<T>(PANEL);
     threads = threads_for(threads, offsets[sequences] * heads * width * blocks * PANEL);
     for_tasks(threads, sequences * groups, [&](int64_t task) {
         int64_t s = task / groups, group = task % groups, row = offsets[s], count = offsets[s + 1] - row;
-        auto at = [&](int64_t block) {
-            return store_ + (int64_t(table[s * blocks + block]) * groups + group) * page.head_words();
-        };
-        for (int64_t t = 0; t < count; t++)
-            page.put(at((first[s] + t) / PANEL), (first[s] + t) % PANEL, k + ((row + t) * groups + group) * width,
-                     v + ((row + t) * groups + group) * width);
         auto start = [&](int64_t position) { return window ? std::max<int64_t>(0, position - window + 1) : 0; };
+        auto kept = [&](int64_t block) {
+            int64_t number = int64_t(table[s * blocks + block]) * groups + group;
+            return store_ + number * (small ? page8.head_words() : page.head_words());
+        };
+        for (int64_t t = 0; t < count; t++) {
+            word* to = kept((first[s] + t) / PANEL);
+            int64_t place = (first[s] + t) % PANEL, from = ((row + t) * groups + group) * width;
+            small ? page8.put(to, place, k + from, v + from) : page.put(to, place, k + from, v + from);
+        }
+        // Opened once for all queries and heads of this step.
+        int64_t end = first[s] + count, lowest = start(first[s]) / PANEL, over = (end - 1) / PANEL + 1;
+        word* opened = small ? scratch<word>(6, (over - lowest) * page.head_words()) : nullptr;
+        for (int64_t b = lowest; small && b < over; b++)
+            page8.open(kept(b), std::min<int64_t>(PANEL, end - b * PANEL), page, opened + (b - lowest) * page.head_words());
+        auto at = [&](int64_t block) { return small ? opened + (block - lowest) * page.head_words() : kept(block); };
         // One token: its heads are the rows of a product. More: queries of one head are.
         int64_t rows = count == 1 ? each : QUERIES, step = count == 1 ? 0 : 1;
         for (int64_t t = 0; t < count; t += QUERIES) {
@@ -1436,8 +1491,9 @@ EXPORT(unpack, (int wide, int threads, any blocks, integer form, any to, integer
        blocks, form, to, rows, width)
 EXPORT(attention_pages,
        (int wide, int threads, any q, any k, any v, any offsets, any first, any table, integer blocks, any store,
-        integer window, float scale, any out, integer sequences, integer heads, integer groups, integer width),
-       q, k, v, offsets, first, table, blocks, store, window, scale, out, sequences, heads, groups, width)
+        integer window, float scale, any out, integer sequences, integer heads, integer groups, integer width,
+        integer small),
+       q, k, v, offsets, first, table, blocks, store, window, scale, out, sequences, heads, groups, width, small)
 EXPORT(log_partition, (int wide, int threads, any logits, any result, integer rows, integer vocab),
        logits, result, rows, vocab)
 EXPORT_FLOAT(choose,

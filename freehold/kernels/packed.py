@@ -14,6 +14,8 @@ from freehold.kernels.cpu import call, rows_of
 PAGE_TOKENS = 64
 """Tokens of a page: the width of a panel, so that a block of keys never depends on where a request started."""
 _PANEL = 64
+SHARED = 32
+"""Values of one token that share a scale where keys and values have 8 bits."""
 
 
 def _words(ins: int, outs: int, itemsize: int) -> int:
@@ -87,25 +89,36 @@ def experts(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, inner: int
 
 
 def page_words(heads: int, width: int, itemsize: int) -> int:
-    """Return the 32-bit words of one layer's page, of `heads` key heads of this width."""
+    """Return the 32-bit words of one layer's page, of `heads` key heads of this width; itemsize 1: with scales."""
+    if itemsize == 1:
+        return heads * 2 * PAGE_TOKENS * (width + width // SHARED * 2) // 4
     keys = width * itemsize // 4 * _PANEL
     return heads * (keys + _words(PAGE_TOKENS, width, itemsize))
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, first: Tensor, table: Tensor, store: Tensor, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    first: Tensor,
+    table: Tensor,
+    store: Tensor,
+    window: int | None,
+    small: bool = False,
 ) -> Tensor:
     """Keep the keys and values of new tokens in their pages and attend from each to what its sequence holds.
 
     q [N, H, D], k and v [N, K, D]: sequence s has the rows offsets[s] .. offsets[s + 1] (int64 [S + 1]), the first at
     position first[s] (int64 [S]); block b of 64 positions is page table[s, b] (int32 [S, blocks]) of `store`.
+    small: pages of 8 bits a value.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     _, heads, width = q.shape
     call(
         "attention_pages", q, q, k, v, offsets, first, table, table.shape[1], store, window or 0, width**-0.5, out,
-        len(first), heads, k.shape[1], width,
+        len(first), heads, k.shape[1], width, int(small),
     )  # fmt: skip
     return out
 

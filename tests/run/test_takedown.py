@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -21,12 +22,14 @@ from freehold.core.log import Log
 from freehold.data.exposure import trace_rows, write_trace
 from freehold.data.loader import PhaseRows, Source, TextOrder, consumed_by
 from freehold.data.packing import IGNORE
+from freehold.guard import takedown as spans
 from freehold.optim.config import PhaseConfig
 from freehold.optim.schedule import Schedule
 from freehold.run.recipe import resolve
 from freehold.run.steps import step_seconds
 from freehold.run.takedown import takedown
-from freehold.run.takedown_answer import Excluded, Origin, RunAnswer
+from freehold.run.takedown_answer import Excluded, Origin, RunAnswer, Takedown
+from freehold.run.takedown_filter import write_filter
 from freehold.run.takedown_recipe import write_recipe
 from freehold.run.trace_text import render_takedown
 from freehold.stages.curate.config import CurateConfig, Exclusion, NearDuplicates
@@ -360,3 +363,31 @@ def test_excluded_rows_leave_the_corpus_and_nothing_else(tmp_path: Path) -> None
         made("bad", Exclusion(sources=("speech",)))
     with pytest.raises(DataError, match="was not gathered"):
         made("bad", Exclusion(documents=("0" * 16,)))
+
+
+def test_filter_holds_what_rows_say_and_others_do_not(run, tmp_path):
+    phrase = "these ten words stand in a letter and in code too"
+    for file in run.glob("*/documents/*.parquet"):
+        rows = [
+            replace(row, text=f"{phrase} but the {row.source} of {row.path} alone say what follows here now")
+            for row in read_rows(file, Document)
+        ]
+        write_rows(file, rows, Document)
+    made = tmp_path / "filter.json"
+    assert main(["takedown", "speeches", str(run), "--filter", str(made), "--json"]) == 0
+    found = spans.load(made)
+    assert found.find("but the speeches of letter txt alone say what follows here").__next__()
+    assert not list(found.find(phrase))
+    assert not list(found.find("but the code of pkg module py alone say what follows"))
+    before = sum(map(len, found.spans.values()))
+    assert main(["takedown", "code", str(run), "--filter", str(made)]) == 0
+    assert sum(map(len, spans.load(made).spans.values())) > before
+    assert spans.load(made).salt == found.salt
+    for folder in ("gather", "curate"):
+        shutil.rmtree(run / folder / "documents")
+        (run / folder / "documents").mkdir()
+    answer = Takedown(
+        **{f.name: None for f in dataclasses.fields(Takedown)} | {"excluded": Excluded(["speeches"], [], [])}
+    )
+    with pytest.raises(DataError, match="no text of these rows"):
+        write_filter(run, answer, made)

@@ -56,7 +56,7 @@ class Script:
     def describe(self) -> str:
         return "a script"
 
-    def decode(self, prompts, settings):
+    def turns(self, prompts, settings, key=None):
         ids = self.tokenizer.encode(self.text, specials=True)
         if self.error:
             raise self.error
@@ -65,11 +65,14 @@ class Script:
             for number in range(len(prompts)):
                 for token in ids:
                     time.sleep(self.pause_s)
-                    yield number, Token(token, -0.5)
+                    yield [(number, Token(token, -0.5))]
                 last = self.tokenizer.eos if self.reason == "stop" else ids[0]
-                yield number, Token(last, -0.5, finish_reason=self.reason)
+                yield [(number, Token(last, -0.5, finish_reason=self.reason))]
         finally:
             self.closed += 1
+
+    def stats(self):
+        return {}
 
     def score_top(self, sequences, top):
         raise AssertionError("these tests score nothing")

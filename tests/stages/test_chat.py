@@ -8,6 +8,7 @@ import io
 import pytest
 
 from freehold import api
+from freehold.core.config import fill
 from freehold.core.errors import RequestError
 from freehold.infer.engine import ContextOverflow
 from freehold.stages.chat import run as chat_run
@@ -201,3 +202,18 @@ def test_control_codes_do_not_reach_the_terminal(tiny_checkpoint, monkeypatch):
     left = out.getvalue().replace(chat_run.DIM, "").replace(chat_run.PLAIN, "")
     assert "a\tb\nc" in left
     assert not set(left) & {"\x1b", "\x07", "\x9b"}
+
+
+def test_policy_holds_in_the_terminal(tiny_checkpoint):
+    out = io.StringIO()
+    rules = {"mail": {"kind": "personal", "find": ["email"]}, "word": {"kind": "pattern", "patterns": ["heliotrope"]}}
+    loaded = api.load(tiny_checkpoint)
+    talk = chat_run.Talk(
+        loaded, fill(ChatConfig, {"path": "x", "guard": {"rules": rules}, "max_tokens": 2}, "chat"), out
+    )
+    talk.say("say heliotrope")
+    assert (out.getvalue(), talk.messages) == ("This answer was withheld by a policy.\n", [])
+    talk.say("I am jane.roe@contoso.com")
+    assert talk.messages[0]["content"] == "I am [REDACTED]"
+    shown = talk._guarded(iter([Piece("content", "helio"), Piece("content", "trope"), Piece("content", "!")]))
+    assert [piece.text for piece in shown] == ["This answer was withheld by a policy."]

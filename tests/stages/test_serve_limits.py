@@ -208,13 +208,13 @@ def test_shutdown_ends_answers_with_an_error(tiny_tokenizer, monkeypatch):
 def test_stream_that_fails_ends_with_an_error_event(tiny_tokenizer):
     backend, app = application(tiny_tokenizer)
     backend.text, backend.tokenizer = "word word", tiny_tokenizer
-    original = backend.decode
+    original = backend.turns
 
-    def dies(prompts, settings):
+    def dies(prompts, settings, key=None):
         yield next(original(prompts, settings))
         raise OSError("the disk is gone")
 
-    backend.decode = dies
+    backend.turns = dies
     body = {"model": MODEL, "messages": HELLO, "stream": True}
     with Running(app) as server:
         lines = [x for x in httpx.post(server.address + "/v1/chat/completions", json=body).text.split("\n\n") if x]

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from freehold.core.config import Config
+from freehold.guard.config import GuardConfig
 
 
 class ChatConfig(Config):
@@ -28,6 +29,9 @@ class ChatConfig(Config):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format to compute in.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where it computes; auto = CUDA if there is some, and says so."
+    )
+    guard: GuardConfig = Field(
+        default_factory=GuardConfig, description="Policies on what is asked and answered: docs/guardrails.md."
     )
     show_reasoning: bool = Field(True, description="Show what the model thinks before it answers, dimmed.")
 

@@ -11,12 +11,17 @@ from typing import Any, TextIO
 
 from freehold import api
 from freehold.core.errors import RequestError
+from freehold.guard.policy import Policy
+from freehold.guard.stream import AnswerGuard
 from freehold.infer.engine import ContextOverflow
 from freehold.stages.chat.config import ChatConfig
+from freehold.tokenizer.dialects import Piece
 
 HELP = "/reset forgets the conversation · /system TEXT sets the system message · /quit ends · Ctrl-C stops an answer"
 FAIR_SHARE = 4
 """An answer gets at least 1/FAIR_SHARE of the context, before older turns do."""
+CHAT_ROUTE = "chat"
+"""The name under which a policy can have rules for the terminal."""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -30,7 +35,9 @@ def chat(config: ChatConfig, lines: TextIO | None = None, out: TextIO | None = N
     lines, out = lines or sys.stdin, out or sys.stdout
     if isinstance(out, io.TextIOWrapper):  # a terminal that has no letter for a character shows another one
         out.reconfigure(errors="replace")
-    loaded = api.load(config.path, config.dtype, device=config.device, answers_only=True)
+    loaded = api.load(
+        config.path, config.dtype, device=config.device, max_batch=1, prefix_cache=True, answers_only=True
+    )
     talk = Talk(loaded, config, out)
     if not lines.isatty():
         for number, line in enumerate(_decoded(lines), 1):
@@ -99,6 +106,7 @@ class Talk:
     def __init__(self, loaded: api.Loaded, config: ChatConfig, out: TextIO) -> None:
         self.loaded, self.config, self.out = loaded, config, out
         self.system = config.system
+        self.policy = Policy(config.guard, CHAT_ROUTE)
         self.reset()
 
     def reset(self) -> None:
@@ -126,6 +134,11 @@ class Talk:
         A conversation that became too long loses its oldest questions and answers. ContextOverflow when the message
         does not fit even alone; the conversation is then as it was.
         """
+        asked = self.policy.judge(text, "prompt")
+        if asked.blocked:
+            print(self.policy.config.message, file=self.out)
+            return
+        text = asked.text
         kept, room_tokens = self._fitting([*self.messages, {"role": "user", "content": text}])
         lost = (len(self.messages) + 1 - len(kept)) // 2
         if lost and room_tokens > 0:
@@ -145,6 +158,18 @@ class Talk:
                 break
         return kept, room_tokens
 
+    def _guarded(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Yield what of an answer may be shown."""
+        if not self.policy.acts("answer"):
+            yield from pieces
+            return
+        guard = AnswerGuard(self.policy)
+        for piece in pieces:
+            yield from guard.feed([piece])
+            if guard.blocked:
+                break
+        yield from guard.finish()
+
     def _answer(self, messages: list[dict[str, Any]], room_tokens: int) -> str:
         """Show an answer as it comes; return its content."""
         c = self.config
@@ -156,7 +181,7 @@ class Talk:
         live = self.out.isatty()
         content, shown = "", "content"
         try:
-            for piece in self.loaded.answer(messages, sampling):
+            for piece in self._guarded(self.loaded.answer(messages, sampling)):
                 kind = piece.kind if piece.kind in ("content", "reasoning") else "call"
                 if live and kind != shown:
                     print(PLAIN if kind == "content" else DIM, end="", file=self.out)

@@ -18,6 +18,7 @@ from freehold.core.artifact import Workspace, read_json, sha256_file, write_json
 from freehold.core.document import Conversation, Document, read_rows, replace, rewritten, said, write_rows
 from freehold.core.errors import DataError
 from freehold.core.machine import machine_limits
+from freehold.guard.personal import redact
 from freehold.stages.curate import bias, classifier
 from freehold.stages.curate.config import CurateConfig, Exclusion
 from freehold.stages.curate.dedup import (
@@ -31,7 +32,7 @@ from freehold.stages.curate.dedup import (
 )
 from freehold.stages.curate.engine import make_all
 from freehold.stages.curate.filters import Why, clean_unicode
-from freehold.stages.curate.privacy import check_density, redact
+from freehold.stages.curate.privacy import check_density
 from freehold.stages.curate.report import ALL, Report
 from freehold.stages.curate.rules import MOST_DROPPED, NEAR_MIN_WORDS
 from freehold.stages.curate.shards import Corpus, Job, Shard, read_plan

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from freehold.core.document import Document
+from freehold.guard.personal import EVERYTHING, redact
 from freehold.stages.curate.classifier import Model, check_quality
 from freehold.stages.curate.config import CurateConfig, KindRules
 from freehold.stages.curate.filters import (
@@ -23,7 +24,7 @@ from freehold.stages.curate.filters import (
     check_prose,
     clean_unicode,
 )
-from freehold.stages.curate.privacy import EVERYTHING, check_density, redact
+from freehold.stages.curate.privacy import check_density
 from freehold.stages.curate.rules import LIMITS, KindLimits
 from freehold.stages.curate.split import place
 from freehold.stages.curate.toxicity import check_toxicity

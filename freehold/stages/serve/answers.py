@@ -8,16 +8,19 @@ import math
 import time
 import uuid
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from freehold.guard.stream import AnswerGuard
 from freehold.infer.engine import Scored, Token, Top
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.dialects import Piece
 from freehold.tokenizer.output import AnswerParser, TextStream
 
 Event = tuple[int, Token] | list[Scored]
+Turns = Generator[Event | None]
+"""What a request does in the worker's thread; None: nothing yet, others have their turn."""
 Events = AsyncGenerator[Event, None]
 """Tokens with the number of their choice; before them, if asked for, what the prompts scored."""
 
@@ -29,7 +32,11 @@ class Choice:
     text: TextStream
     parser: AnswerParser | None
     """None = plain text: tags are shown as they are."""
+    guard: AnswerGuard | None = None
+    """Judges what may be shown of it."""
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of its prompt that were read from kept pages."""
     reasoning_tokens: int = 0
     finish_reason: str | None = None
     said: list[Piece] = field(default_factory=list)
@@ -43,6 +50,7 @@ class Choice:
         if self.finish_reason:
             return []
         self.completion_tokens += 1
+        self.cached_tokens += token.cached_tokens
         if self.parser is not None and self.parser.reasoning:
             self.reasoning_tokens += 1
         text = ""
@@ -52,7 +60,14 @@ class Choice:
             text = self.text.feed(token.id)
         if self.text.stopped or token.finish_reason:
             return self.end("stop" if self.text.stopped else token.finish_reason or "stop", text)
-        return self._say(text, last=False)
+        pieces = self._say(text, last=False)
+        # What is withheld is not made either: its end has come.
+        return pieces + self.end("content_filter") if self.guard is not None and self.guard.blocked else pieces
+
+    def withhold(self, message: str) -> list[Piece]:
+        """End the answer before it begins, because of its prompt."""
+        self.finish_reason, self.said = "content_filter", [Piece("content", message)]
+        return self.said
 
     @property
     def certain(self) -> int:
@@ -68,6 +83,8 @@ class Choice:
             reason = "stop"
             kept = bisect_left(self.starts, self.text.returned_chars)
             del self.tokens[kept:], self.starts[kept:]
+        if self.guard is not None and self.guard.blocked:
+            reason = "content_filter"
         calls = any(piece.kind == "call" for piece in self.said)
         self.finish_reason = "tool_calls" if calls and reason == "stop" else reason
         return pieces
@@ -77,6 +94,8 @@ class Choice:
             pieces = [Piece("content", text)] if text else []
         else:
             pieces = self.parser.feed(text) + (self.parser.finish() if last else [])
+        if self.guard is not None:
+            pieces = self.guard.feed(pieces) + (self.guard.finish() if last else [])
         self.said += pieces
         return pieces
 
@@ -117,15 +136,21 @@ class Head:
         }  # fmt: skip
 
 
-def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, Any]:
-    """Return the token counts of a request; a prompt counts once, however many choices it has."""
+def usage(prompt_tokens: int, choices: Sequence[Choice], per_prompt: int | None = None) -> dict[str, Any]:
+    """Return the token counts of a request; a prompt counts once, however many choices it has (None: all)."""
     completion = sum(choice.completion_tokens for choice in choices)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens(choices, per_prompt)},
         "completion_tokens_details": {"reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)},
     }
+
+
+def cached_tokens(choices: Sequence[Choice], per_prompt: int | None = None) -> int:
+    """Return how many tokens of the prompts were read from kept pages, by the first choice of each."""
+    return sum(choice.cached_tokens for choice in choices[:: per_prompt or len(choices) or 1])
 
 
 # --- chat ---------------------------------------------------------------------------------------------------------
@@ -321,7 +346,7 @@ def text_logprobs(tokens: Sequence[Token], echo: Echo | None, logprobs: TextLogp
 
 async def text_chunks(
     head: Head, moves: AsyncIterator[tuple[int, list[Piece]]], choices: list[Choice], echoes: list[Echo | None],
-    logprobs: list[TextLogprobs | None], *, usage_of_prompt_tokens: int | None,
+    logprobs: list[TextLogprobs | None], *, usage_of_prompt_tokens: int | None, per_prompt: int,
 ) -> AsyncGenerator[dict[str, Any]]:  # fmt: skip
     """Yield the chunks of streamed text completions; the finish reason is on the last of each choice only."""
     more = {} if usage_of_prompt_tokens is None else {"usage": None}
@@ -344,7 +369,7 @@ async def text_chunks(
         if text or reason:
             yield chunk(number, text, reason=reason)
     if usage_of_prompt_tokens is not None:
-        yield head.body([], usage=usage(usage_of_prompt_tokens, choices))
+        yield head.body([], usage=usage(usage_of_prompt_tokens, choices, per_prompt))
 
 
 def to_bytes(body: Any) -> bytes:

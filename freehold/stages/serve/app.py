@@ -20,7 +20,7 @@ from freehold.stages.serve.access import Access
 from freehold.stages.serve.backends import Served
 from freehold.stages.serve.config import ServeConfig
 from freehold.stages.serve.errors import ApiError, Json, add_errors, explain
-from freehold.stages.serve.front import Front
+from freehold.stages.serve.front import Asker, Front
 from freehold.stages.serve.limits import LimitBody, mute_repeats
 from freehold.stages.serve.metrics import CountRequests
 from freehold.stages.serve.page import PAGE_HEADERS, page_html
@@ -62,17 +62,17 @@ def create_app(served: Served, config: ServeConfig, api_key: str | None = None) 
     @app.post("/v1/chat/completions")
     async def chat(request: HttpRequest) -> Response:
         """Answer a conversation."""
-        return await _unless_gone(request, front.chat(await _read(ChatRequest, request)))
+        return await _unless_gone(request, front.chat(await _read(ChatRequest, request), _asker(request)))
 
     @app.post("/v1/completions")
     async def completions(request: HttpRequest) -> Response:
         """Continue texts."""
-        return await _unless_gone(request, front.complete(await _read(CompletionRequest, request)))
+        return await _unless_gone(request, front.complete(await _read(CompletionRequest, request), _asker(request)))
 
     @app.post("/v1/responses")
     async def respond(request: HttpRequest) -> Response:
         """Answer a conversation, in OpenAI's newer form."""
-        return await _unless_gone(request, front.respond(await _read(ResponsesRequest, request)))
+        return await _unless_gone(request, front.respond(await _read(ResponsesRequest, request), _asker(request)))
 
     @app.api_route("/v1/embeddings", methods=["GET", "POST"])
     async def embeddings() -> Response:
@@ -111,6 +111,10 @@ def _add_models(app: FastAPI, front: Front) -> None:
         """Describe the model."""
         front.check_model(name)
         return front.model()
+
+
+def _asker(request: HttpRequest) -> Asker:
+    return Asker(request.scope["tenant"], request.scope["salt"], request.scope["route"].path)
 
 
 async def _read(kind: type[R], request: HttpRequest) -> R:

@@ -7,7 +7,7 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,9 @@ from freehold.stages.serve.config import ServeConfig
 from freehold.tokenizer.bpe import BOS, Tokenizer
 from freehold.tokenizer.output import AnswerFormat, read_format
 
+MOST_RUNNING = 64
+"""Requests in one forward pass, where memory allows: more would make each wait longer than it gains."""
+
 
 class Backend(Protocol):
     """What the server asks of whatever runs the model; `infer.Engine` has it by itself."""
@@ -32,12 +35,21 @@ class Backend(Protocol):
         """Say in one line what computes, and whether answers are bit-invariant."""
         ...
 
-    def decode(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> Iterator[tuple[int, Token]]:
-        """Yield (number of the prompt, token) as tokens are made; refuse a bad request before the first."""
+    def turns(
+        self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling], key: Hashable = None
+    ) -> Generator[Sequence[tuple[int, Token]]]:
+        """Yield (number of the prompt, token) as tokens are made, also nothing; refuse a bad request before the first.
+
+        key: only requests with the same one may share what is kept of their prompts.
+        """
         ...
 
     def score_top(self, sequences: Sequence[Sequence[int]], top: int) -> list[Scored]:
         """Return the log-probability of each token given those before it."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Return what /metrics shows: counters end with `_total`."""
         ...
 
 
@@ -53,7 +65,8 @@ class Served:
     answers: AnswerFormat = AnswerFormat()
     """How the model writes reasoning and tool calls."""
     running: int = 1
-    """Requests that may take turns."""
+    """Requests that may take turns in one thread."""
+    threads: int = 1
     begins_with: tuple[int, ...] = (BOS,)
     """The ids before a prompt that is plain text."""
     close: Callable[[], None] = lambda: None
@@ -75,10 +88,15 @@ def open_model(config: ServeConfig, path: Path) -> Served:
         name = config.model_name or path.stem
         return Served(name, gguf, tokenizer, sampling, answers, begins_with=tokenizer.prefix, close=gguf.close)
     folder = api.find_model(path)
-    loaded = api.load(folder, config.dtype, device=config.device, limit_tokens=config.max_model_len, answers_only=True)
+    loaded = api.load(
+        folder, config.dtype, device=config.device, limit_tokens=config.max_model_len,
+        max_batch=config.max_running or MOST_RUNNING, prefix_cache=config.prefix_cache, cache_type=config.cache_type,
+        cache_bytes=None if config.cache_mib is None else config.cache_mib << 20, answers_only=True,
+    )  # fmt: skip
+    running = config.max_running or min(MOST_RUNNING, loaded.engine.usual_requests())
     name, answers = config.model_name or folder.resolve().name, _format(config, loaded.answers)
     return Served(
-        name, loaded.engine, loaded.tokenizer, loaded.sampling, answers, config.max_running, loaded.begins_with
+        name, loaded.engine, loaded.tokenizer, loaded.sampling, answers, running, begins_with=loaded.begins_with
     )
 
 
@@ -130,6 +148,17 @@ class Gguf:
     def close(self) -> None:
         """End llama.cpp."""
         self._llama.close()
+
+    def stats(self) -> dict[str, float]:
+        """Return nothing: llama.cpp counts for itself."""
+        return {}
+
+    def turns(
+        self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling], key: Hashable = None
+    ) -> Generator[Sequence[tuple[int, Token]]]:
+        """Yield a token at a time; llama.cpp keeps one conversation, which `key` cannot share."""
+        for pair in self.decode(prompts, settings):
+            yield [pair]
 
     def decode(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> Iterator[tuple[int, Token]]:
         """Yield (number of the prompt, token), one prompt after the other."""

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from freehold.core.config import Config
+from freehold.guard.config import GuardConfig
 
 KEY_VARIABLE = "FREEHOLD_API_KEY"
 """Environment variable: when set, requests must carry `Authorization: Bearer <its value>`."""
@@ -33,10 +34,22 @@ class ServeConfig(Config):
     max_model_len: int | None = Field(
         None, gt=0, description="Longest context in tokens, prompt and answer together; default: the model's."
     )
-    max_running: int = Field(
-        8, gt=0, description="Requests answered at the same time, in turns of a token; a .gguf file: always one."
+    cache_mib: int | None = Field(
+        None, gt=0, description="Memory for keys and values; default: 64 full contexts, at most half of what is free."
     )
-    max_queue: int = Field(64, gt=0, description="Requests that may wait; one more is answered with status 429.")
+    cache_type: Literal["auto", "int8"] = Field(
+        "auto", description="Numbers of keys and values; auto = dtype, int8 = 8 bits: half of the memory of bfloat16."
+    )
+    prefix_cache: bool = Field(
+        True, description="Keep keys and values of prompts for later ones that begin the same; changes no answer."
+    )
+    max_running: int | None = Field(
+        None, gt=0, description="Requests answered at the same time; default: as many as the memory allows, at most 64."
+    )
+    max_queue: int = Field(256, gt=0, description="Requests that may wait; one more is answered with status 429.")
+    queue_timeout_s: float = Field(
+        120, gt=0, description="Seconds a request may wait before it begins; then status 429 says when to try again."
+    )
     dialect: Literal["auto", "hermes", "xml"] = Field(
         "auto", description="How tool calls are read; auto = as recorded with the model's chat template."
     )
@@ -46,6 +59,10 @@ class ServeConfig(Config):
     cors_origins: list[str] = Field(
         default_factory=list,
         description='Web pages that may ask from a browser, as http://localhost:3000; "*" = any. Empty: none.',
+    )
+    guard: GuardConfig = Field(
+        default_factory=GuardConfig,
+        description="Policies on prompts, tool results and answers: docs/guardrails.md.",
     )
     question: str = Field("What is the capital of France?", description="What the walk asks, over HTTP.")
 

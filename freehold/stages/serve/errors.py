@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from freehold.core.errors import RequestError
 from freehold.infer.engine import ContextOverflow
 from freehold.stages.serve import answers
+from freehold.stages.serve.guards import Withheld
 from freehold.stages.serve.worker import Overloaded, Stopping
 
 
@@ -47,6 +48,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(429, message, "queue_full", kind="rate_limit_error")
     if isinstance(error, Stopping):
         return ApiError(503, message, "server_stopping", kind="server_error")
+    if isinstance(error, Withheld):
+        return ApiError(400, message, "content_filter", param=str(error.where))
     param = None if error.where is None else str(error.where)
     code = "context_length_exceeded" if isinstance(error, ContextOverflow) else "invalid_value"
     return ApiError(400, message, code, param=param)
@@ -57,7 +60,8 @@ def add_errors(app: FastAPI) -> None:
 
     def answer(error: Exception) -> Response:
         known = as_api_error(error)
-        headers = {"Retry-After": "1"} if known.status_code in (429, 503) else {}
+        after_s = error.retry_s if isinstance(error, Overloaded) else 1
+        headers = {"Retry-After": str(after_s)} if known.status_code in (429, 503) else {}
         if known.status_code in (408, 413):  # the rest of the body is not read
             headers["Connection"] = "close"
         return Json(known.body, known.status_code, headers=headers)

@@ -7,17 +7,20 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 from starlette.responses import Response, StreamingResponse
 
+from freehold.guard.policy import Policy
 from freehold.infer.engine import ContextOverflow, Scored
-from freehold.stages.serve import answers, responses
+from freehold.infer.sampler import Sampling
+from freehold.stages.serve import answers, guards, responses
 from freehold.stages.serve.answers import Choice, Echo, Head, TextLogprobs
 from freehold.stages.serve.backends import Served
 from freehold.stages.serve.config import ServeConfig
 from freehold.stages.serve.errors import ApiError, as_api_error
+from freehold.stages.serve.guards import Guards
 from freehold.stages.serve.metrics import Metrics
 from freehold.stages.serve.responses import ResponsesRequest
 from freehold.stages.serve.schema import ChatRequest, CompletionRequest, Request
@@ -37,14 +40,23 @@ SCORE_TOKENS = 2048
 Moves = AsyncGenerator[tuple[int, list[Piece]]]
 
 
+class Asker(NamedTuple):
+    """Who sent a request: whose turn it takes, and with whom it may share kept prompts."""
+
+    tenant: str = ""
+    salt: str = ""
+    route: str = ""
+
+
 class Front:
     """Answers requests with one model."""
 
     def __init__(self, served: Served, config: ServeConfig) -> None:
         self.served, self.config = served, config
         self.tokenizer, self.backend = served.tokenizer, served.backend
-        self.worker = Worker(config.max_queue, served.running)
-        self.metrics = Metrics(lambda: self.worker.waiting)
+        self.worker = Worker(config.max_queue, served.running, served.threads, config.queue_timeout_s)
+        self.guards = Guards(config.guard)
+        self.metrics = Metrics(lambda: self.worker.waiting, self.backend.stats, self.guards.counts)
         self.structures = Structures(self.tokenizer, served.answers)
         self.started = int(time.time())
 
@@ -69,29 +81,43 @@ class Front:
             message = f"The model `{name}` does not exist; this server has `{self.served.name}`."
             raise ApiError(404, message, "model_not_found", param="model")
 
-    async def _converse(self, request: ChatRequest) -> tuple[int, list[Choice], Moves]:
+    async def _converse(self, request: ChatRequest, asker: Asker) -> tuple[int, list[Choice], Moves]:
         """Start the answers to a conversation; return the tokens of its prompt, the answers, and their pieces."""
         self.check_model(request.model)
         request.check()
         tools = request.offered_tools
         messages = [message.plain(number) for number, message in enumerate(request.messages)]
+        policy = self.guards.of(asker.route)
+        guards.check_logprobs(policy, request.logprobs)
+        choices = [
+            Choice(self._text(request), self.served.answers.parser(tools), guards.answer_guard(policy))
+            for _ in range(request.n or 1)
+        ]
+        blocked = await asyncio.to_thread(guards.judge_messages, policy, messages)
+        if blocked:
+            return 0, choices, guards.withheld(choices, policy.config.message)
         prompt = await asyncio.to_thread(self._render, messages, tools)
         limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         top = request.top_logprobs or 0
-        numbers = range(request.n or 1)
+        numbers = range(len(choices))
         structure = await asyncio.to_thread(self.structures.of, request)
         default = dataclasses.replace(self.served.sampling, constrain=structure)
         settings = [request.sampling(default, choice=i, logprobs=top, max_tokens=limit) for i in numbers]
-        choices = [Choice(self._text(request), self.served.answers.parser(tools)) for _ in numbers]
+        work = self._answers([prompt] * len(settings), settings, (asker.salt, request.cache_salt))
+        events: answers.Events = self.worker.run(work, asker.tenant)
+        return len(prompt), choices, await self._started(events, choices, len(prompt))
 
-        def work() -> Generator[answers.Event]:
-            yield from self.backend.decode([prompt] * len(settings), settings)
+    def _answers(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling], key: Hashable) -> answers.Turns:
+        """Yield what the model says, and None where others may have their turn."""
+        with contextlib.closing(self.backend.turns(prompts, settings, key)) as turns:
+            for turn in turns:
+                yield from turn
+                if not turn:
+                    yield None
 
-        return len(prompt), choices, await self._started(self.worker.run(work()), choices, len(prompt))
-
-    async def chat(self, request: ChatRequest) -> Response:
+    async def chat(self, request: ChatRequest, asker: Asker) -> Response:
         """Answer `POST /v1/chat/completions`."""
-        prompt_tokens, choices, moves = await self._converse(request)
+        prompt_tokens, choices, moves = await self._converse(request, asker)
         if request.stream:
             return _stream(
                 answers.chat_chunks(
@@ -110,9 +136,9 @@ class Front:
             )
         )
 
-    async def respond(self, request: ResponsesRequest) -> Response:
+    async def respond(self, request: ResponsesRequest, asker: Asker) -> Response:
         """Answer `POST /v1/responses`."""
-        prompt_tokens, (choice,), moves = await self._converse(request.as_chat())
+        prompt_tokens, (choice,), moves = await self._converse(request.as_chat(), asker)
         body = responses.Body(request)
         if request.stream:
             return _stream(responses.events(body, moves, choice, prompt_tokens), named=True)
@@ -120,14 +146,17 @@ class Front:
         async for _, pieces in moves:
             for piece in pieces:
                 list(output.feed(piece))
-        list(output.close("incomplete" if choice.finish_reason == "length" else "completed"))
+        list(output.close("incomplete" if choice.finish_reason in responses.CUT else "completed"))
         return await _body(lambda: body.ended(output, choice, prompt_tokens))
 
-    async def complete(self, request: CompletionRequest) -> Response:
+    async def complete(self, request: CompletionRequest, asker: Asker) -> Response:
         """Answer `POST /v1/completions`."""
         self.check_model(request.model)
         request.check()
-        prompts = await asyncio.to_thread(lambda: [self._encode(prompt) for prompt in request.prompts])
+        policy = self.guards.of(asker.route)
+        guards.check_logprobs(policy, request.logprobs is not None)
+        asked = await asyncio.to_thread(lambda: [self._judged(policy, prompt) for prompt in request.prompts])
+        prompts = await asyncio.to_thread(lambda: [self._encode(prompt or "") for prompt in asked])
         prompt_tokens = sum(map(len, prompts))
         limit = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
         top = request.logprobs or 0
@@ -136,15 +165,15 @@ class Front:
         settings = len(prompts) * [
             request.sampling(self.served.sampling, choice=i, logprobs=top, max_tokens=limit) for i in range(per_prompt)
         ]
-        choices = [Choice(self._text(request), None) for _ in owners]
+        choices = [Choice(self._text(request), None, guards.answer_guard(policy)) for _ in owners]
         scoring = bool(request.echo) and request.logprobs is not None
 
-        def work() -> Generator[answers.Event]:
+        def work() -> answers.Turns:
             if scoring:
                 yield from self._scores(prompts, top)
-            yield from self.backend.decode([prompts[number] for number in owners], settings)
+            yield from self._answers([prompts[number] for number in owners], settings, (asker.salt, request.cache_salt))
 
-        events = self.worker.run(work())
+        events: answers.Events = self.worker.run(work(), asker.tenant)
         scored: list[Scored] = []
         while scoring and len(scored) < len(prompts):
             turn = await anext(events)
@@ -164,17 +193,29 @@ class Front:
         head = Head.new("cmpl", self.served.name, "text_completion")
         if request.stream:
             counted = prompt_tokens if request.usage_wanted else None
-            return _stream(answers.text_chunks(head, moves, choices, echoes, logprobs, usage_of_prompt_tokens=counted))
+            return _stream(
+                answers.text_chunks(
+                    head, moves, choices, echoes, logprobs, usage_of_prompt_tokens=counted, per_prompt=per_prompt
+                )
+            )
         async for _ in moves:
             pass
         return await _body(
             lambda: head.body(
                 [answers.text_choice(n, c, echoes[n], logprobs[n]) for n, c in enumerate(choices)],
-                usage=answers.usage(prompt_tokens, choices),
+                usage=answers.usage(prompt_tokens, choices, per_prompt),
             )
         )
 
-    def _scores(self, prompts: Sequence[Sequence[int]], top: int) -> Iterator[list[Scored]]:
+    def _judged(self, policy: Policy, prompt: str | list[int]) -> str | list[int]:
+        """Return a prompt as it may be used; RequestError when it may not."""
+        text = prompt if isinstance(prompt, str) else self._decode(prompt)
+        found = policy.judge(text, "prompt")
+        if found.blocked:
+            raise guards.Withheld(policy.config.message, where="prompt")
+        return prompt if found.text == text else found.text
+
+    def _scores(self, prompts: Sequence[Sequence[int]], top: int) -> answers.Turns:
         """Yield the scores of the prompts in order, about SCORE_TOKENS of them a turn."""
         batch: list[Sequence[int]] = []
         for number, prompt in enumerate(prompts):

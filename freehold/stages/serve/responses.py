@@ -17,6 +17,9 @@ from freehold.stages.serve.answers import Choice
 from freehold.stages.serve.schema import MAX_MESSAGES, ChatMessage, ChatRequest, Objects, Request
 from freehold.tokenizer.dialects import Piece
 
+CUT = {"length": "max_output_tokens", "content_filter": "content_filter"}
+"""Why an answer is incomplete, by its finish reason."""
+
 
 class ResponsesRequest(Request):
     """The request; what would need a memory, another tool than functions, or files is refused by name."""
@@ -218,14 +221,14 @@ class Body:
 
     def ended(self, output: Output, choice: Choice, prompt_tokens: int) -> dict[str, Any]:
         """Return the response of a finished answer."""
-        cut = choice.finish_reason == "length"
+        cut = CUT.get(choice.finish_reason or "")
         return self.fields | {
             "status": "incomplete" if cut else "completed",
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "incomplete_details": {"reason": cut} if cut else None,
             "output": output.items,
             "usage": {
                 "input_tokens": prompt_tokens,
-                "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens_details": {"cached_tokens": choice.cached_tokens},
                 "output_tokens": choice.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": choice.reasoning_tokens},
                 "total_tokens": prompt_tokens + choice.completion_tokens,
@@ -246,7 +249,7 @@ async def events(
             for event in output.feed(piece):
                 yield event | {"sequence_number": number}
                 number += 1
-    for event in output.close("incomplete" if choice.finish_reason == "length" else "completed"):
+    for event in output.close("incomplete" if choice.finish_reason in CUT else "completed"):
         yield event | {"sequence_number": number}
         number += 1
     ended = body.ended(output, choice, prompt_tokens)

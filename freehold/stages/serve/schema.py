@@ -86,6 +86,8 @@ class Request(_Part):
     max_tokens: int | None = None
     seed: int | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    cache_salt: str | None = Field(None, max_length=256)
+    """Only requests with the same one share kept prompts, as in vLLM."""
 
     # Accepted, and of no consequence for the answer.
     user: Any = None

@@ -1,0 +1,1 @@
+"""Guardrails: policies on prompts, tool results and answers; text in, a verdict and what may be shown out."""
