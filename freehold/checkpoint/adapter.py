@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,25 +25,12 @@ from freehold.model.adapted import attached, shape_of, sites
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.model.groups import LINEAR, group_of
-from freehold.model.lora import Factors
+from freehold.model.lora import Factors, Pair
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "freehold_adapter.json"
 PREFIX = "base_model.model."
 FORMAT = 1
 """`format_version` of FACTS."""
-
-
-class Pair(NamedTuple):
-    """The factors of one matrix, or of a stack: A [stacks, r, n], B [stacks, m, r], and alpha / r."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        """Return r."""
-        return int(self.a.shape[1])
 
 
 @dataclass(frozen=True)

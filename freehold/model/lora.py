@@ -9,7 +9,7 @@ Shapes: R rows, n inputs, m outputs, r rank, E experts, S adapters that share a 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,19 @@ from freehold.kernels.grouped import Weights
 
 RANK_MULTIPLE = 16
 """What the kernels take: smaller ranks are filled with zeros, which get no gradient and stay zeros."""
+
+
+class Pair(NamedTuple):
+    """The factors of one matrix, or of a stack: A [stacks, r, n], B [stacks, m, r], and alpha / r."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Return r."""
+        return int(self.a.shape[1])
 
 
 class Rows:
