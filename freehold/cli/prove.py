@@ -10,7 +10,7 @@ from typing import Any
 from freehold.cli.make import make_stage
 from freehold.cli.parser import run_folder, verb, walk_flags
 from freehold.core.errors import ConfigError, ProofError
-from freehold.run.layout import RELEASE
+from freehold.run.layout import AUDIT, RELEASE, WALK
 
 KEYS = Path("keys")
 RELEASE_KEY, LOG_KEY = RELEASE, "log"
@@ -19,8 +19,17 @@ SEEN = Path.home() / ".local/state/freehold/verified.json" if Path.home().is_dir
 
 def add_verbs(verbs: Any) -> None:
     """Add the verbs of this module to the parser."""
-    for add in (_add_release, _add_verify, _add_reproduce, _add_keys, _add_log):
+    for add in (_add_audit, _add_release, _add_verify, _add_reproduce, _add_keys, _add_log):
         add(verbs)
+
+
+def _add_audit(verbs: Any) -> None:
+    audit = verb(verbs, AUDIT, WALK[AUDIT].summary, _audit)
+    audit.add_argument("path", type=Path, help="a recipe, a run folder, one of its checkpoints, or a model folder")
+    audit.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema audit`")
+    audit.add_argument("--text", default="", help="instead: where the training text says this, with steps and licence")
+    audit.add_argument("--output", type=Path, default=Path(AUDIT), help="folder to write, where it is not a recipe")
+    walk_flags(audit)
 
 
 def _add_release(verbs: Any) -> None:
@@ -84,6 +93,29 @@ def _add_log(verbs: Any) -> None:
     log.add_argument("--key", type=Path, help="cosign: the witness's private key (Ed25519 PEM)")
     log.add_argument("--name", default="", help="cosign: the witness's name")
     log.add_argument("--json", action="store_true", help="machine-readable answer")
+
+
+def _audit(args: argparse.Namespace) -> int:
+    if args.path.suffix in (".yaml", ".yml"):
+        args.recipe, args.stage = args.path, AUDIT
+        return make_stage(args)
+    from freehold.core.config import fill, override
+    from freehold.core.log import Log
+    from freehold.stages.audit.config import AuditConfig
+    from freehold.stages.audit.run import audit_path, find_text
+
+    config = fill(AuditConfig, override({}, args.overrides), AUDIT)
+    if args.text:
+        spans = find_text(args.path, args.text, config, Log(quiet=True))
+        _answer(args, {"spans": [span.to_dict() for span in spans]})
+        return 0
+    report = audit_path(args.path, config, args.output, Log(quiet=args.quiet or args.json))
+    if args.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        print("\n".join(table.text() for table in report.tables()))
+        print("\n".join(f"not answered: {name}: {why}" for name, why in report.unanswered.items()))
+    return 0
 
 
 def _release(args: argparse.Namespace) -> int:

@@ -148,7 +148,8 @@ class LongOrder(BufferOrder):
         for place in range(count):
             # The last task takes what does not divide.
             size = length if place < count - 1 else self.context_tokens - length * (count - 1)
-            tasks.append(training_task(rng, self.encode, text[at:], size, 1 + int(rng.integers(self.settings.keys))))
+            keys = 1 + int(rng.integers(self.settings.keys))
+            tasks.append(training_task(rng, self.encode, text[at:], size, keys, self.settings.wordings))
             at += tasks[-1].text_tokens
         return tasks
 

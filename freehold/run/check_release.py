@@ -17,13 +17,14 @@ from typing import Any
 from freehold.core.artifact import read_json, sha256_file, sha256_json
 from freehold.core.config import fill
 from freehold.core.errors import ProofError
+from freehold.core.gate import Gate, decide
 from freehold.ledger.policy import SEVERITY
 from freehold.proof.folder import RELEASE_KEY
 from freehold.proof.trust import Keyring, read_chain
 from freehold.proof.verify import KEYRING, Verified, json_list
 from freehold.run import attestation, bom, disclosure
 from freehold.run.card import Statements
-from freehold.run.layout import CURATE, EVALUATE, EXPORT, RunFolder
+from freehold.run.layout import AUDIT, CURATE, EVALUATE, EXPORT, RunFolder
 from freehold.run.release import read_description
 
 
@@ -139,6 +140,21 @@ def _results(release: _Release) -> Iterator[str]:
                 yield f"{checkpoint}, {task}: {said} right of all, its rows say {counted}"
 
 
+def _audits(release: _Release) -> Iterator[str]:
+    """Findings are the audit's own, and each verdict follows from its figure and limit."""
+    if AUDIT not in release.manifests:
+        return
+    manifest, path = release.manifests[AUDIT], release.pack / "audits" / RunFolder(Path()).audits.name
+    if sha256_file(path) != manifest["files"][path.name]["sha256"]:
+        yield f"{path.name} is not the audit's own"
+    results = release.json(f"audits/{path.name}")
+    gates = {metric: fill(Gate, gate, metric) for metric, gate in manifest["config"]["gates"].items()}
+    answered = {metric: gate for metric, gate in gates.items() if metric in results["figures"]}
+    decided = [verdict.to_dict() for verdict in decide(answered, results["figures"], "audit.gates")]
+    if decided != results["gates"] or decided != manifest["counts"]["gates"]:
+        yield "the verdicts do not follow from the figures"
+
+
 def _cards(release: _Release) -> Iterator[str]:
     """Every document about the data follows from the facts and statements; the facts are of this corpus."""
     facts = release.json("card/facts.json")
@@ -183,6 +199,7 @@ CHECKS: dict[str, Callable[[_Release], Iterator[str]]] = {
     "manifests and the chain of inputs": _manifests,
     "the model's files against the export's proof": _model,
     "results against the rows of answers": _results,
+    "audits and their gates": _audits,
     "documents about the data": _cards,
     "statements of provenance": _statements,
     "bill of materials": _bill,

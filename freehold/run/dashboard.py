@@ -107,6 +107,9 @@ class Dashboard:
         if rest:
             more = f"<summary>{len(rest)} more curves</summary>"
             body += f'<details>{more}<div class="charts">{"".join(rest)}</div></details>'
+        if series.passed_over:
+            body += f'<p class="note">Of a long file, {series.passed_over:,} lines are not drawn: '
+            body += "of each stretch those with the least and the greatest loss are.</p>"
         if series.unreadable:
             body += f'<p class="bad">{series.unreadable:,} lines of the metrics could not be read.</p>'
         return body

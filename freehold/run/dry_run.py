@@ -77,6 +77,9 @@ def text(plan: Plan, views: dict[str, StageView]) -> str:
     for name, view in views.items():
         most = MOST_OF_STAGE[name == PRETRAIN]
         shown = [*(f"changed: {change}" for change in view.changes), *view.plan]
+        if len(shown) == 1:
+            lines.append(f"{name}: {view.state}; {shown[0]}")
+            continue
         lines += [f"{name}: {view.state}", *(f"  {line}" for line in shown[:most])]
         if len(shown) > most:
             lines[-1] += f" (and {len(shown) - most} more lines with --json)"

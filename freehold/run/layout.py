@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # pydantic takes longer than all of `freehold --help`
 
 GATHER, CURATE, REPHRASE, TOKENIZE = "gather", "curate", "rephrase", "tokenize"
 PRETRAIN, ALIGN, EVALUATE, EXPORT = "pretrain", "align", "evaluate", "export"
-RELEASE, SERVE = "release", "serve"
+AUDIT, RELEASE, SERVE = "audit", "release", "serve"
 CHAT, IMPORT, ADAPT = "chat", "import", "adapt"
 METRICS = "metrics.jsonl"
 """A stage's figures by step."""
@@ -160,9 +160,15 @@ WALK: dict[str, Stage] = _table(
         writes=("hf/*", "gguf/*", "parity.json", "calibration.json", "*.imatrix.gguf"),
     ),
     Stage(
+        AUDIT,
+        "checkpoints and ledger -> memorisation, leaks, bias, what alignment changed, experts; gates",
+        inputs=(PRETRAIN, ALIGN, TOKENIZE, CURATE),
+        writes=("results.json", "results.md", "pictures/*"),
+    ),
+    Stage(
         RELEASE,
         "everything the walk made -> one signed folder that a stranger can check",
-        inputs=(EVALUATE, EXPORT),
+        inputs=(EVALUATE, EXPORT, AUDIT),
         writes=("pack/*", "root.txt"),
         package="freehold.run.releasing",
     ),
@@ -329,6 +335,11 @@ class RunFolder:
     def evaluation_tables(self) -> Path:
         """Return the tables that evaluate shows."""
         return self.root / EVALUATE / "tables.json"
+
+    @property
+    def audits(self) -> Path:
+        """Return what the audits found, and the verdicts of their gates."""
+        return self.root / AUDIT / "results.json"
 
     @property
     def parity(self) -> Path:

@@ -14,6 +14,7 @@ from freehold.run.ancestry import Record, ancestors, ancestors_of_stage, origin_
 from freehold.run.checkpoints import Checkpoint, exported_checkpoint, read_checkpoints
 from freehold.run.layout import (
     ALIGN,
+    AUDIT,
     CURATE,
     EVALUATE,
     EXPORT,
@@ -27,8 +28,8 @@ from freehold.run.layout import (
     RunFolder,
 )
 
-# The stages that make something others are made from: an evaluation, a release or an answer of the server is not.
-STAGES = tuple(name for name in WALK if name not in (EVALUATE, RELEASE, SERVE))
+# The stages that make something others are made from: what judges a model, signs it or asks it is none.
+STAGES = tuple(name for name in WALK if name not in (EVALUATE, AUDIT, RELEASE, SERVE))
 
 
 @dataclass(frozen=True)

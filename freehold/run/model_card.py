@@ -6,7 +6,7 @@ from typing import Any
 
 from freehold.core.table import Table
 from freehold.run.card import Statements
-from freehold.run.layout import EVALUATE, EXPORT, PRETRAIN, training
+from freehold.run.layout import AUDIT, EVALUATE, EXPORT, PRETRAIN, training
 
 UNSTATED = "not stated"
 
@@ -25,6 +25,8 @@ def write(name: str, manifests: dict[str, dict[str, Any]], facts: dict[str, Any]
     lines += [_exports(export).markdown()]
     if EVALUATE in manifests:
         lines += ["## Evaluation", "", "Every answer is in `evaluation/answers/`, the sums in `results.json`.", ""]
+    if AUDIT in manifests:
+        lines += [_gates(manifests[AUDIT]["counts"]).markdown(), "All figures are in `audits/`.", ""]
     lines += [
         "## Limits",
         "",
@@ -47,6 +49,14 @@ def _identity(export: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> l
         machine = manifests[PRETRAIN].get("machine", {})
         lines.append(f"- trained on: {machine.get('cpu', UNSTATED)}, {manifests[PRETRAIN].get('seconds', 0):,.0f} s")
     return lines
+
+
+def _gates(counts: dict[str, Any]) -> Table:
+    rows = [
+        [gate["metric"], f"{gate['found']:.4g}", "passed" if gate["passed"] else "FAILED"] for gate in counts["gates"]
+    ]
+    rows += [[name, "", f"not answered: {why}"] for name, why in sorted(counts["not_answered"].items())]
+    return Table("Audits", ["figure", "found", "verdict"], rows, left=(0, 2))
 
 
 def _sources(facts: dict[str, Any]) -> Table:

@@ -6,6 +6,7 @@
       bom.cdx.json             CycloneDX 1.7: model, data, tokenizer, code (`bom.py`)
       card/                    the model card, the data documents, the facts and statements they are made of
       evaluation/ parity.json  results, an answer a row, the proof of the exports
+      audits/                  what the audits found, and the verdicts of their gates
       ledger/                  sources with evidence, and the rights of every group of rows, without text
       lineage.json manifests/ recipe/   the chain, every manifest, every filled setting
       attestations/            one SLSA provenance statement a stage, signed (`attestation.py`)
@@ -44,7 +45,7 @@ from freehold.proof.verify import (
 )
 from freehold.run import attestation, bom, card, disclosure, model_card, pending, policy_check
 from freehold.run.checkpoints import read_checkpoints
-from freehold.run.layout import EVALUATE, EXPORT, GATHER, RELEASE, REPHRASE, RunFolder, before
+from freehold.run.layout import AUDIT, EVALUATE, EXPORT, GATHER, RELEASE, REPHRASE, RunFolder, before
 from freehold.run.lineage import lineage
 from freehold.run.report import write_data_picture
 
@@ -213,6 +214,8 @@ def _copy_evidence(folder: Path, contents: Contents) -> None:
     write_data_picture(folder / "card" / disclosure.PICTURE, contents.facts)
     os.chmod(folder / "card" / disclosure.PICTURE, 0o644)
     _copy(contents.run.parity, folder / contents.run.parity.name)
+    if AUDIT in contents.manifests:
+        _copy(contents.run.audits, folder / "audits" / contents.run.audits.name)
     if EVALUATE in contents.manifests:
         for name in contents.manifests[EVALUATE]["files"]:
             if name == contents.run.evaluation.name or name.startswith("answers/"):
@@ -235,7 +238,8 @@ def _readme(contents: Contents, keys: KeyFolder) -> str:
         f"# {contents.name}: a release of Freehold",
         "",
         "What is here: the model (`model/`), what it was made of (`card/`, `ledger/`, `bom.cdx.json`, `lineage.json`), "
-        "how it did (`evaluation/`, `parity.json`), how it was made (`manifests/`, `recipe/`, `attestations/`).",
+        "how it did (`evaluation/`, `audits/`, `parity.json`), and how it was made "
+        "(`manifests/`, `recipe/`, `attestations/`).",
         "",
         "## How to check it",
         "",

@@ -126,6 +126,7 @@ def tables(run_folder: Path, *, of_metrics: bool = True) -> list[Table]:
     results = _read_json(run.evaluation)
     if results:
         found += evaluation_tables(results)
+    found += [Table(**table) for table in _read_json(run.audits).get("tables", [])]
     found += [
         *([_balance(run_folder)] if of_metrics else []),
         _parity(run_folder),

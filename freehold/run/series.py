@@ -14,6 +14,9 @@ import pyarrow as pa
 import pyarrow.json as pj
 
 STEP = "step"
+THIN_BYTES = 64 << 20
+"""What is drawn line by line; of a longer file about as much: parsing is what takes the time."""
+LOSS = b'"loss/mean": '
 BLOCK_BYTES = 16 << 20
 """What pyarrow parses at a time; longer than any line: 1,000 layers with 1,000 experts are 8 MB."""
 
@@ -27,6 +30,8 @@ class Series:
     """Bytes that were read."""
     unreadable: int = 0
     """Lines that are no metrics: cut by a kill, or damaged."""
+    passed_over: int = 0
+    """Lines of a long file that are not drawn."""
     steps: dict[str, list[np.ndarray]] = field(default_factory=dict)
     values: dict[str, list[np.ndarray]] = field(default_factory=dict)
     phases: list[tuple[int, str]] = field(default_factory=list)
@@ -41,14 +46,40 @@ class Series:
             return 0
         if self.path.stat().st_size < self.offset:  # the stage was made again
             self.__init__(self.path)  # type: ignore[misc]
+        start = self.offset
+        # A file that is read as it grows never has this much that is new: it is drawn whole.
+        every = -(-(self.path.stat().st_size - start) // THIN_BYTES)
         with self.path.open("rb") as file:
-            file.seek(self.offset)
-            data = file.read()
-        data = data[: data.rfind(b"\n") + 1]
-        self.offset += len(data)
-        if data:
-            self._take(data)
-        return len(data)
+            while True:
+                file.seek(self.offset)
+                data = file.read(THIN_BYTES)
+                data = data[: data.rfind(b"\n") + 1]
+                if not data:
+                    return self.offset - start
+                self.offset += len(data)
+                self._take(data if every == 1 else self._chosen(data, every))
+
+    def _chosen(self, data: bytes, every: int) -> bytes:
+        """Return of each stretch of ordinary lines those with the least and the greatest loss, and every other line.
+
+        What is logged now and then (validation, alarms) has no loss, so it stays.
+        """
+        kept, stretch = [], []
+        for line in data.splitlines(keepends=True):
+            at = line.find(LOSS)
+            try:
+                loss = float(line[at + len(LOSS) : line.find(b",", at)]) if at >= 0 else None
+            except ValueError:
+                loss = None
+            if loss is None:
+                kept.append(line)
+                continue
+            stretch.append((loss, line))
+            if len(stretch) == 2 * every:
+                kept += [min(stretch)[1], max(stretch)[1]]
+                self.passed_over += len(stretch) - 2
+                stretch = []
+        return b"".join([*kept, *(line for _, line in stretch)])
 
     def names(self, prefix: str = "") -> list[str]:
         """Return the names of the columns that hold numbers."""
@@ -58,7 +89,11 @@ class Series:
         """Return steps [n] and values [n] (or [n, E] for a load) of a column; empty when there is none."""
         if name not in self.values:
             return np.zeros(0), np.zeros(0)
-        return np.concatenate(self.steps[name]), np.concatenate(self.values[name])
+        steps, values = np.concatenate(self.steps[name]), np.concatenate(self.values[name])
+        if len(steps) > 1 and self.passed_over and (steps[1:] < steps[:-1]).any():
+            order = np.argsort(steps, kind="stable")  # of a stretch, the least loss may come after the greatest
+            return steps[order], values[order]
+        return steps, values
 
     def _take(self, data: bytes) -> None:
         try:

@@ -162,7 +162,9 @@ def test_empty_run_names_what_is_missing_and_draws_nothing(tmp_path: Path) -> No
     write_manifest(tmp_path / "gather", kind="gather")
     (tmp_path / "report.png").write_bytes(b"of an earlier run")
     text = report.write_report(tmp_path).read_text(encoding="utf-8")
-    assert "the stage has not finished: curate, tokenize, pretrain, align, evaluate, export, release, serve" in text
+    assert (
+        "the stage has not finished: curate, tokenize, pretrain, align, evaluate, export, audit, release, serve" in text
+    )
     assert not (tmp_path / "report.png").exists()
     assert "not finished, so not shown: curate" in report.summary(tmp_path)
 

@@ -153,6 +153,7 @@ def test_every_mutation_is_caught(made, tmp_path):
     ("path", "change", "problem"),
     [
         ("evaluation/results.json", lambda t: t.replace('"correct": ', '"correct": 9'), "results"),
+        ("audits/results.json", lambda t: t.replace('"passed": true', '"passed": false', 1), "audits"),
         ("card/data.md", lambda t: t + "Everything is ours.\n", "documents"),
         ("card/facts.json", lambda t: t.replace('"documents": ', '"documents": 1'), "documents"),
         ("ledger/rights.json", lambda t: t.replace('"allow"', '"review"', 1), "rights"),

@@ -33,6 +33,7 @@ class NeedlesConfig(Config):
     lengths: tuple[int, ...] = Field((), description="tokens of prompt and answer; none: not done")
     keys: tuple[int, ...] = Field((1, 4), min_length=1, description="facts in a text, of which one is asked for")
     items: int = Field(20, gt=0, description="questions for each length and number of keys, at five depths in turn")
+    wordings: int = Field(4, ge=1, le=4, description="forms of a fact: 1 a pair alone, up to 4 with whole sentences")
     seed: int = Field(0, ge=0, description="decides words, places and text")
     position_rows: int = Field(8, gt=0, description="most stretches of text for bits per byte by position")
 
