@@ -142,25 +142,18 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
 
 
 @operator(
-    "linear_backward(Tensor dy, Tensor x, Tensor w) -> (Tensor, Tensor)",
-    lambda dy, x, w: (torch.empty_like(x), torch.empty_like(w)),
+    "linear_backward(Tensor dy, Tensor x, Tensor w, bool weights=True) -> (Tensor, Tensor)",
+    lambda dy, x, w, weights=True: (torch.empty_like(x), torch.empty_like(w)),
 )
-def linear_backward(dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and w."""
+def linear_backward(dy: Tensor, x: Tensor, w: Tensor, weights: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and w (the latter empty unless `weights`)."""
     dy, x = dy.contiguous(), x.contiguous()
-    dx, dw = torch.empty_like(x), torch.empty_like(w)
+    dx, dw = torch.empty_like(x), torch.empty_like(w) if weights else w.new_empty(0)
     shape = (rows_of(x), w.shape[1], w.shape[0])
     call("linear_input_gradient", x, dy, w, dx, *shape)
-    call("linear_weight_gradient", x, dy, x, dw, *shape)
+    if weights:
+        call("linear_weight_gradient", x, dy, x, dw, *shape)
     return dx, dw
-
-
-@operator("linear_input(Tensor dy, Tensor x, Tensor w) -> Tensor", lambda dy, x, w: torch.empty_like(x))
-def linear_input(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """Return the gradient of x alone."""
-    dy, dx = dy.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    call("linear_input_gradient", x, dy, w, dx, rows_of(x), w.shape[1], w.shape[0])
-    return dx
 
 
 def _experts_shapes(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -455,10 +448,8 @@ def gradient(name: str, keep: Any, backward: Any) -> None:
 
 
 def _linear_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    # A frozen weight costs no weight gradient: half of the backward pass.
-    if ctx.needs_input_grad[1]:
-        return linear_backward(dy, *ctx.saved_tensors)
-    return linear_input(dy, *ctx.saved_tensors), None
+    dx, dw = linear_backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[1])
+    return dx, dw if ctx.needs_input_grad[1] else None  # half the price where the weight is frozen
 
 
 gradient("linear", lambda i, o: i, _linear_gradients)
