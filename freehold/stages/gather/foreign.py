@@ -16,7 +16,7 @@ WORD = 8
 
 def read_foreign(reader: Reader, members: list[Member], reading: Reading) -> Iterator[Part]:
     """Yield what a reader yields for files; after a file that ended it, it begins again with the files behind."""
-    first = 0
+    first = seen = 0
     while first < len(members):
         # Shared with the child, which dies without a word.
         with mmap.mmap(-1, WORD) as opened:
@@ -26,12 +26,16 @@ def read_foreign(reader: Reader, members: list[Member], reading: Reading) -> Ite
                     reading.said |= set(head["said"])
                     reading.skipped += [(path, reason) for path, reason in head["skipped"]]
                     if head["member"] >= 0:
+                        seen = head["member"] + 1
                         findings = tuple(Finding(**one) for one in head["findings"])
                         decoded = text.decode("utf-8", "surrogatepass")
                         yield Part(members[head["member"]], head["anchor"], decoded, findings)
                 return
             except EndedError as error:
                 at = int.from_bytes(opened[:], "big")
+                # What it noted of these went with it.
+                silent = members[max(first, seen) : at]
+                reading.skipped += [(member.path, "no text in it, as its reader says") for member in silent]
                 reading.skipped.append((members[at].path, str(error)))
                 first = at + 1
 
