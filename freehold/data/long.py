@@ -70,7 +70,7 @@ def keep_probability(lengths: np.ndarray, context_tokens: int, settings: LongCon
 
 
 def pool_of(source: Source, context_tokens: int, settings: LongConfig, seed: int) -> Pool | None:
-    """Return the pool of a source; None when nothing of it is kept."""
+    """Return the pool of a source; None when no document is kept."""
     draws = generator(seed, "length", source.name).random(len(source.lengths))
     members = np.flatnonzero(draws < keep_probability(source.lengths, context_tokens, settings))
     if not len(members):

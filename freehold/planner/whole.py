@@ -1,4 +1,4 @@
-"""The whole of a model, not the run alone: curation, synthesis, rollouts, evaluation, and all presets in one table.
+"""What a model takes besides its run: curation, synthesis, rollouts, evaluation; and all presets in one table.
 
 Every row has its source and its error. What was never measured says so; amounts are inputs of these functions.
 """
@@ -29,7 +29,7 @@ CLAIMED_PEAK = 0.90
 
 
 class Item(NamedTuple):
-    """One part of the whole."""
+    """One part of what a model takes."""
 
     what: str
     amount: str
@@ -85,7 +85,9 @@ def whole_table(config: PlanConfig, teacher: ModelConfig) -> Table:
         "parameter. Published: 20M USD for 17T tokens and 13B active parameters, which is 1.2e-06 USD a token and "
         "0.0015 USD a parameter. The announced 0.0000118 USD is neither."
     )
-    return Table("The whole", ("part", "amount", "takes", "USD", "error", "source"), rows, note, left=(0, 1, 2, 5))
+    return Table(
+        "All parts of a model", ("part", "amount", "takes", "USD", "error", "source"), rows, note, left=(0, 1, 2, 5)
+    )
 
 
 def presets_table() -> Table:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # pydantic takes longer than all of `freehold --help`
 GATHER, CURATE, REPHRASE, TOKENIZE = "gather", "curate", "rephrase", "tokenize"
 PRETRAIN, ALIGN, EVALUATE, EXPORT = "pretrain", "align", "evaluate", "export"
 AUDIT, RELEASE, SERVE = "audit", "release", "serve"
-CHAT, IMPORT = "chat", "import"
+CHAT, IMPORT, ADAPT = "chat", "import", "adapt"
 METRICS = "metrics.jsonl"
 """A stage's figures by step."""
 TRAINER_FACTS = "trainer.json"
@@ -42,6 +42,8 @@ class Stage:
     """Whether it writes checkpoints, metrics by step, and `trace.parquet`."""
     optional: bool = False
     """Whether a run without it lacks nothing."""
+    on_request: bool = False
+    """Whether a walk runs it only where the recipe has its section, or ends with it."""
     gate: Gate = ""
     """What the rights policy is asked for before the stage starts."""
     writes: tuple[str, ...] = ()
@@ -115,6 +117,17 @@ WALK: dict[str, Stage] = _table(
         writes=("tokenizer/*", "tokens/*"),
     ),
     Stage(
+        ADAPT,
+        "a finished model and new text -> an adapter (LoRA, 4-bit experts), proven in the tools of others",
+        inputs=(TOKENIZE, CURATE),
+        resumes=True,
+        trains=True,
+        optional=True,
+        on_request=True,
+        gate="mixture",
+        writes=(*TRAINED, "adapter/*", "adapter.gguf", "merged/*", "coverage.json", "proof.json", "drift*"),
+    ),
+    Stage(
         PRETRAIN,
         "tokens -> TrueBase and Base",
         inputs=(TOKENIZE,),
@@ -179,7 +192,7 @@ KEPT_WHEN_MADE_AGAIN = {"log", "answers.jsonl"}
 """Names that stay when a stage is made again: what was said, and what a teacher answered, by its request."""
 EXPORTED = "align/preview"
 """The checkpoint that a manifest of an export means when it names none."""
-NAMED = ("pretrain/truebase", "pretrain/base", "align/preview")
+NAMED = ("pretrain/truebase", "pretrain/base", "align/preview", "align/thinking")
 """Checkpoints that people look for by name."""
 
 IMPORTED = "import/base"

@@ -30,6 +30,10 @@ from freehold.run.steps import resolved
 
 PREFIX = "replay_"
 """Names of the old sources in the new run."""
+KINDS = ("prose", "code", "docstring", "reference")
+"""What a source of rows may say that its documents are."""
+LEAST_DOCUMENTS = 8
+"""Of each source: of fewer, the new run might hold out all."""
 START = {"stable": "truebase", "final": "base"}
 """The checkpoint that each way starts from."""
 
@@ -152,7 +156,7 @@ def draw_replay(request: Request, gone: set[str], ids: set[str], tokens: int, fo
     found = []
     for path in wanted if tokens and total else ():
         part = train.get(path.stem, {"tokens": 0, "bytes": 0})
-        rows = [row for row in read_rows(path, Document) if row.split == "train" and row.id not in ids]
+        rows = [row for row in read_rows(path, Document) if replayable(row, ids)]
         # Half as much again: curation of the new run may drop some, and a source is then read less than once.
         limit = 1.5 * part["bytes"] * min(1.0, tokens / total)
         taken = list(_up_to(sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest()), limit))
@@ -163,10 +167,18 @@ def draw_replay(request: Request, gone: set[str], ids: set[str], tokens: int, fo
     return found
 
 
+def replayable(row: Document, ids: set[str]) -> bool:
+    """Return whether a document may be replayed: of the training split, not taken down, and not by a teacher.
+
+    A source of rows cannot say who wrote each of them, and a teacher's terms must not be lost.
+    """
+    return row.split == "train" and row.id not in ids and not row.teacher
+
+
 def _up_to(rows: list[Document], limit_bytes: float) -> Iterator[Document]:
     done = 0
-    for row in rows:
-        if done >= limit_bytes:
+    for number, row in enumerate(rows):
+        if done >= limit_bytes and number >= LEAST_DOCUMENTS:
             return
         done += len(row.text.encode())
         yield row
@@ -181,7 +193,9 @@ def sections(
     request: Request, given: dict[str, Any], parent: Path, settings: dict[str, Any], drawn: list[Drawn], folder: Path
 ) -> dict[str, Any]:
     """Return the stages of the new recipe: new and replayed sources, the old tokenizer and shape, a branch."""
-    gather = dict(given.get(GATHER) or {})
+    # What the run's policy let in may be replayed under it; the new recipe may be stricter.
+    policy = resolved(request.run, GATHER).get("policy")
+    gather = ({"policy": policy} if policy else {}) | dict(given.get(GATHER) or {})
     new = list(gather.get("sources") or {})
     if not new:
         raise ConfigError("the recipe names no new source", where=request.recipe, expected="gather.sources")
@@ -189,7 +203,8 @@ def sections(
     replay = {
         f"{PREFIX}{one.source}": {
             "kind": "jsonl", "path": (folder / f"{one.source}.jsonl").as_posix(), "acquired": one.first.acquired,
-            "origin": f"{request.run.name} {version}", "content": one.first.kind, "licence": one.first.licence,
+            "origin": f"{request.run.name} {version}", "licence": one.first.licence,
+            "content": one.first.kind if one.first.kind in KINDS else "prose",
             "licence_evidence": {"rule": f"as recorded in {request.run.name}, row by row"},
             "settled": f"its rights were judged when {request.run.name} gathered it",
         }

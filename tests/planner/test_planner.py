@@ -209,7 +209,7 @@ def test_commands_of_serving_adapters_and_the_whole(capsys):
     for call, says in (
         (["large", "--serve"], "Which machines hold it"),
         (["large", "--adapt"], "QLoRA in 100 to 150 GB?"),
-        (["large", "--whole"], "The whole"),
+        (["large", "--whole"], "All parts of a model"),
         (["all"], "Presets"),
     ):
         assert cli.main(["plan", *call]) == 0

@@ -40,7 +40,9 @@ def copied(
         )
     if settings.bias > -1.0:
         # Scores are sigmoids, between 0 and 1: a smaller step down leaves some copies above some experts.
-        raise ConfigError("copies would be chosen at once", where="bias", found=settings.bias, expected="at most -1")
+        raise ConfigError(
+            "copies would be chosen immediately", where="bias", found=settings.bias, expected="at most -1"
+        )
     generator, new, times = torch.Generator().manual_seed(settings.seed), dict(state), after // before
     for number in moe_numbers(config):
         stem = f"model.layers.{number}.mlp"
