@@ -5,7 +5,10 @@ random part of that stage's own time, and hits either all its processes or the w
 itself). When its kills are used up the run is left to finish, and every stage's content hash must equal the
 undisturbed run's.
 
-    python benchmarks/kills.py --kills 20 --runs 2 --json benchmarks/results/kills.json
+With `--cuts`, every second kill is followed by a cut of the file that was written last, to half or to nothing, as a
+power cut may leave it. No one types anything: what is damaged must be made again by itself.
+
+    python benchmarks/kills.py --kills 50 --runs 2 --cuts --recipe tiny --json benchmarks/results/kills.json
 """
 
 from __future__ import annotations
@@ -63,12 +66,26 @@ def kill_in(stage: str, seconds: float, run: Path, start: list[str], rng: random
     return {"stage": stage, "target": "all processes" if all_of_it else "walk alone"} if was_running else None
 
 
+def cut_last(run: Path, rng: random.Random) -> str:
+    """Cut the file of a run that was written last; return which, and to what."""
+    files = [p for p in run.rglob("*") if p.is_file() and not p.is_symlink() and p.name != ".lock" and p.stat().st_size]
+    if not files:
+        return ""
+    last = max(files, key=lambda path: (path.stat().st_mtime_ns, str(path)))
+    size = last.stat().st_size
+    left = rng.choice((0, size // 2))
+    with last.open("r+b") as file:
+        file.truncate(left)
+    return f"{last.relative_to(run)}: {size:,} to {left:,} bytes"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=Path("recipes/short.yaml"))
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--runs", type=int, default=2, help="runs among which the kills are divided")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cuts", action="store_true", help="cut the file written last after every second kill")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -90,8 +107,9 @@ def main() -> int:
             for _ in range(8):
                 done = kill_in(stage, seconds[stage] + 2, run, start, rng)
                 if done is not None:
-                    kills.append({"run": number, **done})
-                    print(f"killed in {stage} ({done['target']})", flush=True)
+                    cut = cut_last(run, rng) if args.cuts and len(kills) % 2 else ""
+                    kills.append({"run": number, **done, "cut": cut})
+                    print(f"killed in {stage} ({done['target']}) {cut}", flush=True)
                     break
                 shutil.rmtree(run / stage, ignore_errors=True)  # it got through: make it again
         subprocess.run(start, check=True)
@@ -101,6 +119,7 @@ def main() -> int:
     result = {
         "kills": len(kills),
         "by_stage": {s: sum(k["stage"] == s for k in kills) for s in stages},
+        "cuts": [k["cut"] for k in kills if k["cut"]],
         "walk_alone": sum(k["target"] == "walk alone" for k in kills),
         "runs": args.runs,
         "differing": differing,

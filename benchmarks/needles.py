@@ -1,8 +1,8 @@
 """How far a small model finds facts: 1x to 32x the length it was trained on, before and after a longer context.
 
-The model has AFMoE's pattern in small: three sliding layers (window 32, RoPE), one global layer without positions, four
-experts in the last. It learns needle tasks in rows of 128 tokens (text: a Markov chain of 200 words), then continues in
-rows of 512: the same order of data, loss and loop as the product's (`freehold/data/long.py`). Pairs of key and value in
+The model has AFMoE's pattern in small: three sliding layers (window 16, RoPE), one global layer without positions, four
+experts in the last. It learns needle tasks in rows of 64 tokens (text: a Markov chain of 200 words), then continues in
+rows of 256: the same order of data, loss and loop as the product's (`freehold/data/long.py`). Pairs of key and value in
 the questions never occurred in training. Next to it: gains on the query norm of the global layer, bits per word by
 position, and the same answers from the Hugging Face form through transformers.
 
@@ -46,12 +46,13 @@ from freehold.trainer.job import Job
 from freehold.trainer.loop import Trainer
 
 TEXT_WORDS, FIRST_WORD = 200, 32
-TRAINED, LONGER = 128, 512
+STEP_TOKENS = 4096
+TRAINED, LONGER = 64, 256
 MULTIPLES = (1, 2, 4, 8, 16, 32)
 SHAPE = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "moe_intermediate_size": 96,
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "moe_intermediate_size": 64,
     "num_hidden_layers": 4, "num_dense_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-    "num_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32, "max_position_embeddings": 8192,
+    "num_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "max_position_embeddings": 8192,
 }  # fmt: skip
 
 
@@ -80,26 +81,26 @@ def markov(tokens: int, seed: int) -> np.ndarray:
 
 
 def train(context: int, steps: int, seed: int, weights: dict[str, torch.Tensor] | None, rate: float) -> Trainer:
-    """Return the loop after some steps of 8,192 tokens."""
+    """Return the loop after some steps of 4,096 tokens."""
     text = markov(2_000_000, seed + 1)
     lengths = np.full(len(text) // 1000, 1000)
     source = Source("text", text, np.arange(len(lengths)) * 1000, lengths, [str(i) for i in range(len(lengths))])
-    settings = LongConfig(keep_short=1.0, keep_long=1.0, needles=0.75, keys=4)
-    sequences = 8192 // context
+    settings = LongConfig(keep_short=1.0, keep_long=1.0, needles=0.9, keys=4, wordings=1)
+    sequences = STEP_TOKENS // context
     order = LongOrder(
         {"text": source}, [PhaseRows("all", steps, {})], settings=settings, encode=Words().encode,
         context_tokens=context, sequences=sequences, seed=seed, separator=1, begin=0, documents=8,
     )  # fmt: skip
     phase = PhaseConfig(steps=steps, warmup_steps=min(20, steps // 4), shape="linear", start=rate, end=0.1 * rate)
     job = Job(
-        folder=Path(), model=ModelConfig(**SHAPE), trainer=TrainerConfig(threads=2, dtype="float32"),
+        folder=Path(), model=ModelConfig(**SHAPE), trainer=TrainerConfig(threads=1, dtype="float32"),
         optim=OptimConfig(lr=3e-3, muon_lr=0.02), balance=SmebuConfig(), schedule=Schedule({"all": phase}),
         order=order, micro_sequences=sequences, stage="pretrain", parent="",
     )  # fmt: skip
     trainer = Trainer(job, Log(quiet=True), seed=seed, weights=weights)
     for step in range(steps):
         result = trainer.train_step(trainer.next_batch())
-        if step % 50 == 0 or step == steps - 1:
+        if step % 100 == 0 or step == steps - 1:
             print(f"  rows of {context}, step {step}: loss {result.loss:.3f}", flush=True)
     return trainer
 
@@ -120,7 +121,7 @@ def engine_of(weights: dict[str, torch.Tensor], gain: float = 1.0) -> Engine:
 
 def asked_of(length: int, keys: int, items: int) -> list[Question]:
     """Return the questions of a cell."""
-    return questions(Words().encode, markov(60_000, 10_001), length, keys, items, seed=0)
+    return questions(Words().encode, markov(60_000, 10_001), length, keys, items, seed=0, wordings=1)
 
 
 @torch.no_grad()
@@ -149,7 +150,7 @@ def bits_by_position(weights: dict[str, torch.Tensor], gain: float = 1.0) -> dic
     engine, text, size = engine_of(weights, gain), markov(40_000, 10_002), 32 * TRAINED
     rows = [[0, *text[at : at + size].tolist()] for at in range(0, 8 * size, size)]
     bits = -np.array([values[1:] for values in engine.score(rows)]) / math.log(2)
-    edges = [0, *(1 << n for n in range(6, 13))]
+    edges = [0, *(1 << n for n in range(5, 12))]
     return {f"{a}-{b}": round(float(bits[:, a:b].mean()), 4) for a, b in zip(edges, edges[1:], strict=False)}
 
 
@@ -221,13 +222,13 @@ def main() -> None:
     """Run all seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--more", type=int, default=100)
     parser.add_argument("--items", type=int, default=40)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     result = {"environment": environment("transformers"), "seeds": []}
     for seed in range(args.seeds):
         result["seeds"].append(one_seed(seed, args.steps, args.more, args.items))

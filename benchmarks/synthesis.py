@@ -46,7 +46,7 @@ SHARE = 0.1
 """Of the tokens, in the arms that have synthetic text."""
 CONTEXT, ROWS = 256, 8
 REAL = ("sotu", "factbook", "django_docs", "bible", "code")
-TASKS = ("factbook_seen", "factbook_heldout")
+TASKS = ("facts_text_only",)
 OURS_BYTES = 400_000
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import re
 import shlex
 import shutil
@@ -10,6 +11,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from freehold import cli
 from freehold.core.document import Conversation, Document
@@ -17,6 +20,7 @@ from freehold.run.layout import WALK
 from freehold.run.recipe import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -153,3 +157,22 @@ def test_dependencies_are_explained():
 def test_decisions_are_listed():
     listed = set(LINK.findall(text_of(ROOT / "docs/decisions/README.md")))
     assert listed == {path.name for path in (ROOT / "docs/decisions").glob("0*.md")}
+
+
+def test_hashed_requirements_are_whole_and_the_pinned_versions():
+    """`pip install --require-hashes` refuses a file with one gap: each package of the default install has its line."""
+    lines = [line for line in (ROOT / "requirements-hashed.txt").read_text().splitlines() if not line.startswith("#")]
+    found = dict(re.fullmatch(r"(\S+?)==(\S+) --hash=sha256:[0-9a-f]{64}", line).groups() for line in lines)
+    hashed = {canonicalize_name(name): version.partition("+")[0] for name, version in found.items()}
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
+    pinned = {canonicalize_name(name): version for name, version in pins.items()}
+    assert {name: pinned.get(name) for name in hashed} == hashed
+    needed, left = set(), [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["export"]]
+    while left:
+        wanted = Requirement(left.pop())
+        name = canonicalize_name(wanted.name)
+        if name in needed or (wanted.marker and not wanted.marker.evaluate({"extra": ""})):
+            continue
+        needed.add(name)
+        left += importlib.metadata.requires(name) or []
+    assert needed <= hashed.keys(), needed - hashed.keys()

@@ -13,6 +13,8 @@ from freehold.cli.check import check, check_arguments
 from freehold.cli.exporting import export_arguments, export_path, is_folder_export
 from freehold.cli.importing import import_, import_arguments
 from freehold.cli.parser import recipe_arguments, verb, walk_flags
+from freehold.cli.planning import ALL, asks_part, part_arguments, plan_all, plan_part
+from freehold.cli.reshaping import add_reshaping
 from freehold.core.errors import ConfigError
 from freehold.run import layout
 from freehold.run.layout import ALIGN, AUDIT, CHAT, EXPORT, IMPORT, PRETRAIN, PUBLISHED, RELEASE, REPHRASE, SERVE, WALK
@@ -51,6 +53,7 @@ def add_verbs(verbs: Any) -> None:
     import_arguments(verb(verbs, IMPORT, PUBLISHED.summary, import_))
     text = "what the inputs of a model's weights are like, for quantization: an importance matrix"
     calibrate_arguments(verb(verbs, "calibrate", text, calibrate))
+    add_reshaping(verbs)
     _add_serve(verbs)
     chat = verb(verbs, CHAT, "talk to a model in the terminal", _chat)
     chat.add_argument("path", help="run folder, checkpoint or HF folder")
@@ -78,8 +81,9 @@ def _add_plan(verbs: Any) -> None:
     plan = verb(
         verbs, "plan", "memory, time, money and failures of a run, from its recipe alone; starts nothing", _plan
     )
-    plan.add_argument("recipe", help="YAML recipe, or a preset: nano, mini, large, trillion, deepseek-v3, ...")
+    plan.add_argument("recipe", help="YAML recipe, `all`, or a preset: nano, mini, large, trillion, deepseek-v3, ...")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. parallel.shard=64 machine.device=h200")
+    part_arguments(plan)
     plan.add_argument("--search", action="store_true", help="propose degrees that fit, the fastest first")
     plan.add_argument("--picture", type=Path, metavar="FILE", help="also draw the plan as a PNG")
     plan.add_argument("--json", action="store_true", help="machine-readable plan on stdout")
@@ -233,6 +237,8 @@ def _plan(args: argparse.Namespace) -> int:
     from freehold.planner.estimate import estimate, search
     from freehold.planner.published import PRESETS
 
+    if args.recipe == ALL:
+        return plan_all(args)
     if args.recipe.endswith((".yaml", ".yml")):
         from freehold.run.recipe import resolve
 
@@ -243,6 +249,8 @@ def _plan(args: argparse.Namespace) -> int:
     else:
         raise unknown_key("plan", args.recipe, [*PRESETS, "RECIPE.yaml"])
     config = fill(PlanConfig, override(data, args.overrides), "plan")
+    if asks_part(args):
+        return plan_part(args, config)
     proposals = search(config) if args.search else []
     plan = estimate(config)
     if args.picture:

@@ -1,4 +1,4 @@
-"""Files of conversations: one JSON object a line, or one JSON array."""
+"""Files of conversations: one JSON object a line or one JSON array, compressed or not, or parquet."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from freehold.conversations.formats import FORMATS, NEEDS, Format, Made, convert, detect
 from freehold.conversations.messages import Refused, refuse_file
 from freehold.core.errors import DataError
+from freehold.core.streams import unpacked
 
 MAX_ROW_BYTES = 8_000_000
 """A longer line is refused, and never held in memory."""
+MAX_ARRAY_BYTES = 2_000_000_000
+"""A larger array is refused: JSON lines are read row by row."""
+PARQUET_ROWS, PARQUET_BYTES = 256, 1 << 30
+"""Rows of a parquet file read together, and what they may take."""
 LOOKED_AT = 1000
 """Rows from whose keys the format of a file follows, when the recipe does not name it."""
 
@@ -83,11 +88,15 @@ def read(path: Path, kind: Format, max_bytes: int = MAX_ROW_BYTES) -> Iterator[R
 def _values(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes, Any]]:
     """Yield (number, bytes, object) of each row; the reason as text where it is no object."""
     try:
-        with path.open("rb") as file:
-            start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-            file.seek(0)
+        with path.open("rb") as packed:
+            if packed.read(4) == b"PAR1":
+                yield from _parquet(path, max_bytes)
+                return
+            packed.seek(0)
+            file = unpacked(packed)
+            start = file.peek(4096)[:4096].lstrip(b"\xef\xbb\xbf \t\r\n")  # type: ignore[attr-defined]
             if start[:1] == b"[":
-                yield from _array(path, file.read())
+                yield from _array(path, _bounded(path, file))
                 return
             number = 0
             while line := file.readline(max_bytes + 1):
@@ -100,6 +109,54 @@ def _values(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes, Any]]:
                     yield number, line, _object(line)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError("a file of conversations cannot be read", where=path, found=error) from error
+
+
+def _bounded(path: Path, file: BinaryIO) -> bytes:
+    """Return all bytes of an array of rows, which is parsed in memory; DataError when it unpacks to very many."""
+    data = file.read(MAX_ARRAY_BYTES + 1)
+    if len(data) > MAX_ARRAY_BYTES:
+        found = f"more than {MAX_ARRAY_BYTES:,} bytes"
+        raise refuse_file("a JSON array of rows is too large to be read as one", path, found)
+    return data
+
+
+def _parquet(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes, Any]]:
+    """Yield the rows of a parquet file; columns are keys, and what is null is not there."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        number = 0
+        for group in range(file.num_row_groups):
+            facts = file.metadata.row_group(group)
+            # No value of a group is larger than all of it: so many rows at a time fit, whatever its dictionaries hold.
+            rows = max(1, min(PARQUET_ROWS, PARQUET_BYTES // max(1, facts.total_byte_size)))
+            for batch in file.iter_batches(batch_size=rows, row_groups=[group], use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, *_parquet_row(row, max_bytes)
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        found = (str(error).splitlines() or [repr(error)])[0]
+        raise refuse_file("a parquet file of conversations cannot be read", path, found) from error
+
+
+def _parquet_row(row: dict[str, Any], max_bytes: int) -> tuple[bytes, Any]:
+    value = _without_nulls(row)
+    try:
+        raw = json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:  # dates, bytes, half characters: none of them is in a conversation
+        return b"", f"not of JSON's types: {str(error)[:100]}"
+    if len(raw) > max_bytes:
+        return b"", f"a row of more than max_document_bytes = {max_bytes:,}"
+    return raw, value
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the keys that are null: parquet gives every struct all keys of its column."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _object(line: bytes) -> Any:

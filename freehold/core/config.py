@@ -23,6 +23,7 @@ MOST_YAML_CHARS, MOST_NODES = 2_000_000, 20_000
 
 # Keys that have another name now: the error names the successor.
 RENAMED: dict[str, str] = {
+    "factbook_items": "taught_items, text_only_items",
     "max_kl_exact": "max_kl: {HF: ..., F32: ...}",
     "max_kl_bf16": "max_kl: {BF16: ...}",
     "max_kl_q8_0": "max_kl: {Q8_0: ...}",
@@ -47,7 +48,7 @@ REMOVED: dict[str, str] = {
     "*.optim.eps": "optim/adamw.py: EPS = 1e-8",
     "gather.sources.*.licence_key": 'stages/gather/config.py: LICENCE_KEY = "licence"',
     "gather.sources.*.evidence_key": 'stages/gather/config.py: EVIDENCE_KEY = "licence_evidence"',
-    "gather.sources.*.held_out_share": "corpora/generate.py: HELD_OUT_SHARE = 0.2",
+    "gather.sources.*.held_out_share": "corpora/teaching.py: HELD_OUT_SHARE = 0.25",
     "chat.top_p": "generation_config.json of the model, else api.py: DEFAULT",
     "chat.top_k": "generation_config.json of the model, else api.py: DEFAULT",
     "serve.max_batch": "infer/engine.py: 32 prompts or choices of one request are decoded together",

@@ -28,14 +28,38 @@ class Settings(Generated):
     wordnet_bytes: int = Field(default=0, ge=0, description="text of such questions with their answers, at most")
     wordnet_conversations: int = Field(default=0, ge=0, description="further conversations: such a question, answered")
     conversations: int = Field(default=12_000, ge=0, description="how many conversations to write, at most")
+    fact_share: float = Field(
+        default=0.66, ge=0, le=1, description="share of `conversations` that ask facts, while there are more to ask"
+    )
+    reasoning_share: float = Field(
+        default=0.2, ge=0, le=1, description="share that are exercises of reasoning-gym; the rest is talk"
+    )
     worked_bytes: int = Field(default=0, ge=0, description="text of exercises with every step written out, ours")
     story_bytes: int = Field(default=0, ge=0, description="text of small stories with questions about them, ours")
     worked_conversations: int = Field(
         default=0, ge=0, description="further conversations: such an exercise, its steps as reasoning"
     )
+    procedure_bytes: int = Field(
+        default=0, ge=0, description="text of small procedures with their steps: letters, sums, sorting, two facts"
+    )
+    procedure_conversations: int = Field(
+        default=0, ge=0, description="further conversations: such a procedure, its steps as reasoning"
+    )
+    unknown_conversations: int = Field(
+        default=0, ge=0, description="further conversations: a place that does not exist, answered: I do not know"
+    )
     tool_conversations: int = Field(default=0, ge=0, description="further conversations: the assistant calls tools")
     reasoning_items: int = Field(default=300, ge=0, description="held-out items of tasks/reasoning.jsonl")
-    factbook_items: int = Field(default=150, ge=0, description="items of each tasks/factbook_*.jsonl")
+    taught_items: int = Field(
+        default=1000, ge=0, description="items of tasks/facts_taught.jsonl: facts of training in wordings of the test"
+    )
+    text_only_items: int = Field(
+        default=300, ge=0, description="items of tasks/facts_text_only*.jsonl: facts that training states, never asks"
+    )
+    unknown_items: int = Field(
+        default=200, ge=0, description="items of tasks/unknown_places.jsonl: places that do not exist"
+    )
+    procedure_items: int = Field(default=0, ge=0, description="held-out items of tasks/procedures.jsonl")
     reasoning: dict[str, dict[str, bool | int]] = Field(
         default={
             "base_conversion": {"min_base": 2, "max_base": 10, "min_value": 1, "max_value": 100},

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from freehold.corpora.wordings import TAUGHT, filled
 from freehold.text.html import strip_html
 from freehold.text.reading import Member, Part, Reading
 
@@ -24,6 +25,9 @@ ARTICLE = re.compile(
     r"(Islands|Republic|States|Kingdom|Emirates|Territories)$|^(Bahamas|Gambia|Netherlands|Philippines|Maldives|"
     r"Seychelles|Comoros|Holy See|Gaza Strip|West Bank|Isle of Man|European Union|Marshall Islands)"
 )
+REGION = r"[A-Z][a-z]+(?: (?:and the )?[A-Z][a-z]+)*"
+# Answers that are said with an article.
+WITH_ARTICLE = re.compile(r"^((?:Middle|Antarctic|Arctic|West) .*)$")
 NO_ANSWER = re.compile(r"(none|na|n/a|no|not|unnamed)\b", re.I)
 SKIPPED = {"Geographic coordinates", "Map references", "Diplomatic representation from the US", "Age structure"}
 
@@ -35,51 +39,47 @@ class Field:
     key: str
     path: str
     questions: tuple[str, ...]
-    statement: str
+    statements: tuple[str, ...]
     choice: bool = False
     """Whether other countries' answers are wrong answers, so that it can be asked as multiple choice."""
     max_chars: int = 60
 
 
+def _taught(key: str, path: str, max_chars: int = 60) -> Field:
+    wordings = TAUGHT[key]
+    return Field(key, path, wordings.questions, wordings.statements, choice=True, max_chars=max_chars)
+
+
 FIELDS = (
-    Field(
-        "capital",
-        "Government/Capital/name",
-        (
-            "What is the capital of {c}?",
-            "Which city is the capital of {c}?",
-            "Name the capital city of {c}.",
-            "Tell me the capital of {c}.",
-        ),
-        "The capital of {c} is {a}.",
-        choice=True,
-    ),
+    _taught("capital", "Government/Capital/name"),
+    _taught("region", "Geography/Map references"),
+    _taught("language", "People and Society/Languages"),
     Field(
         "location",
         "Geography/Location",
-        ("Where is {c}?", "Where is {c} located?", "In which part of the world is {c}?"),
-        "{c} is located here: {a}.",
+        ("Where is {c}?", "Where is {c} located?", "Which neighbours and seas does {c} have?"),
+        ("{c} is located here: {a}.",),
         max_chars=110,
     ),
     Field(
         "size",
         "Geography/Area - comparative",
         ("How big is {c}?", "What is the size of {c} compared to other places?", "How large is the area of {c}?"),
-        "The area of {c} is {a}.",
+        ("The area of {c} is {a}.",),
         max_chars=80,
     ),
     Field(
         "climate",
         "Geography/Climate",
         ("What is the climate of {c}?", "What is the climate like in {c}?", "Describe the climate of {c}."),
-        "The climate of {c}: {a}.",
+        ("The climate of {c}: {a}.",),
         max_chars=90,
     ),
     Field(
         "terrain",
         "Geography/Terrain",
         ("What is the terrain of {c}?", "What does the land look like in {c}?", "Describe the terrain of {c}."),
-        "The terrain of {c}: {a}.",
+        ("The terrain of {c}: {a}.",),
         max_chars=90,
     ),
     Field(
@@ -90,32 +90,21 @@ FIELDS = (
             "How is {c} governed?",
             "What is the form of government of {c}?",
         ),
-        "The government type of {c} is {a}.",
+        ("The government type of {c} is {a}.",),
     ),
-    Field(
-        "internet",
-        "Communications/Internet country code",
-        (
-            "What is the internet country code of {c}?",
-            "Which internet domain belongs to {c}?",
-            "What do web addresses from {c} end with?",
-        ),
-        "The internet country code of {c} is {a}.",
-        choice=True,
-        max_chars=4,
-    ),
+    _taught("internet", "Communications/Internet country code", max_chars=4),
     Field(
         "symbol",
         "Government/National symbol(s)",
         ("What is the national symbol of {c}?", "Which symbol stands for {c}?", "Name the national symbol of {c}."),
-        "The national symbol of {c} is {a}.",
+        ("The national symbol of {c} is {a}.",),
         choice=True,
     ),
     Field(
         "colors",
         "Government/National color(s)",
         ("What are the national colors of {c}?", "Which colors stand for {c}?", "Name the national colors of {c}."),
-        "The national colors of {c} are {a}.",
+        ("The national colors of {c} are {a}.",),
     ),
     Field(
         "highest",
@@ -125,53 +114,37 @@ FIELDS = (
             "What is the highest place in {c}?",
             "Which point of {c} is the highest?",
         ),
-        "The highest point of {c} is {a}.",
+        ("The highest point of {c} is {a}.",),
         choice=True,
     ),
-    Field(
-        "currency",
-        "Economy/Exchange rates/Currency",
-        ("What is the currency of {c}?", "Which money is used in {c}?", "What do people pay with in {c}?"),
-        "The currency of {c} is {a}.",
-        choice=True,
-    ),
+    _taught("currency", "Economy/Exchange rates/Currency"),
     Field(
         "independence",
         "Government/Independence",
         ("When did {c} become independent?", "What is the independence date of {c}?"),
-        "{c} became independent on {a}.",
+        ("{c} became independent on {a}.",),
         choice=True,
     ),
-    Field(
-        "adjective",
-        "People and Society/Nationality/adjective",
-        (
-            "What is the adjective for {c}?",
-            "What do you call something from {c}?",
-            "Which adjective belongs to {c}?",
-        ),
-        "Something from {c} is called {a}.",
-        choice=True,
-    ),
+    _taught("adjective", "People and Society/Nationality/adjective"),
     Field(
         "exports",
         "Economy/Exports - commodities",
         ("What does {c} export?", "What are the main exports of {c}?", "Which goods does {c} sell to the world?"),
-        "The main exports of {c} are {a}.",
+        ("The main exports of {c} are {a}.",),
         max_chars=100,
     ),
     Field(
         "crops",
         "Economy/Agricultural products",
         ("What do farmers in {c} produce?", "Which agricultural products come from {c}?", "What is grown in {c}?"),
-        "The agricultural products of {c} are {a}.",
+        ("The agricultural products of {c} are {a}.",),
         max_chars=110,
     ),
     Field(
         "population",
         "People and Society/Population/total",
         ("How many people live in {c}?", "What is the population of {c}?", "How large is the population of {c}?"),
-        "The population of {c} is {a}.",
+        ("The population of {c} is {a}.",),
     ),
 )
 
@@ -194,12 +167,22 @@ class Fact:
     @property
     def questions(self) -> list[str]:
         """The question in each of its phrasings."""
-        return [sentence(q.format(c=self.country)) for q in self.field.questions]
+        return [filled(q, self.country) for q in self.field.questions]
 
     @property
     def statement(self) -> str:
         """The fact said as a sentence."""
-        return sentence(self.field.statement.format(c=self.country, a=self.answer.removesuffix(".")))
+        return self.statements[0]
+
+    @property
+    def statements(self) -> list[str]:
+        """The fact said as a sentence in each of its wordings."""
+        return [filled(s, self.country, self.answer) for s in self.field.statements]
+
+    @property
+    def tests(self) -> list[str]:
+        """The question in wordings that training does not use; none for a relation that is not taught."""
+        return [filled(q, self.country) for q in TAUGHT[self.field.key].tests] if self.field.key in TAUGHT else []
 
 
 def read(members: list[Member], reading: Reading) -> Iterator[Part]:
@@ -247,13 +230,18 @@ def facts(country: dict[str, Any], path: str, plain: Callable[[str], str]) -> It
     if not name:
         return
     for field in FIELDS:
-        answer = clean(field, plain(at(country, field.path)))
+        raw = at(country, field.path) or at(country, f"{field.path}/{field.path.rpartition('/')[2]}")
+        answer = clean(field, plain(raw))
         if answer:
             yield Fact(name, field, answer, path)
 
 
 def clean(field: Field, text: str) -> str:
     """Return the answer in a field's text, or an empty string when it is not short and clean."""
+    if field.key == "language":
+        return main_language(text)
+    if field.key == "region":
+        return WITH_ARTICLE.sub(r"the \1", text) if re.fullmatch(REGION, text) else ""
     if not text or "\n" in text or NO_ANSWER.match(text):
         return ""
     if field.key == "currency":
@@ -274,6 +262,14 @@ def clean(field: Field, text: str) -> str:
     if len(text) > field.max_chars or re.search(r"[:(){}\[\]\"]|\bnote\b|\bNA\b", text):
         return ""
     return text
+
+
+def main_language(text: str) -> str:
+    """Return the first official language of a list, else its first one; empty when that has two names."""
+    official = re.search(r"(?:^|, )([A-Z][A-Za-z' -]*?)(?: [\d.]+%)? \((?:official|de facto official)", text)
+    found = official or re.match(r"([A-Z][A-Za-z' -]*?)(?= \(| [<\d]|[,;]|$)", text)
+    name = found[1] if found else ""
+    return "" if " or " in name or " only" in name or len(name) > 30 else name
 
 
 def page(country: dict[str, Any], plain: Callable[[str], str]) -> str:

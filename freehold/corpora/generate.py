@@ -1,7 +1,7 @@
 """Text, conversations and held-out tasks made from facts, definitions, reasoning-gym and grammars of our own.
 
-Nothing held out is written anywhere for training: neither a fact chosen for `factbook_heldout` (in any phrasing)
-nor a question of `reasoning`. The factbook's own prose does hold every fact; what is held out is being asked for it.
+Nothing held out is asked anywhere in training: neither a fact of `facts_text_only` (in any wording) nor a question of
+`reasoning` or `procedures`. Such a fact is stated, as it is in the factbook's own prose; it is never asked.
 """
 
 from __future__ import annotations
@@ -14,44 +14,42 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from freehold.core.document import Conversation, Document, Rights, document_id
-from freehold.corpora import dialogues, dictd, stories, tools, worked
+from freehold.corpora import dialogues, dictd, procedures, stories, tools, worked
 from freehold.corpora.config import Settings
-from freehold.corpora.factbook import Fact, facts, sentence
+from freehold.corpora.factbook import sentence
 from freehold.corpora.reasoning import SEEDS_PER_RUN, Gym
+from freehold.corpora.teaching import PAIRS_PER_PAGE, Lesson, unit
 from freehold.corpora.wordnet import Lexicon
 from freehold.ledger.licence import strictest
-from freehold.text.html import strip_html
 from freehold.text.making import Made, Material
 from freehold.text.reading import Reading
 
-PAIRS_PER_PAGE = 12
 WORKED_PER_PAGE = 6
-# Shares of the conversations: facts, reasoning; the rest is talk.
-FACT_SHARE, REASONING_SHARE = 0.42, 0.40
 SYSTEM_SHARE = 0.15
-# The word that decides, with country and field, which facts are held out.
-HOLD_OUT = "hold-out"
-# Held out of everything written: a fifth is enough facts for two tasks of 150 items from one factbook.
-HELD_OUT_SHARE = 0.2
+# Share of all questions about procedures that only tests ask.
+HELD_OUT_PROCEDURES = 0.1
 ASKED, ANSWERED = "Question: ", "Answer: "
 
 
 def make(source: Settings, materials: Mapping[str, Material], name: str, seed: int) -> Made:
     """Return the documents, conversations and tasks of a generated source; a pure function of its arguments."""
     gym = Gym(source.reasoning, seed)
-    book = _Factbook(source, materials.get("factbook"), seed)
+    book = Lesson(materials.get("factbook"), seed)
+    made_from = materials.get("factbook")
     words = _WordNet(name, source, materials.get("wordnet"), seed)
     rights = {
-        "facts": book.rights(name, source),
+        "facts": _derived_rights(name, source, made_from) if made_from is not None else {},
         "reasoning": _rights(name, source, strictest(source.licence, gym.licence), gym.version, gym.acquired),
         "talk": _rights(name, source, source.licence, "", gym.acquired),
     }
     reasoning_out = list(gym.held_out(source.reasoning_items))
-    never = {item.question for item in reasoning_out} | {q for f in book.held_out for q in f.questions}
+    never = {item.question for item in reasoning_out} | {q for f in book.text_only for q in f.questions}
 
     documents = [*_documents(source, gym, book, rights, seed), *_our_documents(source, rights["talk"], never, seed)]
     conversations = list(_conversations(source, gym, book, rights, seed))
     conversations += _worked_conversations(source, rights["talk"], never, seed)
+    conversations += _procedure_conversations(source, rights["talk"], seed)
+    conversations += _unknown_conversations(source, book, rights["facts"], seed)
     conversations += _tool_conversations(source, book, rights["facts"] or rights["talk"], seed)
     documents += words.documents(never)
     conversations += words.conversations(never)
@@ -74,59 +72,10 @@ def make(source: Settings, materials: Mapping[str, Material], name: str, seed: i
             }
             for item in reasoning_out
         ]
-    for task, chosen in (("factbook_heldout", book.held_out), ("factbook_seen", book.train)):
-        rows = list(book.choices(task, chosen, source.factbook_items, rights["facts"]))
-        if rows:
-            tasks[task] = rows
+    if rows := list(_procedure_items(source.procedure_items, rights["talk"])):
+        tasks["procedures"] = rows
+    tasks |= book.tests(source.taught_items, source.text_only_items, source.unknown_items, rights["facts"])
     return Made(documents, conversations, tasks, {"seeds": gym.seeds})
-
-
-class _Factbook:
-    """The facts, divided by the hash of (country, field) into those asked in training and those held out."""
-
-    def __init__(self, source: Settings, material: Material | None, seed: int) -> None:
-        self.material, self.seed = material, seed
-        self.train: list[Fact] = []
-        self.held_out: list[Fact] = []
-        if material is None:
-            return
-        reading = Reading(material.limit_bytes)
-        for fact in reading.each(material.members, lambda m, text: facts(json.loads(text), m.path, strip_html)):
-            held = _unit(f"{HOLD_OUT}\0{fact.key}") < HELD_OUT_SHARE
-            (self.held_out if held else self.train).append(fact)
-
-    def rights(self, name: str, source: Settings) -> dict[str, Any]:
-        return {} if self.material is None else _derived_rights(name, source, self.material)
-
-    def choices(self, task: str, chosen: list[Fact], count: int, rights: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield multiple-choice items: the other answers are those of other countries to the same question."""
-        everywhere: dict[str, set[str]] = {}
-        for fact in self.train + self.held_out:
-            everywhere.setdefault(fact.field.key, set()).add(fact.answer)
-        able = sorted((f for f in chosen if f.field.choice), key=lambda f: _unit(f"{task}\0{f.key}"))
-        for fact in able[:count]:
-            random_ = random.Random(f"{self.seed}\0{task}\0{fact.key}")
-            # An answer that holds the right one, or is held by it, could be right as well.
-            wrong = [
-                a
-                for a in sorted(everywhere[fact.field.key])
-                if a.lower() not in fact.answer.lower() and fact.answer.lower() not in a.lower()
-            ]
-            if len(wrong) < 3:
-                continue
-            options = [*random_.sample(wrong, 3), fact.answer]
-            random_.shuffle(options)
-            yield {
-                "id": f"{task}/{document_id(task, fact.key)}",
-                "task": fact.field.key,
-                "kind": "choice",
-                "prompt": [{"role": "user", "content": fact.questions[0]}],
-                "choices": [sentence(o) for o in options],
-                "answer": options.index(fact.answer),
-                "seen": task == "factbook_seen",
-                "source": f"{rights['synthetic_from']} {fact.path}",
-                "licence": rights["licence"],
-            }
 
 
 class _WordNet:
@@ -167,11 +116,11 @@ class _WordNet:
 
 
 def _documents(
-    source: Settings, gym: Gym, book: _Factbook, rights: dict[str, dict[str, Any]], seed: int
+    source: Settings, gym: Gym, book: Lesson, rights: dict[str, dict[str, Any]], seed: int
 ) -> Iterator[Document]:
     """Yield pages of questions and answers until `max_bytes`: first the facts, then reasoning."""
     left = source.max_bytes if source.max_bytes is not None else 2_400_000
-    pages = itertools.chain(_fact_pages(book, seed), _reasoning_pages(gym))
+    pages = itertools.chain(_fact_pages(book), _reasoning_pages(gym))
     for kind, path, text in pages:
         size = len(text.encode())
         if size > left:
@@ -180,27 +129,11 @@ def _documents(
         yield _document(rights[kind], path, text)
 
 
-def _fact_pages(book: _Factbook, seed: int) -> Iterator[tuple[str, str, str]]:
-    countries: dict[tuple[str, str], list[Fact]] = {}
-    kinds: dict[str, list[Fact]] = {}
-    for fact in book.train:
-        countries.setdefault((fact.path, fact.country), []).append(fact)
-        kinds.setdefault(fact.field.key, []).append(fact)
-    for (path, country), known in countries.items():
-        random_ = random.Random(f"{seed}\0{path}")
-        said = [f.statement for f in known]
-        random_.shuffle(said)
-        yield "facts", f"facts/{path}#statements", f"{sentence(country)}\n\n" + " ".join(said) + "\n"
-        pairs = [(random_.choice(f.questions), sentence(f.answer)) for f in known]
-        random_.shuffle(pairs)
-        yield "facts", f"facts/{path}#questions", _page(f"Questions about {country}", pairs)
-    for kind, known in kinds.items():
-        random_ = random.Random(f"{seed}\0{kind}")
-        random_.shuffle(known)
-        for number, start in enumerate(range(0, len(known), PAIRS_PER_PAGE)):
-            batch = known[start : start + PAIRS_PER_PAGE]
-            pairs = [(random_.choice(f.questions), sentence(f.answer)) for f in batch]
-            yield "facts", f"facts/{kind}#{number}", _page("Countries of the world", pairs)
+def _fact_pages(book: Lesson) -> Iterator[tuple[str, str, str]]:
+    for path, title, said in book.statements():
+        yield "facts", path, f"{title}\n\n" + " ".join(said) + "\n"
+    for path, title, pairs in book.questions():
+        yield "facts", path, _page(title, pairs)
 
 
 def _reasoning_pages(gym: Gym) -> Iterator[tuple[str, str, str]]:
@@ -217,16 +150,15 @@ def _page(title: str, pairs: list[tuple[str, str]]) -> str:
 
 
 def _conversations(
-    source: Settings, gym: Gym, book: _Factbook, rights: dict[str, dict[str, Any]], seed: int
+    source: Settings, gym: Gym, book: Lesson, rights: dict[str, dict[str, Any]], seed: int
 ) -> Iterator[Conversation]:
     """Yield at most `source.conversations`, each different: facts, reasoning, talk."""
     random_ = random.Random(f"{seed}\0conversations")
-    asked = [(q, sentence(f.answer), f) for f in book.train for q in f.questions]
-    random_.shuffle(asked)
-    facts_wanted = min(int(source.conversations * FACT_SHARE), len(asked))
+    asked = book.asked()
+    facts_wanted = min(int(source.conversations * source.fact_share), len(asked))
     for question, answer, fact in asked[:facts_wanted]:
         yield _conversation(rights["facts"], f"facts/{fact.path}#{fact.field.key}", [(question, answer)], random_)
-    wanted = int(source.conversations * REASONING_SHARE) if source.reasoning else 0
+    wanted = int(source.conversations * source.reasoning_share) if source.reasoning else 0
     items = itertools.islice(gym.train(SEEDS_PER_RUN // 2), wanted)
     reasoning_made = 0
     for item in items:
@@ -247,7 +179,8 @@ def _conversations(
 def _our_documents(source: Settings, rights: dict[str, Any], never: set[str], seed: int) -> Iterator[Document]:
     """Yield pages of worked exercises until `worked_bytes`, of stories until `story_bytes`."""
     pages = (
-        ("worked", source.worked_bytes, _worked_pages(never, seed)),
+        ("worked", source.worked_bytes, _worked_pages(_worked(never, f"{seed}\0worked pages"))),
+        ("procedures", source.procedure_bytes, _worked_pages(procedures.items(f"{seed}\0pages", _is_taught))),
         ("stories", source.story_bytes, (_story_page(story) for story in stories.stories(f"{seed}\0stories"))),
     )
     for kind, left, texts in pages:
@@ -262,8 +195,7 @@ def _worked(never: set[str], seed: str) -> Iterator[worked.Exercise]:
     return (exercise for exercise in worked.exercises(seed) if exercise.question not in never)
 
 
-def _worked_pages(never: set[str], seed: int) -> Iterator[str]:
-    items = _worked(never, f"{seed}\0worked pages")
+def _worked_pages(items: Iterator[worked.Exercise]) -> Iterator[str]:
     while True:
         page = (
             "\n".join([ASKED + item.question, *item.steps, ANSWERED + item.answer])
@@ -281,12 +213,49 @@ def _worked_conversations(
     source: Settings, rights: dict[str, Any], never: set[str], seed: int
 ) -> Iterator[Conversation]:
     for item in itertools.islice(_worked(never, f"{seed}\0worked talk"), source.worked_conversations):
-        answer = {"role": "assistant", "content": item.answer, "reasoning_content": "\n".join(item.steps)}
-        yield _row(rights, f"worked/{item.task}", [{"role": "user", "content": item.question}, answer])
+        yield _row(rights, f"worked/{item.task}", _solved(item))
 
 
-def _tool_conversations(source: Settings, book: _Factbook, rights: dict[str, Any], seed: int) -> Iterator[Conversation]:
-    known = [(f.country, f.field.key, f.questions[0], f.statement) for f in book.train]
+def _procedure_conversations(source: Settings, rights: dict[str, Any], seed: int) -> Iterator[Conversation]:
+    items = procedures.items(f"{seed}\0procedures", _is_taught)
+    for item in itertools.islice(items, source.procedure_conversations):
+        yield _row(rights, f"procedures/{item.task}", _solved(item))
+
+
+def _solved(item: worked.Exercise) -> list[dict[str, Any]]:
+    answer = {"role": "assistant", "content": item.answer}
+    reasoning = {"reasoning_content": "\n".join(item.steps)} if item.steps else {}
+    return [{"role": "user", "content": item.question}, answer | reasoning]
+
+
+def _procedure_items(count: int, rights: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the test's items: questions of the share that training never asks."""
+    items = procedures.items("tests", lambda question: not _is_taught(question))
+    for number, item in enumerate(itertools.islice(items, count)):
+        yield {
+            "id": f"procedures/{number:05d}",
+            "task": item.task,
+            "kind": "generate",
+            "prompt": [{"role": "user", "content": item.question}],
+            "answer": item.answer,
+            "seen": False,
+            "source": rights["synthetic_from"],
+            "licence": rights["licence"],
+        }
+
+
+def _is_taught(question: str) -> bool:
+    return unit(f"procedure\0{question}") >= HELD_OUT_PROCEDURES
+
+
+def _unknown_conversations(source: Settings, book: Lesson, rights: dict[str, Any], seed: int) -> Iterator[Conversation]:
+    random_ = random.Random(f"{seed}\0unknown conversations")
+    for question, refusal in book.unknown(source.unknown_conversations) if rights else ():
+        yield _conversation(rights, "unknown", [(question, refusal)], random_)
+
+
+def _tool_conversations(source: Settings, book: Lesson, rights: dict[str, Any], seed: int) -> Iterator[Conversation]:
+    known = [(f.country, f.field.key, f.questions[0], f.statement) for f in book.taught]
     for messages in itertools.islice(_tool_talk(seed, known), source.tool_conversations):
         yield _row(rights, "tools", messages)
 
@@ -350,8 +319,3 @@ def _derived_rights(name: str, source: Settings, of: Material) -> dict[str, Any]
         return rights
     evidence = "; ".join(filter(None, [rights["licence_evidence"], of.doubt]))
     return rights | {"licence_evidence": evidence, "licence_confidence": "low"}
-
-
-def _unit(text: str) -> float:
-    """Return a number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56

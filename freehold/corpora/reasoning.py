@@ -146,4 +146,4 @@ def _no_solver(*_: Any) -> None:
 
 
 def _words(question: str) -> list[str]:
-    return re.findall(r"[\w+*/=.-]+", question.lower().rstrip(".?"))
+    return re.findall(r"[\w+*/=.-]+", question.lower().rstrip(".?= "))

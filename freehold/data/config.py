@@ -120,3 +120,4 @@ class LongConfig(Config):
         0.25, ge=0, le=1, description="share of rows with generated needle tasks hidden in their own text; 0: none"
     )
     keys: int = Field(8, ge=1, le=16, description="most facts in one task; all are asked for")
+    wordings: int = Field(4, ge=1, le=4, description="forms of a fact: 1 a pair alone, up to 4 with whole sentences")

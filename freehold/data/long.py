@@ -70,7 +70,7 @@ def keep_probability(lengths: np.ndarray, context_tokens: int, settings: LongCon
 
 
 def pool_of(source: Source, context_tokens: int, settings: LongConfig, seed: int) -> Pool | None:
-    """Return the pool of a source; None when nothing of it is kept."""
+    """Return the pool of a source; None when no document is kept."""
     draws = generator(seed, "length", source.name).random(len(source.lengths))
     members = np.flatnonzero(draws < keep_probability(source.lengths, context_tokens, settings))
     if not len(members):
@@ -148,7 +148,8 @@ class LongOrder(BufferOrder):
         for place in range(count):
             # The last task takes what does not divide.
             size = length if place < count - 1 else self.context_tokens - length * (count - 1)
-            tasks.append(training_task(rng, self.encode, text[at:], size, 1 + int(rng.integers(self.settings.keys))))
+            keys = 1 + int(rng.integers(self.settings.keys))
+            tasks.append(training_task(rng, self.encode, text[at:], size, keys, self.settings.wordings))
             at += tasks[-1].text_tokens
         return tasks
 

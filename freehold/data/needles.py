@@ -34,6 +34,7 @@ _VALUES = (
 )
 KEYS, VALUES = tuple(_KEYS.split()), tuple(_VALUES.split())
 WORDINGS = (
+    ("\n{key}: {value}\n", "\n{key}:"),
     ("\nThe password of the {key} is {value}.\n", "\nThe password of the {key} is"),
     ("\nNote that the {key} goes with {value}.\n", "\nWhat goes with the {key}? The {key} goes with"),
     (
@@ -41,7 +42,8 @@ WORDINGS = (
         "\nThe special magic word for {key} mentioned in the text is:",
     ),
 )
-"""How a fact is stated, and how it is asked for. The last one is RULER's sentence."""
+"""How a fact is stated, and how it is asked for: a pair alone, which is learned first, then sentences. The last one is
+RULER's."""
 SHORTEST_TASK = 64
 """Tokens below which a text has no room for a fact and its question."""
 
@@ -80,9 +82,9 @@ def part_of(key: str, value: str) -> Part:
     return "test" if hashlib.sha256(f"{key}\0{value}".encode()).digest()[0] % 5 == 0 else "train"
 
 
-def draw_facts(rng: np.random.Generator, count: int, part: Part) -> list[Fact]:
-    """Return `count` facts with different keys, all of one part and one wording."""
-    wording, facts = int(rng.integers(len(WORDINGS))), list[Fact]()
+def draw_facts(rng: np.random.Generator, count: int, part: Part, wordings: int = len(WORDINGS)) -> list[Fact]:
+    """Return `count` facts with different keys, all of one part and one of the first `wordings` wordings."""
+    wording, facts = int(rng.integers(wordings)), list[Fact]()
     for number in rng.permutation(len(KEYS))[:count]:
         key = KEYS[number]
         values = [value for value in VALUES if part_of(key, value) == part]
@@ -100,13 +102,15 @@ def hide(text: np.ndarray, stated: Sequence[Sequence[int]], places: Sequence[flo
     return np.concatenate([*parts, text[at:]]).astype(np.int64)
 
 
-def training_task(rng: np.random.Generator, encode: Encode, text: np.ndarray, length: int, keys: int) -> Task:
+def training_task(
+    rng: np.random.Generator, encode: Encode, text: np.ndarray, length: int, keys: int, wordings: int = len(WORDINGS)
+) -> Task:
     """Return a task of exactly `length` tokens that asks for every hidden key, in another order.
 
     All keys are asked, so that a row has many answers to learn from. Raises DataError when `length` has no room.
     """
     for count in range(keys, 0, -1):
-        facts = draw_facts(rng, count, "train")
+        facts = draw_facts(rng, count, "train", wordings)
         stated = [encode(fact.stated()) for fact in facts]
         asked: list[tuple[Sequence[int], bool]] = []
         for number in rng.permutation(count):
@@ -134,13 +138,19 @@ class Question:
 
 
 def held_out_question(
-    rng: np.random.Generator, encode: Encode, text: np.ndarray, length: int, keys: int, depth: float
+    rng: np.random.Generator,
+    encode: Encode,
+    text: np.ndarray,
+    length: int,
+    keys: int,
+    depth: float,
+    wordings: int = len(WORDINGS),
 ) -> Question:
     """Return one question whose prompt and answer are `length` tokens; its fact stands at `depth` of the text.
 
     The pair is one that training never states; the other keys are distractors at random places.
     """
-    facts = draw_facts(rng, keys, "test")
+    facts = draw_facts(rng, keys, "test", wordings)
     stated, asked, answer = (
         [encode(f.stated()) for f in facts],
         encode(facts[0].asked()),

@@ -9,10 +9,12 @@ Shapes: N tokens of one forward pass, B rows, d hidden width, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch import Tensor
 from freehold.core.errors import ConfigError, RequestError
 from freehold.infer import scoring
 from freehold.infer.cache import Step
+from freehold.infer.fused import Fused
 from freehold.infer.pages import PagePool, Pages, blocks_of, free_bytes, page_bytes, window_pages
 from freehold.infer.prefixes import Prefixes
 from freehold.infer.requests import Queue, Request, Token, Top
@@ -27,6 +30,8 @@ from freehold.infer.sampler import Sampling, check_ids, draw
 from freehold.infer.scoring import Scored
 from freehold.kernels import cpu
 from freehold.kernels.packed import PAGE_TOKENS
+from freehold.kernels.step import Result
+from freehold.losses.logprob import log_partition
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 
@@ -37,6 +42,7 @@ STEP_TOKENS = 512
 CacheType = Literal["auto", "int8"]
 USUAL_TOKENS = 1024
 """Prompt and answer of a usual request, for how many are let in at the same time."""
+_VERSION = operator.attrgetter("_version")
 MEMORY_SHARE = 0.5
 """Of the free memory, the most that keys and values take when no budget is given."""
 
@@ -89,6 +95,7 @@ class Engine:
             # Weights are packed into the panels that the kernels read, once for each version of the
             # weights, not for each call.
             model.pack()
+        self._fused = Fused(model) if self.exact else None
         # All memory for keys and values is fixed here: a server that starts does not die later of a long prompt.
         small = cache_type == "int8"
         page = page_bytes(model.config, weight.dtype, small)
@@ -108,6 +115,13 @@ class Engine:
         self.queue = Queue(self.pool, max_batch, STEP_TOKENS, self.prefixes)
         # Several threads may read answers; one of them at a time makes the next step for all.
         self._lock = threading.RLock()
+        self._weights: list[tuple[Any, str]] = [
+            (tensors, name)
+            for module in model.modules()
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        ]
         self._version = self._weights_version()
 
     def describe(self) -> str:
@@ -232,22 +246,21 @@ class Engine:
             parts = self.queue.next_step(only)
             if not parts:
                 return False
-            hidden = self._forward([(r.pages, r.ids[r.pages.length :][:count]) for r, count in parts])  # [N, d]
-            # Only the last new token of a sequence has a next one to draw.
-            ends = torch.tensor([count for _, count in parts]).cumsum(0) - 1
-            # A prompt that is read in pieces draws nothing before its last piece.
-            ready = [place for place, (r, _) in enumerate(parts) if r.pending == 0]
+            # Only the last new token of a sequence has a next one to draw, and a prompt that is read in pieces draws
+            # nothing before its last piece.
+            last = accumulate(count for _, count in parts)
+            ready = [(r, end - 1) for (r, count), end in zip(parts, last, strict=True) if r.pending == count]
+            rows = [(r.pages, r.ids[r.pages.length :][:count]) for r, count in parts]
+            found = self._forward(rows, [row for _, row in ready])
             if ready:
-                self._draw([parts[place][0] for place in ready], hidden[ends[ready].to(hidden.device)])
+                self._draw([r for r, _ in ready], found.logits, found.partition)
             return True
 
-    def _draw(self, requests: list[Request], hidden: Tensor) -> None:
-        """Give each request the token that follows; hidden [B, d] of its last one."""
-        # The head on the rows that draw only: with a vocabulary of 200,192 it is the largest matrix there is.
-        logits = self.model.lm_head(hidden)  # [B, V]
+    def _draw(self, requests: list[Request], logits: Tensor, partition: Tensor) -> None:
+        """Give each request the token that follows; logits [B, V] after its last one."""
         drawn = draw(logits.float(), [request.draw for request in requests])
         wanted = [request.sampling.logprobs for request in requests]
-        logprobs, tops = scoring.logprobs(logits, drawn, max(wanted))
+        logprobs, tops = scoring.logprobs(logits, drawn, max(wanted), partition)
         for request, token, logprob, top, count in zip(requests, drawn.tolist(), logprobs, tops, wanted, strict=True):
             request.take(token, logprob, top[:count])
             if request.finished:
@@ -272,7 +285,7 @@ class Engine:
                 while not self.pool.has_room(needed) and self.queue.running:
                     self.queue.preempt(self.queue.running[-1])
                 parts = [(pages, sequences[row][start : start + count]) for row, pages, start, count in pieces]
-                hidden = self._forward(parts)
+                hidden = self._forward(parts, []).hidden
                 at = 0
                 for row, pages, start, count in pieces:
                     targets = sequences[row][start + 1 : start + count + 1]
@@ -284,22 +297,38 @@ class Engine:
 
     # -- the model -----------------------------------------------------------------------------------------------
 
-    def _forward(self, parts: Sequence[tuple[Pages, Sequence[int]]]) -> Tensor:
-        """Read the next tokens of some sequences; return their hidden states [N, d], in this order."""
-        self.model.eval()
+    def _forward(self, parts: Sequence[tuple[Pages, Sequence[int]]], ends: Sequence[int]) -> Result:
+        """Read the next tokens of some sequences; return their hidden states [N, d], in this order.
+
+        ends: the rows of them to which the head is applied.
+        """
+        if self.model.training:
+            self.model.eval()
         for pages, ids in parts:
             pages.extend(len(ids))
-        # One row of all tokens, without padding: the cache knows whose each of them is.
-        cache = Step(self.pool, [(pages, len(ids)) for pages, ids in parts])
-        tokens = torch.tensor([[i for _, ids in parts for i in ids]], device=self.pool.store.device)  # [1, N]
-        hidden = self.model.hidden(tokens, positions=cache.positions, cache=cache)
+        if self._fused is not None and self._fused.takes():
+            found = self._fused.run(parts, ends, self._version)
+        else:
+            found = self._module_by_module(parts, ends)
         for pages, ids in parts:
             pages.advance(len(ids))
-        return hidden[0]
+        return found
 
-    def _weights_version(self) -> list[tuple[int, int]]:
-        # PyTorch counts in-place changes of a tensor; the address catches a tensor that was replaced.
-        return [(p.data_ptr(), p._version) for p in self.model.parameters()]
+    def _module_by_module(self, parts: Sequence[tuple[Pages, Sequence[int]]], ends: Sequence[int]) -> Result:
+        device = self.pool.store.device
+        # One row of all tokens, without padding: the cache knows whose each of them is.
+        cache = Step(self.pool, [(pages, len(ids)) for pages, ids in parts])
+        tokens = torch.tensor([[i for _, ids in parts for i in ids]], device=device)  # [1, N]
+        hidden = self.model.hidden(tokens, positions=cache.positions, cache=cache)[0]
+        # The head on the rows that draw only: with a vocabulary of 200,192 it is the largest matrix there is.
+        logits = self.model.lm_head(hidden[torch.tensor(ends, dtype=torch.int64, device=device)])  # [B, V]
+        return Result(hidden, logits, log_partition(logits))
+
+    def _weights_version(self) -> tuple[list[int], list[int]]:
+        # PyTorch counts in-place changes of a tensor; the address catches a tensor that was replaced. Looked up by
+        # name, because walking all modules would cost more than a layer of a small model.
+        found: list[Tensor] = [tensors[name] for tensors, name in self._weights]
+        return [*map(Tensor.data_ptr, found)], [*map(_VERSION, found)]
 
     def _forget_old_weights(self) -> None:
         """After a weight update, read every request again: no key of the old weights survives."""

@@ -14,12 +14,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.parse
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from freehold.core.errors import ArtifactError, RequestError
+from freehold.infer.gguf_header import check_gguf
 
 LOG_LINES = 12
 
@@ -28,15 +30,23 @@ class Llama:
     """A GGUF file opened by llama.cpp; `close`, or the end of a `with`, ends the process.
 
     `context_tokens` 0 = the model's. `exact`: fp32 cache, no flash attention, no GPU, the arithmetic a proof
-    compares. `log`: the file that keeps what llama.cpp says. ArtifactError, with the end of what it said, when the
-    package is missing, the file cannot be opened, or the process has died.
+    compares. `log`: the file that keeps what llama.cpp says. `slots`: requests at a time. ArtifactError, with the end
+    of what it said, when the package is missing, the file is unsound or cannot be opened, or the process has died.
     """
 
     def __init__(
-        self, path: Path, context_tokens: int, *, threads: int = 1, exact: bool = False, log: Path | None = None
+        self,
+        path: Path,
+        context_tokens: int,
+        *,
+        threads: int = 1,
+        exact: bool = False,
+        log: Path | None = None,
+        slots: int = 1,
     ) -> None:
         if not path.is_file():
             raise ArtifactError("no such file", where=path, expected="a .gguf file")
+        check_gguf(path)
         if importlib.util.find_spec("xllamacpp") is None:
             raise ArtifactError(
                 "opening GGUF files needs the package xllamacpp", where=path, todo="pip install 'freehold[export]'"
@@ -46,7 +56,13 @@ class Llama:
             log.parent.mkdir(parents=True, exist_ok=True)
         # A file, not a pipe: a pipe that no one reads would stop llama.cpp when it is full.
         self._log = tempfile.TemporaryFile() if log is None else log.open("w+b")  # noqa: SIM115  (`close` closes it)
-        options = {"path": str(path), "context_tokens": context_tokens, "threads": threads, "exact": exact}
+        options = {
+            "path": str(path),
+            "context_tokens": context_tokens,
+            "threads": threads,
+            "exact": exact,
+            "slots": slots,
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, json.dumps(options)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
@@ -66,7 +82,8 @@ class Llama:
             raise error
         self.url = address.geturl()
         """Where its HTTP server listens, on this machine only."""
-        self._connection = http.client.HTTPConnection(address.hostname, address.port)
+        # Slots are asked from threads of their own, each over a connection of its own.
+        self._address, self._local = (address.hostname, address.port), threading.local()
 
     def __enter__(self) -> Self:
         return self
@@ -108,6 +125,13 @@ class Llama:
             raise RequestError(f"llama.cpp refused {route}", found=text.decode(errors="replace")[:300])
         return json.loads(text)
 
+    @property
+    def _connection(self) -> http.client.HTTPConnection:
+        if not hasattr(self._local, "connection"):
+            self._local.connection = http.client.HTTPConnection(*self._address)
+        connection: http.client.HTTPConnection = self._local.connection
+        return connection
+
     def _send(self, route: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
         data = None if body is None else json.dumps(body)
         self._connection.request("GET" if body is None else "POST", route, data, {"Content-Type": "application/json"})
@@ -122,7 +146,7 @@ class Llama:
         return ArtifactError(what, where=self.path, found="\n            ".join([str(found), *errors[-LOG_LINES:]]))
 
 
-def _serve(path: str, context_tokens: int, threads: int, exact: bool) -> None:
+def _serve(path: str, context_tokens: int, threads: int, exact: bool, slots: int) -> None:
     """Open the file, print the server's address, and stay until standard input closes."""
     ours = os.dup(1)
     os.dup2(2, 1)  # whatever llama.cpp prints goes to the log
@@ -130,8 +154,10 @@ def _serve(path: str, context_tokens: int, threads: int, exact: bool) -> None:
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = path
-    # One slot: its cache is then used by one request at a time, as a proof needs it.
-    parameters.n_ctx, parameters.n_parallel = context_tokens, 1
+    # One slot for a proof. More share one cache, so that each can have all of the context while others are short.
+    parameters.n_ctx, parameters.n_parallel = context_tokens, slots
+    if slots > 1:
+        parameters.kv_unified = True
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     parameters.warmup, parameters.cache_ram_mib = False, 0
     if exact:

@@ -62,10 +62,13 @@ def append(head: nn.Linear, hidden: Tensor, targets: Sequence[int], top: int, re
         result.top_logprobs.extend(tops)
 
 
-def logprobs(logits: Tensor, ids: Tensor, top: int) -> tuple[list[float], list[Top]]:
-    """Return the log-probability of one id a row of logits [B, V], and the `top` best with theirs."""
+def logprobs(logits: Tensor, ids: Tensor, top: int, partition: Tensor | None = None) -> tuple[list[float], list[Top]]:
+    """Return the log-probability of one id a row of logits [B, V], and the `top` best with theirs.
+
+    partition [B]: their log(sum(exp)), where it is known.
+    """
     # The same function as in training and in the losses, so the numbers are the same bits.
-    total = log_partition(logits)  # [B]
+    total = log_partition(logits) if partition is None else partition  # [B]
     chosen = token_logprobs(logits, ids, total).tolist()
     if not top:
         return chosen, [[] for _ in chosen]

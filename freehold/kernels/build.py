@@ -57,7 +57,7 @@ def _built(source: Path, flags: tuple[str, ...], name: str) -> Path:
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else [platform.processor()]
     chip = sorted({line for line in lines if line.startswith(("model name", "flags"))})
-    key = hashlib.sha256("\0".join([*command[:-1], *chip, source.read_text(encoding="utf-8")]).encode()).hexdigest()
+    key = hashlib.sha256("\0".join([*command[:-1], *chip, *_texts(source)]).encode()).hexdigest()
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freehold"
     except RuntimeError as problem:  # a user id without an entry in /etc/passwd, and no HOME
@@ -66,6 +66,15 @@ def _built(source: Path, flags: tuple[str, ...], name: str) -> Path:
     if not library.exists():
         _compile(command, library)
     return library
+
+
+def _texts(source: Path) -> list[str]:
+    """Return a source and the files next to it that it includes."""
+    text = source.read_text(encoding="utf-8")
+    return [
+        text,
+        *(source.with_name(name).read_text(encoding="utf-8") for name in re.findall(r'#include "(.+)"', text)),
+    ]
 
 
 def _compile(command: list[str], library: Path) -> None:

@@ -9,6 +9,9 @@
 // instruction vdpbf16ps wants them. Widths are multiples of 16; numbers of rows are free.
 
 #include <immintrin.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -85,16 +88,65 @@ inline vector sigmoid(vector x) { return 1.f / (1.f + exponential(-x)); }
 
 // --- threads ---------------------------------------------------------------------------------------------------
 
-// libgomp's entry point, handed over by native.py: PyTorch's own pool of threads does the work.
+// libgomp's entry points, handed over by cpu.py: PyTorch's own pool of threads does the work.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 Parallel parallel = nullptr;
+int (*team_size)() = nullptr;
+
+// Threads that stay together through many kernels: each runs the same sequence, and a kernel's tasks go to whoever comes
+// first. Waking a team for each of a hundred kernels costs more than the kernels do for one token.
+struct Crew {
+    std::atomic<int64_t> tickets{0};
+    std::atomic<int> arrived{0};
+    std::atomic<int> meetings{0};
+
+    void meet(int size) {
+        int now = meetings.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+            arrived.store(0, std::memory_order_relaxed);
+            meetings.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; meetings.load(std::memory_order_acquire) == now;)
+            ++spins < 200 ? _mm_pause() : (void)sched_yield();  // the other may wait for this very core
+    }
+};
+
+// One thread's part in a crew. Tickets are numbered through all kernels, so that a thread may hold one of the next kernel
+// while others finish this one: kernels that do not depend on each other need no meeting in between.
+struct Member {
+    Crew* crew;
+    int size;
+    int64_t first = 0, ticket = -1;
+    int together = 0;
+    int64_t tiles = -1;  // how the tile registers of this thread are set
+
+    template <class F> void share(int64_t tasks, F& work) {
+        for (;; ticket = -1) {
+            if (ticket < 0) ticket = crew->tickets.fetch_add(1);
+            if (ticket >= first + tasks) break;
+            work(ticket - first);
+        }
+        first += tasks;
+        if (!together) crew->meet(size);
+    }
+};
+thread_local Member* member = nullptr;
+void release_tiles();
+
+// Kernels called while one of these lives do not depend on each other: the crew meets only at its end.
+struct Together {
+    Together() { if (member) member->together++; }
+    ~Together() { if (member && !--member->together) member->crew->meet(member->size); }
+};
 
 template <class F> struct Team {
     F& work;
     std::atomic<int64_t> next{0};
     int64_t tasks;
-    static void run(void* self) {
+    static __attribute__((noinline)) void run(void* self) {
         auto& team = *static_cast<Team*>(self);
+        if (member) return member->share(team.tasks, team.work);
         for (int64_t task; (task = team.next.fetch_add(1)) < team.tasks;) team.work(task);
     }
 };
@@ -102,11 +154,31 @@ template <class F> struct Team {
 // Call work(task) for every task, each on some thread.
 template <class F> void for_tasks(int threads, int64_t tasks, F work) {
     Team<F> team{work, {0}, tasks};
-    if (threads > 1 && tasks > 1 && parallel) {
+    if (threads > 1 && tasks > 1 && parallel && !member) {
         parallel(&Team<F>::run, &team, unsigned(threads), 0);
     } else {
         Team<F>::run(&team);
     }
+}
+
+template <class F> struct Sequence {
+    F& work;
+    Crew crew;
+    static void run(void* self) {
+        auto& sequence = *static_cast<Sequence*>(self);
+        Member own{&sequence.crew, team_size()};
+        member = &own;
+        sequence.work();
+        release_tiles();
+        member = nullptr;
+    }
+};
+
+// Run a sequence of kernels on threads that stay together.
+template <class F> void in_crew(int threads, F work) {
+    if (threads <= 1 || !parallel || !team_size) return work();
+    Sequence<F> sequence{work, {}};
+    parallel(&Sequence<F>::run, &sequence, unsigned(threads), 0);
 }
 
 // Waking threads costs more than this many multiplications; bits do not depend on it.
@@ -128,7 +200,7 @@ template <class T> T* scratch(int slot, int64_t size) {
 
 // --- matrix products -------------------------------------------------------------------------------------------
 
-constexpr int PANEL = 64, TILE_ROWS = 6, BLOCK_ROWS = 120;
+constexpr int PANEL = 64, TILE_ROWS = 6, BLOCK_ROWS = 96;
 
 using word = uint32_t;
 
@@ -199,7 +271,7 @@ void tile(Left a, const word* b, int64_t steps, Out* c, int64_t ldc, Start start
 }
 
 template <class T, class Out, int V>
-void tiles_down(Left a, int64_t rows, const word* b, int64_t steps, Out* c, int64_t ldc, Start start) {
+void vectors_down(Left a, int64_t rows, const word* b, int64_t steps, Out* c, int64_t ldc, Start start) {
     int64_t row = 0;
     for (; row + TILE_ROWS <= rows; row += TILE_ROWS)
         tile<T, Out, TILE_ROWS, V>(a.from_row(row), b, steps, c + row * ldc, ldc, start);
@@ -211,6 +283,92 @@ void tiles_down(Left a, int64_t rows, const word* b, int64_t steps, Out* c, int6
         case 4: return tile<T, Out, 4, V>(a, b, steps, c, ldc, start);
         case 5: return tile<T, Out, 5, V>(a, b, steps, c, ldc, start);
     }
+}
+
+#ifdef __AMX_BF16__
+// Registers of 16 rows of 64 bytes: 16 x 16 sums take 32 products each in one instruction, sixteen times as many as a
+// vector does. A row's sums do not depend on the other rows here either, so every bfloat16 product goes this way, from one
+// row up. Packed panels already have the shape of a right tile.
+constexpr int TILE = 16;
+bool tiles = false;
+
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 hold sums of `rows` rows, 4 and 5 the left and right side, 6 and 7 the same of the last `tail` steps.
+void set_tiles(int rows, int tail) {
+    int64_t key = rows * 64 + tail;
+    if (member && member->tiles == key) return;
+    TileShapes shapes;
+    for (int t = 0; t < 8; t++) shapes.row_bytes[t] = 64, shapes.rows[t] = rows;
+    shapes.rows[5] = TILE;
+    shapes.row_bytes[6] = 4 * (tail ? tail : TILE), shapes.rows[7] = tail ? tail : TILE;
+    asm volatile("" ::: "memory");  // the compiler does not know that the instruction reads every byte
+    _tile_loadconfig(&shapes);
+    if (member) member->tiles = key;
+}
+void release_tiles() {
+    if (tiles) _tile_release();
+}
+
+// sums[rows, 16 V] (= or +=) A . panel, for as many rows as the tiles are set to.
+template <int V> void tile_sums(Left a, const word* b, int64_t steps, float* sums, int64_t ld, bool resume) {
+#define EACH(does) { does(0) } if (V > 1) { does(1) } if (V > 2) { does(2) } if (V > 3) { does(3) }
+#define RESUME_TILE(v) _tile_loadd(v, sums + v * TILE, ld * 4);
+#define CLEAR_TILE(v) _tile_zero(v);
+#define MULTIPLY_TILE(v) _tile_loadd(5, at + v * TILE, PANEL * 4); _tile_dpbf16ps(v, 4, 5);
+#define MULTIPLY_TAIL(v) _tile_loadd(7, at + v * TILE, PANEL * 4); _tile_dpbf16ps(v, 6, 7);
+#define STORE_TILE(v) _tile_stored(v, sums + v * TILE, ld * 4);
+    asm volatile("" ::: "memory");
+    if (resume) { EACH(RESUME_TILE) } else { EACH(CLEAR_TILE) }
+    int64_t step = 0;
+    for (; step + TILE <= steps; step += TILE) {
+        const word* at = b + step * PANEL;
+        _tile_loadd(4, a.data + step * 4, a.row_bytes);
+        EACH(MULTIPLY_TILE)
+    }
+    if (step < steps) {
+        const word* at = b + step * PANEL;
+        _tile_loadd(6, a.data + step * 4, a.row_bytes);
+        EACH(MULTIPLY_TAIL)
+    }
+    EACH(STORE_TILE)
+    asm volatile("" ::: "memory");
+}
+
+template <class Out, int V>
+void tiles_down(Left a, int64_t rows, const word* b, int64_t steps, Out* c, int64_t ldc, Start start) {
+    alignas(64) float sums[TILE * PANEL];
+    for (int64_t row = 0; row < rows; row += TILE) {
+        int some = int(std::min<int64_t>(TILE, rows - row));
+        set_tiles(some, int(steps % TILE));
+        Out* to = c + row * ldc;
+        if constexpr (sizeof(Out) == 4)
+            if (start != ADD) {
+                tile_sums<V>(a.from_row(row), b, steps, to, ldc, start == RESUME);
+                continue;
+            }
+        tile_sums<V>(a.from_row(row), b, steps, sums, PANEL, false);
+        for (int r = 0; r < some; r++)
+            for (int v = 0; v < V; v++) store(to + r * ldc + v * LANES, load(sums + r * PANEL + v * LANES), start);
+    }
+}
+#else
+constexpr bool tiles = false;
+void release_tiles() {}
+#endif
+
+template <class T, class Out, int V>
+void down(Left a, int64_t rows, const word* b, int64_t steps, Out* c, int64_t ldc, Start start) {
+#ifdef __AMX_BF16__
+    // By type and layout alone, never by the number of rows: the sums are rounded in another order.
+    if constexpr (sizeof(T) == 2)
+        if (tiles && a.step_bytes == 4) return tiles_down<Out, V>(a, rows, b, steps, c, ldc, start);
+#endif
+    vectors_down<T, Out, V>(a, rows, b, steps, c, ldc, start);
 }
 
 // C[rows, cols] = (or +=) A . packed B; cols is a multiple of 16. A panel holds `panel_steps` steps (0: just `steps`).
@@ -225,10 +383,10 @@ void multiply(Left a, int64_t rows, const word* b, int64_t steps, int64_t cols, 
             Left left = a.from_row(first);
             Out* out = c + first * ldc + col;
             switch (std::min<int64_t>(PANEL, cols - col) / LANES) {
-                case 1: tiles_down<T, Out, 1>(left, some, panel, steps, out, ldc, start); break;
-                case 2: tiles_down<T, Out, 2>(left, some, panel, steps, out, ldc, start); break;
-                case 3: tiles_down<T, Out, 3>(left, some, panel, steps, out, ldc, start); break;
-                default: tiles_down<T, Out, 4>(left, some, panel, steps, out, ldc, start);
+                case 1: down<T, Out, 1>(left, some, panel, steps, out, ldc, start); break;
+                case 2: down<T, Out, 2>(left, some, panel, steps, out, ldc, start); break;
+                case 3: down<T, Out, 3>(left, some, panel, steps, out, ldc, start); break;
+                default: down<T, Out, 4>(left, some, panel, steps, out, ldc, start);
             }
         }
     }
@@ -348,25 +506,15 @@ template <class T> void pack(int threads, const T* w, word* packed, int64_t matr
     });
 }
 
-// Few rows are cut by columns, so that each thread reads its own part of the weight; many rows by rows.
-struct Cut {
-    int64_t rows, cols;  // of a piece
-};
-inline Cut cut_of(int64_t parts, int64_t rows, int64_t cols, int threads) {
-    if (rows > BLOCK_ROWS) return {stretch_of(rows, threads), cols};
-    int64_t pieces = std::max<int64_t>(1, 4 * threads / std::max<int64_t>(parts, 1));
-    return {std::max<int64_t>(rows, 1), round_up((cols + pieces - 1) / pieces, PANEL)};
-}
-
+// A task is one panel for some rows: each thread reads its own part of the weight.
 template <class T>
 void linear_packed(int threads, const T* x, const word* packed, T* y, int64_t rows, int64_t ins, int64_t outs) {
     threads = threads_for(threads, rows * ins * outs);
-    Cut cut = cut_of(1, rows, outs, threads);
-    int64_t steps = steps_of<T>(ins), across = (outs + cut.cols - 1) / cut.cols, down = (rows + cut.rows - 1) / cut.rows;
-    for_tasks(threads, across * down, [&](int64_t task) {
-        int64_t col = task % across * cut.cols, row = task / across * cut.rows;
-        multiply<T, T>(rows_of(x + row * ins, ins), std::min(cut.rows, rows - row), packed + col * steps, steps,
-                       std::min(cut.cols, outs - col), y + row * outs + col, outs);
+    int64_t steps = steps_of<T>(ins), panels = (outs + PANEL - 1) / PANEL, down = (rows + TASK_ROWS - 1) / TASK_ROWS;
+    for_tasks(threads, panels * down, [&](int64_t task) {
+        int64_t col = task % panels * PANEL, row = task / panels * TASK_ROWS;
+        multiply<T, T>(rows_of(x + row * ins, ins), std::min(TASK_ROWS, rows - row), packed + col * steps, steps,
+                       std::min<int64_t>(PANEL, outs - col), y + row * outs + col, outs);
     });
 }
 
@@ -455,34 +603,45 @@ void swiglu(int threads, const T* x, const int64_t* counts, int64_t experts, con
     });
 }
 
-// `swiglu` with weights packed once: of each expert gate and up, then down. `product` is room [rows, inner].
+// `swiglu` with weights packed once, in two parts. The first: gate and up of each expert, then silu(gate) * up.
+template <class T>
+void swiglu_in(int threads, const T* x, const std::vector<Part>& parts, const word* gate_up, T* both, T* product,
+               int64_t width, int64_t inner) {
+    int64_t steps = steps_of<T>(width), size = packed_size<T>(width, inner), pieces = (inner + PANEL - 1) / PANEL;
+    for_tasks(threads, int64_t(parts.size()) * pieces, [&](int64_t task) {
+        auto [e, first, last] = parts[task / pieces];
+        int64_t col = task % pieces * PANEL, cols = std::min<int64_t>(PANEL, inner - col);
+        const word* packed = gate_up + 2 * e * size + col * steps;
+        T* kept = both + first * 2 * inner;
+        Left rows = rows_of(x + first * width, width);
+        multiply<T, T>(rows, last - first, packed, steps, cols, kept + col, 2 * inner);
+        multiply<T, T>(rows, last - first, packed + size, steps, cols, kept + inner + col, 2 * inner);
+        silu_product(kept, product + first * inner, last - first, inner, col, col + cols);
+    });
+}
+
+// The second: down.
+template <class T>
+void swiglu_out(int threads, const T* product, const std::vector<Part>& parts, const word* down, T* y, int64_t width,
+                int64_t inner) {
+    int64_t steps = steps_of<T>(inner), size = packed_size<T>(inner, width), pieces = (width + PANEL - 1) / PANEL;
+    for_tasks(threads, int64_t(parts.size()) * pieces, [&](int64_t task) {
+        auto [e, first, last] = parts[task / pieces];
+        int64_t col = task % pieces * PANEL;
+        multiply<T, T>(rows_of(product + first * inner, inner), last - first, down + e * size + col * steps, steps,
+                       std::min<int64_t>(PANEL, width - col), y + first * width + col, width);
+    });
+}
+
+// Both. `both` [rows, 2 inner] and `product` [rows, inner] are room to work in.
 template <class T>
 void swiglu_packed(int threads, const T* x, const int64_t* counts, int64_t experts, const word* gate_up, const word* down,
                    T* both, T* product, T* y, int64_t width, int64_t inner) {
     auto parts = parts_of(counts, experts);
-    int64_t in_steps = steps_of<T>(width), out_steps = steps_of<T>(inner), tasks = parts.size();
-    int64_t size = packed_size<T>(width, inner), down_size = packed_size<T>(inner, width), most = 0;
-    for (auto& part : parts) most = std::max(most, part.last - part.first);
-    threads = threads_for(threads, tasks * most * width * inner * 3);
-    Cut in = cut_of(tasks, std::min<int64_t>(most, BLOCK_ROWS), inner, threads);
-    Cut out = cut_of(tasks, std::min<int64_t>(most, BLOCK_ROWS), width, threads);
-    int64_t in_pieces = (inner + in.cols - 1) / in.cols, out_pieces = (width + out.cols - 1) / out.cols;
-    for_tasks(threads, tasks * in_pieces, [&](int64_t task) {
-        auto [e, first, last] = parts[task / in_pieces];
-        int64_t col = task % in_pieces * in.cols, cols = std::min(in.cols, inner - col);
-        const word* packed = gate_up + 2 * e * size + col * in_steps;
-        T* kept = both + first * 2 * inner;
-        Left rows = rows_of(x + first * width, width);
-        multiply<T, T>(rows, last - first, packed, in_steps, cols, kept + col, 2 * inner);
-        multiply<T, T>(rows, last - first, packed + size, in_steps, cols, kept + inner + col, 2 * inner);
-        silu_product(kept, product + first * inner, last - first, inner, col, col + cols);
-    });
-    for_tasks(threads, tasks * out_pieces, [&](int64_t task) {
-        auto [e, first, last] = parts[task / out_pieces];
-        int64_t col = task % out_pieces * out.cols;
-        multiply<T, T>(rows_of(product + first * inner, inner), last - first, down + e * down_size + col * out_steps,
-                       out_steps, std::min(out.cols, width - col), y + first * width + col, width);
-    });
+    int64_t rows = parts.empty() ? 0 : parts.back().last;
+    threads = threads_for(threads, rows * width * inner * 3);
+    swiglu_in(threads, x, parts, gate_up, both, product, width, inner);
+    swiglu_out(threads, product, parts, down, y, width, inner);
 }
 
 // All gradients of `swiglu`. `product` [rows, inner] and `dboth` [rows, 2 inner] are room to work in.
@@ -1180,6 +1339,8 @@ void orthogonalize(int threads, T* matrices, const float* coefficients, int64_t 
     });
 }
 
+#include "step.cpp"
+
 }  // namespace
 
 // --- the C interface: `wide` chooses float, otherwise bfloat16 -------------------------------------------------
@@ -1201,8 +1362,17 @@ using integer = int64_t;
         name<float>(threads, __VA_ARGS__);                                                                   \
     }
 
-extern "C" __attribute__((visibility("default"))) void freehold_threads(any entry) {
+extern "C" __attribute__((visibility("default"))) void freehold_threads(any entry, any size) {
     parallel = reinterpret_cast<Parallel>(entry.address);
+    team_size = reinterpret_cast<int (*)()>(size.address);
+}
+// Ask the kernel for the tile registers, once; return whether products use them.
+extern "C" __attribute__((visibility("default"))) int freehold_tiles() {
+#ifdef __AMX_BF16__
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;
+    tiles = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#endif
+    return tiles;
 }
 extern "C" __attribute__((visibility("default"))) int freehold_bf16() {
 #ifdef __AVX512BF16__
@@ -1233,6 +1403,12 @@ EXPORT(swiglu_packed,
        (int wide, int threads, any x, any counts, integer experts, any gate_up, any down, any both, any product, any y,
         integer width, integer inner),
        x, counts, experts, gate_up, down, both, product, y, width, inner)
+EXPORT(step,
+       (int wide, int threads, any model, any layers, any ids, any positions, any embedding, any cos, any sin,
+        any offsets, any first, any tables, integer blocks, any store, integer small, any gain, any out, integer rows,
+        integer sequences, any ends, integer draws, any picked, any logits, any partition),
+       model, layers, ids, positions, embedding, cos, sin, offsets, first, tables, blocks, store, small, gain, out, rows,
+       sequences, ends, draws, picked, logits, partition)
 EXPORT(attention_pages,
        (int wide, int threads, any q, any k, any v, any offsets, any first, any table, integer blocks, any store,
         integer window, float scale, any out, integer sequences, integer heads, integer groups, integer width,

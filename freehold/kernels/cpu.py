@@ -34,8 +34,9 @@ def _library() -> ctypes.CDLL | str:
         library = build.load(SOURCE, FLAGS, "native")
     except (build.UnavailableError, OSError) as problem:
         return str(problem)
-    entry = getattr(_openmp(), "GOMP_parallel", None)
-    library.freehold_threads(ctypes.cast(entry, ctypes.c_void_p) if entry else None)
+    entries = [getattr(_openmp(), name, None) for name in ("GOMP_parallel", "omp_get_num_threads")]
+    library.freehold_threads(*(ctypes.cast(entry, ctypes.c_void_p) if entry else None for entry in entries))
+    library.freehold_tiles()
     return library
 
 
@@ -71,7 +72,8 @@ def operators(dtype: torch.dtype) -> str:
     """Return the name of the operators a model of this dtype runs on, on CPU: other names, other bits."""
     library = _library()
     if isinstance(library, ctypes.CDLL) and available(torch.empty(0, dtype=dtype)):
-        return Path(library._name).stem
+        # A system that refuses the tile registers computes other bits with the same library.
+        return Path(library._name).stem + ("-amx" if library.freehold_tiles() and dtype == torch.bfloat16 else "")
     return "pytorch"
 
 

@@ -51,6 +51,7 @@ class MachineConfig(Config):
         INTERRUPTIONS_PER_DEVICE_HOUR, ge=0, description="unexpected stops; default: Llama 3 405B's"
     )
     storage_bytes_s: float = Field(50e9, gt=0, description="bytes a second that storage takes from all devices")
+    network: float = Field(1.0, gt=0, description="bandwidth between machines over the table's, e.g. 2 for twice")
     bubble: float = Field(1.0, ge=0, le=1, description="share of 1F1B's pipeline bubble that the schedule leaves")
 
     @pydantic.field_validator("device")
@@ -64,6 +65,7 @@ class MachineConfig(Config):
     def spec(self) -> Device:
         """Return the row of the hardware table, at the price given."""
         spec = DEVICES[self.device]
+        spec = spec._replace(network_bytes_s=self.network * spec.network_bytes_s)
         return spec if self.usd_hour is None else spec._replace(usd_hour=self.usd_hour)
 
 

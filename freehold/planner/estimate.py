@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from freehold.core.config import fill, merge
 from freehold.core.errors import ConfigError
 from freehold.model.config import flops_per_token, parameter_counts
+from freehold.planner.adapting import ADAPTER_ERROR, adapter_plan
 from freehold.planner.config import PlanConfig
 from freehold.planner.hardware import FACILITY, MFU_ERROR, RESTART_S
 from freehold.planner.memory import (
     cache_bytes,
     gguf_bytes,
-    qlora_bytes,
     serving_bytes,
     training_bytes,
     uneven_experts,
@@ -213,7 +213,9 @@ def _use(config: PlanConfig) -> dict[str, Figure]:
         figures[f"serve/{weights}"] = Figure(held, "bytes", MEMORY_ERROR)
     cache = cache_bytes(m, m.max_position_embeddings)
     figures["serve/cache"] = Figure(cache, f"bytes a sequence of {m.max_position_embeddings:,} tokens", 0.01)
-    figures["qlora/total"] = Figure(qlora_bytes(config)["total"], "bytes", MEMORY_ERROR)
+    for kind in ("Q4_0", "NF4"):
+        adapting = adapter_plan(config, experts=kind)
+        figures[f"qlora/{kind.lower()}_experts"] = Figure(adapting.device, "bytes", ADAPTER_ERROR)
     return figures
 
 

@@ -1,4 +1,4 @@
-"""Bytes: of one rank in training, of fine-tuning on 4-bit weights, of serving, and of GGUF files.
+"""Bytes: of one rank in training, of serving, and of GGUF files.
 
 Symbols: d model width, H query width, K key width, k experts per token, i expert width, f dense width.
 """
@@ -130,31 +130,6 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Bits a weight in NF4 with doubly quantized scales: blocks of 64, scales of 8 bits, 256 of them share a float32."""
 
 
-def qlora_bytes(config: PlanConfig, rank: int = 16) -> dict[str, float]:
-    """Return the bytes of QLoRA on one device, one sequence at a time: 4-bit matrices, adapters with AdamW, recompute.
-
-    Adapters of `rank` belong to attention and on every expert; embedding, head, router and gains stay in bf16.
-    """
-    m, counts = config.model, parameter_counts(config.model, config.parts)
-    d, h, k = m.hidden_size, m.query_width, m.key_width
-    moe_layers = m.num_hidden_layers - m.num_dense_layers
-    sides = m.num_hidden_layers * (3 * (d + h) + 2 * (d + k)) + m.num_dense_layers * 3 * (d + m.intermediate_size)
-    sides += moe_layers * (m.num_experts + m.num_shared_experts) * 3 * (d + m.moe_intermediate_size)
-    adapters = rank * sides
-    matrices = counts["muon"]
-    tokens = config.batch.context_tokens
-    dense, moe = kept_bytes(config)
-    parts = {
-        "base": matrices * NF4_BITS / 8 + (counts["total"] - matrices) * 2,
-        "adapters": adapters * (2 + 4 + 4 + 8),  # compute copy, master, gradient, two moments
-        # Boundaries, one block made again, and that block's weights unpacked.
-        "activations": tokens * (m.num_hidden_layers * m.hidden_size * 2 + max(dense, moe)),
-        "unpacked": 2.0 * max(counts["moe_layer"], counts["dense_ffn"]),
-        "logits": min(config.loss_chunk_tokens or tokens, tokens) * m.vocab_size * 12.0,
-    }
-    return parts | {"total": sum(parts.values())}
-
-
 def cache_bytes(model: ModelConfig, context_tokens: int, bytes_per_value: int = 2) -> float:
     """Return the key-value cache of one sequence: full layers grow, sliding ones stop at their window."""
     sliding = model.num_hidden_layers - model.num_full_layers
@@ -164,16 +139,21 @@ def cache_bytes(model: ModelConfig, context_tokens: int, bytes_per_value: int = 
 
 def serving_bytes(config: PlanConfig, weights: str = "BF16", context_tokens: int = 0, sequences: int = 1) -> float:
     """Return the bytes that weights of a format (`NVFP4`, `FP8`, or a GGUF type) and their caches take."""
-    m, counts = config.model, parameter_counts(config.model, config.parts)
+    return weight_bytes(config.model, weights, config.parts) + sequences * cache_bytes(
+        config.model, context_tokens or 8192
+    )
+
+
+def weight_bytes(model: ModelConfig, weights: str, parts: dict[str, int] | None = None) -> float:
+    """Return the bytes of the weights in a format: `NVFP4`, `FP8`, or a GGUF type."""
+    m, counts = model, parameter_counts(model, parts)
     if weights in ("NVFP4", "FP8"):
         # As published for Trinity: routed experts and dense feed-forwards packed, the rest in bf16.
         packed = (m.num_hidden_layers - m.num_dense_layers) * counts["expert"] * m.num_experts
         packed += m.num_dense_layers * counts["dense_ffn"]
         bits = 4.5 if weights == "NVFP4" else 8.0
-        held = packed * bits / 8 + (counts["total"] - packed) * 2
-    else:
-        held = gguf_bytes(m, weights)
-    return held + sequences * cache_bytes(m, context_tokens or 8192)
+        return packed * bits / 8 + (counts["total"] - packed) * 2
+    return gguf_bytes(m, weights)
 
 
 # Bits a value of llama.cpp's block formats (ggml-common.h: block bytes over block values).

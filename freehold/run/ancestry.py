@@ -196,6 +196,8 @@ def record_of(folder: Path, depth: int = 0) -> Record:
             return unknown("too many generations", content)
         if facts.get("imported"):
             return _of_import(folder, content, facts)
+        if facts.get("record"):  # made from one model alone: pruned, or grown
+            return Record("", folder.as_posix(), content, parents=(Record.from_dict(facts["record"]),))
         run = _run_of(folder)
         if run is None:
             return unknown("it is in no run folder", content, folder.as_posix())

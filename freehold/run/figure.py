@@ -132,6 +132,25 @@ def draw_calibration(found: dict[str, Any]) -> bytes:
     return png(figure)
 
 
+def draw_experts(found: dict[str, Any]) -> bytes:
+    """Return the picture of experts by domain: lift over the reference where it is known, else share of gate mass."""
+    domains = found["domains"]
+    figure = Figure(figsize=(8, 1 + 2.2 * len(domains)), layout="constrained")
+    for axes, (name, domain) in zip(figure.subplots(len(domains), squeeze=False)[:, 0], domains.items(), strict=True):
+        layers = domain["layers"]
+        lifted = all("lift" in layer for layer in layers.values())
+        values = np.array([layer["lift" if lifted else "mass"] for layer in layers.values()])
+        if lifted:
+            # Twice as much and half as much are equally far from 1.
+            image = axes.imshow(np.log2(np.maximum(values, 1 / 16)), aspect="auto", cmap="RdBu_r", vmin=-3, vmax=3)
+        else:
+            image = axes.imshow(values, aspect="auto", cmap="inferno")
+        figure.colorbar(image, label="log2 of lift" if lifted else "share of gate mass")
+        axes.set_yticks(range(len(values)), list(layers))
+        axes.set(xlabel="expert", ylabel="layer", title=f"{name}: {domain['tokens']:,} tokens")
+    return png(figure)
+
+
 def draw_data(facts: dict[str, Any]) -> bytes:
     """Return a PNG of a corpus from the facts of its card: sources, licences, lengths, languages, drops, reading."""
     with matplotlib.rc_context(STYLE):

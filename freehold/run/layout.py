@@ -179,7 +179,7 @@ KEPT_WHEN_MADE_AGAIN = {"log", "answers.jsonl"}
 """Names that stay when a stage is made again: what was said, and what a teacher answered, by its request."""
 EXPORTED = "align/preview"
 """The checkpoint that a manifest of an export means when it names none."""
-NAMED = ("pretrain/truebase", "pretrain/base", "align/preview")
+NAMED = ("pretrain/truebase", "pretrain/base", "align/preview", "align/thinking")
 """Checkpoints that people look for by name."""
 
 IMPORTED = "import/base"

@@ -6,6 +6,8 @@ pending for this run, whose checkpoints keep what they learned; the run made fro
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from freehold.core.artifact import read_json, write_json
@@ -14,6 +16,7 @@ from freehold.core.errors import DataError, ProofError
 from freehold.ledger.reservations import Reservations
 from freehold.run.layout import RunFolder
 from freehold.run.takedown import takedown
+from freehold.run.takedown_answer import Takedown
 
 
 def note(run_folder: Path, query: str, widen: bool, reservations: Reservations | None = None) -> None:
@@ -27,19 +30,22 @@ def note(run_folder: Path, query: str, widen: bool, reservations: Reservations |
         write_json(path, {"format_version": 1, "asked": [*noted, asked]})
 
 
+def answers(run_folder: Path) -> Iterator[tuple[str, Takedown]]:
+    """Yield every request that is noted for a run, and what it reaches now."""
+    for asked in _noted(run_folder):
+        # Where nothing of that name is in the run any more, there is nothing to reach.
+        with contextlib.suppress(DataError):
+            query = str(asked["query"])
+            yield query, takedown(run_folder, query, widen=bool(asked["widen"]), reservations=_reservations(asked))
+
+
 def affecting(run_folder: Path, checkpoint: str) -> list[str]:
     """Return what was asked to be removed and a checkpoint of the run learned from, or perhaps did."""
-    found = []
-    for asked in _noted(run_folder):
-        try:
-            answer = takedown(
-                run_folder, str(asked["query"]), widen=bool(asked["widen"]), reservations=_reservations(asked)
-            ).runs[0]
-        except DataError:  # nothing of that name is in the run any more
-            continue
-        if checkpoint in {judged.path for judged in answer.checkpoints} | set(answer.unknown):
-            found.append(str(asked["query"]))
-    return found
+    return [
+        query
+        for query, found in answers(run_folder)
+        if checkpoint in {judged.path for judged in found.runs[0].checkpoints} | set(found.runs[0].unknown)
+    ]
 
 
 def refuse(run_folder: Path, checkpoint: str) -> None:

@@ -15,6 +15,7 @@ from freehold.core.log import printable, read_metrics
 from freehold.core.machine import program
 from freehold.core.table import Table
 from freehold.run.layout import ALIGN, EXPORT, NAMED, PRETRAIN, TOKENIZE, TRAINER_FACTS, WALK, RunFolder, training
+from freehold.run.questions import five
 from freehold.stages.evaluate.table import tables as evaluation_tables
 
 MOST_SITES = 30
@@ -74,7 +75,8 @@ def summary(run_folder: Path, width: int = 118) -> str:
 
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=False)
-    for table in tables(run_folder):
+    asked = five(run_folder)
+    for table in [*tables(run_folder), *([asked] if asked else [])]:
         shown = RichTable(title=Text(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for index, name in enumerate(table.header):
             left = index in table.left

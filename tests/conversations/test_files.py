@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from freehold.cli import main
@@ -34,6 +39,43 @@ def test_lines_and_arrays_are_read_with_their_numbers(tmp_path):
     assert [row.number for row in read(lines, "messages")] == [1, 3, 4]
     assert [row.number for row in read(array, "messages")] == [1, 2, 3]
     assert [row.made for row in read(lines, "messages")] == [row.made for row in read(array, "messages")]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_files_are_read_as_plain_ones(pack, tmp_path):
+    rows = [talk(1), talk(2)]
+    plain = jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.jsonl.packed").write_bytes(pack(plain.read_bytes()))
+    (tmp_path / "a.json.packed").write_bytes(pack(json.dumps(rows).encode()))
+    expected = [row.made for row in read(plain, "messages")]
+    for name in ("a.jsonl.packed", "a.json.packed"):
+        assert format_of(tmp_path / name) == "messages"
+        assert [row.made for row in read(tmp_path / name, "messages")] == expected
+    (tmp_path / "cut").write_bytes(pack(b"x" * 100_000)[:-9])
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read(tmp_path / "cut", "messages"))
+
+
+def test_parquet_rows_are_those_of_json_lines(tmp_path):
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    rows = [
+        talk(1),
+        {**talk(2), "source": "me"},
+        {"messages": [*talk(3)["messages"], *talk(4, tool_calls=[call])["messages"]]},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, pa.Table.from_pylist([rows[2], rows[1]]).schema), tmp_path / "a.parquet")
+    expected = [row.made for row in read(jsonl(tmp_path / "a.jsonl", rows), "messages")]
+    assert [row.made for row in read(tmp_path / "a.parquet", format_of(tmp_path / "a.parquet"))] == expected
+    # One value that many rows repeat is small on disk, and must not be in memory once for each of them.
+    big = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), pa.array(["ab " * 300_000]))
+    answers = pa.array(["no"] * 3000)
+    pq.write_table(pa.table({"prompt": big, "completion": answers}), tmp_path / "bomb.parquet", store_schema=False)
+    found = list(read(tmp_path / "bomb.parquet", "prompt_completion", max_bytes=10_000))
+    assert len(found) == 3000
+    assert "max_document_bytes" in found[-1].reason
+    (tmp_path / "no.parquet").write_bytes(b"PAR1 and nothing")
+    with pytest.raises(DataError, match="parquet file of conversations cannot be read"):
+        list(read(tmp_path / "no.parquet", "messages"))
 
 
 def test_refused_rows_are_named_by_number(tmp_path):

@@ -17,6 +17,7 @@ from freehold.core.errors import ConfigError, DataError
 from freehold.corpora import dialogues, factbook
 from freehold.corpora.config import Settings
 from freehold.corpora.reasoning import HELD_OUT_SEEDS, Gym, load
+from freehold.corpora.wordings import REFUSAL
 from freehold.text.html import strip_html
 
 SMALL = {
@@ -24,8 +25,9 @@ SMALL = {
     "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 9},
     "spell_backward": {"min_word_len": 3, "max_word_len": 4},
 }
-GENERATED = {"kind": "generated", "factbook": "book", "reasoning": SMALL, "max_bytes": 60_000, "conversations": 400,
-             "reasoning_items": 31, "factbook_items": 20}  # fmt: skip
+GENERATED = {"kind": "generated", "factbook": "book", "reasoning": SMALL, "max_bytes": 180_000, "conversations": 400,
+             "reasoning_items": 31, "taught_items": 20, "text_only_items": 10, "unknown_items": 12,
+             "unknown_conversations": 30, "procedure_conversations": 40, "procedure_items": 15}  # fmt: skip
 
 
 class Output:
@@ -43,6 +45,7 @@ class Output:
             for fact in factbook.facts(data, path, strip_html)
             for question in fact.questions
         }
+        self.tested = {question: fact for fact in self.facts.values() for question in fact.tests}
         self.pairs = [
             (c.messages[i]["content"], c.messages[i + 1]["content"])
             for c in self.conversations
@@ -79,21 +82,24 @@ def score(question: str, answer: str) -> float | None:
 def test_counts_and_forms(made: Output) -> None:
     assert {name: len(rows) for name, rows in made.tasks.items()} == {
         "reasoning": 31,
-        "factbook_heldout": 20,
-        "factbook_seen": 20,
+        "procedures": 15,
+        "facts_taught": 20,
+        "facts_text_only": 10,
+        "facts_text_only_open": 10,
+        "unknown_places": 12,
     }
-    assert len(made.conversations) <= 400
-    assert len({c.id for c in made.conversations}) == len(made.conversations) > 350
-    assert 40_000 < sum(len(d.text.encode()) for d in made.documents) <= 60_000
+    assert len(made.conversations) <= 470
+    assert len({c.id for c in made.conversations}) == len(made.conversations) > 420
+    assert 160_000 < sum(len(d.text.encode()) for d in made.documents) <= 180_000
     for row in made.tasks["reasoning"]:
         assert set(row) == {"id", "task", "kind", "prompt", "answer", "seen", "source", "licence"}
         assert row["kind"] == "generate"
         assert row["task"] in SMALL
-    for name in ("factbook_heldout", "factbook_seen"):
-        for row in made.tasks[name]:
-            assert row["kind"] == "choice"
-            assert row["seen"] is (name == "factbook_seen")
-            assert len(set(row["choices"])) == 4
+    for row in made.tasks["facts_text_only"]:
+        assert row["kind"] == "choice"
+        assert len(set(row["choices"])) == 4
+    for name, rows in made.tasks.items():
+        assert all(row["seen"] is (name == "facts_taught") for row in rows)
 
 
 def test_rights_are_the_strictest_of_ours_and_the_source_s(made: Output) -> None:
@@ -104,7 +110,8 @@ def test_rights_are_the_strictest_of_ours_and_the_source_s(made: Output) -> None
     }
     assert {d.kind for d in made.documents} == {"generated"}
     assert {c.kind for c in made.conversations} == {"conversation"}
-    assert all(row["licence"] in by_source.values() for rows in made.tasks.values() for row in rows)
+    ours = {"LicenseRef-Freehold-Generated", *by_source.values()}
+    assert all(row["licence"] in ours for rows in made.tasks.values() for row in rows)
 
 
 def test_doubt_about_a_source_holds_for_what_was_made_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,33 +153,47 @@ def test_factbook_answers_are_true(made: Output) -> None:
             assert answer.lower() in raw.lower()
             checked += 1
     assert checked > 200
-    for name in ("factbook_heldout", "factbook_seen"):
-        for row in made.tasks[name]:
-            fact = made.facts[row["prompt"][0]["content"]]
-            assert row["choices"][row["answer"]].lower() == fact.answer.lower()
-            wrong = [c for i, c in enumerate(row["choices"]) if i != row["answer"]]
-            assert not any(w.lower() in fact.answer.lower() or fact.answer.lower() in w.lower() for w in wrong)
+    for row in made.tasks["facts_text_only"]:
+        fact = made.tested[row["prompt"][0]["content"]]
+        assert row["choices"][row["answer"]].lower() == fact.answer.lower()
+        wrong = [c for i, c in enumerate(row["choices"]) if i != row["answer"]]
+        assert not any(w.lower() in fact.answer.lower() or fact.answer.lower() in w.lower() for w in wrong)
+    for row in made.tasks["facts_taught"] + made.tasks["facts_text_only_open"]:
+        assert row["answer"].lower() == made.tested[row["prompt"][0]["content"]].answer.lower()
 
 
-def test_nothing_held_out_is_written_for_training(made: Output) -> None:
+def test_nothing_held_out_is_asked_in_training(made: Output) -> None:
     asked = {question for question, _ in made.pairs}
     everything = "\n".join(d.text for d in made.documents) + "\n"
-    for name in ("reasoning", "factbook_heldout"):
+    for name in made.tasks:
         for row in made.tasks[name]:
             question = row["prompt"][0]["content"]
             assert question not in asked
             assert question + "\n" not in everything
-            assert not any(q.startswith(question.rstrip(" =.") + " ") for q in asked)
-    for row in made.tasks["factbook_heldout"]:  # not in other words either, nor as a statement
-        fact = made.facts[row["prompt"][0]["content"]]
-        assert not asked & set(fact.questions)
-        assert fact.statement not in everything
-    assert all(row["prompt"][0]["content"] in made.facts for row in made.tasks["factbook_seen"])
+            assert not [(q, question) for q in asked if q.startswith(question.rstrip(" =.") + " ")]
+    for row in made.tasks["facts_text_only"]:
+        fact = made.tested[row["prompt"][0]["content"]]
+        assert not asked & {*fact.questions, *fact.tests}
+        assert any(said in everything for said in fact.statements)
+    lists = {
+        name: {made.tested[row["prompt"][0]["content"]].key for row in made.tasks[name]}
+        for name in ("facts_taught", "facts_text_only")
+    }
     trained = {made.facts[q].key for q in asked if q in made.facts}
-    held = {made.facts[row["prompt"][0]["content"]].key for row in made.tasks["factbook_heldout"]}
-    assert not trained & held
+    assert lists["facts_taught"] <= trained
+    assert not lists["facts_text_only"] & trained
     share = 1 - len(trained) / len({f.key for f in made.facts.values()})
-    assert 0.1 < share < 0.3
+    assert 0.15 < share < 0.35
+
+
+def test_unknown_places_are_refused_and_known_ones_are_not(made: Output) -> None:
+    real = {fact.country for fact in made.facts.values()}
+    refused = [q for q, a in made.pairs if a == REFUSAL]
+    assert len(refused) == 30
+    assert not [q for q in refused if q in made.facts]
+    for row in made.tasks["unknown_places"]:
+        assert row["answer"] == REFUSAL
+        assert not [name for name in real if name in row["prompt"][0]["content"]]
 
 
 def test_conversations_are_well_formed(made: Output) -> None:
@@ -188,7 +209,7 @@ def test_conversations_are_well_formed(made: Output) -> None:
 
 
 def test_the_seed_decides_everything(tmp_path: Path) -> None:
-    source = {**GENERATED, "factbook": None, "conversations": 60, "max_bytes": 5000}
+    source = {**GENERATED, "factbook": None, "conversations": 60, "max_bytes": 5000, "procedure_items": 0}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         gather(tmp_path / name, {"made": source}, seed=seed)
     texts = {}

@@ -181,6 +181,17 @@ def test_logprobs_of_training_scoring_and_answering_are_equal(dtype, threads, mo
         assert (-trained).tolist() == scored[1:]
 
 
+@DTYPES
+@THREADS
+def test_one_call_for_all_layers_has_the_bits_of_each_module(dtype, threads, models):
+    model, sampling = models[dtype], Sampling(seed=5, max_tokens=6)
+    prompts = [ids(length) for length in (1, 64, 130)]
+    together = Engine(model).generate(prompts, sampling)
+    with recorded(model) as passes:  # modules that someone observes run one by one
+        assert Engine(model).generate(prompts, sampling) == together
+    assert all(passes)
+
+
 PROMPTS = [ids(LENGTHS[i % len(LENGTHS)], seed=i) for i in range(64)]
 SETTINGS = [Sampling(seed=i, max_tokens=3 + i % 5, temperature=0.0 if i % 3 == 0 else 1.0) for i in range(64)]
 

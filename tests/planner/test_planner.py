@@ -17,7 +17,7 @@ from freehold.model.afmoe import Afmoe
 from freehold.model.config import PRESETS as SHAPES
 from freehold.model.config import flops_per_token, parameter_counts
 from freehold.parallel.mesh import place_of
-from freehold.planner import estimate, memory, show
+from freehold.planner import adapting, estimate, memory, serving, show, whole
 from freehold.planner.config import PlanConfig, plan_of_recipe
 from freehold.planner.hardware import DEVICES, INTERRUPTIONS_PER_DEVICE_HOUR
 from freehold.planner.published import PRESETS, PUBLISHED
@@ -114,13 +114,110 @@ def test_cache_of_large_at_262144_tokens():
     assert memory.cache_bytes(SHAPES["large"], 262_144) / GIB == pytest.approx(15 + 0.7, abs=0.05)
 
 
-def test_qlora_base_is_four_bits_and_the_rest_is_not():
-    config = plan_of("mini")
-    counts = parameter_counts(config.model)
-    bare = counts["total"] * memory.NF4_BITS / 8
-    total = memory.qlora_bytes(config)["total"]
-    assert bare < total < 2 * counts["total"]
-    assert memory.qlora_bytes(config, rank=32)["adapters"] == 2 * memory.qlora_bytes(config, rank=16)["adapters"]
+@pytest.mark.parametrize(
+    ("how", "total_gb"),
+    [
+        ({"experts": "BF16"}, 824), ({"experts": "Q8_0"}, 458), ({"experts": "Q4_0"}, 262), ({"experts": "NF4"}, 243.6),
+        ({"experts": "Q3_K"}, 210), ({"experts": "Q2_K"}, 170), ({"experts": "NF4", "share": 0.1}, 229),
+        ({"experts": "NF4", "kept": 0.5}, 134.5), ({"experts": "NF4", "offload": True}, 49.3),
+    ],
+)  # fmt: skip
+def test_adapters_of_large_by_format_and_place(how, total_gb):
+    """As counted by hand from parameters, bits and 16 bytes of state; rank 16, 4 on an expert."""
+    plan = adapting.adapter_plan(plan_of("large"), **how)
+    assert plan.device == pytest.approx(total_gb * 1e9, rel=0.015)
+    assert (plan.host > 200e9) == bool(how.get("offload"))
+
+
+def test_rank_of_an_expert_follows_the_experts_a_token_uses():
+    config = plan_of("large")
+    assert (adapting.expert_rank(config.model, 16), adapting.expert_rank(config.model, 2)) == (4, 1)
+    same, active = (sum(adapting.adapter_parameters(config.model, 16, rule).values()) for rule in ("same", "active"))
+    assert same == pytest.approx(4.08e9, rel=0.03)
+    assert active == pytest.approx(1.07e9, rel=0.03)
+    said = adapting.qlora_answer(config)
+    assert all(part in said for part in ("262 GB", "243.7 GB", "134.", "202 GB", "48 GB"))
+    shown = [table.text() for table in adapting.adapt_tables(config)]
+    assert "8 x 141 GB" in shown[0]
+    assert "routed" in shown[1]
+
+
+# --- serving ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", serving.PUBLISHED_SERVING, ids=lambda row: f"{row.model}-{row.context_tokens}")
+def test_published_speeds_come_out(row):
+    seconds = serving.step_seconds(SHAPES[row.model], row.weights, row.setup, row.sequences, row.context_tokens)
+    assert row.sequences / seconds == pytest.approx(row.tokens_s, rel=serving.SERVE_ERROR)
+
+
+def test_machines_that_hold_large():
+    """The published 4 x 80 GB and a host with 384 GB hold it at Q4_K_M; two 80 GB GPUs do not."""
+    fits = {s.name: serving.serve_row(SHAPES["large"], "Q4_K_M", s, 1, 8192).fits for s in serving.SETUPS}
+    assert fits["4 x 80 GB (H100)"]
+    assert fits["host with 384 GB"]
+    assert not fits["2 x 80 GB (H100)"]
+    assert memory.cache_bytes(SHAPES["large"], 1_000_000) == pytest.approx(61e9, rel=0.04)
+
+
+def test_serving_follows_batch_and_context():
+    model, setup = SHAPES["large"], serving.SETUPS[6]
+    one, many = (serving.read_bytes(model, "BF16", n) for n in (1, 10_000))
+    counts = parameter_counts(model)
+    assert one == pytest.approx(2 * counts["active_with_head"], rel=0.01)
+    assert many == pytest.approx(2 * (counts["total"] - counts["embedding"]), rel=0.01)
+    rates = [serving.serve_row(model, "FP8", setup, n, 8192).tokens_s for n in (1, 8, 32)]
+    assert rates == sorted(rates)
+    short, long = (serving.serve_row(model, "FP8", setup, 32, n) for n in (8192, 131_072))
+    assert short.tokens_s > long.tokens_s
+    assert short.needed_bytes < long.needed_bytes
+    rows = serving.serving(model)
+    assert {row.context_tokens for row in rows} == {8192, 131_072, 524_288}
+    assert [table.title for table in serving.serve_tables("large", SHAPES)][-1] == "Tokens a second compared"
+    assert serving.serve_json("large", SHAPES)["rows"]
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def test_whole_has_a_source_and_an_error_for_every_part():
+    items = whole.whole(plan_of("large"), SHAPES["mini"])
+    assert [item.what for item in items] == [
+        "curation, on Ray", "synthesis", "the run", "alignment rollouts", "evaluation"
+    ]  # fmt: skip
+    assert all(item.source and 0 < item.error < 1 and item.usd > 0 for item in items)
+    assert "1.2e-06 USD a token" in whole.whole_table(plan_of("large"), SHAPES["mini"]).text()
+
+
+def test_presets_in_one_table():
+    rows = {row[0]: row for row in whole.presets_table().rows}
+    assert set(rows) == set(PRESETS)
+    assert [rows[name][3] for name in ("large", "deepseek-v3", "glm-4.5", "olmo-3-7b")] == [
+        "1.56%", "3.12%", "5.00%", "dense"
+    ]  # fmt: skip
+    assert rows["large"][6] == "11.8%"
+    assert "90%" in whole.presets_table().note
+
+
+def test_more_bandwidth_between_machines_is_a_key():
+    slow, fast = (figures_of("trillion", machine={"network": n})["step/time"].value for n in (1.0, 2.0))
+    assert fast < slow
+    assert len(whole.interconnect(plan_of("trillion")).rows) == 2
+
+
+def test_commands_of_serving_adapters_and_the_whole(capsys):
+    for call, says in (
+        (["large", "--serve"], "Which machines hold it"),
+        (["large", "--adapt"], "QLoRA in 100 to 150 GB?"),
+        (["large", "--whole"], "All parts of a model"),
+        (["all"], "Presets"),
+    ):
+        assert cli.main(["plan", *call]) == 0
+        assert says in capsys.readouterr().out
+        assert cli.main(["plan", *call, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)
+    assert cli.main(["plan", "deepseek-v3", "--serve"]) == 2
+    assert "another architecture" in capsys.readouterr().err
 
 
 # --- what autograd keeps --------------------------------------------------------------------------------------------

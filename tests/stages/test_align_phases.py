@@ -19,12 +19,12 @@ from freehold.core.document import Conversation, Document, document_id, write_ro
 from freehold.core.errors import CheckpointError, ConfigError, DataError, LicenceError
 from freehold.core.log import Log
 from freehold.model.afmoe import Afmoe
-from freehold.stages.align.config import AlignConfig, plan
+from freehold.stages.align.config import AlignConfig, SftConfig, plan
 from freehold.stages.align.forgetting import open_for_use
 from freehold.stages.align.learn_teacher import check_terms
 from freehold.stages.align.reward_model import RewardModel
 from freehold.stages.align.rl_config import TeacherConfig
-from freehold.stages.align.rows import reference_logprobs, render_answers
+from freehold.stages.align.rows import reference_logprobs, render_answers, render_examples, without_reasoning
 from freehold.stages.align.run import run as align
 from freehold.stages.pretrain.config import PretrainConfig
 from freehold.stages.pretrain.run import run as pretrain
@@ -193,6 +193,25 @@ def test_without_pairs_the_error_names_the_format(made, tmp_path):
         (tmp_path / f"run/curate/conversations/{name}.parquet").unlink()
     with pytest.raises(DataError, match=r"(?s)no better and worse answers.*chosen.*docs/conversations.md"):
         aligned(tmp_path / "run", tmp_path / "a", merge(tiny.ALIGN, {"phases": {"sft": None, "prefer": PREFER}}))
+
+
+def test_reasoning_is_learned_or_dropped_by_phase() -> None:
+    thoughtful = [asked(1)[0], {"role": "assistant", "content": "2", "reasoning_content": "1 + 1 = 2"}]
+    assert without_reasoning(thoughtful) == [asked(1)[0], {"role": "assistant", "content": "2"}]
+    brief = {"steps": 2, "checkpoint": "preview", "sft": {"reasoning": "drop"}}
+    config = AlignConfig(phases={"a": {**brief, "checkpoint": ""}, "b": brief, "c": {"steps": 2}})
+    assert [list(group) for group in config.groups()] == [["a", "b"], ["c"]]
+
+
+def test_phase_learns_conversations_of_its_sources(made: Path) -> None:
+    tokenizer = Tokenizer.load(made / "tokenize/tokenizer")
+    work = workspace(made, "align", "curate")
+    everything, _ = render_examples(work, tokenizer)
+    some, _ = render_examples(work, tokenizer, settings=SftConfig(sources=("talk",)))
+    assert {example.source for example in everything} >= {example.source for example in some}
+    assert 0 < len(some) <= len(everything)
+    with pytest.raises(DataError, match="names a source that has no conversations"):
+        render_examples(work, tokenizer, settings=SftConfig(sources=("talks",)))
 
 
 # -- reward models -----------------------------------------------------------------------------------------------------

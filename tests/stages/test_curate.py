@@ -228,6 +228,7 @@ def test_same_input_gives_same_bytes(tmp_path: Path) -> None:
 def test_priority_decides_which_copy_stays(tmp_path: Path) -> None:
     text = clean_texts()[0]
     rows = [document("first", "a", text), document("second", "a", text), document("second", "b", clean_texts()[1])]
+    rows.append(document("first", "c", clean_texts()[2]))
     gathered = gather(tmp_path / "gather", rows)
     curate(gathered, tmp_path / "by_name")
     assert [row["source"] for row in drops_of(tmp_path / "by_name").values()] == ["second"]
@@ -240,12 +241,29 @@ def test_priority_decides_which_copy_stays(tmp_path: Path) -> None:
 def test_a_source_that_lost_much_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [document("clean", str(i), text) for i, text in enumerate(clean_texts()[:4])]
     rows += [document("codes", str(i), f"{i}{i}{i}-{i} " * 90) for i in range(5)]
+    rows += [document("codes", "text", clean_texts()[4])]
     gathered = gather(tmp_path / "gather", rows)
     (tmp_path / "out").mkdir()
     run(CurateConfig(), Workspace(tmp_path / "out", "curate", "test", 0, Log(), {"gather": gathered}))
     said = capsys.readouterr().err
     assert "clean: 4 of 4 documents kept" in said
-    assert re.search(r"codes: 0 of 5 documents kept, most dropped as \w+ \(5\): drops.parquet says why", said)
+    assert re.search(r"codes: 1 of 6 documents kept, most dropped as \w+ \(5\): drops.parquet says why", said)
+
+
+def test_a_source_that_lost_everything_is_an_error(tmp_path: Path) -> None:
+    rows = [document("clean", str(i), text) for i, text in enumerate(clean_texts()[:2])]
+    rows += [document("codes", str(i), f"{i}{i}{i}-{i} " * 90) for i in range(5)]
+    gathered = gather(tmp_path / "gather", rows)
+    with pytest.raises(DataError, match=r"drops every row of a source[\s\S]*codes: none of 5 kept, 5 dropped as \w+"):
+        curate(gathered, tmp_path / "out")
+    curate(gathered, tmp_path / "excluded", CurateConfig(exclude={"sources": ["codes"]}))
+    assert {row.source for row in kept_in(tmp_path / "excluded").values()} == {"clean"}
+    same = [conversation("a", "What is it?", "It is a sea."), conversation("b", "What is it?", "It is a sea.")]
+    (tmp_path / "gather/conversations").mkdir()
+    for name, talk in zip(("one", "two"), same, strict=True):
+        write_rows(tmp_path / f"gather/conversations/{name}.parquet", [talk], Conversation)
+    with pytest.raises(DataError, match="two: none of 1 kept, 1 dropped as exact_duplicate"):
+        curate(gathered, tmp_path / "talks", CurateConfig(exclude={"sources": ["codes"]}))
 
 
 def test_conversations(tmp_path: Path) -> None:

@@ -27,11 +27,11 @@ from freehold.data.packing import cut
 from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.stages.evaluate.config import EvaluateConfig, HarnessConfig, plan
-from freehold.stages.evaluate.items import Item, normalise, read_files, read_items, wilson
+from freehold.stages.evaluate.items import Item, macro, normalise, read_files, read_items, wilson
 from freehold.stages.evaluate.likelihood import batches, score
 from freehold.stages.evaluate.run import evaluate_model, gain, run
 from freehold.stages.evaluate.table import tables
-from freehold.stages.evaluate.tasks import do_tasks
+from freehold.stages.evaluate.tasks import do_tasks, refuses, said
 from freehold.stages.evaluate.text import bits_per_byte, compressors, held_out
 from freehold.tokenizer.bpe import train
 from freehold.tokenizer.chat import render_ids
@@ -303,9 +303,33 @@ def test_greedy_answers_are_those_of_the_plain_loop(loaded: Loaded) -> None:
     ]
     better, _ = do_tasks(loaded, {"capitals": [*right[:3], *items[3:]]}, CONFIG, QUIET, "base")
     assert scores["overall"]["correct"] == 0
-    parts = {"capitals": better["overall"]}
-    assert better["tasks"]["capitals"] == better["overall"] | {"kind": "generate", "parts": parts}
+    record = better["tasks"]["capitals"]
+    assert record["parts"]["capitals"] == better["overall"] | {"majority": 0.4}
+    assert {key: record[key] for key in better["overall"]} == better["overall"]
+    assert (record["kind"], record["macro"], record["refused"]) == ("generate", 0.6, 0)
+    assert record["answer_tokens"] == sum(row["tokens"] for row in rows) / 5
     assert (better["overall"]["correct"], better["overall"]["accuracy"]) == (3, 0.6)
+
+
+def test_relations_count_the_same_in_the_macro_average() -> None:
+    few, many = ({"accuracy": 0.5, "items": 2}, {"accuracy": 1.0, "items": 100})
+    found = macro({"few": few, "many": many})
+    assert found["macro"] == 0.75
+    # Half the standard error of a half of two, 1.96 times.
+    assert found["macro_low"] == pytest.approx(0.75 - 1.96 * 0.5 * (0.25 / 2) ** 0.5, abs=1e-4)
+    assert found["macro_high"] == 1.0
+
+
+def test_thoughts_are_no_part_of_an_answer(loaded: Loaded) -> None:
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "reasoning_content": "c"},
+    ]
+    asked, _ = render_ids(loaded.tokenizer, messages[:1], generation=True)
+    ids, _ = render_ids(loaded.tokenizer, messages)
+    assert said(loaded, ids[len(asked) :]).strip() == "b"
+    assert refuses(" I do not  know.")
+    assert not refuses("I know")
 
 
 def test_the_likeliest_choice_a_byte_is_taken(loaded: Loaded) -> None:

@@ -27,6 +27,7 @@ from freehold.stages.export.config import ExportConfig, Proof, plan
 from freehold.stages.export.files import write_files
 from freehold.stages.export.llama import ExactLlama
 from freehold.stages.export.proof import probes, prove_gguf, prove_hf
+from freehold.stages.export.release import vllm_line
 from freehold.stages.export.run import run
 from freehold.tokenizer import bpe, chat
 
@@ -171,6 +172,13 @@ def render_go(template: str, messages: list[dict[str, str]]) -> str:
         one = body[: choice.start()] + choice[1 if message["role"] == "tool" else 2] + body[choice.end() :]
         text += one.replace("{{ .Role }}", message["role"]).replace("{{ .Content }}", message["content"])
     return text + rest
+
+
+@pytest.mark.parametrize(("dialect", "parser"), [("hermes", "hermes"), ("xml", "qwen3_coder")])
+def test_line_for_vllm_names_its_parsers(dialect, parser) -> None:
+    line = vllm_line(Path("runs/my run/hf"), "mine", dialect)
+    assert line.startswith("vllm serve 'runs/my run/hf' --served-model-name mine ")
+    assert f"--tool-call-parser {parser} " in line
 
 
 def test_modelfile_renders_the_ids_of_the_chat_template(exported: Exported) -> None:

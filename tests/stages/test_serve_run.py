@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import math
 import os
@@ -172,6 +173,41 @@ def test_a_gguf_file_stops_draws_and_repeats(gguf):
     assert list(gguf.backend.decode([prompt], [Sampling(max_tokens=0)])) == []
 
 
+class Only:
+    """A constraint that lets a few tokens come, then the end."""
+
+    def __init__(self, allowed, last) -> None:
+        self.allowed, self.last, self.seen = allowed, last, 0
+
+    def mask(self, logits) -> None:
+        keep = self.allowed if self.seen < 3 else [self.last]
+        kept = logits[keep].clone()
+        logits.fill_(-torch.inf)
+        logits[keep] = kept
+
+    def took(self, token) -> None:
+        self.seen += 1
+
+
+@pytest.mark.parametrize("allowed", [[40, 99, 300], [i for i in range(5, 512) if i % 7]], ids=["few", "most"])
+def test_masks_hold_on_a_gguf_file(gguf, tiny_checkpoint, allowed):
+    sampling = Sampling(temperature=0, max_tokens=9, stop_ids=(3,), constrain=lambda: Only(allowed, 3))
+    found = [t for _, t in gguf.backend.decode([[0, 40, 50]], [sampling])]
+    expected = api.load(tiny_checkpoint).engine.generate([[0, 40, 50]], sampling)[0]
+    assert [t.id for t in found] == expected.ids
+    assert found[-1].finish_reason == "stop"
+
+
+def test_slots_of_a_gguf_file_answer_at_the_same_time(gguf):
+    assert gguf.threads == 4
+    prompts = [[0, 40 + i, 50, 60] for i in range(6)]
+    sampling = Sampling(temperature=0, max_tokens=8)
+    alone = [[t.id for _, t in gguf.backend.decode([p], [sampling])] for p in prompts]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda p: [t.id for _, t in gguf.backend.decode([p], [sampling])], prompts))
+    assert together == alone
+
+
 @pytest.mark.parametrize("temperature", [1e-45, 1e-300, 1e-7])
 def test_a_temperature_next_to_0_is_greedy_on_a_gguf_file(gguf, temperature):
     prompt = [0, 40, 50, 60, 41, 51]
@@ -224,9 +260,14 @@ def test_what_is_no_gguf_file_is_refused(exported, tmp_path):
     with pytest.raises(ArtifactError, match="no such file"):
         open_model(ServeConfig(tokenizer=exported / "hf"), tmp_path / "model.gguf")
     (tmp_path / "model.gguf").write_bytes(b"not one")
+    with pytest.raises(ArtifactError, match="does not begin with GGUF"):
+        open_model(ServeConfig(tokenizer=exported / "hf"), tmp_path / "model.gguf")
+    sound = (exported / "gguf" / "Tiny-F32.gguf").read_bytes()
+    # Of the same length, so the header is sound; what llama.cpp needs is missing all the same.
+    (tmp_path / "model.gguf").write_bytes(sound.replace(b"general.architecture", b"general.architecturf"))
     with pytest.raises(ArtifactError, match="cannot open") as caught:
         open_model(ServeConfig(tokenizer=exported / "hf"), tmp_path / "model.gguf")
-    assert "invalid magic characters" in str(caught.value)  # llama.cpp's own words
+    assert "model loading error" in str(caught.value)  # llama.cpp's own words
 
 
 def test_dead_llama_cpp_is_reported(exported):

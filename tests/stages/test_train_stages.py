@@ -6,6 +6,7 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from freehold.api import load
 from freehold.checkpoint import dcp
@@ -13,7 +14,7 @@ from freehold.core.artifact import Workspace, write_manifest
 from freehold.core.config import fill, merge, parse_override
 from freehold.core.config import override as config_override
 from freehold.core.document import Conversation, Document, document_id, write_rows
-from freehold.core.errors import CheckpointError, ConfigError, DataError
+from freehold.core.errors import ArtifactError, CheckpointError, ConfigError, DataError
 from freehold.core.log import Log
 from freehold.data.shards import ShardSet
 from freehold.model.config import to_hf_dict
@@ -25,6 +26,9 @@ from freehold.stages.evaluate.needles import find_needles, needle_tables
 from freehold.stages.pretrain.config import PretrainConfig as PretrainConfig
 from freehold.stages.pretrain.extend import extended
 from freehold.stages.pretrain.run import run as pretrain
+from freehold.stages.reshape.config import GrowConfig
+from freehold.stages.reshape.grow import grow
+from freehold.stages.reshape.model import open_model, save_model
 from freehold.stages.tokenize.config import TokenizeConfig as TokenizeConfig
 from freehold.stages.tokenize.run import run as tokenize
 
@@ -223,6 +227,26 @@ def test_context_that_cannot_be_extended(run, change, says):
     config = fill(PretrainConfig, data, "pretrain")
     with pytest.raises(ConfigError, match=says):
         extended(config, config.model, {"context_tokens": 32})
+
+
+def test_grown_model_is_refused_with_the_old_shape(run, tmp_path):
+    """Its own recipe continues it; a recipe with the old number of experts sees both numbers."""
+    parent = open_model(run / "pretrain/base")
+    shape, state = grow(parent.config, parent.state, GrowConfig(experts=8))
+    save_model(tmp_path / "grown", parent, shape, state, {"how": "grown"}, None)
+    old = merge(PRETRAIN, {"parent": str(tmp_path / "grown"), "phases": {"stable": None}})
+    with pytest.raises(CheckpointError, match=r"(?s)another shape.*num_experts"):
+        pretrain(fill(PretrainConfig, old, "pretrain"), _next_to(run, tmp_path))
+    section = yaml.safe_load((tmp_path / "grown/recipe.yaml").read_text())["pretrain"]
+    config = fill(PretrainConfig, merge(old, section), "pretrain")
+    assert pretrain(config, _next_to(run, tmp_path / "new"))["steps"] == 8
+    assert dcp.check(tmp_path / "new/pretrain/base")["parent"] == dcp_hash(tmp_path / "grown")
+    with pytest.raises(ArtifactError, match="of this name already"):
+        save_model(tmp_path / "grown", parent, shape, state, {"how": "grown"}, None)
+
+
+def dcp_hash(folder):
+    return json.loads((folder / "manifest.json").read_text())["content_sha256"]
 
 
 def test_longer_rows_need_a_parent_and_one_length(run):

@@ -27,6 +27,15 @@ class PreferenceConfig(Config):
     )
 
 
+class SftConfig(Config):
+    """What a phase of kind sft learns from its conversations."""
+
+    sources: tuple[str, ...] = Field((), description="sources whose conversations are learned; empty: all of them")
+    reasoning: Literal["keep", "drop"] = Field(
+        "keep", description="drop: learn the answers without the reasoning before them; keep: with it, where there is"
+    )
+
+
 class AlignPhaseConfig(PhaseConfig):
     """One phase of alignment: what it learns from, and how."""
 
@@ -39,6 +48,7 @@ class AlignPhaseConfig(PhaseConfig):
     practice: PracticeConfig = Field(
         default_factory=PracticeConfig, description="for kind sft: right answers to tasks, so that rl has some to find"
     )
+    sft: SftConfig = Field(default_factory=SftConfig, description="for kind sft")
     preference: PreferenceConfig = Field(default_factory=PreferenceConfig, description="for kind preference")
     reward: RewardConfig = Field(default_factory=RewardConfig, description="for kind reward")
     rl: RlConfig = Field(default_factory=RlConfig, description="for kind rl, and for distill on policy")
@@ -64,8 +74,8 @@ class AlignPhaseConfig(PhaseConfig):
     def settings(self) -> tuple[Config, ...]:
         """Return what makes two phases of one kind different jobs."""
         own: dict[str, tuple[Config, ...]] = {
-            "sft": (self.practice,), "preference": (self.preference,), "reward": (self.reward,), "rl": (self.rl,),
-            "distill": (self.distill, self.rl),
+            "sft": (self.sft, self.practice), "preference": (self.preference,), "reward": (self.reward,),
+            "rl": (self.rl,), "distill": (self.distill, self.rl),
         }  # fmt: skip
         return own[self.kind]
 

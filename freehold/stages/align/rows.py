@@ -16,6 +16,7 @@ from freehold.data.packing import Example, pack
 from freehold.data.pairs import Answers, PairOrder
 from freehold.losses.targets import token_logprobs
 from freehold.model.afmoe import Afmoe
+from freehold.stages.align.config import SftConfig
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.chat import render_ids
 
@@ -24,16 +25,19 @@ REFERENCE_ROWS = 8
 
 
 def render_examples(
-    work: Workspace, tokenizer: Tokenizer, practice: Sequence[Example] = ()
+    work: Workspace, tokenizer: Tokenizer, practice: Sequence[Example] = (), settings: SftConfig | None = None
 ) -> tuple[list[Example], int]:
     """Return the training conversations as ids with loss masks, and how many tokens carry loss; `practice` after them.
 
-    Raises DataError when there are none.
+    Of the sources that `settings` names, without the reasoning when they say so. Raises DataError when there are none,
+    or when it names one that has none.
     """
+    settings = settings or SftConfig()
     examples: list[Example] = []
-    for row in _rows(work):
+    for row in _rows(work, settings.sources):
         if answer_of(row) is None:
-            examples.append(_example(row, row.messages, tokenizer))
+            messages = without_reasoning(row.messages) if settings.reasoning == "drop" else row.messages
+            examples.append(_example(row, messages, tokenizer))
     examples += practice
     if not examples:
         raise DataError(
@@ -71,9 +75,24 @@ def answer_of(row: Conversation) -> int | None:
     return next((n for n, m in enumerate(row.messages) if "rejected" in m or "label" in m), None)
 
 
-def _rows(work: Workspace) -> Iterator[Conversation]:
-    for path in sorted((work.input("curate") / "conversations").glob("*.parquet")):
-        for row in work.log.track(read_rows(path, Conversation), f"render {path.stem}"):
+def without_reasoning(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages without what was thought."""
+    return [{key: value for key, value in message.items() if key != "reasoning_content"} for message in messages]
+
+
+def _rows(work: Workspace, sources: Sequence[str] = ()) -> Iterator[Conversation]:
+    paths = {path.stem: path for path in sorted((work.input("curate") / "conversations").glob("*.parquet"))}
+    if unknown := sorted(set(sources) - set(paths)):
+        raise DataError(
+            "a phase of align names a source that has no conversations",
+            where="sft.sources",
+            found=unknown[0],
+            expected=f"one of {', '.join(paths) or 'none: no source has any'}",
+        )
+    for name, path in paths.items():
+        if sources and name not in sources:
+            continue
+        for row in work.log.track(read_rows(path, Conversation), f"render {name}"):
             if row.split == "train":
                 yield row
 

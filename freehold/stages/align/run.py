@@ -180,8 +180,9 @@ def conversations(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, op
     """Return the rows of fine-tuning: conversations, with replay also pre-training text."""
     steps = sum(phase.steps for phase in config.phases.values())
     replayed = round(config.replay * config.batch.sequences)
-    practice = learn_rl.practice(next(iter(config.phases.values())).practice, work, tokenizer)
-    examples, assistant_tokens = render_examples(work, tokenizer, practice)
+    phase = next(iter(config.phases.values()))
+    practice = learn_rl.practice(phase.practice, work, tokenizer)
+    examples, assistant_tokens = render_examples(work, tokenizer, practice, phase.sft)
     order = ConversationOrder(
         examples,
         context_tokens=config.batch.context_tokens,

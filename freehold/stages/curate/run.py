@@ -98,7 +98,38 @@ def curate_documents(job: Job, shards: list[Shard], excluded: dict[str, Why], re
             expected="at least one document",
             todo="loosen the limits under `curate.kinds`, or gather other sources",
         )
+    check_sources(kept, report)
     write_documents(kept, excluded, report, work.folder)
+
+
+def check_sources(kept: Kept, report: Report) -> None:
+    """Raise DataError naming each source of which no document is left, with the main reason; one that is excluded may.
+
+    A recipe that goes on to weigh such a source would speak of text that no step reads.
+    """
+    standing = set(kept.corpus.source[np.flatnonzero(kept.alive)].tolist())
+    reasons: dict[str, Counter[str]] = {}
+    for drop in report.drops():
+        reasons.setdefault(drop["source"], Counter())[drop["reason"]] += 1
+    lost = [name for name in report.tallies if report.came[name][0] and name not in standing]
+    found = [(name, reasons[name]) for name in lost if name not in kept.corpus.job.config.exclude.sources]
+    if found:
+        raise _lost_whole([(name, report.came[name][0], why) for name, why in found])
+
+
+def _lost_whole(lost: list[tuple[str, int, Counter[str]]]) -> DataError:
+    lines = []
+    for name, came, reasons in lost:
+        (reason, count), *_ = reasons.most_common(1) or [("unknown", 0)]
+        lines.append(f"{name}: none of {came:,} kept, {count:,} dropped as {reason}")
+    return DataError(
+        "curation drops every row of a source",
+        where=", ".join(name for name, _, _ in lost),
+        found="\n            ".join(lines),
+        expected="at least one row of each source",
+        todo="loosen the rules of its kind under `curate.kinds`, or set its `content`; to do without it, name it under "
+        "`curate.exclude.sources`",
+    )
 
 
 def train_classifier(job: Job, shards: list[Shard], work: Workspace) -> dict[str, Any]:
@@ -398,6 +429,8 @@ def curate_conversations(
                 held_out = is_validation(row.id, config.split.conversation_fraction)
                 kept.append(replace(row, messages=messages, split="validation" if held_out else "train"))
         report.converse(path.stem, total, Counter(row.split for row in kept), dropped)
+        if total and not kept and not dropped["excluded"]:
+            raise _lost_whole([(path.stem, total, dropped)])
         if kept:
             write_rows(folder / "conversations" / path.name, kept, Conversation)
 

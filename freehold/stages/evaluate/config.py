@@ -9,9 +9,11 @@ from pydantic import Field, model_validator
 
 from freehold.core.config import Config
 
-Checkpoint = Literal["truebase", "base", "preview"]
+Checkpoint = Literal["truebase", "base", "preview", "thinking"]
+THINKING: Checkpoint = "thinking"
+"""The checkpoint that reasons before it answers, so it is given room to."""
 # Which stage writes which named checkpoint.
-MADE_BY: dict[str, str] = {"truebase": "pretrain", "base": "pretrain", "preview": "align"}
+MADE_BY: dict[str, str] = {"truebase": "pretrain", "base": "pretrain", "preview": "align", "thinking": "align"}
 
 
 class HarnessConfig(Config):
@@ -33,6 +35,7 @@ class NeedlesConfig(Config):
     lengths: tuple[int, ...] = Field((), description="tokens of prompt and answer; none: not done")
     keys: tuple[int, ...] = Field((1, 4), min_length=1, description="facts in a text, of which one is asked for")
     items: int = Field(20, gt=0, description="questions for each length and number of keys, at five depths in turn")
+    wordings: int = Field(4, ge=1, le=4, description="forms of a fact: 1 a pair alone, up to 4 with whole sentences")
     seed: int = Field(0, ge=0, description="decides words, places and text")
     position_rows: int = Field(8, gt=0, description="most stretches of text for bits per byte by position")
 
@@ -55,6 +58,9 @@ class EvaluateConfig(Config):
     )
     max_items_per_task: int | None = Field(None, gt=0, description="task items used, in file order; null takes all")
     max_answer_tokens: int = Field(24, gt=0, description="longest answer to a generate task")
+    max_reasoning_tokens: int = Field(
+        128, ge=0, description="tokens that `thinking` may spend before its answer, on top of max_answer_tokens"
+    )
     files: dict[str, Path] = Field(
         default_factory=dict,
         description="further task files by task name: JSONL of items, as in docs/formats.md; unlike tasks that gather "

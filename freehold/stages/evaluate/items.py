@@ -9,6 +9,7 @@ accuracy is counted apart as well; further keys are the writer's own notes:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import pydantic
 
 from freehold.core.errors import DataError
-from freehold.core.statistics import wilson
+from freehold.core.statistics import Z95, wilson
 
 
 class Item(pydantic.BaseModel):
@@ -99,6 +100,18 @@ def _read(path: Path, limit: int | None) -> list[Item]:
 def normalise(text: str) -> str:
     """Return an answer in the form in which it is compared: one line, single spaces, no case, no final dot."""
     return " ".join(text.split()).casefold().rstrip(".").rstrip()
+
+
+def macro(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean accuracy of a task's parts, each counting the same, and its 95 % interval.
+
+    The interval is that of a mean of independent shares, by the normal approximation.
+    """
+    shares = [(part["accuracy"], part["items"]) for part in parts.values()]
+    mean = sum(share for share, _ in shares) / len(shares)
+    error = math.sqrt(sum(share * (1 - share) / items for share, items in shares)) / len(shares)
+    low, high = max(0.0, mean - Z95 * error), min(1.0, mean + Z95 * error)
+    return {"macro": round(mean, 6), "macro_low": round(low, 6), "macro_high": round(high, 6)}
 
 
 def score(correct: list[bool], chances: list[float]) -> dict[str, Any]:

@@ -25,7 +25,9 @@ DEPTHS = 5
 """Depths at which the fact stands in turn: from the start of the text to its end."""
 
 
-def questions(encode: Any, text: np.ndarray, length: int, keys: int, items: int, seed: int) -> list[Question]:
+def questions(
+    encode: Any, text: np.ndarray, length: int, keys: int, items: int, seed: int, wordings: int = 4
+) -> list[Question]:
     """Return the questions of one cell; each has another stretch of the text around it."""
     found = []
     for item in range(items):
@@ -33,7 +35,7 @@ def questions(encode: Any, text: np.ndarray, length: int, keys: int, items: int,
         # Another beginning for each question, as long as the text allows it.
         start = int(rng.integers(max(1, len(text) - length)))
         depth = (item % DEPTHS) / (DEPTHS - 1)
-        found.append(held_out_question(rng, encode, text[start:], length, keys, depth))
+        found.append(held_out_question(rng, encode, text[start:], length, keys, depth, wordings))
     return found
 
 
@@ -82,7 +84,7 @@ def find_needles(loaded: Loaded, texts: HeldOut, config: NeedlesConfig, log: Log
     cells: dict[str, Any] = {}
     for length in config.lengths:
         for keys in config.keys:
-            asked = questions(encode, text, length, keys, config.items, config.seed)
+            asked = questions(encode, text, length, keys, config.items, config.seed, config.wordings)
             cells.setdefault(str(length), {})[str(keys)] = cell = accuracy(asked, answer(asked))
             log.say(f"  {name}: {cell['correct']} of {cell['items']} needles at {length:,} tokens, {keys} keys")
     return {"needles": cells, "positions": bits_by_position(loaded, text, longest, config.position_rows)}

@@ -8,6 +8,8 @@ from freehold.core.table import Table
 from freehold.stages.evaluate.config import MADE_BY
 from freehold.stages.evaluate.needles import needle_tables
 
+KNOWN, STATED, UNKNOWN = "facts_taught", "facts_text_only", "unknown_places"
+
 
 def in_order(checkpoints: dict[str, Any]) -> dict[str, Any]:
     """Return results in the order the checkpoints are made; others follow by name (JSON keys are sorted)."""
@@ -20,6 +22,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
     tested = {name: result["tasks"] for name, result in in_order(results["checkpoints"]).items() if "tasks" in result}
     by_harness = {n: r["harness"] for n, r in in_order(results["checkpoints"]).items() if "harness" in r}
     shown = [_bits(results), *([_tasks(tested, results["gain"])] if tested else [])]
+    if tested and KNOWN in next(iter(tested.values()))["tasks"]:
+        shown.append(_knowledge({name: tasks["tasks"] for name, tasks in tested.items()}))
     return [*shown, *needle_tables(results), *([_harness(by_harness)] if by_harness else [])]
 
 
@@ -35,6 +39,41 @@ def parts(results: dict[str, Any]) -> Table:
             found = [tasks[task]["parts"][part]["accuracy"] for tasks in tested.values()]
             rows.append([f"{task}: {part}", str(counted["items"]), *(f"{100 * value:.0f}" for value in found)])
     return Table("Parts of the tasks", ["part", "items", *tested], rows, "Accuracy in percent; few items, wide errors.")
+
+
+def _knowledge(tested: dict[str, dict[str, Any]]) -> Table:
+    """Return what the models know, and whether they know what they do not know."""
+
+    def share(record: dict[str, Any]) -> str:
+        return f"{100 * record['macro']:.1f} [{100 * record['macro_low']:.1f}–{100 * record['macro_high']:.1f}]"
+
+    def worst(record: dict[str, Any]) -> str:
+        name, part = min(record["parts"].items(), key=lambda one: one[1]["accuracy"])
+        return f"{name} {100 * part['accuracy']:.0f}"
+
+    def multiple(record: dict[str, Any]) -> str:
+        name, part = min(record["parts"].items(), key=lambda one: one[1]["accuracy"] / one[1]["majority"])
+        return f"{name} {part['accuracy'] / part['majority']:.1f} x"
+
+    def refused(record: dict[str, Any]) -> str:
+        return f"{100 * record['refused'] / record['items']:.1f}"
+
+    wanted = (
+        ("taught facts right, mean of the relations", KNOWN, share),
+        ("the relation known worst", KNOWN, worst),
+        ("least multiple of a relation's commonest answer", KNOWN, multiple),
+        ("taught facts refused", KNOWN, refused),
+        ("facts only stated, of four, mean of the relations", STATED, share),
+        ("facts only stated, answered freely", f"{STATED}_open", share),
+        ("places that do not exist refused", UNKNOWN, refused),
+    )
+    rows = [
+        [name, *(figure(tasks[task]) for tasks in tested.values())]
+        for name, task, figure in wanted
+        if task in next(iter(tested.values()))
+    ]
+    note = "Percent, with the 95 % interval of a mean of relations; asked in wordings that training does not use."
+    return Table("What is known", ["what", *tested], rows, note)
 
 
 def _harness(found: dict[str, Any]) -> Table:

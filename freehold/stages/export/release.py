@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,15 @@ def write_release(
     else:
         write_atomic(folder / "LICENSE", licence_text(licence))
     write_atomic(folder / "README.md", readme(files, config, name, licence, notes or {}))
+
+
+def vllm_line(folder: Path, name: str, dialect: str) -> str:
+    """Return the command that serves a Hugging Face folder with vLLM, with its parsers for this dialect of calls."""
+    parser = {"hermes": "hermes", "xml": "qwen3_coder"}[dialect]
+    return (
+        f"vllm serve {shlex.quote(folder.as_posix())} --served-model-name {shlex.quote(name)}"
+        f" --enable-auto-tool-choice --tool-call-parser {parser} --reasoning-parser deepseek_r1"
+    )
 
 
 def licence_text(licence: str) -> str:

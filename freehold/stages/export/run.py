@@ -26,8 +26,9 @@ from freehold.stages.export.config import ExportConfig
 from freehold.stages.export.files import write_files
 from freehold.stages.export.proof import Record, experts_reached, prove_gguf, prove_hf
 from freehold.stages.export.reference import passages, settled
-from freehold.stages.export.release import write_release
+from freehold.stages.export.release import vllm_line, write_release
 from freehold.tokenizer.bpe import Tokenizer
+from freehold.tokenizer.output import read_format
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -65,6 +66,7 @@ def run(config: ExportConfig, work: Workspace) -> dict[str, Any]:
         )
     write_json(hf / "generation_config.json", _generation(config, tokenizer))
     work.log.say(f"hf/: {_megabytes(hf)}")
+    work.log.say(f"with vLLM: {vllm_line(hf, config.name, read_format(hf).dialect)}")
     rounded = {name: _rounded(tensor, dtype) for name, tensor in state.items()}
     with computing_threads(config.proof.threads):
         model = _model(config, model_config, rounded)

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from freehold.core.errors import DataError
-from freehold.text.streams import unpacked
+from freehold.core.streams import unpacked
 
 LEAVES = "its path leaves the archive"
 # What a damaged archive or an unreadable one makes the libraries below raise.

@@ -183,7 +183,7 @@ class Warc(FileSource):
 
 
 class Conversations(SourceBase):
-    """A file of conversations, preferences or tasks: one JSON object a line, or one JSON array.
+    """A file of conversations, preferences or tasks: JSON lines or one JSON array, compressed or not, or parquet.
 
     A row's keys `licence` and `licence_evidence` are its own rights, else the recipe's hold. Conversations and pairs
     are for align; tasks are held out for evaluate, and curate drops what holds one of their questions.

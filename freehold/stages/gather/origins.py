@@ -23,6 +23,7 @@ from typing import BinaryIO
 from freehold.core.artifact import sha256_file
 from freehold.core.config import user_path
 from freehold.core.errors import DataError
+from freehold.core.streams import unpack
 from freehold.ledger import debian
 from freehold.ledger.licence import Declared, of_distribution, of_metadata
 from freehold.stages.gather import archives
@@ -38,7 +39,6 @@ from freehold.stages.gather.config import (
 from freehold.stages.gather.paths import Changed, archive_path, wanted
 from freehold.stages.gather.requirements import download_line, pip_line
 from freehold.text.reading import Member, encodable
-from freehold.text.streams import unpack
 
 # A licence file longer than this is not one.
 LICENCE_FILE_BYTES = 2_000_000

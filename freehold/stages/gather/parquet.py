@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from freehold.core.errors import DataError
-from freehold.text.streams import ENDINGS
+from freehold.core.streams import ENDINGS
 
 BATCH_BYTES = 64_000_000
 """About what a batch of rows takes; a batch has at least one row."""

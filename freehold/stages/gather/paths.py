@@ -10,8 +10,8 @@ from typing import Any
 
 from freehold.core.config import user_path
 from freehold.core.errors import DataError
+from freehold.core.streams import plain_name
 from freehold.stages.gather.config import Archive, Conversations, Debian, FileSource, JsonLines, Parquet, Rows, Warc
-from freehold.text.streams import plain_name
 
 ROW_ENDINGS = {JsonLines: (".jsonl", ".ndjson"), Parquet: (".parquet", ".pq"), Warc: (".warc",)}
 """Endings of the files of rows or pages that are taken from a folder, whatever their case and compression."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from freehold.core.errors import ConfigError
 from freehold.core.extensions import load
+from freehold.core.streams import plain_name
 from freehold.ledger.evidence import Finding, of_cc_url
 from freehold.stages.gather.config import GENERAL
 from freehold.stages.gather.separated import separated
@@ -22,7 +23,6 @@ from freehold.stages.gather.warc import TEXT_MEDIA
 from freehold.stages.gather.worker import Worker
 from freehold.text.html import page_text
 from freehold.text.reading import READERS, Member, Part, Reader, Reading, encoding_named, unfit
-from freehold.text.streams import plain_name
 
 # Documentation and code shorter than this say little by themselves.
 MIN_DOCSTRING_CHARS = 200

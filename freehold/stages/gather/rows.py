@@ -14,17 +14,18 @@ from freehold.conversations.messages import Refused
 from freehold.core.artifact import sha256_file
 from freehold.core.document import Document, document_id
 from freehold.core.errors import DataError, LicenceError
+from freehold.core.streams import UNREADABLE, Damaged, unpacked
 from freehold.ledger import conflicts
 from freehold.ledger.evidence import Finding, Weighed, of_head, restrictions, weigh
 from freehold.ledger.licence import normalise
 from freehold.ledger.reservations import Losses, web_address
 from freehold.stages.gather import rights
 from freehold.stages.gather.config import EVIDENCE_KEY, LICENCE_KEY, JsonLines, Rows
+from freehold.stages.gather.isolated import EndedError, Item, isolated
 from freehold.stages.gather.parquet import parquet_rows
 from freehold.stages.gather.paths import Changed, name_below, rows_files
 from freehold.stages.gather.record import skips
 from freehold.text.reading import HALF_CHARACTER, encodable, unfit, without_thoughts
-from freehold.text.streams import UNREADABLE, Damaged, unpacked
 
 
 class Row(NamedTuple):
@@ -32,12 +33,15 @@ class Row(NamedTuple):
 
     place: str
     """`file#number`."""
-    raw: bytes
-    """What its hash is taken of: the line, or the bytes of the text."""
+    sha256: str
+    """Of the line, or of the bytes of the text."""
     fields: dict[str, Any]
 
 
 Skipped = list[tuple[str, str]]
+Read = Callable[[Path, str, Rows, Skipped], Iterator[Row]]
+ROW_S = 60.0
+"""CPU time for a row; one of 8 MB takes 0.1 s."""
 
 
 def read_rows(name: str, source: Rows, losses: Losses) -> tuple[list[Document], dict[str, Any]]:
@@ -69,13 +73,11 @@ def row_documents(name: str, source: Rows, skipped: Skipped, losses: Losses | No
 
     Raises DataError when a file is none of its kind, or unpacks to more than it may.
     """
-    read: Callable[[Path, str, Rows, Skipped], Iterator[Row]] = (
-        _json_rows if isinstance(source, JsonLines) else _parquet_rows
-    )
+    read: Read = _json_rows if isinstance(source, JsonLines) else _parquet_rows
     losses = losses or Losses()
     taken = 0
     for path in rows_files(source):
-        for row in read(path, name_below(path, source.path), source, skipped):
+        for row in _apart(read, path, source, skipped):
             text = row.fields.get(source.text_key)
             if not isinstance(text, str):
                 skipped.append((row.place, f"its `{source.text_key}` is not text"))
@@ -93,6 +95,36 @@ def row_documents(name: str, source: Rows, skipped: Skipped, losses: Losses | No
                 skipped.append((row.place, HALF_CHARACTER))
             else:
                 yield document
+
+
+def _apart(read: Read, path: Path, source: Rows, skipped: Skipped) -> Iterator[Row]:
+    """Yield the rows of a file, read in a process of its own; DataError when a row takes more than it may."""
+    rows = 0
+    try:
+        for head, text in isolated(lambda: _sent(read, path, source), ROW_S):
+            rows += 1
+            skipped += [(place, reason) for place, reason in head["skipped"]]
+            if head["place"]:
+                value = text.decode("utf-8", "surrogatepass") if head["is_text"] else None
+                yield Row(head["place"], head["sha256"], {**head["fields"], source.text_key: value})
+    except EndedError as error:
+        raise DataError(
+            "a file of rows cannot be read within its limits",
+            where=path,
+            found=f"{error}, after {rows:,} rows",
+            todo="take the row out, or lower max_document_bytes",
+        ) from error
+
+
+def _sent(read: Read, path: Path, source: Rows) -> Iterator[Item]:
+    keys, skipped = {LICENCE_KEY, EVIDENCE_KEY, source.address_key} - {source.text_key}, Skipped()
+    for row in read(path, name_below(path, source.path), source, skipped):
+        text = row.fields.get(source.text_key)
+        fields = {key: row.fields[key] for key in row.fields if key in keys or key.lower() in conflicts.KEYS}
+        head = {"place": row.place, "sha256": row.sha256, "fields": fields, "is_text": isinstance(text, str)}
+        yield {**head, "skipped": skipped[:]}, text.encode("utf-8", "surrogatepass") if isinstance(text, str) else b""
+        skipped.clear()
+    yield {"place": "", "skipped": skipped}, b""
 
 
 def _too_much(path: Path, source: Rows) -> DataError:
@@ -122,7 +154,7 @@ def _document(name: str, source: Rows, path: Path, row: Row, text: str) -> Docum
         source=name,
         source_version=source.origin or path.name,
         path=row.place,
-        sha256=hashlib.sha256(row.raw).hexdigest(),
+        sha256=row.sha256,
         wrapper_licence="",
         licence=weighed.licence,
         licence_evidence=weighed.evidence,
@@ -171,7 +203,7 @@ def _json_rows(path: Path, name: str, source: Rows, skipped: Skipped) -> Iterato
                 elif reason := _not_a_row(path, source, line):
                     skipped.append((place, reason))
                 else:
-                    yield Row(place, line, json.loads(line.decode("utf-8-sig")))
+                    yield Row(place, hashlib.sha256(line).hexdigest(), json.loads(line.decode("utf-8-sig")))
                 if left < 0 and file is not packed:
                     raise _too_much(path, source)
     except Damaged as error:
@@ -227,4 +259,4 @@ def _parquet_rows(path: Path, name: str, source: Rows, skipped: Skipped) -> Iter
         if reason:
             skipped.append((place, reason))
         else:
-            yield Row(place, raw, {source.text_key: text, **fields})
+            yield Row(place, hashlib.sha256(raw).hexdigest(), {source.text_key: text, **fields})

@@ -20,6 +20,7 @@ from freehold.ledger.policy import Claim, Policy, Verdict, gate, judge_row, judg
 from freehold.ledger.reservations import Losses, Snapshot, web_address
 from freehold.stages.gather import rights
 from freehold.stages.gather.config import (
+    GENERAL,
     Conversations,
     FileSource,
     Folder,
@@ -29,6 +30,7 @@ from freehold.stages.gather.config import (
     Warc,
     generator_of,
 )
+from freehold.stages.gather.foreign import read_foreign
 from freehold.stages.gather.origins import Origin, find
 from freehold.stages.gather.quotes import check_evidence
 from freehold.stages.gather.readers import find_reader
@@ -334,7 +336,8 @@ def _files(
     # are not needed to reach the cap are not even read.
     ordered = sorted(origin.members, key=lambda m: document_id(name, m.path))
     reader = find_reader(source.reader, f"gather.sources.{name}.reader")
-    parts = reader.read(ordered, reading)
+    own = source.reader in GENERAL  # these isolate file by file
+    parts = reader.read(ordered, reading) if own else read_foreign(reader, ordered, reading)
     if reader.many_per_file or source.separator:
         parts = iter(sorted(parts, key=lambda p: document_id(name, p.path)))
     trimmed = (

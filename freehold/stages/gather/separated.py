@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
+from freehold.core.streams import Damaged, is_compressed, unpacked
 from freehold.stages.gather.paths import Changed
 from freehold.text.reading import Member, Part, Reading, unfit, without_thoughts
-from freehold.text.streams import Damaged, is_compressed, unpacked
 
 PIECE_BYTES = 1 << 20
 MARKS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>", "<eos>", "[EOS]")

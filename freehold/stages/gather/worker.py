@@ -54,9 +54,9 @@ class Worker:
         head = {"reader": reader, "path": member.path, "limit": reading.limit_bytes, "select": reading.select}
         head["charset"] = member.web.charset if member.web else ""
         try:
-            _send(self.asking, json.dumps(head).encode())
-            _send(self.asking, data)
-            answer = json.loads(_receive(self.answering, WAIT * self.file_s))
+            send(self.asking, json.dumps(head).encode())
+            send(self.asking, data)
+            answer = json.loads(receive(self.answering, WAIT * self.file_s))
         except (OSError, EOFError, ValueError):
             reading.skipped.append((member.path, self._end()))
             return []
@@ -87,19 +87,24 @@ class Worker:
             return ""
         for pipe in (self.asking, self.answering):
             os.close(pipe)
-        status = _wait(self.child, 0.5)
+        status = wait_for(self.child, 0.5)
         if status is None:
             os.kill(self.child, signal.SIGKILL)
             os.waitpid(self.child, 0)
         self.child = 0
-        if status is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF):
-            return f"its reader took more than {self.file_s:g} s"
-        if os.WIFSIGNALED(status):
-            return f"its reader was ended by {signal.Signals(os.WTERMSIG(status)).name}"
-        return f"its reader needed more than {self.memory_bytes / 1e9:g} GB"
+        return ended_by(status, self.file_s, self.memory_bytes)
 
 
-def _wait(child: int, seconds: float) -> int | None:
+def ended_by(status: int | None, file_s: float, memory_bytes: int) -> str:
+    """Return what a child's wait status says of its end; None: it did not end by itself."""
+    if status is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF):
+        return f"its reader took more than {file_s:g} s"
+    if os.WIFSIGNALED(status):
+        return f"its reader was ended by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"its reader needed more than {memory_bytes / 1e9:g} GB"
+
+
+def wait_for(child: int, seconds: float) -> int | None:
     """Return the status of a child that ends by itself within some time, or None."""
     for _ in range(20):
         done, status = os.waitpid(child, os.WNOHANG)
@@ -115,15 +120,15 @@ def _serve(read: Read, asked: int, answer: int, file_s: float, memory_bytes: int
     try:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the child
-        _limit_memory(memory_bytes)
+        limit_memory(memory_bytes)
         while True:
-            head = json.loads(_receive(asked))
-            data = _receive(asked)
+            head = json.loads(receive(asked))
+            data = receive(asked)
             # Its default action ends the process, in whatever library it is.
             signal.setitimer(signal.ITIMER_PROF, file_s)
             found = _answer(read, head, data, memory_bytes)
             signal.setitimer(signal.ITIMER_PROF, 0)
-            _send(answer, json.dumps(found).encode())
+            send(answer, json.dumps(found).encode())
     except EOFError:
         status = 0
     finally:
@@ -151,7 +156,7 @@ def _answer(read: Read, head: dict[str, Any], data: bytes, memory_bytes: int) ->
     return {"parts": made, "skipped": reading.skipped, "wrong": wrong, "bug": bug}
 
 
-def _limit_memory(memory_bytes: int) -> None:
+def limit_memory(memory_bytes: int) -> None:
     """Let this process allocate some bytes more than it has; no limit where the system does not say what it has."""
     with contextlib.suppress(OSError, ValueError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -159,13 +164,14 @@ def _limit_memory(memory_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def _send(pipe: int, data: bytes) -> None:
+def send(pipe: int, data: bytes) -> None:
+    """Send one message."""
     view = memoryview(HEAD.pack(len(data)) + data)
     while view:
         view = view[os.write(pipe, view) :]
 
 
-def _receive(pipe: int, wait_s: float | None = None) -> bytes:
+def receive(pipe: int, wait_s: float | None = None) -> bytes:
     """Return one message; EOFError when the other side is gone or does not answer in time."""
     (size,) = HEAD.unpack(_exactly(pipe, HEAD.size, wait_s))
     return _exactly(pipe, size, wait_s)

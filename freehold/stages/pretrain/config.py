@@ -66,6 +66,10 @@ class PretrainConfig(Config):
         "position (e.g. another anneal from runs/laptop/pretrain/truebase)",
     )
 
+    fresh_optimizer: bool = Field(
+        False,
+        description="take the parent's weights alone: moments and balancing start from nothing, as after a download",
+    )
     parent_settled: str = Field(
         "",
         pattern=r"^$|\S",

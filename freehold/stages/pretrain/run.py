@@ -154,7 +154,8 @@ class Parent:
         """Return what the first step starts from."""
         digest, gain = read_manifest(self.folder)["content_sha256"], config.extension.global_q_gain
         changed = 1.0 if not config.extended_tokens else gain
-        if dcp.is_imported(self.folder):  # weights alone: optimizer and balancing start from nothing
+        if config.fresh_optimizer or dcp.is_imported(self.folder):
+            # Weights alone: optimizer and balancing start from nothing.
             weights = dcp.read_model(self.folder, verify=False)[1]
             extend.sharpen(weights, self.shape, changed)
             return Start(parent=digest, tokens=self.facts["tokens"], weights=weights)

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
-import random
+import queue
+import secrets
 from collections import Counter
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from freehold import api
 from freehold.core.errors import ArtifactError, RequestError
 from freehold.core.log import Log
 from freehold.infer.engine import ContextOverflow, Scored, Token
 from freehold.infer.llama import Llama
-from freehold.infer.sampler import Sampling, check_ids
+from freehold.infer.sampler import Constraint, Sampling, check_ids
 from freehold.stages.serve.config import ServeConfig
+from freehold.stages.serve.remote import Vllm
 from freehold.tokenizer.bpe import BOS, Tokenizer
 from freehold.tokenizer.output import AnswerFormat, read_format
 
+ALLOWED_BIAS = 1e4
+"""Added to the logits of allowed tokens where few are: no other can come then."""
+GGUF_SLOTS = 4
+"""Requests that llama.cpp answers at the same time; each takes a thread of ours."""
+REMOTE_RUNNING = 64
+"""Requests that are sent to vLLM at the same time; it batches them."""
 MOST_RUNNING = 64
 """Requests in one forward pass, where memory allows: more would make each wait longer than it gains."""
 
@@ -79,14 +90,18 @@ class Served:
 
 def open_model(config: ServeConfig, path: Path) -> Served:
     """Open a checkpoint, run folder, HF folder or .gguf file; ArtifactError when it is none of these."""
+    if config.backend == "vllm":
+        return _open_vllm(config, path)
     if path.suffix == ".gguf":
         folder = _tokenizer_folder(config, path)
         tokenizer = Tokenizer.load(folder)
-        gguf = Gguf(path, tokenizer, config.max_model_len)
-        # One at a time: llama.cpp keeps the keys and values of one conversation, and would read each again every turn.
+        slots = config.max_running or GGUF_SLOTS
+        gguf = Gguf(path, tokenizer, config.max_model_len, slots)
         sampling, answers = api.default_sampling(folder, tokenizer), _format(config, read_format(folder))
         name = config.model_name or path.stem
-        return Served(name, gguf, tokenizer, sampling, answers, begins_with=tokenizer.prefix, close=gguf.close)
+        return Served(
+            name, gguf, tokenizer, sampling, answers, threads=slots, begins_with=tokenizer.prefix, close=gguf.close
+        )
     folder = api.find_model(path)
     loaded = api.load(
         folder, config.dtype, device=config.device, limit_tokens=config.max_model_len,
@@ -98,6 +113,19 @@ def open_model(config: ServeConfig, path: Path) -> Served:
     return Served(
         name, loaded.engine, loaded.tokenizer, loaded.sampling, answers, running, begins_with=loaded.begins_with
     )
+
+
+def _open_vllm(config: ServeConfig, path: Path) -> Served:
+    """Open the server at the endpoint; `path` is the folder it serves, for tokenizer, template and defaults."""
+    folder = api.find_model(path)
+    tokenizer = Tokenizer.load(folder)
+    remote = Vllm(config.endpoint, tokenizer.vocab_size, config.max_model_len, config.command)
+    sampling, answers = api.default_sampling(folder, tokenizer), _format(config, read_format(folder))
+    return Served(
+        config.model_name or folder.resolve().name, remote, tokenizer, sampling, answers,
+        threads=config.max_running or REMOTE_RUNNING, begins_with=api.text_beginning(folder, tokenizer),
+        close=remote.close,
+    )  # fmt: skip
 
 
 def _format(config: ServeConfig, recorded: AnswerFormat) -> AnswerFormat:
@@ -127,17 +155,22 @@ def _tokenizer_folder(config: ServeConfig, path: Path) -> Path:
 
 
 class Gguf:
-    """A GGUF file run by llama.cpp in a process of its own; prompts of one request follow each other.
+    """A GGUF file run by llama.cpp in a process of its own, several requests at a time, each in a slot of its cache.
+
+    Prompts of one request follow each other.
 
     llama.cpp is asked for one token at a time (its prompt cache makes that as fast as asking for all): only so
     does it report the id of every token, also of those that end a turn or are half a character. The latter come
     without log-probability.
     """
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, limit_tokens: int | None) -> None:
+    def __init__(self, path: Path, tokenizer: Tokenizer, limit_tokens: int | None, slots: int = 1) -> None:
+        self._free_slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(slots):
+            self._free_slots.put(slot)
         self._vocab_size = tokenizer.vocab_size
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-        self._llama = Llama(path, limit_tokens or 0, threads=threads)
+        self._llama = Llama(path, limit_tokens or 0, threads=threads, slots=slots)
         context_tokens = int(self._llama.ask("/props")["default_generation_settings"]["n_ctx"])
         self.limit_tokens = min(limit_tokens or context_tokens, context_tokens)
 
@@ -178,12 +211,6 @@ class Gguf:
         )
 
     def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
-        if sampling.constrain is not None:
-            raise RequestError(
-                "answers of a given structure are not available from a GGUF file",
-                where="response_format",
-                todo="serve the checkpoint or the HF folder instead",
-            )
         if not prompt:
             raise RequestError("the prompt is empty", where="prompt", expected="at least one token")
         if min(prompt) < 0 or max(prompt) >= self._vocab_size:
@@ -199,13 +226,27 @@ class Gguf:
             )
 
     def _stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
+        # A slot for all of an answer: llama.cpp finds its keys and values there again for each token.
+        slot = self._free_slots.get()
+        try:
+            yield from self._answer(prompt, sampling, slot)
+        finally:
+            self._free_slots.put(slot)
+
+    def _answer(self, prompt: Sequence[int], sampling: Sampling, slot: int) -> Iterator[Token]:
         ids = list(prompt)
         counts: Counter[int] = Counter()
-        draws = random.Random(sampling.seed) if sampling.seed is not None else random.Random()
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        constraint = sampling.constrain() if sampling.constrain else None
         budget = self.limit_tokens - len(ids) if sampling.max_tokens is None else sampling.max_tokens
         for left in range(budget - 1, -1, -1):
-            answer = self._llama.ask("/completion", self._body(ids, sampling, counts, draws.getrandbits(31)))
+            body = self._body(ids, sampling, counts, seed) | {"id_slot": slot}
+            if constraint is not None:
+                body["logit_bias"] = self._only_allowed(constraint, body["logit_bias"])
+            answer = self._llama.ask("/completion", body)
             token = int(answer["tokens"][0])
+            if constraint is not None:
+                constraint.took(token)
             ids.append(token)
             counts[token] += 1
             found = next(iter(answer.get("completion_probabilities") or ()), None)
@@ -216,6 +257,17 @@ class Gguf:
             yield Token(token, logprob, top, reason)
             if reason:
                 return
+
+    def _only_allowed(self, constraint: Constraint, biases: list[Any]) -> list[Any]:
+        """Return biases that leave only the tokens which may come next, in whichever form is shorter."""
+        logits = torch.zeros(self._vocab_size)
+        constraint.mask(logits)
+        allowed = logits > -torch.inf
+        own = {token: bias for token, bias in biases if allowed[token]}
+        if int(allowed.sum()) * 2 > self._vocab_size:
+            return [*map(list, own.items()), *([int(token), False] for token in (~allowed).nonzero().flatten())]
+        # The same for all of them, so that it changes nothing between them.
+        return [[int(token), ALLOWED_BIAS + own.get(int(token), 0.0)] for token in allowed.nonzero().flatten()]
 
     @staticmethod
     def _body(ids: list[int], sampling: Sampling, counts: Counter[int], seed: int) -> dict[str, Any]:
@@ -236,6 +288,7 @@ class Gguf:
             "min_p": sampling.min_p,
             "repeat_last_n": 0,
             "logit_bias": [[token, value] for token, value in bias.items()],
-            "seed": seed,
+            # Of the position alone, as our own draws: not of what was drawn before.
+            "seed": int.from_bytes(hashlib.blake2b(f"{seed} {len(ids)}".encode(), digest_size=4).digest(), "little"),
             "cache_prompt": True,
         }

@@ -23,6 +23,16 @@ class ServeConfig(Config):
     tokenizer: Path | None = Field(
         None, description="Folder of the tokenizer for a .gguf file; default: its own folder, or ../hf."
     )
+    backend: Literal["auto", "vllm"] = Field(
+        "auto",
+        description="What computes; auto = our engine, llama.cpp for a .gguf file; vllm = a server at `endpoint`.",
+    )
+    endpoint: str = Field(
+        "http://127.0.0.1:8001/v1", description="Of vLLM: its OpenAI-compatible address; PATH is the folder it serves."
+    )
+    command: str | None = Field(
+        None, description="Of vLLM: the command that starts it, and is ended with us; default: it runs already."
+    )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 = every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 = any free one. A run takes a free one.")
     model_name: str | None = Field(None, description="Name clients ask for; default: the folder's or file's name.")

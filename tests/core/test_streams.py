@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pyarrow as pa
 import pytest
 
-from freehold.text.streams import Damaged, is_compressed, plain_name, unpack, unpacked
+from freehold.core.streams import Damaged, is_compressed, plain_name, unpack, unpacked
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress, ".dz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
