@@ -25,9 +25,10 @@ RANKS = {
 # Shapes without weights: what a room may know of another without importing torch.
 ONLY_CONFIG = {"planner": ("freehold.model", "freehold.parallel")}
 ONE_ROOM = {
-    "transformers": {"stages/export"},
-    "gguf": {"stages/export"},
-    "xllamacpp": {"infer/llama.py"},
+    "transformers": {"stages/export", "stages/adapt"},
+    "gguf": {"stages/export", "stages/adapt"},
+    "peft": {"stages/adapt"},
+    "xllamacpp": {"infer/llama.py", "stages/export/llama_eval.py"},
     "tokenizers": {"tokenizer"},
     "tiktoken": {"tokenizer"},
     "rensa": {"stages/curate"},

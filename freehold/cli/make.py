@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace) -> int:
 
     recipe = resolve(args.recipe, args.overrides, fork=args.fork)
     if args.dry_run:
-        return _show_plan(recipe, list(recipe.stages), args.json, args.strict_code)
+        return _show_plan(recipe, list(filter(recipe.wanted, recipe.stages)), args.json, args.strict_code)
     if PRETRAIN in layout.until(recipe.head.until):
         from freehold.run.dry_run import check_vocabulary
 

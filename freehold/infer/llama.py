@@ -30,8 +30,9 @@ class Llama:
     """A GGUF file opened by llama.cpp; `close`, or the end of a `with`, ends the process.
 
     `context_tokens` 0 = the model's. `exact`: fp32 cache, no flash attention, no GPU, the arithmetic a proof
-    compares. `log`: the file that keeps what llama.cpp says. `slots`: requests at a time. ArtifactError, with the end
-    of what it said, when the package is missing, the file is unsound or cannot be opened, or the process has died.
+    compares. `log`: the file that keeps what llama.cpp says. `slots`: requests at a time. `adapter`: a GGUF adapter to
+    apply. ArtifactError, with the end of what it said, when the package is missing, the file is unsound or cannot be
+    opened, or the process has died.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Llama:
         exact: bool = False,
         log: Path | None = None,
         slots: int = 1,
+        adapter: Path | None = None,
     ) -> None:
         if not path.is_file():
             raise ArtifactError("no such file", where=path, expected="a .gguf file")
@@ -62,6 +64,7 @@ class Llama:
             "threads": threads,
             "exact": exact,
             "slots": slots,
+            "adapter": "" if adapter is None else str(adapter),
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, json.dumps(options)],
@@ -146,7 +149,7 @@ class Llama:
         return ArtifactError(what, where=self.path, found="\n            ".join([str(found), *errors[-LOG_LINES:]]))
 
 
-def _serve(path: str, context_tokens: int, threads: int, exact: bool, slots: int) -> None:
+def _serve(path: str, context_tokens: int, threads: int, exact: bool, slots: int, adapter: str = "") -> None:
     """Open the file, print the server's address, and stay until standard input closes."""
     ours = os.dup(1)
     os.dup2(2, 1)  # whatever llama.cpp prints goes to the log
@@ -166,6 +169,10 @@ def _serve(path: str, context_tokens: int, threads: int, exact: bool, slots: int
         parameters.n_gpu_layers, parameters.fit_params = 0, False
     else:
         parameters.verbosity = 1  # errors only: a server's log must not grow with its requests
+    if adapter:
+        lora = xllamacpp.CommonAdapterLoraInfo()
+        lora.path, lora.scale = adapter, 1.0
+        parameters.lora_adapters = [lora]
     server = xllamacpp.Server(parameters)
     os.write(ours, (server.listening_address + "\n").encode())
     sys.stdin.read()

@@ -66,6 +66,8 @@ class Sampling:
     """Makes what limits the tokens of one generation, which may depend on those before; None = nothing does."""
     logprobs: int = 0
     """Also report this many most probable tokens at each position."""
+    adapter: str = ""
+    """The adapter that answers, by its name in the engine; empty = the base."""
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0, 2)

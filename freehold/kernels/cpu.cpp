@@ -709,6 +709,246 @@ void swiglu_backward(int threads, const T* dy, const T* x, const T* both, const 
     });
 }
 
+// --- grouped maps: adapters, and weights in blocks of four bits -------------------------------------------------
+
+// How the weights of a map are stored: rows of numbers, words packed once, or blocks that are unpacked where they are
+// multiplied, one stretch at a time, so that no copy of a whole stack ever exists.
+enum Form : int64_t { PLAIN = 0, WORDS = 1, Q4_0 = 2, Q8_0 = 3, Q4_K = 4, NF4 = 5 };
+
+inline float half_at(const uint8_t* from) {
+    uint16_t bits;
+    std::memcpy(&bits, from, 2);
+    return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_castsi128_si256(_mm_cvtsi32_si128(bits))));
+}
+
+struct Blocks {
+    int64_t values, bytes;
+};
+inline Blocks blocks_of(int64_t form) {
+    switch (form) {
+        case Q4_0: return {32, 18};
+        case Q8_0: return {32, 34};
+        case Q4_K: return {256, 144};
+        default: return {64, 34};  // NF4
+    }
+}
+
+// Quantiles of a normal distribution, as QLoRA defines them (Dettmers et al. 2023, appendix E).
+alignas(64) constexpr float NF4_LEVELS[16] = {
+    -1.f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.f};
+
+inline integers bytes_of(const uint8_t* from) {
+    return (integers)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline vector floats_of(integers x) { return (vector)_mm512_cvtepi32_ps((__m512i)x); }
+
+// Scale and minimum `j` of a Q4_K block: eight of six bits each in twelve bytes.
+inline void scale_min(const uint8_t* q, int j, float& scale, float& low) {
+    if (j < 4) scale = q[j] & 63, low = q[j + 4] & 63;
+    else scale = (q[j + 4] & 15) | (q[j - 4] >> 6 << 4), low = (q[j + 4] >> 4) | (q[j] >> 6 << 4);
+}
+
+template <class T> void unpack_block(int64_t form, const uint8_t* block, T* to) {
+    float d = half_at(block);
+    if (form == Q4_0) {
+        integers q = bytes_of(block + 2);
+        store(to, floats_of((q & 15) - 8) * d), store(to + 16, floats_of((q >> 4) - 8) * d);
+    } else if (form == Q8_0) {
+        for (int j = 0; j < 32; j += LANES) {
+            __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 2 + j));
+            store(to + j, floats_of((integers)_mm512_cvtepi8_epi32(q)) * d);
+        }
+    } else if (form == NF4) {
+        __m512 levels = _mm512_load_ps(NF4_LEVELS);
+        for (int j = 0; j < 32; j += LANES) {
+            integers q = bytes_of(block + 2 + j);
+            store(to + j, (vector)_mm512_permutexvar_ps((__m512i)(q & 15), levels) * d);
+            store(to + 32 + j, (vector)_mm512_permutexvar_ps((__m512i)(q >> 4), levels) * d);
+        }
+    } else {
+        float low = half_at(block + 2), scale, minimum;
+        for (int pair = 0; pair < 4; pair++) {
+            const uint8_t* q = block + 16 + 32 * pair;
+            for (int high = 0; high < 2; high++) {
+                scale_min(block + 4, 2 * pair + high, scale, minimum);
+                float step = d * scale, base = low * minimum;
+                for (int j = 0; j < 32; j += LANES) {
+                    integers level = high ? bytes_of(q + j) >> 4 : bytes_of(q + j) & 15;
+                    store(to + 64 * pair + 32 * high + j, floats_of(level) * step - base);
+                }
+            }
+        }
+    }
+}
+
+// The columns [first, last) of a row of `width` numbers in blocks; both are at the edge of a block.
+template <class T> void unpack_row(int64_t form, const uint8_t* row, int64_t first, int64_t last, T* to) {
+    Blocks block = blocks_of(form);
+    for (int64_t at = first; at < last; at += block.values)
+        unpack_block(form, row + at / block.values * block.bytes, to + at - first);
+}
+
+// A stack of maps [outs, ins], one for `share` groups that follow each other.
+struct Stack {
+    const char* data;
+    int64_t form, share, outs, ins;
+    template <class T> int64_t row_bytes() const {
+        if (form == PLAIN) return ins * int64_t(sizeof(T));
+        Blocks block = blocks_of(form);
+        return ins / block.values * block.bytes;
+    }
+    template <class T> const char* row(int64_t group, int64_t row) const {
+        return data + (group / share * outs + row) * row_bytes<T>();
+    }
+};
+
+// The weights of a group for outputs [first, last), as the right side of x W^T.
+template <class T>
+const word* packed_outputs(const Stack& w, int64_t group, int64_t first, int64_t last, word* room, T* rows) {
+    int64_t steps = steps_of<T>(w.ins);
+    if (w.form == WORDS)
+        return reinterpret_cast<const word*>(w.data) + group / w.share * packed_size<T>(w.ins, w.outs) + first * steps;
+    if (w.form == PLAIN) {
+        pack_transposed(reinterpret_cast<const T*>(w.row<T>(group, first)), w.ins, w.ins, last - first, room);
+        return room;
+    }
+    for (int64_t row = first; row < last; row += PANEL) {
+        int64_t some = std::min<int64_t>(PANEL, last - row);
+        for (int64_t i = 0; i < some; i++)
+            unpack_row(w.form, (const uint8_t*)w.row<T>(group, row + i), 0, w.ins, rows + i * w.ins);
+        pack_transposed(rows, w.ins, w.ins, some, room + (row - first) * steps);
+    }
+    return room;
+}
+
+// The weights of a group for inputs [first, last), as the right side of dy W.
+template <class T>
+const word* packed_inputs(const Stack& w, int64_t group, int64_t first, int64_t last, word* room, T* rows) {
+    if (w.form == PLAIN) {
+        pack_straight(reinterpret_cast<const T*>(w.row<T>(group, 0)) + first, w.ins, w.outs, last - first, room);
+        return room;
+    }
+    int64_t cols = last - first;
+    for (int64_t i = 0; i < w.outs; i++)
+        unpack_row(w.form, (const uint8_t*)w.row<T>(group, i), first, last, rows + i * cols);
+    pack_straight(rows, cols, w.outs, cols, room);
+    return room;
+}
+
+// Columns of one task: enough tasks for the threads, and at the edges of panels and of every kind of block.
+constexpr int64_t GROUP_COLS = 512, GROUP_EDGE = 256;
+inline int64_t columns_of_task(int64_t parts, int64_t cols, int threads) {
+    int64_t wanted = std::max<int64_t>(1, 2 * threads / std::max<int64_t>(parts, 1));
+    return std::min(GROUP_COLS, round_up((cols + wanted - 1) / wanted, GROUP_EDGE));
+}
+
+// y = x W^T + u B^T in one sum and one rounding, for rows sorted by group; b [groups, outs, rank] may be null.
+template <class T>
+void grouped(int threads, const T* x, const int64_t* counts, int64_t groups, int64_t share, const char* w, int64_t form,
+             const T* u, const T* b, int64_t rank, T* y, int64_t ins, int64_t outs) {
+    auto parts = parts_of(counts, groups);
+    Stack stack{w, form, share, outs, ins};
+    int64_t rows_here = parts.empty() ? 0 : parts.back().last + 4 * int64_t(parts.size());
+    threads = threads_for(threads, rows_here * ins * outs);
+    int64_t wide = columns_of_task(parts.size(), outs, threads), across = (outs + wide - 1) / wide;
+    for_tasks(threads, parts.size() * across, [&](int64_t task) {
+        auto [g, first, last] = parts[task / across];
+        int64_t col = task % across * wide, end = std::min(outs, col + wide), cols = end - col, rows = last - first;
+        word* room = scratch<word>(0, packed_size<T>(ins, cols));
+        T* unpacked = form > WORDS ? scratch<T>(1, PANEL * ins) : nullptr;
+        const word* packed = packed_outputs(stack, g, col, end, room, unpacked);
+        Left left = rows_of(x + first * ins, ins);
+        T* out = y + first * outs + col;
+        if (!b) return multiply<T, T>(left, rows, packed, steps_of<T>(ins), cols, out, outs);
+        float* sums = scratch<float>(2, rows * cols);
+        multiply<T, float>(left, rows, packed, steps_of<T>(ins), cols, sums, cols);
+        word* factor = scratch<word>(3, packed_size<T>(rank, cols));
+        pack_transposed(b + (g * outs + col) * rank, rank, rank, cols, factor);
+        // Resumed, not added: the factor is one more stretch of the same sum, and a factor of zeros changes no bit.
+        multiply<T, float>(rows_of(u + first * rank, rank), rows, factor, steps_of<T>(rank), cols, sums, cols, RESUME);
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < cols; j += LANES) store(out + i * outs + j, load(sums + i * cols + j));
+    });
+}
+
+// dx = dy W + du A in one sum; a [groups, rank, ins] may be null.
+template <class T>
+void grouped_input_gradient(int threads, const T* dy, const int64_t* counts, int64_t groups, int64_t share, const char* w,
+                            int64_t form, const T* du, const T* a, int64_t rank, T* dx, int64_t ins, int64_t outs) {
+    auto parts = parts_of(counts, groups);
+    Stack stack{w, form, share, outs, ins};
+    int64_t rows_here = parts.empty() ? 0 : parts.back().last + 4 * int64_t(parts.size());
+    threads = threads_for(threads, rows_here * ins * outs);
+    int64_t wide = columns_of_task(parts.size(), ins, threads), across = (ins + wide - 1) / wide;
+    for_tasks(threads, parts.size() * across, [&](int64_t task) {
+        auto [g, first, last] = parts[task / across];
+        int64_t col = task % across * wide, end = std::min(ins, col + wide), cols = end - col, rows = last - first;
+        word* room = scratch<word>(0, packed_size<T>(outs, cols));
+        T* unpacked = form > WORDS ? scratch<T>(1, outs * cols) : nullptr;
+        const word* packed = packed_inputs(stack, g, col, end, room, unpacked);
+        Left left = rows_of(dy + first * outs, outs);
+        T* out = dx + first * ins + col;
+        if (!a) return multiply<T, T>(left, rows, packed, steps_of<T>(outs), cols, out, ins);
+        float* sums = scratch<float>(2, rows * cols);
+        multiply<T, float>(left, rows, packed, steps_of<T>(outs), cols, sums, cols);
+        word* factor = scratch<word>(3, packed_size<T>(rank, cols));
+        pack_straight(a + g * rank * ins + col, ins, rank, cols, factor);
+        multiply<T, float>(rows_of(du + first * rank, rank), rows, factor, steps_of<T>(rank), cols, sums, cols, RESUME);
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < cols; j += LANES) store(out + i * ins + j, load(sums + i * cols + j));
+    });
+}
+
+// dw[groups, outs, ins] = dy^T x over the rows of each group; zero for a group without rows.
+template <class T>
+void grouped_weight_gradient(int threads, const T* dy, const T* x, const int64_t* counts, int64_t groups, T* dw,
+                             int64_t ins, int64_t outs) {
+    std::vector<int64_t> starts(groups + 1, 0);
+    for (int64_t g = 0; g < groups; g++) starts[g + 1] = starts[g] + counts[g];
+    threads = threads_for(threads, (starts[groups] + 4 * groups) * ins * outs);
+    int64_t wide = 512, high = 256, across = (ins + wide - 1) / wide, down = (outs + high - 1) / high;
+    for_tasks(threads, groups * across * down, [&](int64_t task) {
+        int64_t g = task / (across * down), piece = task % (across * down);
+        int64_t col = piece % across * wide, end = std::min(ins, col + wide), row = piece / across * high;
+        int64_t some = std::min(high, outs - row), rows = counts[g], first = starts[g];
+        T* to = dw + (g * outs + row) * ins;
+        if (rows) return weight_gradient(dy + first * outs + row, outs, some, x + first * ins, ins, col, end, rows, to, ins);
+        for (int64_t i = 0; i < some; i++) std::memset(to + i * ins + col, 0, (end - col) * sizeof(T));
+    });
+}
+
+// product = silu(gate) * up for both = gate | up, [rows, 2 inner]; the same function as inside `swiglu`.
+template <class T> void silu(int threads, const T* both, T* product, int64_t rows, int64_t inner) {
+    for_rows(threads_for(threads, rows * inner * 16), rows, 64, [&](int64_t first, int64_t last) {
+        silu_product(both + first * 2 * inner, product + first * inner, last - first, inner, 0, inner);
+    });
+}
+
+template <class T> void silu_gradient(int threads, const T* dproduct, const T* both, T* dboth, int64_t rows, int64_t inner) {
+    for_rows(threads_for(threads, rows * inner * 16), rows, 64, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++) {
+            const T *gate = both + row * 2 * inner, *up = gate + inner, *d = dproduct + row * inner;
+            T* to = dboth + row * 2 * inner;
+            for (int64_t j = 0; j < inner; j += LANES) {
+                vector a = load(gate + j), s = sigmoid(a), down = load(d + j);
+                store(to + inner + j, down * a * s);
+                store(to + j, down * load(up + j) * s * (1.f + a * (1.f - s)));
+            }
+        }
+    });
+}
+
+// Numbers out of blocks: `rows` rows of `width`.
+template <class T> void unpack(int threads, const char* blocks, int64_t form, T* to, int64_t rows, int64_t width) {
+    Stack stack{blocks, form, 1, rows, width};
+    for_rows(threads, rows, 16, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++)
+            unpack_row(form, (const uint8_t*)stack.row<T>(0, row), 0, width, to + row * width);
+    });
+}
+
 // --- routing ---------------------------------------------------------------------------------------------------
 
 // For each row of logits the k experts of the largest sigmoid(logit) + bias, best first, the lower index in a tie, and
@@ -1403,6 +1643,22 @@ EXPORT(swiglu_packed,
        (int wide, int threads, any x, any counts, integer experts, any gate_up, any down, any both, any product, any y,
         integer width, integer inner),
        x, counts, experts, gate_up, down, both, product, y, width, inner)
+EXPORT(grouped,
+       (int wide, int threads, any x, any counts, integer groups, integer share, any w, integer form, any u, any b,
+        integer rank, any y, integer ins, integer outs),
+       x, counts, groups, share, w, form, u, b, rank, y, ins, outs)
+EXPORT(grouped_input_gradient,
+       (int wide, int threads, any dy, any counts, integer groups, integer share, any w, integer form, any du, any a,
+        integer rank, any dx, integer ins, integer outs),
+       dy, counts, groups, share, w, form, du, a, rank, dx, ins, outs)
+EXPORT(grouped_weight_gradient,
+       (int wide, int threads, any dy, any x, any counts, integer groups, any dw, integer ins, integer outs),
+       dy, x, counts, groups, dw, ins, outs)
+EXPORT(silu, (int wide, int threads, any both, any product, integer rows, integer inner), both, product, rows, inner)
+EXPORT(silu_gradient, (int wide, int threads, any dproduct, any both, any dboth, integer rows, integer inner),
+       dproduct, both, dboth, rows, inner)
+EXPORT(unpack, (int wide, int threads, any blocks, integer form, any to, integer rows, integer width),
+       blocks, form, to, rows, width)
 EXPORT(step,
        (int wide, int threads, any model, any layers, any ids, any positions, any embedding, any cos, any sin,
         any offsets, any first, any tables, integer blocks, any store, integer small, any gain, any out, integer rows,

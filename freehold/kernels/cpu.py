@@ -142,16 +142,17 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
 
 
 @operator(
-    "linear_backward(Tensor dy, Tensor x, Tensor w) -> (Tensor, Tensor)",
-    lambda dy, x, w: (torch.empty_like(x), torch.empty_like(w)),
+    "linear_backward(Tensor dy, Tensor x, Tensor w, bool weights=True) -> (Tensor, Tensor)",
+    lambda dy, x, w, weights=True: (torch.empty_like(x), torch.empty_like(w)),
 )
-def linear_backward(dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and w."""
+def linear_backward(dy: Tensor, x: Tensor, w: Tensor, weights: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and w (the latter empty unless `weights`)."""
     dy, x = dy.contiguous(), x.contiguous()
-    dx, dw = torch.empty_like(x), torch.empty_like(w)
+    dx, dw = torch.empty_like(x), torch.empty_like(w) if weights else w.new_empty(0)
     shape = (rows_of(x), w.shape[1], w.shape[0])
     call("linear_input_gradient", x, dy, w, dx, *shape)
-    call("linear_weight_gradient", x, dy, x, dw, *shape)
+    if weights:
+        call("linear_weight_gradient", x, dy, x, dw, *shape)
     return dx, dw
 
 
@@ -207,23 +208,24 @@ def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Ten
 
 
 @operator(
-    "feed_forward_backward(Tensor dy, Tensor x, Tensor both, Tensor gate, Tensor up, Tensor down) "
+    "feed_forward_backward(Tensor dy, Tensor x, Tensor both, Tensor gate, Tensor up, Tensor down, bool weights) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    lambda dy, x, both, gate, up, down: (
+    lambda dy, x, both, gate, up, down, weights: (
         torch.empty_like(x), torch.empty_like(gate), torch.empty_like(up), torch.empty_like(down)
     ),
 )  # fmt: skip
 def feed_forward_backward(
-    dy: Tensor, x: Tensor, both: Tensor, gate: Tensor, up: Tensor, down: Tensor
+    dy: Tensor, x: Tensor, both: Tensor, gate: Tensor, up: Tensor, down: Tensor, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, gate, up and down."""
+    """Return the gradients of x, gate, up and down (the latter three empty unless `weights`)."""
     dy, x = dy.contiguous(), x.contiguous()
-    dx, dgate, dup, ddown = (torch.empty_like(t) for t in (x, gate, up, down))
+    dx = torch.empty_like(x)
+    dgate, dup, ddown = (torch.empty_like(t) if weights else t.new_empty(0) for t in (gate, up, down))
     inner, width = gate.shape
     product, dboth = x.new_empty(rows_of(x), inner), torch.empty_like(both)
     call(
         "swiglu_backward", x, dy, x, both, torch.tensor([rows_of(x)]), 1, gate, up, 0, down,
-        product, dboth, dx, dgate, dup, ddown, width, inner,
+        product, dboth, dx, *((dgate, dup, ddown) if weights else (None, None, None)), width, inner,
     )  # fmt: skip
     return dx, dgate, dup, ddown
 
@@ -445,7 +447,12 @@ def gradient(name: str, keep: Any, backward: Any) -> None:
     torch.library.register_autograd(f"freehold::{name}", backward, setup_context=setup_context, lib=_ops)
 
 
-gradient("linear", lambda i, o: i, lambda ctx, dy: linear_backward(dy, *ctx.saved_tensors))
+def _linear_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dw = linear_backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[1])
+    return dx, dw if ctx.needs_input_grad[1] else None  # half the price where the weight is frozen
+
+
+gradient("linear", lambda i, o: i, _linear_gradients)
 
 
 def _experts_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -456,11 +463,15 @@ def _experts_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, 
 
 
 gradient("experts", lambda i, o: (i[0], o[1], *i[1:]), _experts_gradients)
-gradient(
-    "feed_forward",
-    lambda i, o: (i[0], o[1], *i[1:]),
-    lambda ctx, dy, _: feed_forward_backward(dy, *ctx.saved_tensors),
-)
+
+
+def _feed_forward_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    weights = any(ctx.needs_input_grad[1:])
+    found = feed_forward_backward(dy, *ctx.saved_tensors, weights)
+    return found if weights else (found[0], None, None, None)
+
+
+gradient("feed_forward", lambda i, o: (i[0], o[1], *i[1:]), _feed_forward_gradients)
 gradient(
     "gather",
     lambda i, o: (i[2],),

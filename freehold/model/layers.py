@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from freehold.kernels.grouped import WORDS, Weights
 from freehold.kernels.packed import Packed
-from freehold.model import ops
+from freehold.model import lora, ops
 
 
 class Linear(nn.Linear):
@@ -18,12 +19,15 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
         self.pack: Packed | None = None
+        self.factors: lora.Factors | None = None
 
     def reset_parameters(self) -> None:
         """Leave the weight as it is: initialising here would cost seconds and be overwritten."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., inputs] to [..., outputs]."""
+        if self.factors is not None:
+            return lora.linear(x, self.factors, packed_weights(self.weight, self.pack))
         return ops.linear(x, self.weight, self.pack)
 
 
@@ -60,7 +64,19 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., d] to [..., d]."""
+        if any(part.factors is not None for part in (self.gate_proj, self.up_proj, self.down_proj)):
+            # Apart, in the order of the fused kernel: factors of zeros give its bits.
+            both = torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1).flatten(0, -2)  # [N, 2f]
+            return self.down_proj(lora.gated(both)).view_as(x)
         return ops.feed_forward(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, self.packs)
+
+
+def packed_weights(weight: Tensor, pack: Packed | None) -> Weights:
+    """Return a matrix or a stack for maps with factors, packed once where no gradient is wanted."""
+    plain = Weights.of(weight.detach())
+    if pack is None or torch.is_grad_enabled():
+        return plain
+    return Weights(pack.words(weight), plain.outs, plain.ins, WORDS)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

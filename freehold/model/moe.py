@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from freehold.model import ops
+from freehold.kernels import grouped
+from freehold.kernels.grouped import Weights
+from freehold.model import lora, ops
 from freehold.model.config import ModelConfig
-from freehold.model.layers import Linear, SwiGLU
+from freehold.model.layers import Linear, SwiGLU, packed_weights
 from freehold.model.rows import route
 
 
@@ -67,9 +69,18 @@ class Router(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits [N, E], weights [N, k] (both fp32) and the chosen experts [N, k] for tokens [N, d]."""
         # fp32: the margin between the last expert chosen and the next is often smaller than a bf16 rounding.
-        logits = ops.router_logits(x, self.gate.weight, self.gate.pack)  # [N, E]
+        logits = self._logits(x)  # [N, E]
         weights, chosen = ops.choose(logits, bias, self.top_k, self.route_scale)  # [N, k]
         return logits, weights, chosen
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = ops.router_logits(x, self.gate.weight, self.gate.pack)  # [N, E]
+        factors = self.gate.factors
+        if factors is None or not factors.enabled:
+            return logits
+        # In fp32 as the base: a router's margins are smaller than a bf16 rounding.
+        low = x.to(logits.dtype) @ factors.a[0].to(logits.dtype).t()  # [N, r]
+        return logits + factors.scale * (low @ factors.b[0].to(logits.dtype).t())
 
 
 class Experts(nn.Module):
@@ -82,6 +93,10 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
         self.packs: ops.Packs | None = None
+        self.factors_gate_up_proj: lora.Factors | None = None
+        self.factors_down_proj: lora.Factors | None = None
+        self.gate_up_blocks: Weights | None = None
+        self.down_blocks: Weights | None = None
 
     def local_weights(self) -> tuple[Tensor, Tensor]:
         """Return the stacked weights held on this device: the seam for expert parallelism."""
@@ -89,7 +104,21 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Map rows sorted by expert, `counts` of each, [rows, d] -> [rows, d]."""
+        factors = self.factors_gate_up_proj, self.factors_down_proj
+        if self.gate_up_blocks is not None and self.down_blocks is not None:
+            return lora.experts(x, counts, self.gate_up_blocks, self.down_blocks, *factors)
+        if any(each is not None for each in factors):
+            stacks, packs = self.local_weights(), self.packs or (None, None)
+            gate_up, down = packed_weights(stacks[0], packs[0]), packed_weights(stacks[1], packs[1])
+            return lora.experts(x, counts, gate_up, down, *factors)
         return ops.grouped_swiglu(x, counts, *self.local_weights(), self.packs)
+
+    @torch.no_grad()
+    def quantize(self, kind: str) -> None:
+        """Keep the stacks as blocks of a type from now on, frozen; their numbers are freed."""
+        stacks = self.local_weights()
+        self.gate_up_blocks, self.down_blocks = (grouped.pack(kind, stack) for stack in stacks)
+        del self.gate_up_proj, self.down_proj
 
 
 class MoE(nn.Module):
@@ -107,6 +136,8 @@ class MoE(nn.Module):
         self.shared_experts = SwiGLU(config.hidden_size, config.moe_intermediate_size * config.num_shared_experts)
         # Expert parallelism replaces this object; nothing else in the layer changes.
         self.dispatcher: Dispatcher = LocalDispatcher()
+        # Set where several adapters share the model: whose rows a pass holds.
+        self.adapter_rows: lora.Rows | None = None
         self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoE:
@@ -127,7 +158,9 @@ class MoE(nn.Module):
         counts = _loads(chosen, experts)
         # Sorted by expert, so that each expert reads one stretch of rows and its product is one matrix multiplication.
         path = route(chosen)
-        rows, local_counts, context = self.dispatcher.dispatch(ops.gather(flat, path), counts)
+        # Stable by token, so the rows of an expert are sorted by adapter as the tokens are.
+        groups = counts if self.adapter_rows is None else self.adapter_rows.pairs(chosen, experts)
+        rows, local_counts, context = self.dispatcher.dispatch(ops.gather(flat, path), groups)
         # The experts see rows only: neither tokens nor weights, so they can be on any rank.
         results = self.dispatcher.combine(self.experts(rows, local_counts), context)
         # The shared expert is the start of the sum: no extra pass over [N, d] to add it.

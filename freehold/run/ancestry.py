@@ -17,7 +17,7 @@ from freehold.core.artifact import read_json, read_manifest, sha256_json, write_
 from freehold.core.errors import ArtifactError, FreeholdError
 from freehold.ledger.policy import Origin
 from freehold.run.checkpoints import Checkpoint, exported_checkpoint, read_checkpoints
-from freehold.run.layout import ALIGN, EXPORT, GATHER, IMPORT, PRETRAIN, REPHRASE, TRAINER_FACTS, RunFolder
+from freehold.run.layout import ADAPT, ALIGN, EXPORT, GATHER, IMPORT, PRETRAIN, REPHRASE, TRAINER_FACTS, RunFolder
 from freehold.run.tables import Tables, readable
 
 DEEPEST = 64
@@ -132,7 +132,7 @@ def ancestors(run: RunFolder, checkpoint: Checkpoint | None = None) -> tuple[Rec
 
     Copied records come first; where there is none, as in runs of earlier versions, the parent's folder is read.
     """
-    stages = (PRETRAIN, ALIGN) if checkpoint is None else tuple(dict(checkpoint.bounds))
+    stages = (PRETRAIN, ALIGN, ADAPT) if checkpoint is None else tuple(dict(checkpoint.bounds))
     found: list[Record] = []
     for stage in (*stages, REPHRASE):
         found += ancestors_of_stage(run, stage)
@@ -175,6 +175,9 @@ def records_of(stage: str, config: dict[str, Any]) -> list[Record]:
     parent = str(config.get("parent") or "")
     if stage == PRETRAIN and parent:
         found.append(replace(record_of(Path(parent)), settled=str(config.get("parent_settled") or "")))
+    base = str(config.get("base") or "")
+    if stage == ADAPT and base:
+        found.append(replace(record_of(_model_of(Path(base))), settled=str(config.get("base_settled") or "")))
     teacher = config.get("teacher") or {}
     if stage == REPHRASE and teacher:
         path = "" if teacher.get("distribution") else str(teacher.get("path") or "")
@@ -185,6 +188,16 @@ def records_of(stage: str, config: dict[str, Any]) -> list[Record]:
             name = str(teacher.get("model") or Path(path).name)
             found.append(Record("", f"teacher {name}", "", origins=(MadeBy(f"teacher {name}", _origin(teacher)),)))
     return found
+
+
+def _model_of(path: Path) -> Path:
+    """Return the checkpoint that a base means: of an export the one it was made from, of a run the one it exports."""
+    run = _run_of(path / "any")
+    if run is None or not run.any_finished():
+        return path
+    exported = read_manifest(run.stage(EXPORT)) if run.finished(EXPORT) else {}
+    inside = path.resolve().relative_to(run.root.resolve()).as_posix()
+    return run.root / exported_checkpoint(exported) if inside == "." or inside.startswith(EXPORT) else path
 
 
 def record_of(folder: Path, depth: int = 0) -> Record:
@@ -283,7 +296,7 @@ def own_origins(run: RunFolder) -> tuple[MadeBy, ...]:
     """Return who made the sources of a run, and the run itself."""
     sources = sorted((_config(run, GATHER).get("sources") or {}).items())
     found = [MadeBy(f"source {n}", _origin(s["made_by"])) for n, s in sources if any((s.get("made_by") or {}).values())]
-    manifests = (read_json(run.manifest(stage)) for stage in (ALIGN, PRETRAIN) if run.finished(stage))
+    manifests = (read_json(run.manifest(stage)) for stage in (ALIGN, PRETRAIN, ADAPT) if run.finished(stage))
     made = next((manifest["origin"] for manifest in manifests if manifest.get("origin")), None)
     return (*found, MadeBy(f"run {run.root.name}", _origin(made))) if made else tuple(found)
 

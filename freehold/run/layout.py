@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # pydantic takes longer than all of `freehold --help`
 GATHER, CURATE, REPHRASE, TOKENIZE = "gather", "curate", "rephrase", "tokenize"
 PRETRAIN, ALIGN, EVALUATE, EXPORT = "pretrain", "align", "evaluate", "export"
 AUDIT, RELEASE, SERVE = "audit", "release", "serve"
-CHAT, IMPORT = "chat", "import"
+CHAT, IMPORT, ADAPT = "chat", "import", "adapt"
 METRICS = "metrics.jsonl"
 """A stage's figures by step."""
 TRAINER_FACTS = "trainer.json"
@@ -42,6 +42,8 @@ class Stage:
     """Whether it writes checkpoints, metrics by step, and `trace.parquet`."""
     optional: bool = False
     """Whether a run without it lacks nothing."""
+    on_request: bool = False
+    """Whether a walk runs it only where the recipe has its section, or ends with it."""
     gate: Gate = ""
     """What the rights policy is asked for before the stage starts."""
     writes: tuple[str, ...] = ()
@@ -113,6 +115,17 @@ WALK: dict[str, Stage] = _table(
         "documents -> tokenizer and token shards",
         inputs=(CURATE, REPHRASE),
         writes=("tokenizer/*", "tokens/*"),
+    ),
+    Stage(
+        ADAPT,
+        "a finished model and new text -> an adapter (LoRA, 4-bit experts), proven in the tools of others",
+        inputs=(TOKENIZE, CURATE),
+        resumes=True,
+        trains=True,
+        optional=True,
+        on_request=True,
+        gate="mixture",
+        writes=(*TRAINED, "adapter/*", "adapter.gguf", "merged/*", "coverage.json", "proof.json", "drift*"),
     ),
     Stage(
         PRETRAIN,

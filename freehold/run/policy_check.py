@@ -38,7 +38,7 @@ from freehold.run.ancestry import (
     sum_rows,
 )
 from freehold.run.checkpoints import read_checkpoints
-from freehold.run.layout import CURATE, GATHER, PRETRAIN, REPHRASE, WALK, RunFolder
+from freehold.run.layout import ADAPT, CURATE, GATHER, PRETRAIN, REPHRASE, WALK, RunFolder
 from freehold.run.tables import Tables, readable
 
 
@@ -194,10 +194,12 @@ def before_stage(
     """
     gate = WALK[stage].gate
     run = RunFolder(run_folder)
-    if stage in (PRETRAIN, REPHRASE):
+    if stage in (PRETRAIN, REPHRASE, ADAPT):
         hold("the run by its parent or teacher", inherited(records_for(run, stage, config), policy, rewritten))
     if not gate or not run.finished(CURATE):
         return
+    if gate == "mixture" and config.get("data") == "conversations":
+        gate = "alignment set"
     snapshot = reservations.open() if reservations else None
     if gate == "mixture":
         weights = [phase.get("mixture") or {} for phase in config.get("phases", {}).values()]

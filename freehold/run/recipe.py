@@ -95,6 +95,12 @@ class Plan:
     stages: dict[str, StagePlan]
     path: Path
     overrides: tuple[str, ...]
+    declared: frozenset[str] = frozenset()
+    """Stages that the recipe has a section of."""
+
+    def wanted(self, name: str) -> bool:
+        """Return whether a walk of this recipe runs a stage: some only when asked for."""
+        return not WALK[name].on_request or name in self.declared or name == self.head.until
 
     @property
     def run(self) -> RunFolder:
@@ -133,7 +139,7 @@ def resolve(path: Path, overrides: Sequence[str] = (), stage: str = "", fork: st
     stages = {
         name: StagePlan(each, _filled(each, data.get(name) or {}), head, run, typed) for name, each in WALK.items()
     }
-    return Plan(head, stages, path, tuple(absolute))
+    return Plan(head, stages, path, tuple(absolute), frozenset(data) & WALK.keys())
 
 
 def _absolute(item: str, stage: str) -> str:

@@ -295,7 +295,7 @@ def run_walk(plan: Plan, options: Options, lock: int) -> dict[str, str]:
     """
     result: dict[str, str] = {}
     others: dict[str, str] = {}
-    for name in until(plan.head.until):
+    for name in filter(plan.wanted, until(plan.head.until)):
         stage = plan.stages[name]
         with contextlib.suppress(ArtifactError):
             state = state_of(stage, verify=options.clean, strict_code=options.strict_code)
@@ -321,7 +321,7 @@ def run_walk(plan: Plan, options: Options, lock: int) -> dict[str, str]:
 
 def reuse_before(plan: Plan, name: str, options: Options) -> None:
     """With --fork, link the stages before `name` into the new run, as far as they are the same."""
-    for earlier in before(name):
+    for earlier in filter(plan.wanted, before(name)):
         if not plan.stages[earlier].folder.exists() and not reuse_stage(plan, earlier, options):
             return
 

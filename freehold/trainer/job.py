@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from freehold.data.loader import Order
 from freehold.losses.cross_entropy import CrossEntropy
 from freehold.losses.protocol import Loss
+from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.optim.config import BalanceConfig, OptimConfig
 from freehold.optim.schedule import Schedule
@@ -49,6 +50,10 @@ class Job:
     """Names the documents of a step: id, source, licence; none where only the order knows them."""
     loss: Loss | None = None
     """What the stage minimises; None: cross-entropy with the recipe's z-loss."""
+    build: Callable[[], Afmoe] | None = None
+    """Makes the model with its weights where only some of them train; None: drawn, or those of the start."""
+    watch: Callable[[int, Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], None] | None = None
+    """Sees each step that was applied: its number, the masters with their gradients, the loads of each MoE layer."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -187,6 +187,9 @@ class Trainer:
             self.update.share_routing(result.logit_max)
             result.loads = stacked_loads(self.state.moe_layers.values())
             self._judge(step, result)
+        if self.job.watch is not None:
+            loads = {name: layer.load_counts for name, layer in self.state.moe_layers.items()}
+            self.job.watch(step, self.state.masters, loads)
         self.state.clear_gradients()
         self.progress.count(batch, self.world)
         return result

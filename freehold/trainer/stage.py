@@ -75,6 +75,10 @@ class Stage:
     loss: Loss | None = None
     """None: cross-entropy."""
     validate: Callable[[World], Callable[[Afmoe], dict[str, float]] | None] = lambda _: None
+    build: Callable[[], Afmoe] | None = None
+    """See `Job.build`."""
+    watch: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None
+    """See `Job.watch`."""
     ready: Callable[[Trainer], None] = lambda _: None
     """Called with the loop once its weights are those of the step that it continues from."""
     traced_later: bool = False
@@ -124,4 +128,6 @@ def job_of(stage: Stage, config: StageConfig, work: Workspace) -> Job:
         facts={"seed": work.seed, "context_tokens": config.batch.context_tokens, **stage.facts},
         documents_of=work.documents_of_step,
         loss=stage.loss,
+        build=stage.build,
+        watch=stage.watch,
     )

@@ -238,8 +238,10 @@ class WholeState(TrainState):
 
     def __init__(self, job: Job, world: World, seed: int, weights: Mapping[str, Tensor] | None) -> None:
         super().__init__(job, world)
-        self.model = Afmoe(job.model)
-        if weights is None:
+        self.model = Afmoe(job.model) if job.build is None else job.build()
+        if job.build is not None:
+            self._check_frozen()
+        elif weights is None:
             self.model.init_weights(torch.Generator().manual_seed(seed))
         else:
             dcp.match_keys(weights, self.model.state_dict(), job.folder)
@@ -248,13 +250,19 @@ class WholeState(TrainState):
         self.model.to(world.device)
         self.moe_layers = _routed(self.model, self.model, world)
         # float32: a bfloat16 weight is too coarse for the updates of a late, small learning rate.
-        self.masters = {n: p.detach().requires_grad_() for n, p in self.model.named_parameters()}
+        # Of what trains only: a frozen weight needs neither a master nor moments.
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.masters = {n: p.detach().requires_grad_() for n, p in trained.items()}
         # Replaces the storage of matrices; where it does not, master and weight stay one tensor.
         self.model.to_compute(job.dtype)
-        parameters = dict(self.model.named_parameters())
         # Where the compute dtype is float32 the model computes with the masters themselves.
-        self.copies = {n: p.detach() for n, p in parameters.items() if p.data_ptr() != self.masters[n].data_ptr()}
+        self.copies = {n: p.detach() for n, p in trained.items() if p.data_ptr() != self.masters[n].data_ptr()}
         self._finish()
+
+    def _check_frozen(self) -> None:
+        """Raise CheckpointError when nothing of a model trains: a run without gradients would end without a word."""
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise CheckpointError("no parameter of the model trains", where=self.job.folder, expected="some factors")
 
     def _new_optimizers(self) -> Optimizers:
         """Return optimizers that also write the compute copies: one pass over memory less."""
