@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from freehold.checkpoint import dcp, hf
+from freehold.infer.llama_eval import MUL_MAT, Node, evaluate
 from freehold.model.afmoe import Afmoe
 from freehold.stages.export import calibrate
 from freehold.stages.export.files import write_files
-from freehold.stages.export.llama_eval import MUL_MAT, Node, evaluate
 
 CHUNK_TOKENS, LARGEST_DIFFERENCE = 64, 1e-5
 

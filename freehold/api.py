@@ -162,8 +162,11 @@ def load(
     number = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     with torch.device("meta"):  # weights are assigned: a model of its own would be a second copy
         model = Afmoe(config)
-    fill(model, weights, number, packed=answers_only and place.type == "cpu" and not_exact_as(config, number) is None)
-    model.requires_grad_(trainable).to(place)
+    packed = answers_only and place.type == "cpu" and not_exact_as(config, number) is None
+    fill(model, weights, number, packed=packed)
+    model.requires_grad_(trainable)
+    if not packed:  # the weights of a packed one are in its packs, where they stay
+        model.to(place)
     engine = Engine(model, max_batch, limit_tokens, cache_bytes, prefix_cache=prefix_cache, cache_type=cache_type)
     if adapters:
         engine.add_adapters(_read_adapters(adapters, model, config, tokenizer))

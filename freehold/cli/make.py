@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from freehold.cli.attacking import redteam, redteam_arguments
 from freehold.cli.calibrating import calibrate, calibrate_arguments
 from freehold.cli.check import check, check_arguments
 from freehold.cli.exporting import export_arguments, export_path, is_folder_export
@@ -55,6 +56,8 @@ def add_verbs(verbs: Any) -> None:
     calibrate_arguments(verb(verbs, "calibrate", text, calibrate))
     add_reshaping(verbs)
     _add_serve(verbs)
+    text = "attack a model with what is known to be planted; with and without guardrails"
+    redteam_arguments(verb(verbs, "redteam", text, redteam))
     chat = verb(verbs, CHAT, "talk to a model in the terminal", _chat)
     chat.add_argument("path", help="run folder, checkpoint or HF folder")
     chat.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema chat`")
@@ -71,6 +74,9 @@ def _add_serve(verbs: Any) -> None:
     serve.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema serve`")
     serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default 8000)")
+    serve.add_argument("--require", choices=["promoted"], help="serve only a model that a trusted key has promoted")
+    serve.add_argument("--root", help="with --require: fingerprint of the root key, or a file with it")
+    serve.add_argument("--keyring", type=Path, help="with --require: keyring.json (default: that of the run's keys/)")
     walk_flags(serve)
 
 
@@ -189,6 +195,8 @@ def _serve(args: argparse.Namespace) -> int:
     from freehold.core.config import fill, override
     from freehold.stages.serve.config import ServeConfig
 
+    if args.require:
+        _require_promoted(args)
     data = override({"path": args.path}, args.overrides)
     data |= {key: getattr(args, key) for key in ("host", "port") if getattr(args, key) is not None}
     config = fill(ServeConfig, data, SERVE)
@@ -200,6 +208,18 @@ def _serve(args: argparse.Namespace) -> int:
 
     serve(config)
     return 0
+
+
+def _require_promoted(args: argparse.Namespace) -> None:
+    from freehold.proof.folder import read_fingerprint
+    from freehold.run import promotion
+
+    if not args.root:
+        raise ConfigError(
+            "a trusted root is missing", where="--require promoted", expected="--root FINGERPRINT or FILE"
+        )
+    root = read_fingerprint(Path(args.root)) if Path(args.root).is_file() else args.root.lower()
+    promotion.require(Path(args.path), root, args.keyring)
 
 
 def _chat(args: argparse.Namespace) -> int:

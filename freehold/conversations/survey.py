@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from freehold.conversations.files import format_of, read
 from freehold.conversations.formats import Format
+from freehold.conversations.invariants import violations
 from freehold.conversations.messages import Message
 from freehold.tokenizer.chat import render, render_ids
 
@@ -40,12 +41,14 @@ class Survey:
     lengths: list[int] = field(default_factory=list)
     learned: list[float] = field(default_factory=list)
     """Share of each row's tokens that carry loss; empty without a tokenizer."""
+    broken: list[tuple[int, str]] = field(default_factory=list)
+    """Rows that break an invariant of the template, and which."""
     unit: str = "characters"
 
     @property
     def passed(self) -> bool:
         """Return whether every row can be learned from."""
-        return self.rows > 0 and not self.refused
+        return self.rows > 0 and not self.refused and not self.broken
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures for programs."""
@@ -61,6 +64,7 @@ class Survey:
             "turns": percentiles(self.turns),
             self.unit: percentiles(self.lengths),
             "learned_share": percentiles([round(share, 4) for share in self.learned]),
+            "broken": [{"row": number, "invariant": name} for number, name in self.broken],
             "passed": self.passed,
         }
 
@@ -76,6 +80,7 @@ class Survey:
         if self.learned:
             lines.append(f"share of tokens learned: {_shown([round(share, 3) for share in self.learned])}")
         lines += [f"row {number} refused: {reason}" for number, reason in self.refused[:SHOWN]]
+        lines += [f"row {number}: not so: {name}" for number, name in self.broken[:SHOWN]]
         if len(self.refused) > SHOWN:
             lines.append(f"... and {len(self.refused) - SHOWN:,} more rows refused; --json names all")
         return "\n".join(lines)
@@ -110,6 +115,14 @@ def _count(found: Survey, messages: Sequence[Message], tokenizer: Tokenizer | No
     ids, mask = render_ids(tokenizer, messages, tools=tools)
     found.lengths.append(len(ids))
     found.learned.append(sum(mask) / len(ids))
+    if learns(messages):
+        found.broken += [(found.rows, name) for name in violations(tokenizer, messages, (ids, mask))]
+
+
+def learns(messages: Sequence[Message]) -> bool:
+    """Return whether a row is a conversation to learn from, not a task or a pair."""
+    said = [message for message in messages if message["role"] == "assistant" and message.get("train") is not False]
+    return bool(said) and not any({"rejected", "label"} & set(message) for message in said)
 
 
 def percentiles(values: Iterable[float]) -> Mapping[str, float]:

@@ -24,6 +24,7 @@ _WORDS = """able acorn anchor animal apple arrow autumn bacon basket beach bell 
     ticket tiger timber tower train tree tulip tunnel turtle umbrella uncle valley velvet village violin wagon
     wall walnut water wheel whistle willow window winter wolf wood wool yard yellow zebra"""
 WORDS = tuple(_WORDS.split())
+REPEATING = tuple(word for word in WORDS if len(set(word)) < len(word))
 COLOURS = ("red", "blue", "green", "white", "yellow", "grey", "brown", "black")
 STREETS = ("Mill Street", "Park Lane", "Oak Road", "High Street", "Bridge Street", "Garden Lane", "Hill Road")
 BOXES = ("box", "bag", "basket", "drawer", "chest", "case")
@@ -48,8 +49,11 @@ def items(seed: str, keep: Callable[[str], bool]) -> Iterator[Exercise]:
 
 
 def _letters(r: random.Random) -> Made:
-    word = r.choice(WORDS)
-    letter = r.choice(word) if r.random() < 0.85 else r.choice("abcdefghilmnoprstu")
+    # None, one and several equally often: a model that always says one would else be right in most cases.
+    several = r.randrange(3)
+    word = r.choice(REPEATING if several == 2 else WORDS)
+    letters = {0: set("abcdefghilmnoprstu") - set(word), 1: set(word), 2: {x for x in word if word.count(x) > 1}}
+    letter = r.choice(sorted(letters[several]))
     question = r.choice(
         (
             'How many times does the letter "{}" occur in the word "{}"?',

@@ -24,6 +24,8 @@ def trace_rows(order: Order, steps: range, phase_of: Mapping[int, str]) -> list[
     found: dict[tuple[str, str, str], dict[int, int]] = {}
     for step in steps:
         for piece in order.documents(step):
+            if not piece.document_id:  # written by this program for the step: no document of the run
+                continue
             seen = found.setdefault((piece.source, piece.document_id, phase_of[step]), {})
             # A step may read two pieces of one document.
             seen[step] = seen.get(step, 0) + piece.tokens

@@ -46,6 +46,16 @@ class Task:
     licence: str = OWN_LICENCE
     """Terms of the prompt and of what tools return; a rollout inherits them."""
 
+    @property
+    def traced(self) -> str:
+        """Return the id by which the trace knows the prompt; empty for what this program wrote under its own terms."""
+        return traced(self.document, self.id, self.licence)
+
+
+def traced(document: str, task: str, licence: str) -> str:
+    """Return the id by which the trace knows a prompt: a prompt under others' terms is never left untraced."""
+    return document or ("" if licence == OWN_LICENCE else task)
+
 
 @dataclass(frozen=True)
 class Reply:

@@ -49,6 +49,8 @@ class Preference:
         "preference/accuracy": "answers",
         "preference/better": "better",
         "preference/worse": "worse",
+        "preference/better_gain": "better",
+        "preference/worse_gain": "worse",
     }
 
     def counts(self, batch: Any) -> dict[str, int]:
@@ -92,6 +94,9 @@ class Preference:
                 "preference/accuracy": won.sum().double(),
                 "preference/better": sums.policy.detach()[sums.sign > 0].sum().double(),
                 "preference/worse": sums.policy.detach()[sums.sign < 0].sum().double(),
+                # Against the reference, which is the policy at the start: both may fall while the loss does.
+                "preference/better_gain": sums.gain[sums.sign > 0].sum().double(),
+                "preference/worse_gain": sums.gain[sums.sign < 0].sum().double(),
             },
         )
 
@@ -128,6 +133,9 @@ class _Sequences:
         self.tokens = summed(torch.ones_like(logprobs))
         self.policy = summed(logprobs) / (self.tokens if mean else 1)
         self.reference = summed(columns["reference"][kept].to(logprobs.dtype))
+        # 0 where there is no reference.
+        known = self.reference != 0
+        self.gain = (summed(logprobs.detach()) - self.reference) * known
         # Each token has its answer's sign: the mean is the sign, up to rounding.
         self.sign = (summed(columns["sign"][kept].to(logprobs.dtype)) / self.tokens).round()
         self.margins = summed(columns["margins"][kept].to(logprobs.dtype)) / self.tokens

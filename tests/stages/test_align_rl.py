@@ -26,6 +26,7 @@ from freehold.model.afmoe import Afmoe
 from freehold.optim.config import NoBalanceConfig, OptimConfig, PhaseConfig
 from freehold.optim.schedule import Schedule
 from freehold.stages.align import learn_rl
+from freehold.stages.align.alarm import LikelihoodAlarm
 from freehold.stages.align.held_out import HeldOut
 from freehold.stages.align.rl_config import RlConfig
 from freehold.stages.align.rollouts import RolloutOrder, Tasks
@@ -413,3 +414,12 @@ def test_replay_notices_another_loss(run, declared, tmp_path, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["replay", str(tmp_path / "run"), "0"]) == 1
     assert "DIFFERS: loss" in capsys.readouterr().out
+
+
+def test_alarm_when_better_answers_lose_likelihood(tmp_path, capsys):
+    alarm = LikelihoodAlarm(2.0, Log(None))
+    for gain in (0.5, -1.0, -2.5, -3.0):
+        alarm.log(1, {"preference/better_gain": gain, "preference/worse_gain": -9.0})
+    alarm.log(2, {"perf/eta_s": 1})
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("better answers are 2.5 nats less likely") == 1

@@ -22,6 +22,9 @@ class PreferenceConfig(Config):
     )
     beta: float = Field(0.1, gt=0, description="how far the policy may move from the checkpoint it starts from")
     margin: float = Field(0.0, ge=0, description="target margin (gamma of SimPO); a pair's own margin is added")
+    alarm_nats: float = Field(
+        2.0, gt=0, description="warn when better answers have lost this much log p since the phase began"
+    )
     cross_entropy: float = Field(
         1.0, ge=0, description="weight of -log p of the better answers a token: without it their likelihood may fall"
     )
@@ -31,9 +34,13 @@ class SftConfig(Config):
     """What a phase of kind sft learns from its conversations."""
 
     sources: tuple[str, ...] = Field((), description="sources whose conversations are learned; empty: all of them")
-    reasoning: Literal["keep", "drop"] = Field(
-        "keep", description="drop: learn the answers without the reasoning before them; keep: with it, where there is"
+    reasoning: Literal["keep", "last", "drop"] = Field(
+        "keep",
+        description="drop: learn the answers without the reasoning before them; keep: with it, where there is; last: "
+        "only that of the turn that is learned, so that a conversation becomes an example for each turn",
     )
+    turns: Literal["all", "last"] = Field("all", description="all turns of the assistant, or the last one alone")
+    calls: bool = Field(True, description="whether turns that call tools are learned")
 
 
 class AlignPhaseConfig(PhaseConfig):
@@ -74,9 +81,12 @@ class AlignPhaseConfig(PhaseConfig):
     def settings(self) -> tuple[Config, ...]:
         """Return what makes two phases of one kind different jobs."""
         own: dict[str, tuple[Config, ...]] = {
-            "sft": (self.sft, self.practice), "preference": (self.preference,), "reward": (self.reward,),
-            "rl": (self.rl,), "distill": (self.distill, self.rl),
-        }  # fmt: skip
+            "sft": (self.sft, self.practice),
+            "preference": (self.preference,),
+            "reward": (self.reward,),
+            "rl": (self.rl,),
+            "distill": (self.distill, self.rl, self.sft, self.practice),
+        }
         return own[self.kind]
 
 

@@ -53,7 +53,7 @@ def practice(config: PracticeConfig, work: Workspace, tokenizer: Tokenizer) -> l
         environment, task = tasks.task("train", number)
         messages = [*task.messages, *transcript(environment, task, environment.gold(task)[0])]
         ids, mask = render_ids(tokenizer, messages, tools=task.tools)
-        found.append(Example(task.document or task.id, task.source or tasks.name_of(environment), ids, mask))
+        found.append(Example(task.traced, task.source or tasks.name_of(environment), ids, mask))
     return found
 
 

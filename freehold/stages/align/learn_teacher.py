@@ -74,4 +74,5 @@ class OpenTeacher:
     def __call__(self, ids: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's hidden states [B, T, d] and its head [V, d]."""
         with torch.no_grad():
+            self.model.to(ids.device)
             return self.model.hidden(ids, document_ids=documents), self.model.lm_head.weight

@@ -42,7 +42,7 @@ class RewardModel:
 
     def score(self, answers: Sequence[Sequence[int]]) -> list[float]:
         """Return the score of each answer, ids of prompt and answer; the last id ends it and is not read."""
-        longest = max(len(ids) for ids in answers) - 1
+        longest, device = max(len(ids) for ids in answers) - 1, self.model.lm_head.weight.device
         rows = torch.zeros(len(answers), longest, dtype=torch.long)
         documents = torch.full((len(answers), longest), -1, dtype=torch.int32)
         for row, ids in enumerate(answers):
@@ -50,7 +50,7 @@ class RewardModel:
             rows[row, : len(ids) - 1] = torch.tensor(ids[:-1])
             documents[row, : len(ids) - 1] = 0
         with torch.no_grad():
-            hidden = self.model.eval().hidden(rows, document_ids=documents)
+            hidden = self.model.eval().hidden(rows.to(device), document_ids=documents.to(device))
             # By place, never by the id of a token: padding may be the token that ends a turn.
             last = hidden[torch.arange(len(answers)), torch.tensor([len(ids) - 2 for ids in answers])]
             found: list[float] = scores(last, self.model.lm_head.weight[self.token]).tolist()

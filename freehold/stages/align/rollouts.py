@@ -28,7 +28,7 @@ from freehold.data.rollouts import (
     with_values,
 )
 from freehold.environments.audit import guarded
-from freehold.environments.protocol import Environment, Split, Task
+from freehold.environments.protocol import Environment, Split, Task, traced
 from freehold.losses.targets import token_logprobs
 from freehold.model.afmoe import Afmoe
 from freehold.stages.align.episodes import EnginePolicy, Episode, Player, seed_of
@@ -97,6 +97,8 @@ class RolloutOrder:
         """Take the training loop whose weights draw."""
         self.trainer = trainer
         config = self.config
+        if self.reference is not None:
+            self.reference.to(trainer.model.lm_head.weight.device)
         self.policy = EnginePolicy(
             trainer.model,
             self.tokenizer,
@@ -135,10 +137,11 @@ class RolloutOrder:
         if known is not None and known == self._batch(step):
             rollouts = [one for one in self.ledger.read(known)[0] if one.step == step and one.why == TRAINED]
             return [
-                Piece(one.document or one.task, one.source or one.environment, one.drawn_tokens) for one in rollouts
+                Piece(traced(one.document, one.task, one.licence), one.source or one.environment, one.drawn_tokens)
+                for one in rollouts
             ]
         planned = (self.tasks.task("train", number) for number in self._numbers(self._batch(step), 0))
-        return [Piece(task.document or task.id, task.source or env.name, 0) for env, task in planned]
+        return [Piece(task.traced, task.source or env.name, 0) for env, task in planned]
 
     # -- drawing ------------------------------------------------------------------------------------------------
 
@@ -224,15 +227,17 @@ class RolloutOrder:
     @torch.no_grad()
     def _rescore(self, rollouts: Sequence[Rollout], model: Afmoe, name: str) -> list[Rollout]:
         """Return rollouts with the log-probabilities that a model's training forward pass gives their tokens."""
-        training, found = model.training, []
+        training, found, device = model.training, list[Rollout](), model.lm_head.weight.device
         model.train()
         for at in range(0, len(rollouts), RESCORE_ROWS):
             part = rollouts[at : at + RESCORE_ROWS]
             batch = policy_batch(part, self.tokenizer.pad)
-            targets = torch.from_numpy(batch.targets)
-            hidden = model.hidden(torch.from_numpy(batch.input_ids), document_ids=torch.from_numpy(batch.document_ids))
+            ids, documents, targets = (
+                torch.from_numpy(array).to(device) for array in (batch.input_ids, batch.document_ids, batch.targets)
+            )
+            hidden = model.hidden(ids, document_ids=documents)
             kept = targets != IGNORE
-            values = torch.zeros(targets.shape)
+            values = torch.zeros(targets.shape, device=device)
             values[kept] = token_logprobs(
                 hidden[kept], model.lm_head.weight, targets[kept], temperature=self.config.temperature
             ).float()

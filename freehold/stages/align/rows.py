@@ -17,6 +17,7 @@ from freehold.data.pairs import Answers, PairOrder
 from freehold.losses.targets import token_logprobs
 from freehold.model.afmoe import Afmoe
 from freehold.stages.align.config import SftConfig
+from freehold.stages.align.learned import examples_of
 from freehold.tokenizer.bpe import Tokenizer
 from freehold.tokenizer.chat import render_ids
 
@@ -36,8 +37,7 @@ def render_examples(
     examples: list[Example] = []
     for row in _rows(work, settings.sources):
         if answer_of(row) is None:
-            messages = without_reasoning(row.messages) if settings.reasoning == "drop" else row.messages
-            examples.append(_example(row, messages, tokenizer))
+            examples += [_example(row, messages, tokenizer) for messages in examples_of(row.messages, settings)]
     examples += practice
     if not examples:
         raise DataError(
@@ -73,11 +73,6 @@ def render_answers(work: Workspace, tokenizer: Tokenizer, *, unpaired: bool) -> 
 def answer_of(row: Conversation) -> int | None:
     """Return where the answer begins that a row calls better, good or bad; None for a plain conversation."""
     return next((n for n, m in enumerate(row.messages) if "rejected" in m or "label" in m), None)
-
-
-def without_reasoning(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages without what was thought."""
-    return [{key: value for key, value in message.items() if key != "reasoning_content"} for message in messages]
 
 
 def _rows(work: Workspace, sources: Sequence[str] = ()) -> Iterator[Conversation]:

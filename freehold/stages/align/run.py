@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ from freehold.model.config import ModelConfig
 from freehold.optim.schedule import Schedule
 from freehold.parallel.config import validate_layout
 from freehold.stages.align import forgetting, learn_rl
+from freehold.stages.align.alarm import LikelihoodAlarm
 from freehold.stages.align.config import AlignConfig
 from freehold.stages.align.learn_teacher import OpenTeacher
 from freehold.stages.align.reward_model import FACT, TOKEN
 from freehold.stages.align.rows import reference_logprobs, render_answers, render_examples
 from freehold.tokenizer.bpe import END_OF_TEXT, Tokenizer
+from freehold.trainer.loop import Trainer
 from freehold.trainer.stage import Stage, Start, train_stage
 
 HEAD = "lm_head.weight"
@@ -64,6 +67,7 @@ class Rows:
     counts: dict[str, Any]
     watch: learn_rl.Watch | None = None
     """Of phases that learn from their own answers."""
+    ready: Callable[[Trainer], None] = lambda _: None
     start: Start | None = None
     """Where other weights than those of the checkpoint are the first."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -166,6 +170,7 @@ def train(
         },
         start=rows.start or opened.start,
         loss=rows.loss,
+        ready=rows.ready,
     )
     if watch is not None:
         measured = watch.held_out.validate if kind == "rl" and watch.order.config.held_out else None
@@ -234,7 +239,9 @@ def preferences(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, open
     loss = Preference(
         settings.loss, settings.beta, settings.margin, settings.cross_entropy, config.trainer.loss_chunk_tokens
     )
-    return Rows(order, loss, {"answers": len(order.answers), "answers_too_long": order.too_long})
+    alarm = LikelihoodAlarm(settings.alarm_nats, work.log)
+    counts = {"answers": len(order.answers), "answers_too_long": order.too_long}
+    return Rows(order, loss, counts, ready=alarm.attach)
 
 
 def reinforcement(config: AlignConfig, work: Workspace, tokenizer: Tokenizer, opened: Opened, first_step: int) -> Rows:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from freehold.core.artifact import package_versions
+from freehold.infer.llama_eval import routing
 from freehold.model.config import ModelConfig
 from freehold.stages.export import samples
 from freehold.stages.export.config import EXACT, Proof
 from freehold.stages.export.gguf_writer import differing_tensors
 from freehold.stages.export.llama import ExactLlama
-from freehold.stages.export.llama_eval import routing
 from freehold.stages.export.reference import Agreement, Passage, log_probabilities, watch_routing
 from freehold.tokenizer import chat
 from freehold.tokenizer.bpe import Tokenizer
