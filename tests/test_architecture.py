@@ -28,7 +28,7 @@ ONE_ROOM = {
     "transformers": {"stages/export", "stages/adapt"},
     "gguf": {"stages/export", "stages/adapt"},
     "peft": {"stages/adapt"},
-    "xllamacpp": {"infer/llama.py", "stages/export/llama_eval.py"},
+    "xllamacpp": {"infer/llama.py", "infer/llama_eval.py"},
     "tokenizers": {"tokenizer"},
     "tiktoken": {"tokenizer"},
     "rensa": {"stages/curate"},

@@ -71,6 +71,9 @@ def _add_serve(verbs: Any) -> None:
     serve.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema serve`")
     serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default 8000)")
+    serve.add_argument("--require", choices=["promoted"], help="serve only a model that a trusted key has promoted")
+    serve.add_argument("--root", help="with --require: fingerprint of the root key, or a file with it")
+    serve.add_argument("--keyring", type=Path, help="with --require: keyring.json (default: that of the run's keys/)")
     walk_flags(serve)
 
 
@@ -189,6 +192,8 @@ def _serve(args: argparse.Namespace) -> int:
     from freehold.core.config import fill, override
     from freehold.stages.serve.config import ServeConfig
 
+    if args.require:
+        _require_promoted(args)
     data = override({"path": args.path}, args.overrides)
     data |= {key: getattr(args, key) for key in ("host", "port") if getattr(args, key) is not None}
     config = fill(ServeConfig, data, SERVE)
@@ -200,6 +205,18 @@ def _serve(args: argparse.Namespace) -> int:
 
     serve(config)
     return 0
+
+
+def _require_promoted(args: argparse.Namespace) -> None:
+    from freehold.proof.folder import read_fingerprint
+    from freehold.run import promotion
+
+    if not args.root:
+        raise ConfigError(
+            "a trusted root is missing", where="--require promoted", expected="--root FINGERPRINT or FILE"
+        )
+    root = read_fingerprint(Path(args.root)) if Path(args.root).is_file() else args.root.lower()
+    promotion.require(Path(args.path), root, args.keyring)
 
 
 def _chat(args: argparse.Namespace) -> int:

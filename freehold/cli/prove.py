@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ SEEN = Path.home() / ".local/state/freehold/verified.json" if Path.home().is_dir
 
 def add_verbs(verbs: Any) -> None:
     """Add the verbs of this module to the parser."""
-    for add in (_add_audit, _add_release, _add_verify, _add_reproduce, _add_keys, _add_log):
+    for add in (_add_audit, _add_compare, _add_promote, _add_release, _add_verify, _add_reproduce, _add_keys, _add_log):
         add(verbs)
 
 
@@ -30,6 +31,31 @@ def _add_audit(verbs: Any) -> None:
     audit.add_argument("--text", default="", help="instead: where the training text says this, with steps and licence")
     audit.add_argument("--output", type=Path, default=Path(AUDIT), help="folder to write, where it is not a recipe")
     walk_flags(audit)
+
+
+def _add_compare(verbs: Any) -> None:
+    text = "the same items and text for several models, with intervals and what a difference can show"
+    compare = verb(verbs, "compare", text, _compare)
+    compare.add_argument(
+        "models", nargs="+", type=Path, help="checkpoints, runs or model folders; the first is the base"
+    )
+    compare.add_argument(
+        "--run", type=Path, help="run whose items and held-out text are used (default: around the first)"
+    )
+    compare.add_argument("--set", action="append", default=[], metavar="key=value", help="of evaluate, e.g. a limit")
+    compare.add_argument("--output", type=Path, default=Path("compare"), help="folder for table and picture")
+    compare.add_argument("--json", action="store_true", help="machine-readable answer")
+
+
+def _add_promote(verbs: Any) -> None:
+    promote = verb(verbs, "promote", "decide the gates of a run's model and sign the decision", _promote)
+    promote.add_argument("run", nargs="?", type=Path, help="run folder (default: the newest below runs/)")
+    promote.add_argument("--gates", type=Path, required=True, help="YAML file of limits by figure (docs/releases.md)")
+    promote.add_argument("--keys", type=Path, default=KEYS, help="folder of keys (default: keys/)")
+    promote.add_argument("--by", required=True, help="who decides, as the statement will say")
+    promote.add_argument("--waive", action="append", default=[], metavar="METRIC=REASON", help="a gate that may fail")
+    promote.add_argument("--json", action="store_true", help="machine-readable answer")
+    promote.epilog = "exit codes: 0 promoted, 7 a gate fails, 2 a mistake"
 
 
 def _add_release(verbs: Any) -> None:
@@ -51,11 +77,17 @@ def _add_verify(verbs: Any) -> None:
         "--root", required=True, help="fingerprint of the root key, or a file with it, from someone you trust"
     )
     verify.add_argument(
-        "--level", type=int, choices=[1, 2], default=2, help="1: files and signatures; 2: consistency too"
+        "--level", type=int, choices=[1, 2, 3], default=2, help="1: files; 2: and consistency; 3: and behaviour"
     )
     verify.add_argument("--seen", type=Path, default=SEEN, help="file that remembers the newest log seen of each root")
     verify.add_argument("--json", action="store_true", help="machine-readable answer")
-    verify.epilog = "exit codes: 0 verified, 3 not the files that were signed, 4 signed but inconsistent, 2 a mistake"
+    verify.add_argument("--samples", type=int, default=40, help="level 3: answers made again (default 40)")
+    verify.add_argument(
+        "--nonce", default="", help="level 3: your own text, which decides the answers; default: random"
+    )
+    verify.epilog = (
+        "exit codes: 0 verified, 3 other files than were signed, 4 inconsistent, 5 answers differ, 2 a mistake"
+    )
 
 
 def _add_reproduce(verbs: Any) -> None:
@@ -66,6 +98,9 @@ def _add_reproduce(verbs: Any) -> None:
     much = reproduce.add_mutually_exclusive_group()
     much.add_argument("--data-only", action="store_true", help="gather to token shards, minutes (default)")
     much.add_argument("--all", action="store_true", help="training and export too")
+    much.add_argument("--segments", type=int, default=0, metavar="K", help="K intervals of the training, from the log")
+    reproduce.add_argument("--nonce", default="", help="with --segments: your own text, which decides the intervals")
+    reproduce.add_argument("--run", type=Path, help="with --segments: the run folder that holds the checkpoints")
     reproduce.add_argument("--work", type=Path, default=Path("reproduced"), help="folder of the new run")
     reproduce.add_argument("--dry-run", action="store_true", help="verify, write the recipe, start nothing")
     reproduce.add_argument("--json", action="store_true", help="machine-readable answer")
@@ -118,6 +153,42 @@ def _audit(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from freehold.core.config import fill, override
+    from freehold.core.log import Log
+    from freehold.run import compare
+    from freehold.run.layout import CURATE, EVALUATE, RunFolder
+    from freehold.stages.evaluate.config import EvaluateConfig
+
+    first = args.models[0]
+    around = [args.run] if args.run else [first, *first.resolve().parents[:3]]
+    run = next((RunFolder(folder) for folder in around if RunFolder(folder).finished(CURATE)), None)
+    if run is None:
+        raise ConfigError("no run with items and held-out text", where=around[0], todo="name one with --run")
+    limits = fill(EvaluateConfig, override({}, args.set), EVALUATE)
+    log = Log(quiet=args.json)
+    models = [compare.measure(path, run, limits, log) for path in args.models]
+    found = compare.write(models, args.output)
+    print(json.dumps(found) if args.json else "\n".join(table.text() for table in compare.tables(models)))
+    return 0
+
+
+def _promote(args: argparse.Namespace) -> int:
+    from freehold.proof import folder
+    from freehold.run import promotion
+    from freehold.run.layout import RunFolder
+
+    run = run_folder(args.run)
+    waived = dict(item.split("=", 1) if "=" in item else (item, "") for item in args.waive)
+    if missing := [metric for metric, reason in waived.items() if not reason.strip()]:
+        raise ConfigError("a waiver needs a reason", found=", ".join(missing), expected="--waive METRIC=REASON")
+    done = promotion.promote(run, args.gates, folder.load(args.keys), args.by, waived)
+    said = done.predicate
+    state = promotion.state(RunFolder(run))
+    _answer(args, {"state": state, "by": said["by"], "verdicts": said["verdicts"], "waivers": said["waivers"]})
+    return 0
+
+
 def _release(args: argparse.Namespace) -> int:
     if args.run is not None and args.run.suffix in (".yaml", ".yml"):
         args.recipe, args.stage = args.run, RELEASE
@@ -160,6 +231,14 @@ def _verify(args: argparse.Namespace) -> int:
 
         report = check_release.check(args.pack, verified, root)
         answer |= {"checked": report.checked, "not_checked": report.not_checked}
+    if args.level >= 3:
+        from freehold.run import check_behaviour
+
+        nonce = args.nonce or secrets.token_hex(8)
+        found = check_behaviour.check(args.pack, args.samples, nonce)
+        kept = [line for line in answer["not_checked"] if "nothing was run" not in line]
+        behaviour = {"nonce": nonce, "answers": found.items, "same": found.same, **found.interval.to_dict()}
+        answer |= {"behaviour": behaviour, "not_checked": kept}
     _write_seen(args.seen, seen | {root: [verified.keyring_version, max(size, verified.log.size)]})
     _answer(args, {"verified": True, **answer})
     return 0
@@ -191,6 +270,15 @@ def _reproduce(args: argparse.Namespace) -> int:
     if args.dry_run:
         plan = reproduce.write_recipe(args.pack, args.work)
         _answer(args, {RELEASE: verified.name, "recipe": str(plan.path), "run": str(plan.run_folder)})
+        return 0
+    if args.segments:
+        if args.run is None or not args.nonce:
+            raise ConfigError("intervals need a run and a nonce", expected="--segments K --nonce TEXT --run RUN")
+        from freehold.run import segments
+
+        found = segments.replay(args.pack, args.run, args.work, args.segments, args.nonce)
+        answer = {RELEASE: verified.name, "anchored": len(segments.intervals(args.pack))}
+        _answer(args, answer | {"intervals": [vars(outcome) for outcome in found]})
         return 0
     outcomes = reproduce.reproduce(args.pack, args.work, everything=args.all, quiet=args.json)
     _answer(args, {RELEASE: verified.name, "stages": [vars(outcome) for outcome in outcomes]})
@@ -230,8 +318,8 @@ def _log(args: argparse.Namespace) -> int:
     keys = folder.load(args.keys)
     answer: dict[str, Any] = {}
     if args.do_what == "anchor":
+        from freehold.run.anchoring import anchor
         from freehold.run.layout import RunFolder
-        from freehold.run.release import anchor
 
         answer["anchored"] = anchor(RunFolder(run_folder(args.target)), keys.log)
     checkpoint = keys.log.checkpoint()

@@ -22,10 +22,10 @@ from freehold.ledger.policy import SEVERITY
 from freehold.proof.folder import RELEASE_KEY
 from freehold.proof.trust import Keyring, read_chain
 from freehold.proof.verify import KEYRING, Verified, json_list
-from freehold.run import attestation, bom, disclosure
+from freehold.run import attestation, bom, disclosure, promotion
 from freehold.run.card import Statements
 from freehold.run.layout import AUDIT, CURATE, EVALUATE, EXPORT, RunFolder
-from freehold.run.release import read_description
+from freehold.run.release import PROMOTION, read_description
 
 
 class Inconsistent(ProofError):
@@ -155,6 +155,23 @@ def _audits(release: _Release) -> Iterator[str]:
         yield "the verdicts do not follow from the figures"
 
 
+def _promotion(release: _Release) -> Iterator[str]:
+    """A promotion is signed by a release key, of this model, and its verdicts follow from the results here."""
+    path = release.pack / PROMOTION
+    if not path.exists():
+        return
+    keys = release.keyring.trusted(RELEASE_KEY, release.verified.index)
+    statement = attestation.read(path.read_bytes(), keys, path)
+    if release.manifests[EXPORT]["content_sha256"] not in promotion.Promotion(statement).subjects:
+        yield "it is of another model"
+    run = RunFolder(Path())
+    evaluation, audits = (
+        release.json(f"{name}/{p.name}") for name, p in (("evaluation", run.evaluation), ("audits", run.audits))
+    )
+    if not promotion.decided_again(statement, promotion.figures(release.manifests, evaluation, audits)):
+        yield "its verdicts do not follow from the results"
+
+
 def _cards(release: _Release) -> Iterator[str]:
     """Every document about the data follows from the facts and statements; the facts are of this corpus."""
     facts = release.json("card/facts.json")
@@ -200,6 +217,7 @@ CHECKS: dict[str, Callable[[_Release], Iterator[str]]] = {
     "the model's files against the export's proof": _model,
     "results against the rows of answers": _results,
     "audits and their gates": _audits,
+    "promotion": _promotion,
     "documents about the data": _cards,
     "statements of provenance": _statements,
     "bill of materials": _bill,

@@ -391,6 +391,11 @@ class RunFolder:
         return self.root / "keys"
 
     @property
+    def promotion(self) -> Path:
+        """Return the signed decision that the run's model keeps its gates."""
+        return self.root / "promotion.dsse.json"
+
+    @property
     def pending_takedowns(self) -> Path:
         """Return what was asked to be removed from this run and is still in it."""
         return self.root / "takedowns.json"

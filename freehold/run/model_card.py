@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from freehold.core.table import Table
@@ -11,7 +12,13 @@ from freehold.run.layout import AUDIT, EVALUATE, EXPORT, PRETRAIN, training
 UNSTATED = "not stated"
 
 
-def write(name: str, manifests: dict[str, dict[str, Any]], facts: dict[str, Any], stated: Statements) -> str:
+def write(
+    name: str,
+    manifests: dict[str, dict[str, Any]],
+    facts: dict[str, Any],
+    stated: Statements,
+    waivers: Sequence[dict[str, str]] = (),
+) -> str:
     """Return the card as Markdown; the same records give the same text."""
     export = manifests[EXPORT]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- afmoe", "- freehold"]
@@ -27,6 +34,9 @@ def write(name: str, manifests: dict[str, dict[str, Any]], facts: dict[str, Any]
         lines += ["## Evaluation", "", "Every answer is in `evaluation/answers/`, the sums in `results.json`.", ""]
     if AUDIT in manifests:
         lines += [_gates(manifests[AUDIT]["counts"]).markdown(), "All figures are in `audits/`.", ""]
+    if waivers:
+        rows = [[w["metric"], w["reason"], w["by"]] for w in waivers]
+        lines += [Table("Waivers", ["gate", "why it was waived", "by"], rows, left=(0, 1, 2)).markdown()]
     lines += [
         "## Limits",
         "",

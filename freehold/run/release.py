@@ -32,7 +32,6 @@ from freehold.ledger.policy import Policy
 from freehold.proof import log as logs
 from freehold.proof.bundle import sign_folder
 from freehold.proof.folder import LOG_KEY, RELEASE_KEY, KeyFolder
-from freehold.proof.trust import canonical
 from freehold.proof.verify import (
     KEYRING,
     LOG_ENTRIES,
@@ -43,7 +42,8 @@ from freehold.proof.verify import (
     hash_files,
     pack_entry,
 )
-from freehold.run import attestation, bom, card, disclosure, model_card, pending, policy_check
+from freehold.run import attestation, bom, card, disclosure, model_card, pending, policy_check, promotion
+from freehold.run.anchoring import anchor
 from freehold.run.checkpoints import read_checkpoints
 from freehold.run.layout import AUDIT, EVALUATE, EXPORT, GATHER, RELEASE, REPHRASE, RunFolder, before
 from freehold.run.lineage import lineage
@@ -51,6 +51,7 @@ from freehold.run.report import write_data_picture
 
 FORMAT_VERSION = 1
 DESCRIPTION = "release.json"
+PROMOTION = "attestations/promotion.dsse.json"
 USES = ("redistribute",)
 """What a release asks of every row's licence, in addition to the uses of the run's own policy."""
 
@@ -71,6 +72,11 @@ class Contents:
     def export(self) -> dict[str, Any]:
         """Return the manifest of the export."""
         return self.manifests[EXPORT]
+
+    def waivers(self) -> list[dict[str, str]]:
+        """Return the waivers that the run's promotion was signed with."""
+        path = self.run.promotion
+        return list(promotion.unsigned(path)["predicate"]["waivers"]) if path.exists() else []
 
     def model_files(self) -> dict[str, dict[str, Any]]:
         """Return the exported model's files with their hashes, by path below `model/`."""
@@ -150,29 +156,14 @@ def _place(folder: Path, name: str, digests: dict[str, str], log: logs.Log) -> t
     return index, entry
 
 
-def anchor(run: RunFolder, log: logs.Log) -> int:
-    """Enter each named checkpoint of a run that is not in the log yet; return how many were new."""
-    have, new = set(log.entries), 0
-    for checkpoint in read_checkpoints(run.root):
-        entry = {
-            "kind": "checkpoint",
-            "run": run.root.name,
-            "path": checkpoint.path,
-            "step": checkpoint.step,
-            "content_sha256": checkpoint.content_sha256,
-        }
-        if canonical(entry) not in have:
-            log.append(entry)
-            new += 1
-    return new
-
-
 def _fill(folder: Path, contents: Contents, keys: KeyFolder) -> None:
     """Write every file that the signature covers but the log."""
     _copy_model(folder, contents)
     documents = disclosure.make(contents.facts, contents.stated, list(disclosure.MAKERS))
     texts = {f"card/{name}": text for name, text in documents.items()}
-    texts["card/README.md"] = model_card.write(contents.name, contents.manifests, contents.facts, contents.stated)
+    texts["card/README.md"] = model_card.write(
+        contents.name, contents.manifests, contents.facts, contents.stated, contents.waivers()
+    )
     texts["card/facts.json"] = _json(contents.facts)
     texts["card/statements.json"] = _json(contents.stated.model_dump())
     texts["ledger/rights.json"] = _json(contents.rights)
@@ -188,6 +179,8 @@ def _fill(folder: Path, contents: Contents, keys: KeyFolder) -> None:
     name, key = keys.signing(RELEASE_KEY)
     for stage, manifest in contents.manifests.items():
         texts[f"attestations/{stage}.dsse.json"] = attestation.sign(attestation.provenance(manifest), name, key)
+    if contents.run.promotion.exists():
+        texts[PROMOTION] = contents.run.promotion.read_text(encoding="utf-8")
     texts[DESCRIPTION] = _json(
         {"format_version": FORMAT_VERSION, "name": contents.name, "detached": contents.detached,
          "root": keys.root_fingerprint, **({"keys": keys.label} if keys.label else {})}

@@ -35,7 +35,7 @@ class Outcome:
     """How one stage compares with the released one."""
 
     stage: str
-    verdict: Literal["equal", "not comparable bitwise", "different"]
+    verdict: Literal["equal", "not comparable bitwise", "different", "not replayed"]
     released: str
     made: str
     why: str = ""
@@ -47,7 +47,7 @@ def write_recipe(pack: Path, work: Path) -> Plan:
 
     Raises ProofError when the release has no recipe of its data stages.
     """
-    manifests = _manifests(pack)
+    manifests = read_manifests(pack)
     if TOKENIZE not in manifests:
         raise ProofError("the release does not hold its whole recipe", where=pack / "recipe", expected=TOKENIZE)
     some = manifests[TOKENIZE]
@@ -69,7 +69,7 @@ def reproduce(pack: Path, work: Path, *, everything: bool, quiet: bool = False) 
     command = [sys.executable, "-m", "freehold.cli", "run", str(work / RECIPE), f"until={last}"]
     if subprocess.run([*command, *(["--quiet"] if quiet else [])], stdout=2).returncode:
         raise FreeholdError("the walk did not end", where=work, todo="see the message above, then run the same again")
-    released = _manifests(pack)
+    released = read_manifests(pack)
     outcomes = [
         _compare(stage, released[stage], read_manifest(plan.run.stage(stage)))
         for stage in until(last)
@@ -104,6 +104,7 @@ def _compare(stage: str, released: dict[str, Any], made: dict[str, Any]) -> Outc
     return Outcome(stage, "not comparable bitwise" if why else "different", *hashes, "; ".join(why))
 
 
-def _manifests(pack: Path) -> dict[str, dict[str, Any]]:
+def read_manifests(pack: Path) -> dict[str, dict[str, Any]]:
+    """Return the manifests of stages in a release, by name."""
     paths = {stage: pack / "manifests" / f"{stage}.json" for stage in WALK}
     return {stage: read_json(path, ProofError) for stage, path in paths.items() if path.exists()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.json as pj
 
 STEP = "step"
-THIN_BYTES = 64 << 20
+THIN_BYTES = 16 << 20
 """What is drawn line by line; of a longer file about as much: parsing is what takes the time."""
 LOSS = b'"loss/mean": '
 BLOCK_BYTES = 16 << 20
@@ -47,39 +47,38 @@ class Series:
         if self.path.stat().st_size < self.offset:  # the stage was made again
             self.__init__(self.path)  # type: ignore[misc]
         start = self.offset
-        # A file that is read as it grows never has this much that is new: it is drawn whole.
+        # A file that is read as it grows never has this much that is new: it is drawn line by line.
         every = -(-(self.path.stat().st_size - start) // THIN_BYTES)
-        with self.path.open("rb") as file:
-            while True:
-                file.seek(self.offset)
-                data = file.read(THIN_BYTES)
-                data = data[: data.rfind(b"\n") + 1]
-                if not data:
-                    return self.offset - start
-                self.offset += len(data)
-                self._take(data if every == 1 else self._chosen(data, every))
+        with self.path.open("rb", buffering=1 << 20) as file:
+            file.seek(start)
+            data = b"".join(self._chosen(file, every)) if every > 1 else file.read()
+        if every <= 1:
+            data = data[: data.rfind(b"\n") + 1]
+            self.offset += len(data)
+        if data:
+            self._take(data)
+        return self.offset - start
 
-    def _chosen(self, data: bytes, every: int) -> bytes:
-        """Return of each stretch of ordinary lines those with the least and the greatest loss, and every other line.
+    def _chosen(self, lines: Iterable[bytes], every: int) -> Iterator[bytes]:
+        """Yield of each stretch of ordinary lines those with the least and the greatest loss, and every other line.
 
         What is logged now and then (validation, alarms) has no loss, so it stays.
         """
-        kept, stretch = [], []
-        for line in data.splitlines(keepends=True):
+        stretch: list[tuple[float, bytes]] = []
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            self.offset += len(line)
             at = line.find(LOSS)
             try:
-                loss = float(line[at + len(LOSS) : line.find(b",", at)]) if at >= 0 else None
+                stretch.append((float(line[at + len(LOSS) : line.find(b",", at)]), line))
             except ValueError:
-                loss = None
-            if loss is None:
-                kept.append(line)
-                continue
-            stretch.append((loss, line))
+                yield line
             if len(stretch) == 2 * every:
-                kept += [min(stretch)[1], max(stretch)[1]]
+                yield from (min(stretch)[1], max(stretch)[1])
                 self.passed_over += len(stretch) - 2
                 stretch = []
-        return b"".join([*kept, *(line for _, line in stretch)])
+        yield from (line for _, line in stretch)
 
     def names(self, prefix: str = "") -> list[str]:
         """Return the names of the columns that hold numbers."""

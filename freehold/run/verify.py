@@ -72,7 +72,7 @@ def verify_resume(
     straight = prepare("straight")
     _freehold(*command("straight", own.devices))
     killed = prepare("killed")
-    _kill_after(command("killed", own.devices), killed, first)
+    kill_after(command("killed", own.devices), killed, first)
     left_at = newest_step(killed)
     results = []
     for processes in variants:
@@ -242,8 +242,8 @@ def _freehold(*arguments: str) -> None:
         )
 
 
-def _kill_after(arguments: Sequence[str], stage: Path, step: int) -> None:
-    """Start a run and kill all its processes once its checkpoint of `step` is there."""
+def kill_after(arguments: Sequence[str], stage: Path, step: int) -> None:
+    """Start a run and kill all its processes once its checkpoint of `step` is there; VerifyFailed if it ends before."""
     from freehold.checkpoint.dcp import step_folder
 
     with (stage.parent / "killed.txt").open("wb") as said:

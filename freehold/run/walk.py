@@ -29,8 +29,9 @@ from freehold.core.machine import cpu_name, machine_limits
 from freehold.ledger.policy import Origin
 from freehold.parallel import launch
 from freehold.run import ancestry, policy_check, removal, repair
+from freehold.run.anchoring import anchored
 from freehold.run.code_spans import add_span, other_code, other_contract, read_spans
-from freehold.run.layout import GATHER, REPHRASE, before, finished_parts, until
+from freehold.run.layout import GATHER, RELEASE, REPHRASE, before, finished_parts, until
 from freehold.run.lengthen import branch_command, lengthen, recorded
 from freehold.run.processes import Options, StageFailed, run_process, stage_command, supervise
 from freehold.run.recipe import Plan, StagePlan, recorded_config, resolve
@@ -175,7 +176,8 @@ def run_stage(plan: Plan, name: str, options: Options) -> dict[str, Any]:
     if what == "done":
         return read_manifest(stage.folder)
     if launch.place() is None and stage.parallel is not None and stage.parallel.nproc:
-        supervise(stage, plan, options)
+        with anchored(stage, plan.stages[RELEASE].config.keys):
+            supervise(stage, plan, options)
         return read_manifest(stage.folder)
     key = stage.key()
     for folder in stage.inputs.values():
@@ -190,7 +192,7 @@ def run_stage(plan: Plan, name: str, options: Options) -> dict[str, Any]:
     ancestry.write(stage.run, name, key["config"])
     started = time.monotonic()
     try:
-        with machine_limits(stage.folder):
+        with machine_limits(stage.folder), anchored(stage, plan.stages[RELEASE].config.keys):
             counts = _work(stage, _workspace(stage, log), key)
     finally:
         log.live("")  # the next message begins on a new line

@@ -161,3 +161,19 @@ def test_command_writes_the_page(run, capsys):
     assert main(["dashboard", str(run), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["bytes"] == len((run / "dashboard.html").read_bytes())
+
+
+def test_long_metrics_keep_spikes_and_rare_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr("freehold.run.series.THIN_BYTES", 2000)
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": n, "loss/mean": 9.0 if n == 123 else 2 - n / 1000, "optim/lr": 0.1} for n in range(1, 401)]
+    rows.insert(200, {"step": 200, "val/bpb": 1.5})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 401, "loss/me')
+    series = Series(path)
+    series.update()
+    steps, losses = series.column("loss/mean")
+    assert losses.max() == 9.0
+    assert (np.diff(steps) > 0).all()
+    assert len(steps) + series.passed_over == 400
+    assert series.column("val/bpb")[1].tolist() == [1.5]
+    assert series.update() == 0

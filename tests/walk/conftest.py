@@ -14,7 +14,8 @@ def walked(tmp_path_factory) -> Path:
     """Return the folder that holds the run `tiny`, finished, and `said.txt`, what was printed."""
     # The workers of pytest-xdist share one run: the first makes it, the others wait.
     worker = "PYTEST_XDIST_WORKER" in os.environ
-    folder = (base := tmp_path_factory.getbasetemp()).parent / "walked" if worker else base / "walked"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if worker else base) / "walked"
     with FileLock(f"{folder}.lock"):
         if not (folder / "said.txt").exists():
             make_run(folder)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from freehold.core.artifact import Workspace, write_atomic
-from freehold.proof import folder
 from freehold.run import card, release
+from freehold.run.anchoring import open_keys
 from freehold.run.layout import RunFolder
 from freehold.run.releasing.config import ReleaseConfig
-
-LABEL = "made on the spot by `freehold run`: they show that files belong together, not who made them"
 
 
 def run(config: ReleaseConfig, work: Workspace) -> dict[str, Any]:
@@ -19,7 +17,9 @@ def run(config: ReleaseConfig, work: Workspace) -> dict[str, Any]:
     Raises LicenceError when a row may not be redistributed, ProofError while a take-down is pending.
     """
     run_folder = RunFolder(work.folder.parent)
-    keys = open_keys(config, run_folder, work)
+    keys = open_keys(config.keys, run_folder)
+    if keys.label:
+        work.log.warn(f"no keys were given: signing with keys {keys.label}")
     contents = release.gather_contents(
         run_folder.root, card.read_statements(config.statements), config.name, config.detached
     )
@@ -27,13 +27,3 @@ def run(config: ReleaseConfig, work: Workspace) -> dict[str, Any]:
     write_atomic(run_folder.release_root, keys.root_fingerprint + "\n")
     work.log.say(f"signed as {contents.name}: {run_folder.release}")
     return {"name": contents.name, "files_sha256": digest, "root": keys.root_fingerprint, "keys": keys.label}
-
-
-def open_keys(config: ReleaseConfig, run_folder: RunFolder, work: Workspace) -> folder.KeyFolder:
-    """Return the keys that the recipe names, or the run's own, made when there are none yet."""
-    if config.keys is not None:
-        return folder.load(config.keys)
-    if (run_folder.keys / folder.KEYRING).exists():
-        return folder.load(run_folder.keys)
-    work.log.warn(f"no keys were given: signing with keys {LABEL}")
-    return folder.create(run_folder.keys, LABEL)
