@@ -168,7 +168,7 @@ def test_answers_are_shown_while_they_are_made():
     assert next(number for number, size in enumerate(first) if size) * 11 < 3 * 400
 
 
-BOOK = "It was a bright cold day in the old harbour and the clocks of seven churches were striking nine together today."
+BOOK = "It was a bright cold day in the old harbour and the clocks of seven churches were striking nine all day long."
 
 
 def test_takedown_filter_finds_what_was_removed(tmp_path):
