@@ -34,9 +34,8 @@ SHAPE = {
     "num_hidden_layers": 8, "num_dense_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64,
     "num_experts": 32, "num_experts_per_tok": 2, "sliding_window": 256, "max_position_embeddings": 131_072,
 }  # fmt: skip
-DECODE = [{"streams": n, "prompt": 16, "answer": k} for n, k in ((1, 64), (8, 24), (32, 12))]
-PREFILL = [{"streams": 1, "prompt": n, "answer": 1} for n in (512, 4096)]
-CONTEXT = [{"streams": 1, "prompt": n, "answer": 24} for n in (16, 4096, 16_384)]
+DECODE = [{"streams": n, "prompt": 16, "answer": k} for n, k in ((1, 48), (8, 16), (32, 8))]
+CONTEXT_ANSWER = 24
 
 
 def make_files(folder: Path, types: list[str]) -> None:
@@ -220,16 +219,19 @@ def ratios(rates: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def bandwidth(threads: int) -> float:
-    """Return the bytes a second that some threads read from memory, of 1 GB: the best of five."""
+    """Return the bytes a second that threads read from memory, of 512 MB each, by processor time: the best of five.
+
+    On a busy machine that is what a core would read if it had its time for itself.
+    """
     import torch
 
-    torch.set_num_threads(threads)
-    data, best = torch.zeros(2**28, dtype=torch.int32), 0.0
+    torch.set_num_threads(1)
+    data, best = torch.zeros(2**27), 0.0
     for _ in range(5):
-        began = time.perf_counter()
+        began = time.thread_time()
         data.sum()
-        best = max(best, data.nbytes / (time.perf_counter() - began))
-    return best
+        best = max(best, data.nbytes / (time.thread_time() - began))
+    return best * threads
 
 
 def active_bytes(streams: int, context: int, weight_bytes: float) -> float:
@@ -260,13 +262,33 @@ def table(section: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def picture(result: dict[str, Any], path: Path) -> None:
+    """Draw throughput over streams, and tokens a second over context."""
+    import matplotlib
+
+    matplotlib.use("svg" if path.suffix == ".svg" else "agg")
+    from matplotlib import pyplot
+
+    panels = [each for each in (("decode", "streams"), ("context", "prompt")) if each[0] in result["sections"]]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), squeeze=False)
+    for axis, (section, over) in zip(axes[0], panels, strict=True):
+        cases = result["sections"][section]["cases"]
+        for name in cases[0]["decode"]:
+            at, middle = [case[over] for case in cases], [case["decode"][name]["median"] for case in cases]
+            axis.plot(at, middle, marker="o", label=name)
+        axis.set(xlabel="streams" if over == "streams" else "tokens of context", ylabel="tokens/s", ylim=(0, None))
+    axes[0][0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def engines(options: argparse.Namespace, folder: Path, cases: list[dict[str, int]], kind: str) -> dict[str, Run]:
     """Return what runs in a section, by name."""
     gguf, threads = folder / f"{kind}.gguf", options.threads
     own = folder / "hf" if kind == "BF16" else gguf
     runs: dict[str, Run] = {"ours": lambda: in_process("ours", sys.executable, own, cases, threads)}
     if options.llama:
-        for flash in ("off", "on"):
+        for flash in options.flash.split(","):
             runs[f"llama.cpp fa {flash}"] = functools.partial(batched_bench, options.llama, gguf, cases, threads, flash)
     else:
         runs["xllamacpp"] = lambda: in_process("xllamacpp", sys.executable, gguf, cases, threads)
@@ -286,8 +308,12 @@ def main() -> None:
     parser.add_argument("--vllm", default="", help="an interpreter that has vLLM")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--prompts", default="512,4096", help="tokens of the prompts of `prefill`")
+    parser.add_argument("--contexts", default="16,4096,16384", help="tokens before the answer, for `context`")
+    parser.add_argument("--flash", default="off,on", help="settings of llama.cpp's flash attention to try")
     parser.add_argument("--folder", type=Path, help="keep the models here")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/inference.json"))
+    parser.add_argument("--figure", type=Path, help="draw what was measured so far, at the end")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -310,7 +336,9 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     result |= common.environment("xllamacpp")
     result |= {"flags": has, "threads": options.threads, "bandwidth": bandwidth(options.threads)}
     result["llama.cpp"] = "built from source" if options.llama else "the prebuilt xllamacpp"
-    kinds = {"decode": [("BF16", DECODE)], "prefill": [("BF16", PREFILL)], "context": [("BF16", CONTEXT)],
+    prefill = [{"streams": 1, "prompt": int(n), "answer": 1} for n in options.prompts.split(",")]
+    contexts = [{"streams": 1, "prompt": int(n), "answer": CONTEXT_ANSWER} for n in options.contexts.split(",")]
+    kinds = {"decode": [("BF16", DECODE)], "prefill": [("BF16", prefill)], "context": [("BF16", contexts)],
              "quantized": [("Q8_0", DECODE), ("Q4_0", DECODE)]}  # fmt: skip
     for section in options.sections.split(","):
         for kind, cases in kinds[section]:
@@ -321,7 +349,9 @@ def run(options: argparse.Namespace, folder: Path) -> None:
                 row["bound"] = row["streams"] * result["bandwidth"] / step
             result.setdefault("sections", {})[name] = found
             common.write(options.out, result)
-            print(table(section, found))
+            print(table(section, found), flush=True)
+    if options.figure:
+        picture(result, options.figure)
 
 
 if __name__ == "__main__":

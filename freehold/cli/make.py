@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from freehold.cli.attacking import redteam, redteam_arguments
 from freehold.cli.calibrating import calibrate, calibrate_arguments
 from freehold.cli.check import check, check_arguments
 from freehold.cli.exporting import export_arguments, export_path, is_folder_export
@@ -55,6 +56,8 @@ def add_verbs(verbs: Any) -> None:
     calibrate_arguments(verb(verbs, "calibrate", text, calibrate))
     add_reshaping(verbs)
     _add_serve(verbs)
+    text = "attack a model with what is known to be planted; with and without guardrails"
+    redteam_arguments(verb(verbs, "redteam", text, redteam))
     chat = verb(verbs, CHAT, "talk to a model in the terminal", _chat)
     chat.add_argument("path", help="run folder, checkpoint or HF folder")
     chat.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see `freehold schema chat`")

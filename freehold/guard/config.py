@@ -83,7 +83,7 @@ class GuardConfig(Config):
         description="answer: judged when complete; window: shown as soon as two passages were judged, so that a block "
         "can come after what stands before it. auto = answer where a rule blocks answers, else window.",
     )
-    message: str = Field("This answer was withheld by a policy.", description="What is shown instead of it.")
+    message: str = Field("This answer was withheld by a policy.", description="What is shown in place of an answer.")
     budget_ms: float = Field(50, gt=0, description="A judgement that takes longer is logged and counted.")
 
     @model_validator(mode="after")

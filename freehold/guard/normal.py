@@ -27,9 +27,11 @@ _LOOKALIKES = {
 }
 _DECODED_MOST = 20_000
 """Characters of one encoded run that are opened: more takes time, and says the same."""
-_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{16,}={0,2}")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{16,}+={0,2}")
 _HEX = re.compile(r"(?<![0-9A-Za-z])(?:[0-9A-Fa-f]{2}[ :]?){8,}(?![0-9A-Za-z])")
-_PERCENT = re.compile(r"[^\s%]{0,200}(?:%[0-9A-Fa-f]{2}[^\s%]{0,50}){2,}")
+_PERCENT = re.compile(r"(?:%[0-9A-Fa-f]{2}[^\s%]{0,50}+){1,}+")
+_BEFORE_CHARS = 200
+"""How far before its first sign a percent-encoded run can begin."""
 
 
 class Form(NamedTuple):
@@ -100,12 +102,16 @@ def _form_of(cluster: str) -> str:
 def _opened(text: str) -> Iterator[tuple[int, int, str]]:
     """Yield where an encoded run begins and ends, with what is in it."""
     for match in _BASE64.finditer(text):
-        yield from _if_text(match, _base64(match[0][:_DECODED_MOST]))
+        yield from _if_text(match.span(), _base64(match[0][:_DECODED_MOST]))
     for match in _HEX.finditer(text):
         digits = re.sub("[ :]", "", match[0][:_DECODED_MOST])
-        yield from _if_text(match, bytes.fromhex(digits[: len(digits) // 2 * 2]))
+        yield from _if_text(match.span(), bytes.fromhex(digits[: len(digits) // 2 * 2]))
     for match in _PERCENT.finditer(text):
-        yield from _if_text(match, urllib.parse.unquote_to_bytes(match[0][:_DECODED_MOST]))
+        start = match.start()
+        while start > max(0, match.start() - _BEFORE_CHARS) and not text[start - 1].isspace():
+            start -= 1
+        run = text[start : match.end()][:_DECODED_MOST]
+        yield from _if_text((start, match.end()), urllib.parse.unquote_to_bytes(run))
 
 
 def _base64(run: str) -> bytes:
@@ -116,8 +122,8 @@ def _base64(run: str) -> bytes:
         return b""
 
 
-def _if_text(match: re.Match[str], data: bytes) -> Iterator[tuple[int, int, str]]:
+def _if_text(span: Span, data: bytes) -> Iterator[tuple[int, int, str]]:
     """Yield an opened run if it can be read; a random one decodes to controls and broken UTF-8."""
     inside = data.decode("utf-8", errors="replace").strip("\ufffd")
     if inside and sum(c.isprintable() or c in "\n\t" for c in inside) >= 0.9 * len(inside) and "\ufffd" not in inside:
-        yield match.start(), match.end(), inside
+        yield *span, inside

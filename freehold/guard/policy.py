@@ -29,14 +29,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a text is judged to be; `text` is what may be shown of it if nothing blocks it."""
+    """What a text is judged to be; `text` is what may be shown if nothing blocks."""
 
     text: str
     findings: tuple[Finding, ...] = ()
 
     @property
     def blocked(self) -> bool:
-        """Whether a rule forbids to show any of it."""
+        """Whether a rule forbids to show anything."""
         return any(finding.action == "block" for finding in self.findings)
 
 
@@ -71,7 +71,7 @@ class Policy:
 
     @property
     def holds_answers(self) -> bool:
-        """Whether an answer is shown only when all of it was judged."""
+        """Whether an answer is shown only when it was judged to its end."""
         return self.config.hold == "answer" or self.config.hold == "auto" and self.acts("answer", "block")
 
     def judge(self, text: str, place: Place) -> Verdict:

@@ -31,7 +31,7 @@ class TextGuard:
         self._waiting: str | None = None
         """The passage that is not shown yet, since its neighbour has not come."""
         self._spans: list[Span] = []
-        """What is to be redacted in it"""
+        """What is redacted there"""
         self.findings: list[Finding] = []
         self.blocked = False
 
@@ -67,7 +67,7 @@ class TextGuard:
         return "" if self.blocked and self._first_blocked < len(before) else redacted(before, spans)
 
     def _judge(self, before: str, passage: str) -> list[Span]:
-        """Judge two passages that follow each other; return what is to be redacted in the first."""
+        """Judge two passages that follow each other; return the spans to redact in the first."""
         findings = self._policy.look(before + passage, "answer").findings
         self.findings += findings
         at = len(before)

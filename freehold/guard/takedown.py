@@ -46,7 +46,7 @@ class Filter:
 
 
 def build(removed: Iterable[str], others: Iterable[str] = (), salt: bytes | None = None) -> Filter:
-    """Return the filter of some texts; spans that also occur in `others`, which stay, are not part of it."""
+    """Return the filter of some texts; spans that also occur in `others`, which stay, are not in the filter."""
     salt = secrets.token_bytes(16) if salt is None else salt
     spans: dict[int, set[str]] = {}
     for text in removed:

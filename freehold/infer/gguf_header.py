@@ -46,11 +46,11 @@ def check_gguf(path: Path) -> dict[str, Any]:
 
 class _Header:
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._size = file, size
+        self._file, self._size, self._at = file, size, 0
 
     def read(self) -> dict[str, Any]:
         """Return the metadata after everything was checked."""
-        if self._file.read(4) != MAGIC:
+        if self._take(4) != MAGIC:
             raise _Wrong("it does not begin with GGUF")
         version = self._number("I")
         if version not in (2, 3):
@@ -71,7 +71,7 @@ class _Header:
 
     def _check_tensors(self, tensors: list[tuple[str, int, int]], alignment: int) -> None:
         """Check that tensors (name, offset, bytes) have different names and follow each other in the file."""
-        start = -(-self._file.tell() // alignment) * alignment
+        start = -(-self._at // alignment) * alignment
         if len({name for name, _, _ in tensors}) != len(tensors):
             raise _Wrong("two tensors with one name")
         end = 0
@@ -125,6 +125,7 @@ class _Header:
         data = self._file.read(self._bounded(count, self._size, "bytes"))
         if len(data) != count:
             raise _Wrong("it ends in the middle of its header")
+        self._at += len(data)
         return data
 
     @staticmethod

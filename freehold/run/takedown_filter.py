@@ -25,7 +25,7 @@ class Filtered:
 
 
 def write_filter(run_folder: Path, answer: Takedown, path: Path) -> Filtered:
-    """Write, or extend, the filter of a take-down; spans that rows which stay also hold are no part of it.
+    """Write, or extend, the filter of a take-down; spans that rows which stay also hold are not in it.
 
     Raises DataError when the run has no text of the rows, or the file is something else.
     """

@@ -124,7 +124,7 @@ ANSWERS = [
 
 
 def shown(answer: list[Piece], cuts: random.Random | None, hold: str) -> tuple[bool, list[tuple[str, str, str]]]:
-    """Return whether an answer is blocked, and what is shown of it: texts and calls, each in one piece."""
+    """Return whether an answer is blocked, and what is shown: texts and calls, each in one piece."""
     guard, out = AnswerGuard(policy(hold=hold)), []
     for piece in answer:
         at = 0
@@ -168,7 +168,7 @@ def test_answers_are_shown_while_they_are_made():
     assert next(number for number, size in enumerate(first) if size) * 11 < 3 * 400
 
 
-BOOK = "It was a bright cold day in the old harbour and the clocks of seven churches were striking nine at once today."
+BOOK = "It was a bright cold day in the old harbour and the clocks of seven churches were striking nine all day long."
 
 
 def test_takedown_filter_finds_what_was_removed(tmp_path):

@@ -144,7 +144,7 @@ def test_wrong_endpoints_are_refused(remote, tiny_checkpoint):
         open_model(ServeConfig(backend="vllm", endpoint="http://127.0.0.1:9/v1", command=command), tiny_checkpoint)
 
 
-def test_stop_token_that_is_kept_back_is_put_back():
+def test_missing_stop_token_is_put_back():
     choice = {"token_ids": [5], "finish_reason": "stop"}
     first, last = read_tokens(choice, Sampling(stop_ids=(3,)))
     assert (first.id, first.finish_reason, last.id, last.finish_reason) == (5, None, 3, "stop")

@@ -33,7 +33,7 @@ class Choice:
     parser: AnswerParser | None
     """None = plain text: tags are shown as they are."""
     guard: AnswerGuard | None = None
-    """Judges what may be shown of it."""
+    """Judges what may be shown."""
     completion_tokens: int = 0
     cached_tokens: int = 0
     """Tokens of its prompt that were read from kept pages."""

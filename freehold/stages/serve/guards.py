@@ -45,7 +45,7 @@ def check_logprobs(policy: Policy, wanted: bool | None) -> None:
 
 
 def judge_messages(policy: Policy, messages: list[dict[str, Any]]) -> bool:
-    """Replace what is to be redacted in messages; return whether a rule forbids to answer."""
+    """Redact messages in place; return whether a rule forbids to answer."""
     blocked = False
     for message in messages:
         place: Place = "tools" if message["role"] == "tool" else "prompt"
