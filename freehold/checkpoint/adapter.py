@@ -296,7 +296,7 @@ class _Reader:
         """Return a stack in peft's layout: A has rows e r + j, B has columns j E + e: there the expert runs fastest."""
         count, wide, narrow = self.config.num_experts, self.config.hidden_size, self.config.moe_intermediate_size
         a, b = sides["A"], sides["B"]
-        # With both stacks adapted the inner one is gate_up; alone it has the outer name, and the shape tells.
+        # With both stacks adapted the inner one is gate_up; alone it has the outer name, and the shape decides.
         gate_up = inner or (a.shape[1] == wide and b.shape[0] == 2 * narrow)
         ins, outs = (wide, 2 * narrow) if gate_up else (narrow, wide)
         if a.shape[0] % count or a.shape[1] != ins or b.shape != (outs, a.shape[0]):
@@ -403,7 +403,7 @@ def soup(adapters: list[tuple[Adapter, float]], where: object = "soup") -> Adapt
 
 @dataclass
 class Merged:
-    """What a merge did: matrices changed, how large the change is, and how much of it bfloat16 swallows."""
+    """What a merge did: matrices changed, how large the change is, and how much of that bfloat16 swallows."""
 
     matrices: int = 0
     change: float = 0.0
