@@ -145,7 +145,7 @@ def exposures(trace: Path, curated: Path, steps: list[int]) -> list[float]:
 
 
 def draw(found: dict[str, Any]) -> bytes:
-    """Return the picture: what is known after so many exposures of alignment."""
+    """Return the picture: what is known after how many exposures of alignment."""
     import matplotlib
 
     matplotlib.use("Agg")

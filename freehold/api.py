@@ -8,14 +8,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 
-from freehold.checkpoint import dcp, hf
+from freehold.checkpoint import adapter, base, dcp, hf
 from freehold.core import environment
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.errors import ArtifactError, CheckpointError, RequestError
@@ -26,6 +26,7 @@ from freehold.model.afmoe import Afmoe
 from freehold.model.config import ModelConfig
 from freehold.model.device import Device, choose_device
 from freehold.model.filling import fill
+from freehold.model.lora import Pair
 from freehold.tokenizer.bpe import BOS, END_OF_TEXT, Tokenizer
 from freehold.tokenizer.chat import render_ids
 from freehold.tokenizer.output import AnswerFormat, Piece, TextStream, read_format
@@ -139,6 +140,7 @@ def load(
     cache_type: CacheType = "auto",
     trainable: bool = False,
     answers_only: bool = False,
+    adapters: Mapping[str, Path] | None = None,
 ) -> Loaded:
     """Open a checkpoint, a run or stage folder (its most finished model), or an AFMoE folder in HF form.
 
@@ -148,7 +150,8 @@ def load(
     threads: PyTorch's threads in this process; None = as many as decode fastest here, which is measured. The answers
     do not depend on it. cache_bytes, prefix_cache, cache_type: as for `infer.engine.Engine`. trainable: the parameters
     take gradients, for a training loop of your own; give them float32. answers_only: keep the weights only as the CPU
-    kernels read them, about half the memory; `model` can then neither be saved nor trained.
+    kernels read them, about half the memory; `model` can then neither be saved nor trained. adapters:
+    folders of adapters by name, for `Sampling(adapter=NAME)`; CheckpointError for one of another base or tokenizer.
     """
     environment.prepare()
     place = choose_device(device)
@@ -165,12 +168,28 @@ def load(
     if not packed:  # the weights of a packed one are in its packs, where they stay
         model.to(place)
     engine = Engine(model, max_batch, limit_tokens, cache_bytes, prefix_cache=prefix_cache, cache_type=cache_type)
+    if adapters:
+        engine.add_adapters(_read_adapters(adapters, model, config, tokenizer))
     if threads is None:
         choose_threads(engine)
     else:
         torch.set_num_threads(threads)
     begins_with, sampling = text_beginning(folder, tokenizer), default_sampling(folder, tokenizer)
     return Loaded(model, tokenizer, config, engine, folder, read_format(folder), sampling, begins_with)
+
+
+def _read_adapters(
+    folders: Mapping[str, Path], model: Afmoe, config: ModelConfig, tokenizer: Tokenizer
+) -> dict[str, Mapping[str, Pair]]:
+    """Return the factors of adapters; each must be of this very base."""
+    found = base.fingerprint(model.state_dict().items())
+    result: dict[str, Mapping[str, Pair]] = {}
+    for name, folder in folders.items():
+        one = adapter.read(Path(folder), config)
+        adapter.check_base(one, found, tokenizer.sha256, folder)
+        adapter.check_shapes(one, model)
+        result[name] = one.pairs
+    return result
 
 
 def text_beginning(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:

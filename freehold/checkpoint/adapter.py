@@ -57,14 +57,13 @@ def of_model(model: Afmoe, facts: Mapping[str, Any] | None = None) -> Adapter:
     return Adapter(pairs, dict(facts or {}))
 
 
-def put_on(model: Afmoe, adapter: Adapter) -> None:
-    """Give a model the factors of an adapter, frozen; CheckpointError when they are of another shape."""
+def check_shapes(adapter: Adapter, model: Afmoe) -> None:
+    """Raise CheckpointError for factors of a matrix that the model lacks, or of another shape."""
     places = {name: (module, attribute) for _, name, module, attribute in sites(model)}
     for name, pair in adapter.pairs.items():
         if name not in places:
             raise CheckpointError("the model has no such matrix", where="adapter", found=name)
-        module, attribute = places[name]
-        stacks, outs, ins = shape_of(module, attribute)
+        stacks, outs, ins = shape_of(*places[name])
         expected = ((stacks, pair.rank, ins), (stacks, outs, pair.rank))
         if (tuple(pair.a.shape), tuple(pair.b.shape)) != expected:
             raise CheckpointError(
@@ -74,7 +73,16 @@ def put_on(model: Afmoe, adapter: Adapter) -> None:
                 expected=expected,
                 todo="it was made for another model: another width, or another number of experts",
             )
-        dtype = model.lm_head.weight.dtype
+
+
+def put_on(model: Afmoe, adapter: Adapter) -> None:
+    """Give a model the factors of an adapter, frozen; CheckpointError when they are of another shape."""
+    check_shapes(adapter, model)
+    places = {name: (module, attribute) for _, name, module, attribute in sites(model)}
+    dtype = model.lm_head.weight.dtype
+    for name, pair in adapter.pairs.items():
+        module, attribute = places[name]
+        stacks, outs, ins = shape_of(module, attribute)
         factors = Factors(stacks, outs, ins, pair.rank, pair.scale * pair.rank)
         factors.a.data, factors.b.data = pair.a.to(dtype), pair.b.to(dtype)
         setattr(module, attribute, factors.requires_grad_(False))
@@ -288,7 +296,7 @@ class _Reader:
         """Return a stack in peft's layout: A has rows e r + j, B has columns j E + e: there the expert runs fastest."""
         count, wide, narrow = self.config.num_experts, self.config.hidden_size, self.config.moe_intermediate_size
         a, b = sides["A"], sides["B"]
-        # With both stacks adapted the inner one is gate_up; alone it has the outer name, and the shape tells.
+        # With both stacks adapted the inner one is gate_up; alone it has the outer name, and the shape decides.
         gate_up = inner or (a.shape[1] == wide and b.shape[0] == 2 * narrow)
         ins, outs = (wide, 2 * narrow) if gate_up else (narrow, wide)
         if a.shape[0] % count or a.shape[1] != ins or b.shape != (outs, a.shape[0]):
@@ -395,7 +403,7 @@ def soup(adapters: list[tuple[Adapter, float]], where: object = "soup") -> Adapt
 
 @dataclass
 class Merged:
-    """What a merge did: matrices changed, how large the change is, and how much of it bfloat16 swallows."""
+    """What a merge did: matrices changed, how large the change is, and how much of that bfloat16 swallows."""
 
     matrices: int = 0
     change: float = 0.0

@@ -130,7 +130,7 @@ def _parquet(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes, Any]]:
         number = 0
         for group in range(file.num_row_groups):
             facts = file.metadata.row_group(group)
-            # No value of a group is larger than all of it: so many rows at a time fit, whatever its dictionaries hold.
+            # No value of a group is larger than the group: this number of rows fits, whatever its dictionaries hold.
             rows = max(1, min(PARQUET_ROWS, PARQUET_BYTES // max(1, facts.total_byte_size)))
             for batch in file.iter_batches(batch_size=rows, row_groups=[group], use_threads=False):
                 for row in batch.to_pylist():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from freehold.core.errors import ConfigError, RequestError
 from freehold.infer import scoring
+from freehold.infer.adapters import Adapters, Shared
 from freehold.infer.cache import Step
 from freehold.infer.fused import Fused
 from freehold.infer.pages import PagePool, Pages, blocks_of, free_bytes, page_bytes, window_pages
@@ -113,6 +114,8 @@ class Engine:
         self.limit_tokens = min(context, fits)
         self.prefixes = Prefixes(self.pool) if prefix_cache else None
         self.queue = Queue(self.pool, max_batch, STEP_TOKENS, self.prefixes)
+        # None until some are added: a model that is being trained must not be touched.
+        self.adapters: Shared | None = None
         # Several threads may read answers; one of them at a time makes the next step for all.
         self._lock = threading.RLock()
         self._weights: list[tuple[Any, str]] = [
@@ -123,6 +126,14 @@ class Engine:
             if tensor is not None
         ]
         self._version = self._weights_version()
+
+    def add_adapters(self, adapters: Adapters) -> None:
+        """Let requests name adapters; each answers with the bits it has alone, and so does the base."""
+        with self._lock:
+            self.adapters = Shared(self.model, adapters)
+            # Factors are not among what the fused way computes, and nothing that was read before has their numbers.
+            self._fused = None
+            self.queue.preempt_all()
 
     def describe(self) -> str:
         """Say in one line what computes, what it promises, and what memory it may use."""
@@ -246,6 +257,9 @@ class Engine:
             parts = self.queue.next_step(only)
             if not parts:
                 return False
+            # Rows of one adapter follow each other: its factors are one more stretch of one product.
+            parts.sort(key=lambda part: part[0].adapter)
+            self._begin([(r.adapter, count) for r, count in parts])
             # Only the last new token of a sequence has a next one to draw, and a prompt that is read in pieces draws
             # nothing before its last piece.
             last = accumulate(count for _, count in parts)
@@ -273,9 +287,10 @@ class Engine:
         return [scored.logprobs for scored in self.score_top(sequences, 0)]
 
     @torch.inference_mode()
-    def score_top(self, sequences: Sequence[Sequence[int]], top: int) -> list[Scored]:
+    def score_top(self, sequences: Sequence[Sequence[int]], top: int, adapter: str = "") -> list[Scored]:
         """Score sequences, and report the `top` most probable tokens at each position."""
         self._check(sequences)
+        number = self._adapter(adapter)
         results = [Scored([0.0], [[]]) for _ in sequences]
         with self._lock:
             # Kept prefixes give way to a full pass; answers that are being made, only to what one sequence needs.
@@ -285,6 +300,7 @@ class Engine:
                 while not self.pool.has_room(needed) and self.queue.running:
                     self.queue.preempt(self.queue.running[-1])
                 parts = [(pages, sequences[row][start : start + count]) for row, pages, start, count in pieces]
+                self._begin([(number, len(ids)) for _, ids in parts])
                 hidden = self._forward(parts, []).hidden
                 at = 0
                 for row, pages, start, count in pieces:
@@ -343,7 +359,25 @@ class Engine:
 
     def _request(self, prompt: Sequence[int], sampling: Sampling, budget: int, key: Hashable) -> Request:
         # The weights are not in the key: when they change, nothing that was kept survives (`_forget_old_weights`).
-        return Request(prompt, sampling, budget, self.pool, self.vocab_size, key)
+        # The adapter is: keys and values of one say nothing of another's.
+        number = self._adapter(sampling.adapter)
+        request = Request(
+            prompt, sampling, budget, self.pool, self.vocab_size, key if key is None or not number else (key, number)
+        )
+        request.adapter = number
+        return request
+
+    def _adapter(self, name: str) -> int:
+        if self.adapters is not None:
+            return self.adapters.number(name)
+        if name:
+            raise RequestError("no such adapter", where="adapter", found=name, expected="none is loaded")
+        return 0
+
+    def _begin(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Say whose tokens the next pass holds: (adapter, tokens) of each sequence, sorted by adapter."""
+        if self.adapters is not None:
+            self.adapters.begin([number for number, _ in parts], [count for _, count in parts])
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         for ids in prompts:

@@ -31,6 +31,7 @@ class Fused:
         self.model = model
         modules = list(model.modules())
         self._plain = all(type(m) in PLAIN and "forward" not in m.__dict__ for m in modules)
+        self._plain &= not any(isinstance(m, Experts) and m.gate_up_blocks is not None for m in modules)
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._seen: object = None
         self._plan: Plan | None = None

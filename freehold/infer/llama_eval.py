@@ -133,7 +133,7 @@ def _parameters(lib: ctypes.CDLL, callback: object) -> Parameters:
 
 
 def _product(lib: ctypes.CDLL, node: Node, ask: bool, seen: Seen) -> bool:
-    """Say whether a node is wanted (`ask`), or hand it over; True goes on computing."""
+    """Say whether a node is wanted (`ask`), or hand it over; True continues the computation."""
     op = lib.ggml_op_name(node.op).decode()
     if op not in (MUL_MAT, MUL_MAT_ID):
         return not ask

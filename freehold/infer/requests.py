@@ -57,6 +57,8 @@ class Request:
         self.pages = Pages(pool)
         self.tokens: deque[Token] = deque()
         self.finished = budget == 0
+        self.adapter = 0
+        """Which of the engine's adapters answers; 0 is the base"""
         self.preempted = 0
         """How often its pages were taken away."""
         self.key, self.prompt_tokens = key, len(prompt)

@@ -1,4 +1,4 @@
-"""What a model takes besides its run: curation, synthesis, rollouts, evaluation; and all presets in one table.
+"""What a model takes in addition to its run: curation, synthesis, rollouts, evaluation; and all presets in one table.
 
 Every row has its source and its error. What was never measured says so; amounts are inputs of these functions.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints enter the append-only log while training goes on, so that a way cannot be invented after its end.
+"""Checkpoints enter the append-only log during training, so that a way cannot be invented after its end.
 
 A thread looks for finished checkpoints and appends them to the log of the keys that the walk will sign with. What was
 rolled back stays in the log; the last entry of a step counts.

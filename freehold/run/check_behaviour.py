@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from freehold.api import Loaded
 
 LEAST_AGREEMENT = 0.9
-"""Share of the sampled answers that must come out as recorded."""
+"""Share of the answers that must come out as recorded: refused when the sample's 95 % interval is below it."""
 
 
 class OtherBehaviour(ProofError):
@@ -58,7 +58,7 @@ def check(pack: Path, samples: int, nonce: str) -> Agreement:
     done = _ask(folder, rows[:samples], manifests[EVALUATE]["config"])
     differing = [row["id"] for row, same in zip(rows, done, strict=False) if not same]
     found = Agreement(name, len(done), sum(done), share(sum(done), len(done)), differing)
-    if found.same < LEAST_AGREEMENT * found.items:
+    if found.interval.high < LEAST_AGREEMENT:
         raise OtherBehaviour(
             "the model does not answer as the release says",
             where=folder,

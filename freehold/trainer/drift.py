@@ -186,7 +186,7 @@ def compare(
     """Run a base and a model on the same rows and compare their routing.
 
     `layers` are the model's MoE layers by name, `base_layers` those of the base where it is another model. The model's
-    routers are also asked about the base's inputs (`router_overlap`), which tells a changed router from changed inputs.
+    routers are also asked about the base's inputs (`router_overlap`), which separates router from inputs.
     """
     k = next(iter(layers.values())).router.top_k if layers else 1
     sums = {name: _Sums(k) for name in layers}

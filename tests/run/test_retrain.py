@@ -65,7 +65,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_replay_is_drawn_from_the_training_split_with_its_own_rights(run, recipe):
+def test_replay_has_the_training_split_and_its_own_rights(run, recipe):
     written = write_recipe(Request(run, recipe, steps=20, replay=0.25))
     documents = {
         row.id: row for path in (run / "curate/documents").glob("*.parquet") for row in read_rows(path, Document)

@@ -138,7 +138,7 @@ def test_model_of_which_nothing_trains_is_refused(tmp_path, base_state):
         trainer(tmp_path, model)
 
 
-def test_held_routing_needs_no_change_at_the_start_and_pulls_back(base_state):
+def test_held_routing_starts_at_no_change_and_pulls_back(base_state):
     loss, model = HeldRouting(CrossEntropy(), 1.0), model_of(base_state)
     loss.watch(model)
     ids = IDS

@@ -91,7 +91,7 @@ class Tales:
             yield from behave("", one, data, reading)
 
 
-def test_a_package_reader_that_dies_goes_on_behind_the_file() -> None:
+def test_a_package_reader_that_dies_skips_the_file() -> None:
     names = ["one", "loop", "two", "twin", "crash", "three"]
     files = [member(name, b"two" if name == "twin" else name.encode()) for name in names]
     reading = Reading(1000, file_s=0.3)

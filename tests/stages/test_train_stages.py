@@ -185,7 +185,7 @@ LONG = {
 }
 
 
-def test_longer_context_changes_what_the_model_states_and_nothing_else(run, tmp_path):
+def test_longer_context_changes_only_what_the_model_states(run, tmp_path):
     """Every form states the same context; each row is of the new length; only the asked-for gain moved."""
     data = merge(PRETRAIN, {"parent": str(run / "pretrain/base"), **LONG, "optim": {"lr": 1e-12, "muon_lr": 1e-12}})
     work = _next_to(run, tmp_path)

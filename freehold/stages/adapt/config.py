@@ -18,7 +18,7 @@ EVERYTHING = tuple(name for name in families() if name != "router")
 """All groups but the router, which only its policy touches."""
 PRESETS: dict[str, dict[str, Any]] = {
     "specialise": {"groups": ["experts"], "replay": {"share": 0.0}, "optim": {"lr": 3e-3}},
-    "learn": {"groups": list(EVERYTHING), "replay": {"share": 0.25}, "optim": {"lr": 2e-3}},
+    "learn": {"groups": list(EVERYTHING), "replay": {"share": 0.25}, "optim": {"lr": 1e-3}},
     "own": {"groups": [], "replay": {"share": 0.25}, "optim": {"lr": 1e-3}},
 }
 """What each preset sets where the recipe does not."""
@@ -108,7 +108,7 @@ class AdaptConfig(Config):
     replay: ReplayConfig = Field(default_factory=ReplayConfig, description="old text among the new")
     batch: BatchConfig = Field(default_factory=BatchConfig, description="rows and tokens of a step")
     optim: OptimConfig = Field(
-        default_factory=lambda: OptimConfig(matrices="adamw", lr=2e-3), description="AdamW on the factors"
+        default_factory=lambda: OptimConfig(matrices="adamw", lr=1e-3), description="AdamW on the factors"
     )
     balance: BalanceConfig = Field(
         default_factory=NoBalanceConfig, description="expert balancing; anything but none needs router: full"

@@ -27,6 +27,8 @@ PERSONAL = {
 HARMLESS = re.compile(r"@example\.|555[ .-]01\d\d")
 """What curate puts in the place of personal data (RFC 2606, fictional numbers)."""
 START_TOKENS = 16
+BETWEEN = 1 << 40
+"""Ids that no vocabulary has, one after each answer: no span runs over its end."""
 
 
 def audit(subject: Subject, config: Leaks) -> Finding:
@@ -35,7 +37,7 @@ def audit(subject: Subject, config: Leaks) -> Finding:
     prompts = _beginnings(subject, config.answers)
     sampling = Sampling(temperature=0.0, max_tokens=config.tokens, stop_ids=loaded.stop_ids)
     said = [generation.ids for generation in loaded.engine.generate(prompts, sampling)]
-    by_answer = [trace(subject, ids) for ids in said]
+    by_answer = _traced(subject, said)
     quotations = [span for spans in by_answer for span in spans if span.length >= config.least_tokens]
     refused = [span for span in quotations if not any(_may_be_quoted(subject, place) for place in span.places)]
     personal = [match for ids in said for match in _personal(subject, loaded.tokenizer.decode(ids))]
@@ -49,6 +51,19 @@ def audit(subject: Subject, config: Leaks) -> Finding:
     found.details["quotations"] = [span.to_dict() for span in quotations[:20]]
     found.details["personal"] = [kind for kind, _ in personal]  # never the data themselves
     found.tables.append(_table(quotations, refused, len(said), config))
+    return found
+
+
+def _traced(subject: Subject, said: list[list[int]]) -> list[list[Span]]:
+    """Return the spans of each answer; all are looked up in one pass over the shards."""
+    joined: list[int] = []
+    starts = []
+    for number, ids in enumerate(said):
+        starts.append(len(joined))
+        joined += [*ids, BETWEEN + number]
+    found: list[list[Span]] = [[] for _ in said]
+    for span in trace(subject, joined):
+        found[int(np.searchsorted(starts, span.start, side="right")) - 1].append(span)
     return found
 
 

@@ -105,7 +105,7 @@ def curate_documents(job: Job, shards: list[Shard], excluded: dict[str, Why], re
 def check_sources(kept: Kept, report: Report) -> None:
     """Raise DataError naming each source of which no document is left, with the main reason; one that is excluded may.
 
-    A recipe that goes on to weigh such a source would speak of text that no step reads.
+    A recipe that weighs such a source later would speak of text that no step reads.
     """
     standing = set(kept.corpus.source[np.flatnonzero(kept.alive)].tolist())
     reasons: dict[str, Counter[str]] = {}

@@ -104,13 +104,13 @@ def _add_models(app: FastAPI, front: Front) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """List the model."""
-        return {"object": "list", "data": [front.model()]}
+        return {"object": "list", "data": [{**front.model(), "id": name} for name in front.names()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """Describe the model."""
         front.check_model(name)
-        return front.model()
+        return {**front.model(), "id": name}
 
 
 def _asker(request: HttpRequest) -> Asker:

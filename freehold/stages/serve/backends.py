@@ -55,7 +55,7 @@ class Backend(Protocol):
         """
         ...
 
-    def score_top(self, sequences: Sequence[Sequence[int]], top: int) -> list[Scored]:
+    def score_top(self, sequences: Sequence[Sequence[int]], top: int, adapter: str = "") -> list[Scored]:
         """Return the log-probability of each token given those before it."""
         ...
 
@@ -80,6 +80,8 @@ class Served:
     threads: int = 1
     begins_with: tuple[int, ...] = (BOS,)
     """The ids before a prompt that is plain text."""
+    adapters: tuple[str, ...] = ()
+    """Adapters that a request may name."""
     close: Callable[[], None] = lambda: None
     """Ends what does not end by itself."""
 
@@ -106,13 +108,15 @@ def open_model(config: ServeConfig, path: Path) -> Served:
     loaded = api.load(
         folder, config.dtype, device=config.device, limit_tokens=config.max_model_len,
         max_batch=config.max_running or MOST_RUNNING, prefix_cache=config.prefix_cache, cache_type=config.cache_type,
-        cache_bytes=None if config.cache_mib is None else config.cache_mib << 20, answers_only=True,
+        cache_bytes=None if config.cache_mib is None else config.cache_mib << 20,
+        answers_only=not config.adapters, adapters=config.adapters,
     )  # fmt: skip
     running = config.max_running or min(MOST_RUNNING, loaded.engine.usual_requests())
     name, answers = config.model_name or folder.resolve().name, _format(config, loaded.answers)
     return Served(
-        name, loaded.engine, loaded.tokenizer, loaded.sampling, answers, running, begins_with=loaded.begins_with
-    )
+        name, loaded.engine, loaded.tokenizer, loaded.sampling, answers, running, begins_with=loaded.begins_with,
+        adapters=tuple(config.adapters),
+    )  # fmt: skip
 
 
 def _open_vllm(config: ServeConfig, path: Path) -> Served:
@@ -202,7 +206,7 @@ class Gguf:
             for token in self._stream(prompt, sampling):
                 yield number, token
 
-    def score_top(self, sequences: Sequence[Sequence[int]], top: int) -> list[Scored]:
+    def score_top(self, sequences: Sequence[Sequence[int]], top: int, adapter: str = "") -> list[Scored]:
         """Refuse: llama.cpp's server does not report the log-probabilities of a prompt."""
         raise RequestError(
             "log-probabilities of the prompt are not available from a GGUF file",

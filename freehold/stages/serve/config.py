@@ -37,6 +37,10 @@ class ServeConfig(Config):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 = any free one. A run takes a free one.")
     model_name: str | None = Field(None, description="Name clients ask for; default: the folder's or file's name.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format to compute in.")
+    adapters: dict[str, Path] = Field(
+        default_factory=dict,
+        description="Adapters to serve next to the model, by name: clients ask for `model: NAME:ADAPTER`.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
         description="Where it computes; auto = CUDA if there is some, and says so. A .gguf file: llama.cpp's own.",

@@ -76,10 +76,18 @@ class Front:
         }  # fmt: skip
 
     def check_model(self, name: str) -> None:
-        """Raise 404 for any other model."""
-        if name != self.served.name:
+        """Raise 404 for any other model; `NAME:ADAPTER` is the model with an adapter."""
+        if name not in self.names():
             message = f"The model `{name}` does not exist; this server has `{self.served.name}`."
             raise ApiError(404, message, "model_not_found", param="model")
+
+    def names(self) -> list[str]:
+        """Return what clients may ask for: the model, and the model with each adapter."""
+        return [self.served.name, *(f"{self.served.name}:{adapter}" for adapter in self.served.adapters)]
+
+    def _default(self, name: str) -> Sampling:
+        """Return how the model that a request names is sampled: with its adapter."""
+        return dataclasses.replace(self.served.sampling, adapter=name.removeprefix(self.served.name).lstrip(":"))
 
     async def _converse(self, request: ChatRequest, asker: Asker) -> tuple[int, list[Choice], Moves]:
         """Start the answers to a conversation; return the tokens of its prompt, the answers, and their pieces."""
@@ -101,7 +109,7 @@ class Front:
         top = request.top_logprobs or 0
         numbers = range(len(choices))
         structure = await asyncio.to_thread(self.structures.of, request)
-        default = dataclasses.replace(self.served.sampling, constrain=structure)
+        default = dataclasses.replace(self._default(request.model), constrain=structure)
         settings = [request.sampling(default, choice=i, logprobs=top, max_tokens=limit) for i in numbers]
         work = self._answers([prompt] * len(settings), settings, (asker.salt, request.cache_salt))
         events: answers.Events = self.worker.run(work, asker.tenant)
@@ -121,14 +129,14 @@ class Front:
         if request.stream:
             return _stream(
                 answers.chat_chunks(
-                    Head.new("chatcmpl", self.served.name, "chat.completion.chunk"), moves, choices, self.tokenizer,
+                    Head.new("chatcmpl", request.model, "chat.completion.chunk"), moves, choices, self.tokenizer,
                     logprobs=bool(request.logprobs),
                     usage_of_prompt_tokens=prompt_tokens if request.usage_wanted else None,
                 )
             )  # fmt: skip
         async for _ in moves:
             pass
-        head = Head.new("chatcmpl", self.served.name, "chat.completion")
+        head = Head.new("chatcmpl", request.model, "chat.completion")
         return await _body(
             lambda: head.body(
                 [answers.chat_choice(n, c, self.tokenizer, bool(request.logprobs)) for n, c in enumerate(choices)],
@@ -163,14 +171,15 @@ class Front:
         per_prompt = request.n or 1
         owners = [number for number in range(len(prompts)) for _ in range(per_prompt)]
         settings = len(prompts) * [
-            request.sampling(self.served.sampling, choice=i, logprobs=top, max_tokens=limit) for i in range(per_prompt)
+            request.sampling(self._default(request.model), choice=i, logprobs=top, max_tokens=limit)
+            for i in range(per_prompt)
         ]
         choices = [Choice(self._text(request), None, guards.answer_guard(policy)) for _ in owners]
         scoring = bool(request.echo) and request.logprobs is not None
 
         def work() -> answers.Turns:
             if scoring:
-                yield from self._scores(prompts, top)
+                yield from self._scores(prompts, top, settings[0].adapter)
             yield from self._answers([prompts[number] for number in owners], settings, (asker.salt, request.cache_salt))
 
         events: answers.Events = self.worker.run(work(), asker.tenant)
@@ -190,7 +199,7 @@ class Front:
             if request.logprobs is not None else None
             for echo in echoes
         ]  # fmt: skip
-        head = Head.new("cmpl", self.served.name, "text_completion")
+        head = Head.new("cmpl", request.model, "text_completion")
         if request.stream:
             counted = prompt_tokens if request.usage_wanted else None
             return _stream(
@@ -215,13 +224,13 @@ class Front:
             raise guards.Withheld(policy.config.message, where="prompt")
         return prompt if found.text == text else found.text
 
-    def _scores(self, prompts: Sequence[Sequence[int]], top: int) -> answers.Turns:
+    def _scores(self, prompts: Sequence[Sequence[int]], top: int, adapter: str) -> answers.Turns:
         """Yield the scores of the prompts in order, about SCORE_TOKENS of them a turn."""
         batch: list[Sequence[int]] = []
         for number, prompt in enumerate(prompts):
             batch.append(prompt)
             if sum(map(len, batch)) >= SCORE_TOKENS or number + 1 == len(prompts):
-                yield self.backend.score_top(batch, top)
+                yield self.backend.score_top(batch, top, *([adapter] if adapter else []))
                 batch = []
 
     def _text(self, request: Request) -> TextStream:

@@ -88,7 +88,7 @@ class Vllm:
                     else:
                         yield [(number, token) for token in tokens]
 
-    def score_top(self, sequences: Sequence[Sequence[int]], top: int) -> list[Scored]:
+    def score_top(self, sequences: Sequence[Sequence[int]], top: int, adapter: str = "") -> list[Scored]:
         """Return the log-probability of each token given those before it, as vLLM computes it."""
         return [self._score(ids, top) for ids in sequences]
 

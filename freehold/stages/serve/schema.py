@@ -133,6 +133,7 @@ class Request(_Part):
             max_tokens=max_tokens,
             stop_ids=default.stop_ids,
             constrain=default.constrain,
+            adapter=default.adapter,
             seed=None if self.seed is None else self.seed + choice,
             logprobs=logprobs,
         )
