@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from freehold.core.errors import DataError
 from freehold.run.checkpoints import Checkpoint, read_checkpoints
-from freehold.run.layout import CURATE, GATHER, REPHRASE, TOKENIZE, RunFolder, training
+from freehold.run.layout import CURATE, GATHER, REPHRASE, TOKENIZE, WALK, RunFolder, training
 
 if TYPE_CHECKING:
     import duckdb
@@ -180,6 +180,8 @@ class Tables:
         parts = ["from trace_of_none"]
         for stage in training():
             path = self.run.trace(stage)
+            if not path.exists() and WALK[stage].on_request and not self.run.stage(stage).exists():
+                continue  # a stage that this run never asked for
             if not path.exists():
                 self.gaps.append(f"{stage}: not finished, so what its steps saw is not known")
                 continue
