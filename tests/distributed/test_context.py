@@ -101,7 +101,9 @@ def call(settings):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"how": Restarted}, {"how": OneRowShort}, {"how": OwnDocumentsOnly}, {"row_sum": own}], ids=str
+    "wrong",
+    [{"how": Restarted}, {"how": OneRowShort}, {"how": OwnDocumentsOnly}, {"row_sum": own}],
+    ids=["restarted", "a row short", "own documents only", "own row sum"],
 )
 def test_this_test_would_see(ranks, wrong):
     assert ranks(4).run(call, wrong)[0][1] > 1e-3
