@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import planted
+import planted_models as planted
 import torch
 
 from freehold.core.artifact import write_json

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-import planted
+import planted_models as planted
 import pytest
 import torch
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from freehold import api
-from freehold.checkpoint import hf
+from freehold.checkpoint import dcp, hf
 from freehold.data.packing import text_batch
 from freehold.stages.export.files import write_files
 from freehold.stages.export.llama import ExactLlama
@@ -88,9 +88,9 @@ def test_old_checkpoints_begin_as_they_were_trained(tiny_checkpoint: Path, tmp_p
     tokenizer = api.Tokenizer.load(old)
     assert api.text_beginning(old, tokenizer) == (END_OF_TEXT,)
     # A branch, and a run that was stopped, continue as they began.
-    stage = tmp_path / "pretrain"
-    assert beginning(Parent(old, facts), stage) == END_OF_TEXT
-    assert beginning(Parent(old, {"begins_with": [BOS]}), stage) == BOS
+    stage, shape = tmp_path / "pretrain", dcp.read_config(old)
+    assert beginning(Parent(old, facts, shape), stage) == END_OF_TEXT
+    assert beginning(Parent(old, {"begins_with": [BOS]}, shape), stage) == BOS
     assert beginning(None, stage) == BOS
     for made in ("checkpoints/step_00000010", "base"):
         (stage / made).mkdir(parents=True)

@@ -187,6 +187,7 @@ def test_measure_counts_and_drops_nothing(tmp_path: Path) -> None:
 def test_what_a_cut_leaves_too_short_is_dropped(tmp_path: Path) -> None:
     page = clean_texts()[0]
     rows = [document("a", "page", page), document("b", "copy", page[:2500] + " and a few words of its own")]
+    rows.append(document("b", "other", clean_texts()[1]))
     rules = {"near_duplicates": {"enabled": False}, "overlap": {"contained": "off", "passages": "drop"}}
     curate(gather(tmp_path / "gather", rows), tmp_path / "curate", config(**rules))
     assert [row["reason"] for row in drops_of(tmp_path / "curate").values()] == ["repeated_passages"]
@@ -283,7 +284,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pages = clean_texts()[:60]
     rows = [document("one", f"{i:03d}", page) for i, page in enumerate(pages)]
     rows += [document("two", f"{i:03d}", page.upper() if i % 2 else page) for i, page in enumerate(pages[::3])]
-    rows.append(document("two", "short", "?"))
+    rows += [document("two", "short", "?"), document("two", "own", clean_texts()[60])]
     return gather(tmp_path_factory.mktemp("several") / "gather", rows)
 
 
@@ -310,7 +311,7 @@ def test_killed_run_resumes_and_ends_with_the_same_bytes(several: Path, straight
     (folder / "shards" / "00004.tmp").mkdir()
     made: list[str] = []
     counts = curate_watched(several, folder, made, before)
-    assert counts["documents"]["in"] == 81
+    assert counts["documents"]["in"] == 82
     assert made == ["kept"] * 4
     assert not (folder / "shards").exists()
     assert hash_files(folder) == hash_files(straight)
@@ -437,7 +438,7 @@ def test_ray_gives_the_same_and_a_killed_worker_loses_nothing(
     counts = curate(several, folder, config(**SHORT, engine="ray"))
     killer.join()
     assert seen[0] < 8, "the worker was killed while there was work left"
-    assert counts["documents"]["in"] == 81
+    assert counts["documents"]["in"] == 82
     assert hash_files(folder) == hash_files(straight)
 
 

@@ -41,7 +41,7 @@ def runs(walked) -> Path:
 
 def test_walk_ends_with_an_answer_and_a_summary(runs):
     run = runs / "tiny"
-    assert set(hashes(run)) == set(WALK)
+    assert set(hashes(run)) == {name for name, stage in WALK.items() if not stage.on_request}
     answer = json.loads((run / "serve" / "answer.json").read_text())
     assert answer["question"]
     assert isinstance(answer["answer"], str)
@@ -54,6 +54,8 @@ def test_walk_ends_with_an_answer_and_a_summary(runs):
 
 def test_manifest_names_inputs_versions_contract_and_code(runs):
     for stage, entry in WALK.items():
+        if entry.on_request:
+            continue
         manifest = json.loads((runs / "tiny" / stage / "manifest.json").read_text())
         assert manifest["kind"] == stage
         assert set(manifest["inputs"]) == set(entry.inputs)

@@ -103,7 +103,9 @@ def curate_documents(job: Job, shards: list[Shard], excluded: dict[str, Why], re
 
 
 def check_sources(kept: Kept, report: Report) -> None:
-    """Raise DataError naming each source of which no document is left, with the main reason; one that is excluded may.
+    """Raise DataError naming each source of which no document is left, with the main reason.
+
+    Sources that are excluded, or are the classifier's bad examples, may lose everything.
 
     A recipe that weighs such a source later would speak of text that no step reads.
     """
@@ -112,7 +114,9 @@ def check_sources(kept: Kept, report: Report) -> None:
     for drop in report.drops():
         reasons.setdefault(drop["source"], Counter())[drop["reason"]] += 1
     lost = [name for name in report.tallies if report.came[name][0] and name not in standing]
-    found = [(name, reasons[name]) for name in lost if name not in kept.corpus.job.config.exclude.sources]
+    config = kept.corpus.job.config
+    may_go = {*config.exclude.sources, *config.classifier.bad}  # examples of what is not wanted are there to be dropped
+    found = [(name, reasons[name]) for name in lost if name not in may_go]
     if found:
         raise _lost_whole([(name, report.came[name][0], why) for name, why in found])
 
