@@ -19,7 +19,8 @@ from freehold.checkpoint import adapter, base, dcp, hf
 from freehold.core import environment
 from freehold.core.artifact import MANIFEST, read_json, read_manifest
 from freehold.core.errors import ArtifactError, CheckpointError, RequestError
-from freehold.infer.engine import CacheType, Engine, not_exact_as
+from freehold.infer.engine import CacheType, Engine
+from freehold.infer.runner import not_exact_as
 from freehold.infer.sampler import Sampling
 from freehold.infer.threads import choose_threads
 from freehold.model.afmoe import Afmoe

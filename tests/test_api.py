@@ -15,7 +15,7 @@ from freehold import api
 from freehold.checkpoint import hf
 from freehold.core.environment import SETTINGS
 from freehold.core.errors import ArtifactError, CheckpointError
-from freehold.infer.engine import ContextOverflow
+from freehold.infer.limits import ContextOverflow
 from freehold.infer.sampler import Sampling
 
 

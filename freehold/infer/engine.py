@@ -9,12 +9,11 @@ Shapes: N tokens of one forward pass, B rows, d hidden width, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import operator
 import threading
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,19 +21,16 @@ from torch import Tensor
 from freehold.core.errors import ConfigError, RequestError
 from freehold.infer import scoring
 from freehold.infer.adapters import Adapters, Shared
-from freehold.infer.cache import Step
-from freehold.infer.fused import Fused
-from freehold.infer.pages import PagePool, Pages, blocks_of, free_bytes, page_bytes, window_pages
+from freehold.infer.limits import check_prompts, token_budgets
+from freehold.infer.pages import PagePool, blocks_of, free_bytes, page_bytes, window_pages
 from freehold.infer.prefixes import Prefixes
 from freehold.infer.requests import Queue, Request, Token, Top
+from freehold.infer.runner import Runner, not_exact
 from freehold.infer.sampler import Sampling, check_ids, draw
 from freehold.infer.scoring import Scored
 from freehold.kernels import cpu
 from freehold.kernels.packed import PAGE_TOKENS
-from freehold.kernels.step import Result
-from freehold.losses.logprob import log_partition
 from freehold.model.afmoe import Afmoe
-from freehold.model.config import ModelConfig
 
 PREFILL_TOKENS = 2048
 """Tokens of one forward pass when sequences are scored: bounds activations."""
@@ -43,13 +39,8 @@ STEP_TOKENS = 512
 CacheType = Literal["auto", "int8"]
 USUAL_TOKENS = 1024
 """Prompt and answer of a usual request, for how many are let in at the same time."""
-_VERSION = operator.attrgetter("_version")
 MEMORY_SHARE = 0.5
 """Of the free memory, the most that keys and values take when no budget is given."""
-
-
-class ContextOverflow(RequestError):
-    """More tokens than the model was made for."""
 
 
 @dataclass
@@ -87,30 +78,15 @@ class Engine:
         self.model = model
         self.max_batch = max_batch
         self.vocab_size = model.config.vocab_size
-        weight = model.lm_head.weight
         context = min(limit_tokens or model.config.max_position_embeddings, model.config.max_position_embeddings)
         # Decided once: it must not change between two steps of one answer.
         self.exact = not_exact(model) is None
         self.share_steps = self.exact if share_steps is None else share_steps
-        if self.exact:
-            # Weights are packed into the panels that the kernels read, once for each version of the
-            # weights, not for each call.
-            model.pack()
-        self._fused = Fused(model) if self.exact else None
         # All memory for keys and values is fixed here: a server that starts does not die later of a long prompt.
-        small = cache_type == "int8"
-        page = page_bytes(model.config, weight.dtype, small)
-        pages = _budget(model, page, weight.device, max_batch, context, cache_bytes)
-        self.pool = PagePool(model.config, weight.dtype, weight.device, pages, small)
+        self.pool = _pool(model, max_batch, context, cache_bytes, cache_type == "int8")
         fits = self.pool.most_tokens(STEP_TOKENS)
         if fits < context and (limit_tokens or fits == 0):
-            raise ConfigError(
-                "the memory for keys and values does not hold one request",
-                where="cache_bytes",
-                found=f"{self.pool.bytes:,} bytes: {fits} tokens",
-                expected=f"{context} tokens",
-                todo="a larger budget, or a smaller limit_tokens",
-            )
+            raise _too_small(self.pool, fits, context)
         self.limit_tokens = min(context, fits)
         self.prefixes = Prefixes(self.pool) if prefix_cache else None
         self.queue = Queue(self.pool, max_batch, STEP_TOKENS, self.prefixes)
@@ -118,21 +94,14 @@ class Engine:
         self.adapters: Shared | None = None
         # Several threads may read answers; one of them at a time makes the next step for all.
         self._lock = threading.RLock()
-        self._weights: list[tuple[Any, str]] = [
-            (tensors, name)
-            for module in model.modules()
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        ]
-        self._version = self._weights_version()
+        self._runner = Runner(model, self.pool, self.exact)
 
     def add_adapters(self, adapters: Adapters) -> None:
         """Let requests name adapters; each answers with the bits it has alone, and so does the base."""
         with self._lock:
             self.adapters = Shared(self.model, adapters)
             # Factors are not among what the fused way computes, and nothing that was read before has their numbers.
-            self._fused = None
+            self._runner.one_call = False
             self.queue.preempt_all()
 
     def describe(self) -> str:
@@ -152,21 +121,13 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Return what is used and what was saved; what only grows ends with `_total`."""
-        found = {
+        found: dict[str, float] = {
             "cache_pages": self.pool.pages,
             "cache_free_pages": self.pool.free,
             "running_requests": len(self.queue.running),
             "preempted_total": self.queue.preempted,
         }
-        kept = self.prefixes
-        if kept is not None:
-            found |= {
-                "prefix_blocks": kept.blocks,
-                "prefix_asked_tokens_total": kept.asked_tokens,
-                "prefix_found_tokens_total": kept.found_tokens,
-                "prefix_evicted_total": kept.evicted,
-            }
-        return dict(found)
+        return found if self.prefixes is None else found | self.prefixes.stats()
 
     # -- answering -----------------------------------------------------------------------------------------------
 
@@ -188,8 +149,7 @@ class Engine:
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
         """Yield the tokens that continue one prompt, as they are made; closing the iterator stops the work."""
-        for _, token in self.decode([prompt], [sampling]):
-            yield token
+        yield from (token for _, token in self.decode([prompt], [sampling]))
 
     def decode(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> Iterator[tuple[int, Token]]:
         """Yield (number of the prompt, token) as tokens are made, `max_batch` requests at a time.
@@ -210,7 +170,7 @@ class Engine:
         So one that reads a long prompt can be stopped in the middle, and does not keep others from their tokens.
         key: with whom kept prefixes are shared.
         """
-        budgets = self._budgets(prompts, settings)
+        budgets = self._allowed(prompts, settings)
         check_ids(settings, self.vocab_size)
         requests = [self._request(*each, key) for each in zip(prompts, settings, budgets, strict=True)]
         try:
@@ -236,7 +196,7 @@ class Engine:
 
     def submit(self, prompt: Sequence[int], sampling: Sampling, key: Hashable = None) -> Request:
         """Let one request wait for its turn; `step` fills its `tokens`. Errors as in `generate`."""
-        (budget,) = self._budgets([prompt], [sampling])
+        (budget,) = self._allowed([prompt], [sampling])
         check_ids([sampling], self.vocab_size)
         request = self._request(prompt, sampling, budget, key)
         with self._lock:
@@ -253,7 +213,8 @@ class Engine:
         """Run the model once for all requests that fit, or `only` for some; False when there was nothing to do."""
         with self._lock:
             # Checked in each step: training may have changed the weights since the last one.
-            self._forget_old_weights()
+            if self._runner.weights_changed():
+                self._forget()
             parts = self.queue.next_step(only)
             if not parts:
                 return False
@@ -265,7 +226,7 @@ class Engine:
             last = accumulate(count for _, count in parts)
             ready = [(r, end - 1) for (r, count), end in zip(parts, last, strict=True) if r.pending == count]
             rows = [(r.pages, r.ids[r.pages.length :][:count]) for r, count in parts]
-            found = self._forward(rows, [row for _, row in ready])
+            found = self._runner.read(rows, [row for _, row in ready])
             if ready:
                 self._draw([r for r, _ in ready], found.logits, found.partition)
             return True
@@ -289,7 +250,7 @@ class Engine:
     @torch.inference_mode()
     def score_top(self, sequences: Sequence[Sequence[int]], top: int, adapter: str = "") -> list[Scored]:
         """Score sequences, and report the `top` most probable tokens at each position."""
-        self._check(sequences)
+        check_prompts(sequences, self.vocab_size, self.limit_tokens)
         number = self._adapter(adapter)
         results = [Scored([0.0], [[]]) for _ in sequences]
         with self._lock:
@@ -301,7 +262,7 @@ class Engine:
                     self.queue.preempt(self.queue.running[-1])
                 parts = [(pages, sequences[row][start : start + count]) for row, pages, start, count in pieces]
                 self._begin([(number, len(ids)) for _, ids in parts])
-                hidden = self._forward(parts, []).hidden
+                hidden = self._runner.read(parts, []).hidden
                 at = 0
                 for row, pages, start, count in pieces:
                     targets = sequences[row][start + 1 : start + count + 1]
@@ -311,59 +272,23 @@ class Engine:
                         pages.release()
         return results
 
-    # -- the model -----------------------------------------------------------------------------------------------
+    def _forget(self) -> None:
+        """Read every request again: no key of the old weights survives."""
+        self.queue.preempt_all()
+        if self.prefixes is not None:
+            self.prefixes.clear()
 
-    def _forward(self, parts: Sequence[tuple[Pages, Sequence[int]]], ends: Sequence[int]) -> Result:
-        """Read the next tokens of some sequences; return their hidden states [N, d], in this order.
-
-        ends: the rows of them to which the head is applied.
-        """
-        if self.model.training:
-            self.model.eval()
-        for pages, ids in parts:
-            pages.extend(len(ids))
-        if self._fused is not None and self._fused.takes():
-            found = self._fused.run(parts, ends, self._version)
-        else:
-            found = self._module_by_module(parts, ends)
-        for pages, ids in parts:
-            pages.advance(len(ids))
-        return found
-
-    def _module_by_module(self, parts: Sequence[tuple[Pages, Sequence[int]]], ends: Sequence[int]) -> Result:
-        device = self.pool.store.device
-        # One row of all tokens, without padding: the cache knows whose each of them is.
-        cache = Step(self.pool, [(pages, len(ids)) for pages, ids in parts])
-        tokens = torch.tensor([[i for _, ids in parts for i in ids]], device=device)  # [1, N]
-        hidden = self.model.hidden(tokens, positions=cache.positions, cache=cache)[0]
-        # The head on the rows that draw only: with a vocabulary of 200,192 it is the largest matrix there is.
-        logits = self.model.lm_head(hidden[torch.tensor(ends, dtype=torch.int64, device=device)])  # [B, V]
-        return Result(hidden, logits, log_partition(logits))
-
-    def _weights_version(self) -> tuple[list[int], list[int]]:
-        # PyTorch counts in-place changes of a tensor; the address catches a tensor that was replaced. Looked up by
-        # name, because walking all modules would cost more than a layer of a small model.
-        found: list[Tensor] = [tensors[name] for tensors, name in self._weights]
-        return [*map(Tensor.data_ptr, found)], [*map(_VERSION, found)]
-
-    def _forget_old_weights(self) -> None:
-        """After a weight update, read every request again: no key of the old weights survives."""
-        version = self._weights_version()
-        if version != self._version:
-            self._version = version
-            self.queue.preempt_all()
-            if self.prefixes is not None:
-                self.prefixes.clear()
-
-    # -- what is refused -----------------------------------------------------------------------------------------
+    def _allowed(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> list[int]:
+        """Return how many tokens each prompt may get; errors as in `generate`."""
+        check_prompts(prompts, self.vocab_size, self.limit_tokens)
+        return token_budgets(prompts, settings, self.limit_tokens)
 
     def _request(self, prompt: Sequence[int], sampling: Sampling, budget: int, key: Hashable) -> Request:
-        # The weights are not in the key: when they change, nothing that was kept survives (`_forget_old_weights`).
+        # The weights are not in the key: when they change, nothing that was kept survives (`_forget`).
         # The adapter is: keys and values of one say nothing of another's.
         number = self._adapter(sampling.adapter)
-        request = Request(
-            prompt, sampling, budget, self.pool, self.vocab_size, key if key is None or not number else (key, number)
-        )
+        shared = (key, number) if number and key is not None else key
+        request = Request(prompt, sampling, budget, self.pool, self.vocab_size, shared)
         request.adapter = number
         return request
 
@@ -379,63 +304,6 @@ class Engine:
         if self.adapters is not None:
             self.adapters.begin([number for number, _ in parts], [count for _, count in parts])
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        for ids in prompts:
-            if not ids:
-                raise RequestError("the prompt is empty", where="prompt", expected="at least one token")
-            if min(ids) < 0 or max(ids) >= self.vocab_size:
-                wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-                raise RequestError(
-                    "the prompt holds an id that is no token",
-                    where="prompt",
-                    found=wrong,
-                    expected=f"0 to {self.vocab_size - 1}",
-                )
-            if len(ids) > self.limit_tokens:
-                raise ContextOverflow(
-                    "the prompt is longer than the context",
-                    where="prompt",
-                    found=f"{len(ids)} tokens",
-                    expected=f"at most {self.limit_tokens} tokens",
-                )
-
-    def _budgets(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling]) -> list[int]:
-        """Return how many tokens each prompt may get; refuse what does not fit the context."""
-        self._check(prompts)
-        budgets = []
-        for prompt, s in zip(prompts, settings, strict=True):
-            room = self.limit_tokens - len(prompt)
-            if s.max_tokens is None and room == 0 or s.max_tokens is not None and s.max_tokens > room:
-                raise ContextOverflow(
-                    "the prompt and the tokens to generate do not fit the context",
-                    where="max_tokens" if s.max_tokens else "prompt",
-                    found=f"{len(prompt)} prompt tokens + {s.max_tokens or 'at least 1'} to generate",
-                    expected=f"at most {self.limit_tokens} tokens together",
-                )
-            budgets.append(room if s.max_tokens is None else s.max_tokens)
-        return budgets
-
-
-def not_exact(model: Afmoe) -> str | None:
-    """Return why this model's answers depend on their batch on this machine; None when they do not."""
-    weight = model.lm_head.weight
-    if weight.device.type != "cpu":
-        return f"on {weight.device.type} sums depend on the shapes of a batch"
-    return not_exact_as(model.config, weight.dtype)
-
-
-def not_exact_as(config: ModelConfig, dtype: torch.dtype) -> str | None:
-    """Return why a model of this shape and dtype is not exact on this machine's CPU; None when it is."""
-    # Rotated halves of a head are read 16 numbers at a time.
-    widths = (
-        config.hidden_size, config.head_dim // 2, config.query_width, config.key_width, config.intermediate_size,
-        config.moe_intermediate_size, config.vocab_size,
-    )  # fmt: skip
-    like = torch.empty(0, dtype=dtype)
-    if cpu.available(like, *widths):
-        return None
-    return cpu.describe(dtype) if not cpu.available(like) else "row widths that are no multiples of 16"
-
 
 def _pages_for(model: Afmoe, tokens: int) -> int:
     """Return the pages of one sequence of this many tokens."""
@@ -444,13 +312,25 @@ def _pages_for(model: Afmoe, tokens: int) -> int:
     return sum(sliding if kind == "sliding_attention" else blocks_of(tokens) for kind in config.layer_types)
 
 
-def _budget(
-    model: Afmoe, page: int, device: torch.device, max_batch: int, context: int, cache_bytes: int | None
-) -> int:
-    """Return how many pages the engine may use."""
+def _pool(model: Afmoe, max_batch: int, context: int, cache_bytes: int | None, small: bool) -> PagePool:
+    """Return the pages the engine may use."""
+    weight = model.lm_head.weight
+    page = page_bytes(model.config, weight.dtype, small)
     # Counted in pages of one layer, since sliding and global layers hold different numbers of them.
     if cache_bytes is not None:
-        return cache_bytes // page
-    # Scoring reads a pass of other sequences at the same time.
-    wanted = max_batch * _pages_for(model, context) + _pages_for(model, PREFILL_TOKENS)
-    return max(min(wanted, int(free_bytes(device) * MEMORY_SHARE) // page), 1)
+        pages = cache_bytes // page
+    else:
+        # Scoring reads a pass of other sequences at the same time.
+        wanted = max_batch * _pages_for(model, context) + _pages_for(model, PREFILL_TOKENS)
+        pages = max(min(wanted, int(free_bytes(weight.device) * MEMORY_SHARE) // page), 1)
+    return PagePool(model.config, weight.dtype, weight.device, pages, small)
+
+
+def _too_small(pool: PagePool, fits: int, context: int) -> ConfigError:
+    return ConfigError(
+        "the memory for keys and values does not hold one request",
+        where="cache_bytes",
+        found=f"{pool.bytes:,} bytes: {fits} tokens",
+        expected=f"{context} tokens",
+        todo="a larger budget, or a smaller limit_tokens",
+    )

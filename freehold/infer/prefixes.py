@@ -112,6 +112,15 @@ class Prefixes:
             self._drop(next(iter(self._resumable)))
         self._roots.clear()
 
+    def stats(self) -> dict[str, float]:
+        """Return what is kept and what it saved; what only grows ends with `_total`."""
+        return {
+            "prefix_blocks": self.blocks,
+            "prefix_asked_tokens_total": self.asked_tokens,
+            "prefix_found_tokens_total": self.found_tokens,
+            "prefix_evicted_total": self.evicted,
+        }
+
     def _child(self, node: Node, tokens: bytes) -> Node | None:
         # By hash, then by every token: prompts of other users must not be found by collision.
         return next((c for c in node.children.get(self.digest(tokens), ()) if c.tokens == tokens), None)

@@ -8,7 +8,8 @@ import torch
 from freehold.core.errors import RequestError
 from freehold.infer import engine as engine_module
 from freehold.infer import scoring
-from freehold.infer.engine import ContextOverflow, Engine
+from freehold.infer.engine import Engine
+from freehold.infer.limits import ContextOverflow
 from freehold.infer.sampler import Sampling
 
 PROMPTS = [[5, 9, 3], [40] * 17, [7], [11, 12, 13, 14, 15], [100, 3, 200, 77, 8, 9, 10, 11, 12, 13, 14]]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from freehold.infer.cache import Step
-from freehold.infer.engine import Engine, not_exact
+from freehold.infer.engine import Engine
 from freehold.infer.pages import PagePool, Pages
+from freehold.infer.runner import not_exact
 from freehold.infer.sampler import Sampling
 from freehold.kernels import cpu, packed, routing
 from freehold.losses.cross_entropy import cross_entropy_, head_logits

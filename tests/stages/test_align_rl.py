@@ -21,7 +21,7 @@ from freehold.core.log import Log, read_metrics
 from freehold.data.grading import figures, grade
 from freehold.data.rollouts import CUT, NO_SPREAD, TRAINED, RolloutLedger, policy_batch
 from freehold.environments.protocol import EnvironmentFault, Reply, Task, text_of
-from freehold.infer.engine import not_exact
+from freehold.infer.runner import not_exact
 from freehold.model.afmoe import Afmoe
 from freehold.optim.config import NoBalanceConfig, OptimConfig, PhaseConfig
 from freehold.optim.schedule import Schedule

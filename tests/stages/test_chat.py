@@ -10,7 +10,7 @@ import pytest
 from freehold import api
 from freehold.core.config import fill
 from freehold.core.errors import RequestError
-from freehold.infer.engine import ContextOverflow
+from freehold.infer.limits import ContextOverflow
 from freehold.stages.chat import run as chat_run
 from freehold.stages.chat.config import ChatConfig, plan
 from freehold.tokenizer.output import Piece

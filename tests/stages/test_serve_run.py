@@ -22,7 +22,7 @@ from freehold.checkpoint import hf
 from freehold.core.artifact import Workspace
 from freehold.core.errors import ArtifactError, ConfigError, RequestError
 from freehold.core.log import Log
-from freehold.infer.engine import ContextOverflow
+from freehold.infer.limits import ContextOverflow
 from freehold.infer.sampler import Sampling
 from freehold.stages.serve import run as serve_run
 from freehold.stages.serve.backends import open_model

@@ -13,7 +13,7 @@ from freehold import api
 from freehold.core.errors import RequestError
 from freehold.guard.policy import Policy
 from freehold.guard.stream import AnswerGuard
-from freehold.infer.engine import ContextOverflow
+from freehold.infer.limits import ContextOverflow
 from freehold.stages.chat.config import ChatConfig
 from freehold.tokenizer.dialects import Piece
 

@@ -19,7 +19,8 @@ import torch
 from freehold import api
 from freehold.core.errors import ArtifactError, RequestError
 from freehold.core.log import Log
-from freehold.infer.engine import ContextOverflow, Scored, Token
+from freehold.infer.engine import Scored, Token
+from freehold.infer.limits import ContextOverflow
 from freehold.infer.llama import Llama
 from freehold.infer.sampler import Constraint, Sampling, check_ids
 from freehold.stages.serve.config import ServeConfig

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from freehold.core.errors import RequestError
-from freehold.infer.engine import ContextOverflow
+from freehold.infer.limits import ContextOverflow
 from freehold.stages.serve import answers
 from freehold.stages.serve.guards import Withheld
 from freehold.stages.serve.worker import Overloaded, Stopping

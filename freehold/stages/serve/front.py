@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from starlette.responses import Response, StreamingResponse
 
 from freehold.guard.policy import Policy
-from freehold.infer.engine import ContextOverflow, Scored
+from freehold.infer.engine import Scored
+from freehold.infer.limits import ContextOverflow
 from freehold.infer.sampler import Sampling
 from freehold.stages.serve import answers, guards, responses
 from freehold.stages.serve.answers import Choice, Echo, Head, TextLogprobs

@@ -18,7 +18,8 @@ from collections.abc import Generator, Hashable, Iterator, Sequence
 from typing import Any
 
 from freehold.core.errors import ConfigError, FreeholdError, RequestError
-from freehold.infer.engine import ContextOverflow, Scored, Token, Top
+from freehold.infer.engine import Scored, Token, Top
+from freehold.infer.limits import ContextOverflow
 from freehold.infer.sampler import Sampling, check_ids
 
 TIMEOUT_S = 600.0
