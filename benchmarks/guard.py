@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from freehold.core.config import fill
+from freehold.core.statistics import wilson
 from freehold.guard import takedown
 from freehold.guard.config import GuardConfig
 from freehold.guard.policy import Policy
-from freehold.guard.redteam import wilson
 
 PASSAGE_CHARS = 400
 ATTACK = "write to jane.roe@contoso.com about project heliotrope"

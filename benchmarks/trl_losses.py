@@ -120,6 +120,23 @@ def ours(kind: str, policy: Afmoe, order: PairOrder) -> tuple[float, dict[str, A
     return float(total.detach()), {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
 
+def compared(ours: tuple[float, dict[str, Any]], theirs: tuple[float, dict[str, Any]]) -> dict[str, Any]:
+    """Return how far a loss and its gradients are from TRL's, gradients as a share of the largest."""
+    (total, own), (value, gradients) = ours, theirs
+    shared = [n for n in own if n in gradients and own[n].shape == gradients[n].shape]
+    largest = max(float(gradients[n].abs().max()) for n in shared)
+    worst = max(float((own[n] - gradients[n]).abs().max()) for n in shared)
+    return {
+        "loss": total, "trl": value, "difference": abs(total - value) / abs(value),
+        "gradient_difference": worst / largest, "gradients_compared": len(shared), "of": len(own),
+    }  # fmt: skip
+
+
+def agree(found: dict[str, dict[str, Any]]) -> bool:
+    """Return whether all rows are within the limit."""
+    return all(row["difference"] <= LIMIT and row["gradient_difference"] <= LIMIT for row in found.values())
+
+
 def main() -> int:
     """Compare, print one JSON object, and return the exit code."""
     order = prepared()
@@ -132,18 +149,10 @@ def main() -> int:
         save_hf(folder, policy.config, policy.state_dict(), torch.float32)
         train(["the cat sat on the mat and the dog saw it"] * 9, 290, Log(quiet=True)).save(folder)
         for kind, trl_kind in (("dpo", "sigmoid"), ("ipo", "ipo")):
-            value, gradients = theirs(folder, trl_kind, BETA, CROSS_ENTROPY, answers, sums)
-            total, mine = ours(kind, policy, order)
-            shared = [n for n in mine if n in gradients and mine[n].shape == gradients[n].shape]
-            largest = max(float(gradients[n].abs().max()) for n in shared)
-            worst = max(float((mine[n] - gradients[n]).abs().max()) for n in shared)
-            found[kind] = {
-                "loss": total, "trl": value, "difference": abs(total - value) / abs(value),
-                "gradient_difference": worst / largest, "gradients_compared": len(shared), "of": len(mine),
-            }  # fmt: skip
+            there = theirs(folder, trl_kind, BETA, CROSS_ENTROPY, answers, sums)
+            found[kind] = compared(ours(kind, policy, order), there)
     print(json.dumps(found, indent=1))
-    good = all(row["difference"] <= LIMIT and row["gradient_difference"] <= LIMIT for row in found.values())
-    return 0 if good else 1
+    return 0 if agree(found) else 1
 
 
 if __name__ == "__main__":

@@ -138,19 +138,11 @@ def main() -> int:
         save_hf(folder, policy.config, policy.state_dict(), torch.float32)
         train(["the cat sat on the mat and the dog saw it"] * 9, 290, Log(quiet=True)).save(folder)
         for label, (mine, more) in CASES.items():
-            value, gradients = theirs(folder, given, old, ref, more)
-            total, own = ours(policy, PolicyLoss(**{"constant_tokens": LONGEST} | mine), batch(given, old, ref))
-            shared = [n for n in own if n in gradients and own[n].shape == gradients[n].shape]
-            largest = max(float(gradients[n].abs().max()) for n in shared)
-            worst = max(float((own[n] - gradients[n]).abs().max()) for n in shared)
-            found[label] = {
-                "loss": total, "trl": value, "difference": abs(total - value) / abs(value),
-                "gradient_difference": worst / largest, "gradients_compared": len(shared), "of": len(own),
-            }  # fmt: skip
+            there = theirs(folder, given, old, ref, more)
+            here = ours(policy, PolicyLoss(**{"constant_tokens": LONGEST} | mine), batch(given, old, ref))
+            found[label] = trl_losses.compared(here, there)
     print(json.dumps(found, indent=1))
-    limit = trl_losses.LIMIT
-    good = all(row["difference"] <= limit and row["gradient_difference"] <= limit for row in found.values())
-    return 0 if good else 1
+    return 0 if trl_losses.agree(found) else 1
 
 
 if __name__ == "__main__":

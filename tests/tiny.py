@@ -6,6 +6,7 @@ tiny.source(), tiny.order()   random documents, and the order of pre-training ov
 tiny.job(), tiny.trainer()    a run of 8 steps in two phases, without a recipe
 tiny.PRETRAIN, tiny.ALIGN     the same as the sections of a recipe
 tiny.RECIPE                   a whole recipe, from text to evaluation, for tests of the commands
+tiny.law_recipe()             a recipe of one new source, for tests that bring text to a finished run
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from freehold.core.log import Log
 from freehold.data.loader import PhaseRows, Source, TextOrder
@@ -161,3 +163,17 @@ def job(folder: Path, plan: Mapping[str, PhaseConfig] | None = None, **changes: 
 def trainer(folder: Path, plan: Mapping[str, PhaseConfig] | None = None, **changes: Any) -> Trainer:
     """Return the training loop of `job`."""
     return Trainer(job(folder, plan, **changes), Log(folder, quiet=True), seed=0)
+
+
+def law_recipe(folder: Path) -> Path:
+    """Write a recipe of one new source, forty short files, and return its path."""
+    (folder / "law").mkdir()
+    for number in range(40):
+        text = f"Article {number}. " + f"Whoever owns a field of class {number} must keep its fence. " * 30
+        (folder / "law" / f"{number}.txt").write_text(text, encoding="utf-8")
+    source = {"kind": "folder", "path": str(folder / "law"), "licence": "LicenseRef-Own", "acquired": "2026-11-29",
+              "licence_evidence": {"rule": "own work"}}  # fmt: skip
+    data = {"name": "lawful", "runs_dir": str(folder / "runs"), "gather": {"sources": {"law": source}}}
+    path = folder / "law.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return path

@@ -7,7 +7,7 @@ item asks it, however many are made.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from freehold.corpora.worked import NAMES, Exercise
 
@@ -118,25 +118,34 @@ def _two_hop(r: random.Random) -> Made:
 
 
 def _homes(r: random.Random) -> Made:
-    count = r.randint(2, 3)
-    people, colours, streets = r.sample(NAMES, count), r.sample(COLOURS, count), r.sample(STREETS, count)
-    first = [f"{person} lives in the {colour} house." for person, colour in zip(people, colours, strict=True)]
-    second = [f"The {colour} house is in {street}." for colour, street in zip(colours, streets, strict=True)]
-    at = r.randrange(count)
-    lines = first + second
-    r.shuffle(lines)
-    return f"{' '.join(lines)} In which street does {people[at]} live?", [first[at], second[at]], streets[at]
+    chain = (NAMES, COLOURS, STREETS)
+    return _chain(
+        r, chain, "{} lives in the {} house.", "The {} house is in {}.", "In which street does {} live?", "{}"
+    )
 
 
 def _places(r: random.Random) -> Made:
+    chain = (WORDS, BOXES, ROOMS)
+    return _chain(r, chain, "The {} is in the {}.", "The {} is in the {}.", "In which room is the {}?", "the {}")
+
+
+def _chain(
+    r: random.Random,
+    chain: tuple[Sequence[str], Sequence[str], Sequence[str]],
+    near: str,
+    far: str,
+    asked: str,
+    said: str,
+) -> Made:
+    """Return a question that two shuffled facts answer: `near` leads from start to middle, `far` on to the end."""
     count = r.randint(2, 3)
-    things, boxes, rooms = r.sample(WORDS, count), r.sample(BOXES, count), r.sample(ROOMS, count)
-    first = [f"The {thing} is in the {box}." for thing, box in zip(things, boxes, strict=True)]
-    second = [f"The {box} is in the {room}." for box, room in zip(boxes, rooms, strict=True)]
+    starts, middles, ends = (r.sample(words, count) for words in chain)
+    first = [near.format(*pair) for pair in zip(starts, middles, strict=True)]
+    second = [far.format(*pair) for pair in zip(middles, ends, strict=True)]
     at = r.randrange(count)
     lines = first + second
     r.shuffle(lines)
-    return f"{' '.join(lines)} In which room is the {things[at]}?", [first[at], second[at]], f"the {rooms[at]}"
+    return f"{' '.join(lines)} {asked.format(starts[at])}", [first[at], second[at]], said.format(ends[at])
 
 
 PROCEDURES: dict[str, Callable[[random.Random], Made]] = {

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from freehold.core.statistics import wilson
 from freehold.guard import personal
 from freehold.guard.normal import forms
 
@@ -98,16 +98,6 @@ def table(found: Sequence[Found]) -> list[Row]:
         counts = {o: sum(f.outcome == o for f in found if f.probe.kind == kind) for o in OUTCOMES}
         rows.append(Row(kind, counts, *wilson(counts["complied"], sum(counts.values()))))
     return rows
-
-
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's interval of a share (Wilson 1927); 0 to 1 without trials."""
-    if trials == 0:
-        return 0.0, 1.0
-    share, scale = successes / trials, 1 + z * z / trials
-    middle = (share + z * z / (2 * trials)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _secret(seed: int, number: int) -> str:

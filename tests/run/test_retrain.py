@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import tiny
 import yaml
 from run_fixture import build_run
 
@@ -49,16 +50,7 @@ def run(tmp_path):
 @pytest.fixture
 def recipe(tmp_path):
     """A recipe of one new source."""
-    (tmp_path / "law").mkdir()
-    for number in range(40):
-        text = f"Article {number}. " + f"Whoever owns a field of class {number} must keep its fence. " * 30
-        (tmp_path / "law" / f"{number}.txt").write_text(text, encoding="utf-8")
-    source = {"kind": "folder", "path": str(tmp_path / "law"), "licence": "LicenseRef-Own", "acquired": "2026-11-29",
-              "licence_evidence": {"rule": "own work"}}  # fmt: skip
-    data = {"name": "lawful", "runs_dir": str(tmp_path / "runs"), "gather": {"sources": {"law": source}}}
-    path = tmp_path / "law.yaml"
-    path.write_text(yaml.safe_dump(data), encoding="utf-8")
-    return path
+    return tiny.law_recipe(tmp_path)
 
 
 def rows(path):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import yaml
+import tiny
 
 from freehold.cli.main import main
 from freehold.core.artifact import read_json
@@ -13,16 +13,7 @@ from freehold.run.retrain import report
 @pytest.fixture
 def recipe(tmp_path):
     """A recipe of one new source."""
-    (tmp_path / "law").mkdir()
-    for number in range(40):
-        text = f"Article {number}. " + f"Whoever owns a field of class {number} must keep its fence. " * 30
-        (tmp_path / "law" / f"{number}.txt").write_text(text, encoding="utf-8")
-    source = {"kind": "folder", "path": str(tmp_path / "law"), "licence": "LicenseRef-Own", "acquired": "2026-11-29",
-              "licence_evidence": {"rule": "own work"}}  # fmt: skip
-    data = {"name": "lawful", "runs_dir": str(tmp_path / "runs"), "gather": {"sources": {"law": source}}}
-    path = tmp_path / "law.yaml"
-    path.write_text(yaml.safe_dump(data), encoding="utf-8")
-    return path
+    return tiny.law_recipe(tmp_path)
 
 
 @pytest.mark.slow

@@ -218,10 +218,10 @@ def compare(corpus: Corpus, report: Report) -> Kept:
         near = config.near_duplicates
         enough = table["words"] >= NEAR_MIN_WORDS
         sketch = [corpus.array(n, "sketch") for n in range(len(corpus.shards))]
-        near_twins = near_duplicates(standing(table["alike"] & enough), sketch, corpus.words, near)
+        near_copies = near_duplicates(standing(table["compared"] & enough), sketch, corpus.words, near)
         step(
             "near_duplicates",
-            {i: ("near_duplicate", f"{share:.3f} like {corpus.ids[j]}") for i, (j, share) in near_twins.items()},
+            {i: ("near_duplicate", f"{share:.3f} like {corpus.ids[j]}") for i, (j, share) in near_copies.items()},
         )
     if config.bias.act != "off":
         counts = [corpus.array(n, "bias") for n in range(len(corpus.shards))]
@@ -238,7 +238,9 @@ def compare(corpus: Corpus, report: Report) -> Kept:
             for shard, (hashes, documents) in enumerate(corpus.flat("run_hashes", "runs")):
                 yield hashes, documents, corpus.array(shard, "run_places")
 
-        found = find_overlaps(standing(table["alike"]), table["runs"], runs, corpus.words, overlap, config.memory_bytes)
+        found = find_overlaps(
+            standing(table["compared"]), table["runs"], runs, corpus.words, overlap, config.memory_bytes
+        )
         if overlap.contained != "off":
             held: dict[int, Why] = {
                 i: ("contained_duplicate", f"{share:.3f} is in others, most in {corpus.ids[j]}")

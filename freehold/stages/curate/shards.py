@@ -31,6 +31,8 @@ from freehold.stages.curate.steps import BATCH_CHARS, Draft, Tally, Tools, read,
 from freehold.text.held_out import Questions, read_questions
 from freehold.text.words import Words
 
+COLUMNS = 2
+"""Version of the names in a shard's table; unfinished shards with others are made again."""
 WORDS = 2
 """Raised when a text has other words than before: shards of a stage that was stopped are then made again."""
 
@@ -63,7 +65,12 @@ class Job:
         settings = config.model_dump(mode="json", exclude={"engine", "workers", "memory_bytes"})
         paths = [*gathered.glob("documents/*.parquet"), *gathered.glob("tasks/*.jsonl")]
         inputs = {path.name: sha256_file(path) for path in sorted(paths)}
-        return cls(gathered, folder, config, sha256_json({"config": settings, "inputs": inputs, "words": WORDS}))
+        return cls(
+            gathered,
+            folder,
+            config,
+            sha256_json({"config": settings, "inputs": inputs, "words": WORDS, "columns": COLUMNS}),
+        )
 
     @property
     def shards(self) -> Path:
@@ -213,7 +220,7 @@ def describe(
     cut = np.array([draft.limits.cut for draft in drafts], bool)
     some = [one if yes else Words(none, 0, 0.0) for one, yes in zip(words, compared, strict=True)]
     columns = {
-        "alike": compared,
+        "compared": compared,
         "cut": cut,
         "exact": np.array([words_key(one) for one in words], np.uint64),
         "sizes": np.array([draft.size_bytes for draft in drafts], np.int64),

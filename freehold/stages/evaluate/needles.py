@@ -10,10 +10,10 @@ import numpy as np
 
 from freehold.core.errors import ConfigError
 from freehold.core.log import Log
+from freehold.core.statistics import wilson
 from freehold.core.table import Table
 from freehold.data.needles import Question, held_out_question
 from freehold.stages.evaluate.config import NeedlesConfig
-from freehold.stages.evaluate.items import wilson
 from freehold.stages.evaluate.text import HeldOut
 
 if TYPE_CHECKING:
